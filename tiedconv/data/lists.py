@@ -1,0 +1,187 @@
+"""Two data sets: images in files, decoded when read, and images in memory."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tiedconv.data.folders import Images
+from tiedconv.data.seeds import uniforms
+from tiedconv.data.transforms import check_augment
+from tiedconv.errors import DataError, UserError
+
+Sample = tuple[Tensor, int]
+"""An image of shape (C, H, W) and its label."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Stands for an image that can't be read, so that one bad file does not end a run."""
+
+    path: str
+    reason: str
+
+
+class ImageList(Dataset[Sample | Broken]):
+    """Images in files, decoded to RGB when they are read.
+
+    Args:
+        images: the files and their labels.
+        transform: makes a tensor of shape (C, H, W) of a PIL image in RGB.
+        strict: a broken image raises DataError; otherwise it is given as `Broken`.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self, images: Images, transform: Callable[[Any], Tensor], *, strict: bool = False
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.strict = strict
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the labels."""
+        return self.images.classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample | Broken:
+        path = self.images.path(index)
+        try:
+            image = _decode(path)
+        except _DECODING_ERRORS as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            if self.strict:
+                raise DataError(
+                    f"The image {path} can't be read: {reason}",
+                    "Strict reading was asked for",
+                    "Repair or remove the file, or leave --strict out to skip it",
+                ) from error
+            return Broken(str(path), reason)
+        return self.transform(image), self.images.labels[index]
+
+
+# What Pillow raises for files that are cut off, altered or not images. Its error for images that
+# are implausibly large is not among them by class, but by name (see _decode).
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+)
+
+
+def _decode(path: Path) -> Any:
+    """A PIL image in RGB."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                # Pillow would clip 16-bit grey values at 255: nearly all of the image to white.
+                high_bytes = np.asarray(image).astype(np.uint32) >> 8
+                return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert("RGB")
+            return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise OSError(str(error)) from error
+
+
+class TensorList(Dataset[Sample]):
+    """Images in memory, read a whole batch at a time.
+
+    Args:
+        images: shape (N, C, H, W), uint8 (scaled to 0..1 when read) or floating point.
+        labels: shape (N,), whole numbers.
+        mean: one number per channel to subtract; None leaves the values as they are.
+        std: one number per channel to divide by; goes with `mean`.
+        augment: "none", "flip", "shift" or "crop", as in `train_transform`; a shift fills the
+            border with zeros, before normalising.
+
+    Raises:
+        DataError: shapes that don't belong together.
+        UserError: an augmentation that needs image files.
+    """
+
+    in_memory = True
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | Sequence[int],
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: str = "none",
+    ) -> None:
+        check_augment(augment)
+        if augment == "randaugment":
+            raise UserError(
+                "RandAugment works on image files, not on tensors",
+                remedy="Choose none, flip, shift or crop",
+            )
+        self.images = images
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        if images.ndim != 4 or self.labels.shape != (len(images),):
+            raise DataError(
+                f"Images of shape {tuple(images.shape)} with labels of shape "
+                f"{tuple(self.labels.shape)} don't belong together",
+                remedy="Give images of shape (N, C, H, W) and labels of shape (N,)",
+            )
+        self.mean = None if mean is None else torch.tensor(mean).view(-1, 1, 1)
+        self.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        images, labels = self.read_batch([index], [index])
+        return images[0], int(labels[0])
+
+    def read_batch(self, indices: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) as float32 and labels (B,); `seeds` decide the augmentation."""
+        where = torch.tensor(indices, dtype=torch.int64)
+        images = self.images[where]
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if self.augment != "none":
+            images = _augmented(images, self.augment, uniforms(np.array(seeds, np.uint64), 3))
+        if self.mean is not None:
+            images = images - self.mean
+        if self.std is not None:
+            images = images / self.std
+        return images, self.labels[where]
+
+
+def _augmented(images: Tensor, augment: str, draws: np.ndarray[Any, np.dtype[np.float64]]) -> Tensor:
+    """Shifts and mirrors a batch (B, C, H, W); `draws` (B, 3) are uniform in [0, 1)."""
+    count, _, height, width = images.shape
+    rows = torch.arange(height).expand(count, height)
+    columns = torch.arange(width).expand(count, width)
+    if augment in ("flip", "crop"):
+        mirrored = torch.from_numpy(draws[:, 2] < 0.5)
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    if augment in ("shift", "crop"):
+        margin = max(1, min(height, width) // 8)
+        images = torch.nn.functional.pad(images, [margin] * 4)
+        offsets = torch.from_numpy((draws[:, :2] * (2 * margin + 1)).astype(np.int64))
+        rows, columns = rows + offsets[:, :1], columns + offsets[:, 1:]
+    # Advanced indices around a slice: the result has shape (B, H, W, C).
+    batch = torch.arange(count)[:, None, None]
+    return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

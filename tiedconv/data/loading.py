@@ -1,0 +1,197 @@
+"""Batches from a data set, read by worker processes, in an order that depends on the seed only.
+
+The sampler runs in the main process and sends *tickets*, each an index with its own seed. A
+worker seeds torch's generator with it before the transform runs. So the same epoch gives the
+same tensors whatever the number of workers is, and workers can live on from epoch to epoch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tiedconv.data.lists import Broken
+from tiedconv.data.seeds import epoch_seed, sample_seeds
+from tiedconv.errors import DataError, TiedconvError
+
+Ticket = tuple[int, int]
+"""An index into the data set, and the seed for what is random in reading it."""
+
+MAX_WORKERS = 8
+PREFETCH = 2
+"""Batches that each worker may have ready."""
+
+
+class Batch(NamedTuple):
+    """One batch; it may be empty when none of its images could be read.
+
+    Attributes:
+        images: shape (B, C, H, W).
+        labels: shape (B,), int64.
+        broken: paths of the images that were left out.
+        error: an error to raise in the main process.
+    """
+
+    images: Tensor
+    labels: Tensor
+    broken: Sequence[str] = ()
+    error: TiedconvError | None = None
+
+
+class Loader:
+    """Seeded batches of a data set, epoch by epoch.
+
+    Args:
+        data: gives (image, label), or `Broken`, for each index. With a method
+            `read_batch(indices, seeds)` it is asked for a batch at a time.
+        batch_size: the largest number of images in a batch.
+        shuffle: a new order in each epoch, and batches of nearly equal sizes (a last batch of
+            one image would harm both batch norm and the gradient); otherwise in order.
+        seed: decides order and augmentation, together with the epoch.
+        workers: reading processes; 0 reads in this one; None chooses.
+        pin: whether to put batches in page-locked memory, for a CUDA device.
+
+    Raises:
+        DataError: an empty data set; or, while reading, what the data set raises.
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        workers: int | None = None,
+        pin: bool = False,
+    ) -> None:
+        count = len(data)  # type: ignore[arg-type]
+        if count == 0:
+            raise DataError("The data set is empty", remedy="Give at least one image")
+        self.images = count
+        self._sampler = _EpochBatches(count, batch_size, shuffle, seed)
+        # A data set with few batches has no use for more readers than batches.
+        workers = min(default_workers(data) if workers is None else workers, len(self._sampler))
+        self._loader: DataLoader[Batch] = DataLoader(
+            _Tickets(data),
+            batch_sampler=self._sampler,
+            collate_fn=_as_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
+            multiprocessing_context=_context() if workers else None,
+            pin_memory=pin,
+            # Its own generator: otherwise making an iterator draws from the global one.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._sampler)
+
+    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch; may be left early."""
+        self._sampler.epoch = epoch
+        for batch in self._loader:
+            if batch.error is not None:
+                raise batch.error
+            yield batch
+
+
+class _EpochBatches(Sampler[list[Ticket]]):
+    """Lists of tickets for one epoch after another."""
+
+    def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int) -> None:
+        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Ticket]]:
+        seeds = sample_seeds(self.seed, self.epoch, self.count)
+        if self.shuffle:
+            order = np.random.default_rng(epoch_seed(self.seed, self.epoch)).permutation(self.count)
+            groups = np.array_split(order, len(self))
+        else:
+            groups = np.split(
+                np.arange(self.count), np.arange(self.batch_size, self.count, self.batch_size)
+            )
+        for group in groups:
+            yield list(zip(group.tolist(), seeds[group].tolist(), strict=True))
+
+
+class _Tickets(Dataset[Batch]):
+    """Reads whole batches from lists of tickets; runs in the worker."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __getitem__(self, ticket: Ticket) -> Batch:
+        return self.__getitems__([ticket])
+
+    def __getitems__(self, tickets: list[Ticket]) -> Batch:
+        # Errors travel as values: a DataLoader would bury the message in a traceback's text.
+        try:
+            return self._read(tickets)
+        except TiedconvError as error:
+            return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), error)
+
+    def _read(self, tickets: list[Ticket]) -> Batch:
+        read_batch = getattr(self.data, "read_batch", None)
+        if read_batch is not None:
+            return Batch(*read_batch(*zip(*tickets, strict=True)))
+        images: list[Tensor] = []
+        labels: list[int] = []
+        broken: list[str] = []
+        # In this process the generator belongs to the training loop, so it is put back. Only the
+        # CPU's is touched: torch.manual_seed would also queue seeds for devices, slowly.
+        before = torch.get_rng_state()
+        try:
+            for index, seed in tickets:
+                torch.default_generator.manual_seed(seed)
+                sample = self.data[index]
+                if isinstance(sample, Broken):
+                    broken.append(sample.path)
+                else:
+                    images.append(sample[0])
+                    labels.append(int(sample[1]))
+        finally:
+            torch.set_rng_state(before)
+        stacked = torch.stack(images) if images else torch.empty(0)
+        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), broken)
+
+
+def default_workers(data: Dataset[Any]) -> int:
+    """Reading processes for a data set: none for one in memory, else one per CPU, at most 8."""
+    inner = getattr(data, "dataset", data)  # a torch Subset wraps the real one
+    if getattr(inner, "in_memory", False):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MAX_WORKERS, cores or 1)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _context() -> Any:
+    """How to start workers: never by forking this process.
+
+    torch has threads, and a fork of a process with threads may hang (Python 3.12 warns of it).
+    A fork server is a clean process that imports once and then forks fast. Where there is none
+    (Windows), each worker starts anew. Either way a script needs the usual
+    `if __name__ == "__main__":`.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiedconv.data.worker_imports"])
+    return context

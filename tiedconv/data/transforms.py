@@ -1,0 +1,151 @@
+"""From a decoded image to the tensor a model takes.
+
+A transform is a frozen record of what to do. The torchvision operations are built in the
+process that uses them: so a transform is cheap to send to a worker, and torchvision is only
+ever imported behind its guard.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tiedconv.errors import UserError
+
+AUGMENTS = ("none", "flip", "shift", "crop", "randaugment")
+"""What training may do to an image, from nothing to much."""
+
+SMALL = 64
+"""Up to this size in pixels an image is shifted; a larger one is cropped and resized."""
+
+
+class PreprocessLike(Protocol):
+    """What a model expects of its images; `size` and `resize` in pixels.
+
+    `resize` is the length of the shorter side before the centre crop of `size`; None stretches
+    the whole image to `size` x `size`. `mean` and `std` are for values between 0 and 1.
+    """
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def resize(self) -> int | None: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+    @property
+    def interpolation(self) -> str: ...
+
+
+def check_augment(augment: str) -> None:
+    """Raises UserError for an unknown augmentation."""
+    if augment not in AUGMENTS:
+        raise UserError(
+            f"Unknown augmentation {augment!r}", remedy=f"Choose one of {', '.join(AUGMENTS)}"
+        )
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """A PIL image in RGB to a normalised float32 tensor of shape (3, size, size).
+
+    An image that already has the model's size is not resized. Random choices come from torch's
+    global generator, which the loader seeds for each sample.
+    """
+
+    size: int
+    resize: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    augment: str = "none"
+
+    def __post_init__(self) -> None:
+        check_augment(self.augment)
+
+    def __call__(self, image: Any) -> Tensor:
+        fit, finish = _operations(self)
+        if image.size != (self.size, self.size) or self._crops_freely:
+            image = fit(image)
+        tensor: Tensor = finish(image)
+        return tensor
+
+    @property
+    def _crops_freely(self) -> bool:
+        return self.augment in ("crop", "randaugment") and self.size > SMALL
+
+
+def eval_transform(preprocess: PreprocessLike) -> ImageTransform:
+    """The transform to evaluate with: resize, centre crop, normalise."""
+    return train_transform(preprocess, "none")
+
+
+def train_transform(preprocess: PreprocessLike, augment: str = "crop") -> ImageTransform:
+    """The transform to train with.
+
+    Args:
+        preprocess: what the model expects.
+        augment: "none"; "flip" mirrors half of the images; "shift" moves them by up to an
+            eighth of the size, for digits and letters, which a mirror would change; "crop"
+            mirrors, and shifts small images (up to 64 pixels) or cuts 35 to 100 % out of larger
+            ones; "randaugment" adds RandAugment to "crop" (Cubuk et al., 2019).
+
+    Raises:
+        UserError: an unknown augmentation.
+    """
+    return ImageTransform(
+        preprocess.size,
+        preprocess.resize,
+        tuple(preprocess.mean),
+        tuple(preprocess.std),
+        preprocess.interpolation,
+        augment,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _operations(spec: ImageTransform) -> tuple[Any, Any]:
+    """(brings an image to size, the rest), built once per process."""
+    from tiedconv.sources.torchvision_compat import import_torchvision
+
+    import_torchvision()
+    import torch
+    from torchvision.transforms import v2
+
+    mode = _interpolation(spec.interpolation)
+    size = spec.size
+    if spec._crops_freely:
+        fit = v2.RandomResizedCrop(size, scale=(0.35, 1.0), interpolation=mode, antialias=True)
+    elif spec.resize is None:
+        fit = v2.Resize((size, size), interpolation=mode, antialias=True)
+    else:
+        resize = v2.Resize(spec.resize, interpolation=mode, antialias=True)
+        fit = v2.Compose([resize, v2.CenterCrop(size)])
+    steps: list[Any] = []
+    if spec.augment in ("shift", "crop", "randaugment") and not spec._crops_freely:
+        steps.append(v2.RandomCrop(size, padding=max(1, size // 8)))
+    if spec.augment in ("flip", "crop", "randaugment"):
+        steps.append(v2.RandomHorizontalFlip())
+    if spec.augment == "randaugment":
+        steps.append(v2.RandAugment(interpolation=mode))
+    steps += [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(spec.mean), list(spec.std), inplace=True),
+    ]
+    return fit, v2.Compose(steps)
+
+
+def _interpolation(name: str) -> Any:
+    from torchvision.transforms import InterpolationMode
+
+    try:
+        return InterpolationMode[name.upper()]
+    except KeyError:
+        raise UserError(
+            f"Unknown interpolation {name!r}", remedy="Choose bilinear or bicubic"
+        ) from None

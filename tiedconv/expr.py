@@ -1,0 +1,360 @@
+"""The expression algebra: how a weight is given by stored tensors.
+
+An expression is a small tree of frozen nodes. Its leaves are `Ref`s, names of stored tensors
+with their shapes; inner nodes permute, reshape, slice, join, add, multiply. Nothing else exists:
+a file that holds expressions can describe weights, but it can never name code to run.
+
+    >>> W = Ref("W", (64, 256))
+    >>> conv3 = Reshape(Permute(W, (1, 0)), (256, 64, 1, 1))   # W^T as a 1x1 convolution
+    >>> conv3.shape, conv3.is_view
+    ((256, 64, 1, 1), True)
+
+Shapes are checked when a node is built, so an expression that exists is well-typed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tiedconv.errors import PlanError
+
+Shape = tuple[int, ...]
+Lookup = Callable[[str], Tensor]
+
+# Far above what any scheme builds, far below what could hurt a reader of an untrusted file.
+MAX_DEPTH = 24
+MAX_NODES = 512
+MAX_ELEMENTS = 2**40
+
+
+@dataclass(frozen=True)
+class Expr:
+    """A node of the algebra. `shape` is that of the tensor it evaluates to."""
+
+    tag: ClassVar[str] = ""
+    shape: Shape = field(init=False, compare=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        shape = self._infer_shape()
+        if any(n < 1 for n in shape) or math.prod(shape) > MAX_ELEMENTS:
+            raise PlanError(
+                f"An expression has the impossible shape {shape}",
+                remedy="The file is damaged or forged: convert the model again",
+            )
+        object.__setattr__(self, "shape", shape)
+
+    def _infer_shape(self) -> Shape:
+        raise NotImplementedError
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        """The nodes that this one reads."""
+        return ()
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        """The tensor this expression stands for.
+
+        Args:
+            lookup: gives the stored tensor of a name.
+        """
+        raise NotImplementedError
+
+    def walk(self) -> Iterator[Expr]:
+        """This node and all below it, parents first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    @property
+    def refs(self) -> dict[str, Shape]:
+        """The stored tensors that are read: name to shape."""
+        return {node.name: node.shape for node in self.walk() if isinstance(node, Ref)}
+
+    @property
+    def is_view(self) -> bool:
+        """True if evaluating allocates nothing: the result shares the stored tensor's memory."""
+        if any(isinstance(node, Cat | Add | Mul | MatMul) for node in self.walk()):
+            return False
+        (name, shape), *_ = self.refs.items()
+        # Whether a reshape can stay a view depends on strides; torch itself knows best.
+        stored = torch.empty(shape, device="meta")
+        result = self.evaluate(lambda _: stored)
+        return result is stored or result._base is stored
+
+    def rename(self, to: Callable[[str], str]) -> Expr:
+        """The same expression over stored tensors of other names."""
+        return self._with(tuple(child.rename(to) for child in self.children))
+
+    def _with(self, children: tuple[Expr, ...]) -> Expr:
+        raise NotImplementedError
+
+    def to_json(self) -> list[Any]:
+        """Nested lists: `[tag, child..., argument...]`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Ref(Expr):
+    """A stored tensor, by name. `of` is its shape."""
+
+    tag: ClassVar[str] = "ref"
+    name: str = ""
+    of: Shape = ()
+
+    def _infer_shape(self) -> Shape:
+        return self.of
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        return lookup(self.name)
+
+    def rename(self, to: Callable[[str], str]) -> Expr:
+        return Ref(to(self.name), self.of)
+
+    def to_json(self) -> list[Any]:
+        return [self.tag, self.name, list(self.of)]
+
+
+@dataclass(frozen=True)
+class Permute(Expr):
+    """Dimensions in another order, as `torch.permute`."""
+
+    tag: ClassVar[str] = "permute"
+    x: Expr = field(default_factory=Expr)
+    dims: tuple[int, ...] = ()
+
+    def _infer_shape(self) -> Shape:
+        if sorted(self.dims) != list(range(len(self.x.shape))):
+            raise _mismatch(f"permute{self.dims} of shape {self.x.shape}")
+        return tuple(self.x.shape[d] for d in self.dims)
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+    def _with(self, children: tuple[Expr, ...]) -> Expr:
+        return Permute(children[0], self.dims)
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        return self.x.evaluate(lookup).permute(self.dims)
+
+    def to_json(self) -> list[Any]:
+        return [self.tag, self.x.to_json(), list(self.dims)]
+
+
+@dataclass(frozen=True)
+class Reshape(Expr):
+    """The same elements, row by row, in another shape, as `torch.reshape`."""
+
+    tag: ClassVar[str] = "reshape"
+    x: Expr = field(default_factory=Expr)
+    to: Shape = ()
+
+    def _infer_shape(self) -> Shape:
+        if math.prod(self.to) != math.prod(self.x.shape):
+            raise _mismatch(f"reshape of {self.x.shape} to {self.to}")
+        return self.to
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+    def _with(self, children: tuple[Expr, ...]) -> Expr:
+        return Reshape(children[0], self.to)
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        return self.x.evaluate(lookup).reshape(self.to)
+
+    def to_json(self) -> list[Any]:
+        return [self.tag, self.x.to_json(), list(self.to)]
+
+
+@dataclass(frozen=True)
+class Slice(Expr):
+    """Elements `start` to `stop` (not included) of one dimension, as `torch.narrow`."""
+
+    tag: ClassVar[str] = "slice"
+    x: Expr = field(default_factory=Expr)
+    dim: int = 0
+    start: int = 0
+    stop: int = 0
+
+    def _infer_shape(self) -> Shape:
+        shape = self.x.shape
+        if not (0 <= self.dim < len(shape) and 0 <= self.start < self.stop <= shape[self.dim]):
+            raise _mismatch(f"slice {self.start}:{self.stop} of dimension {self.dim} of {shape}")
+        return (*shape[: self.dim], self.stop - self.start, *shape[self.dim + 1 :])
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.x,)
+
+    def _with(self, children: tuple[Expr, ...]) -> Expr:
+        return Slice(children[0], self.dim, self.start, self.stop)
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        return self.x.evaluate(lookup).narrow(self.dim, self.start, self.stop - self.start)
+
+    def to_json(self) -> list[Any]:
+        return [self.tag, self.x.to_json(), self.dim, self.start, self.stop]
+
+
+@dataclass(frozen=True)
+class Cat(Expr):
+    """Tensors joined along one dimension, as `torch.cat`."""
+
+    tag: ClassVar[str] = "cat"
+    xs: tuple[Expr, ...] = ()
+    dim: int = 0
+
+    def _infer_shape(self) -> Shape:
+        shapes = [x.shape for x in self.xs]
+        d = self.dim
+        if not shapes or not 0 <= d < len(shapes[0]):
+            raise _mismatch(f"cat of {shapes} along dimension {d}")
+        if len({(*s[:d], 0, *s[d + 1 :]) for s in shapes}) != 1:
+            raise _mismatch(f"cat of {shapes} along dimension {d}")
+        return (*shapes[0][:d], sum(s[d] for s in shapes), *shapes[0][d + 1 :])
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.xs
+
+    def _with(self, children: tuple[Expr, ...]) -> Expr:
+        return Cat(children, self.dim)
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        return torch.cat([x.evaluate(lookup) for x in self.xs], self.dim)
+
+    def to_json(self) -> list[Any]:
+        return [self.tag, [x.to_json() for x in self.xs], self.dim]
+
+
+@dataclass(frozen=True)
+class _Binary(Expr):
+    a: Expr = field(default_factory=Expr)
+    b: Expr = field(default_factory=Expr)
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.a, self.b)
+
+    def _with(self, children: tuple[Expr, ...]) -> Expr:
+        return type(self)(*children)
+
+    def to_json(self) -> list[Any]:
+        return [self.tag, self.a.to_json(), self.b.to_json()]
+
+    def _broadcast(self) -> Shape:
+        try:
+            return tuple(torch.broadcast_shapes(self.a.shape, self.b.shape))
+        except RuntimeError:
+            raise _mismatch(f"{self.tag} of {self.a.shape} and {self.b.shape}") from None
+
+
+@dataclass(frozen=True)
+class Add(_Binary):
+    """`a + b`, with broadcasting."""
+
+    tag: ClassVar[str] = "add"
+
+    def _infer_shape(self) -> Shape:
+        return self._broadcast()
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        if isinstance(self.b, MatMul) and len(self.a.shape) == 2:
+            # base + B A in one pass over memory: the product is never a tensor of its own.
+            base, product = self.a.evaluate(lookup), self.b
+            return torch.addmm(base, product.a.evaluate(lookup), product.b.evaluate(lookup))
+        return self.a.evaluate(lookup) + self.b.evaluate(lookup)
+
+
+@dataclass(frozen=True)
+class Mul(_Binary):
+    """`a * b`, element by element, with broadcasting."""
+
+    tag: ClassVar[str] = "mul"
+
+    def _infer_shape(self) -> Shape:
+        return self._broadcast()
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        return self.a.evaluate(lookup) * self.b.evaluate(lookup)
+
+
+@dataclass(frozen=True)
+class MatMul(_Binary):
+    """`a @ b` of two matrices."""
+
+    tag: ClassVar[str] = "matmul"
+
+    def _infer_shape(self) -> Shape:
+        a, b = self.a.shape, self.b.shape
+        if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+            raise _mismatch(f"matmul of {a} and {b}")
+        return (a[0], b[1])
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        return self.a.evaluate(lookup) @ self.b.evaluate(lookup)
+
+
+def transpose(x: Expr) -> Expr:
+    """The transpose of a matrix expression; two transposes cancel."""
+    if isinstance(x, Permute) and x.dims == (1, 0):
+        return x.x
+    return Permute(x, (1, 0))
+
+
+def reshape(x: Expr, shape: Sequence[int]) -> Expr:
+    """`x` in another shape; nothing is added when it has that shape already."""
+    return x if x.shape == tuple(shape) else Reshape(x, tuple(shape))
+
+
+def from_json(data: object) -> Expr:
+    """The expression of a nested list made by `Expr.to_json`.
+
+    Raises:
+        PlanError: unknown tag, wrong arguments, shapes that don't fit, too deep or too large.
+    """
+    budget = [MAX_NODES]
+    return _parse(data, 0, budget)
+
+
+def _parse(data: object, depth: int, budget: list[int]) -> Expr:
+    budget[0] -= 1
+    if depth > MAX_DEPTH or budget[0] < 0:
+        raise _mismatch(f"more than {MAX_DEPTH} levels or {MAX_NODES} nodes")
+    match data:
+        case ["ref", str(name), list(shape)]:
+            return Ref(name, _ints(shape))
+        case ["permute", x, list(dims)]:
+            return Permute(_parse(x, depth + 1, budget), _ints(dims))
+        case ["reshape", x, list(shape)]:
+            return Reshape(_parse(x, depth + 1, budget), _ints(shape))
+        case ["slice", x, *bounds] if len(bounds) == 3:
+            return Slice(_parse(x, depth + 1, budget), *_ints(bounds))
+        case ["cat", list(xs), dim] if 0 < len(xs) <= MAX_NODES:
+            return Cat(tuple(_parse(x, depth + 1, budget) for x in xs), _ints([dim])[0])
+        case [("add" | "mul" | "matmul") as tag, a, b]:
+            node = {"add": Add, "mul": Mul, "matmul": MatMul}[tag]
+            return node(_parse(a, depth + 1, budget), _parse(b, depth + 1, budget))
+    raise _mismatch(f"{str(data)[:80]!r}")
+
+
+def _ints(values: list[object]) -> tuple[int, ...]:
+    if len(values) > 8 or any(type(v) is not int or abs(v) > MAX_ELEMENTS for v in values):
+        raise _mismatch(f"{str(values)[:80]} where small whole numbers belong")
+    return tuple(v for v in values if isinstance(v, int))
+
+
+def _mismatch(what: str) -> PlanError:
+    return PlanError(
+        f"A weight's expression is malformed: {what}",
+        "The weight can't be computed",
+        "If this came from a file, it is damaged or forged: convert the model again",
+    )

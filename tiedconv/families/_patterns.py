@@ -1,0 +1,201 @@
+"""What most families are made of: named tensors below a numbered prefix, as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from tiedconv.expr import Shape
+from tiedconv.plan import Block, Slot, Span
+
+Hints = Mapping[str, float | str]
+Shapes = Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way to find blocks in a model's tensor names.
+
+    Args:
+        name: shown in plans and errors.
+        looks_for: one example of the tensor names it matches, for error messages.
+        find: from shapes and hints to blocks.
+        last: True for a family that matches anything, tried after all others.
+    """
+
+    name: str
+    looks_for: str
+    find: Callable[[Shapes, Hints], list[Block]]
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Names of an attention's tensors below the prefix `at`.
+
+    Either `qkv` names one fused tensor (rows q, k, v; `transposed` if it is stored as
+    `(in, 3 * out)`), or `q`, `k`, `v` name three.
+    """
+
+    at: str
+    o: str
+    qkv: str | None = None
+    q: str = ""
+    k: str = ""
+    v: str = ""
+    transposed: bool = False
+    harmless: tuple[str, ...] = ()
+
+    def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
+        """Every attention whose four matrices are there."""
+        for prefix, stack, index in prefixes(self.at, self.qkv or self.q, shapes):
+            slots: dict[str, Slot] = {}
+            vectors: dict[str, Span] = {}
+            if self.qkv:
+                name = f"{prefix}.{self.qkv}"
+                third = Slot.whole(name, shapes[name], self.transposed).stop // 3
+                for i, role in enumerate("qkv"):
+                    start, stop = i * third, (i + 1) * third
+                    slots[role] = Slot(name, shapes[name], start, stop, self.transposed)
+                    if (bias := _bias(name)) in shapes:
+                        vectors[f"{role}.bias"] = Span(bias, start, stop)
+                named = {"o": self.o}
+            else:
+                named = {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+            if not add_whole(slots, vectors, prefix, named, shapes, self.transposed):
+                continue
+            heads = hints.get(f"{prefix}.num_heads") or hints.get(f"{prefix}.num_attention_heads")
+            known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
+            free = "rotary" not in hints and not _strangers(prefix, known, self.harmless, shapes)
+            yield Block(
+                "attention", prefix, stack, index, slots, vectors,
+                heads=int(heads) if isinstance(heads, int | float) else None, free=free,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Names of a feed-forward's two matrices below the prefix `at`.
+
+    `act` is where a hint may name the activation. `alone` means that nothing else lies below the
+    prefix, so that a stranger there (a norm, a gate) shows that hidden units are not free.
+    """
+
+    at: str
+    up: str
+    down: str
+    act: str = "act"
+    transposed: bool = False
+    alone: bool = True
+
+    def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
+        """Every feed-forward whose two matrices have shapes (m, d) and (d, m)."""
+        for prefix, stack, index in prefixes(self.at, self.up, shapes):
+            slots: dict[str, Slot] = {}
+            vectors: dict[str, Span] = {}
+            named = {"up": self.up, "down": self.down}
+            if not add_whole(slots, vectors, prefix, named, shapes, self.transposed):
+                continue
+            if slots["up"].matrix_shape != slots["down"].matrix_shape[::-1]:
+                continue
+            known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
+            free = not (self.alone and _strangers(prefix, known, (), shapes))
+            relu = str(hints.get(f"{prefix}.{self.act}", "")).lower() == "relu"
+            name = prefix if self.alone else f"{prefix}.ffn"
+            stack = stack if self.alone else f"{stack}.ffn"
+            yield Block("ffn", name, stack, index, slots, vectors, relu=relu, free=free)
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Names of a ResNet bottleneck's convolutions and BatchNorms below the prefix `at`."""
+
+    at: str
+    convs: tuple[str, str, str]
+    norms: tuple[str, str, str]
+    acts: tuple[str, ...] = ("relu", "act1", "act2")
+    harmless: tuple[str, ...] = field(default=("downsample", "se", "shortcut"))
+
+    def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
+        """Every bottleneck with three convolutions and three BatchNorms."""
+        for prefix, stack, index in prefixes(self.at, self.convs[2], shapes):
+            slots: dict[str, Slot] = {}
+            vectors: dict[str, Span] = {}
+            named = {f"conv{i}": name for i, name in enumerate(self.convs, 1)}
+            parts = ("weight", "bias", "running_mean", "running_var")
+            norms = {
+                f"bn{i}.{part}": f"{prefix}.{norm}.{part}"
+                for i, norm in enumerate(self.norms, 1)
+                for part in parts
+            }
+            if not add_whole(slots, vectors, prefix, named, shapes, False):
+                continue
+            if vectors or any(name not in shapes for name in norms.values()):
+                continue  # convolutions with biases or another norm: not this family's algebra
+            vectors = {role: Span(name, 0, shapes[name][0]) for role, name in norms.items()}
+            acts = [str(hints.get(f"{prefix}.{a}", "")).lower() for a in self.acts]
+            eps = hints.get(f"{prefix}.{self.norms[0]}.eps", 1e-5)
+            yield Block(
+                "bottleneck", prefix, stack, index, slots, vectors,
+                relu=set(filter(None, acts)) == {"relu"}, eps=float(eps),
+            )  # fmt: skip
+
+
+def pattern_family(
+    name: str, looks_for: str, *patterns: Attention | FeedForward | Bottleneck
+) -> Family:
+    """A family that is the union of patterns."""
+
+    def find(shapes: Shapes, hints: Hints) -> list[Block]:
+        return [block for pattern in patterns for block in pattern.find(shapes, hints)]
+
+    return Family(name, looks_for, find)
+
+
+def prefixes(at: str, anchor: str, shapes: Shapes) -> Iterator[tuple[str, str, int]]:
+    """Prefix, stack (its number replaced by `*`) and number of each match of `at`.
+
+    `at` is a regular expression with a group `n`, the place in the stack; `anchor` is a tensor
+    that must stand below the prefix.
+    """
+    pattern = re.compile(f"(?P<prefix>{at})" + re.escape(f".{anchor}"))
+    for name in shapes:
+        if match := pattern.fullmatch(name):
+            prefix = match["prefix"]
+            start, stop = match.span("n")
+            yield prefix, f"{prefix[:start]}*{prefix[stop:]}", int(match["n"])
+
+
+def add_whole(
+    slots: dict[str, Slot],
+    vectors: dict[str, Span],
+    prefix: str,
+    named: Mapping[str, str],
+    shapes: Shapes,
+    transposed: bool,
+) -> bool:
+    """Add the named tensors as whole slots, with their biases; False if one is missing."""
+    for role, name in named.items():
+        tensor = f"{prefix}.{name}"
+        if tensor not in shapes or len(shapes[tensor]) not in (2, 4, 5):
+            return False
+        slots[role] = Slot.whole(tensor, shapes[tensor], transposed)
+        if (bias := _bias(tensor)) in shapes:
+            vectors[f"{role}.bias"] = Span(bias, 0, shapes[bias][0])
+    return True
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _strangers(prefix: str, known: Iterable[str], harmless: tuple[str, ...], shapes: Shapes) -> bool:
+    """Whether tensors lie below the prefix that the pattern does not know."""
+    known = set(known)
+    return any(
+        name.startswith(f"{prefix}.")
+        and name not in known
+        and not name[len(prefix) + 1 :].startswith(harmless or ("\0",))
+        for name in shapes
+    )

@@ -1,0 +1,183 @@
+"""The linear algebra that fits are made of. All of it is deterministic.
+
+Matrices are `(out, in)`, any floating dtype; sums run in float64 where precision is at stake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+# Up to this size an exact decomposition of the Gram matrix takes seconds; beyond it a seeded
+# subspace iteration is used instead.
+EXACT_UP_TO = 2560
+POWER_STEPS = 6
+
+
+def spectrum(matrix: Tensor) -> Tensor:
+    """All singular values of a matrix, largest first, float64."""
+    gram, _ = _gram(matrix)
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+
+
+def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a given rank (Eckart and Young).
+
+    Args:
+        matrix: `(out, in)`.
+        rank: at most `min(out, in)`.
+
+    Returns:
+        B `(out, rank)` and A `(rank, in)` whose product it is, with the singular values shared
+        evenly between them. Directions with no weight get a zero in B and a small row in A, as
+        in LORS' initialisation, so that training can use them.
+    """
+    out, inputs = matrix.shape
+    if rank < 1:
+        return matrix.new_zeros(out, 0), matrix.new_zeros(0, inputs)
+    small = min(out, inputs)
+    if small <= EXACT_UP_TO:
+        gram, tall = _gram(matrix)
+        _, vectors = torch.linalg.eigh(gram)
+        basis = vectors.flip(1)[:, :rank].to(matrix.dtype)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        tall = out >= inputs
+        start = torch.randn(small, rank, generator=generator, dtype=matrix.dtype)
+        basis = _iterate(matrix if tall else matrix.t(), start, POWER_STEPS)
+    return _factors(matrix, basis) if tall else _transposed(_factors(matrix.t(), basis))
+
+
+def refine(matrix: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of a slightly changed matrix, from the A of the old one, by one power step."""
+    return _factors(matrix, _iterate(matrix, a.t(), 1)) if a.shape[0] else (matrix[:, :0], a)
+
+
+def _gram(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The smaller of `M^T M` and `M M^T` in float64, and whether it is the first."""
+    double = matrix.double()
+    tall = matrix.shape[0] >= matrix.shape[1]
+    return (double.t() @ double if tall else double @ double.t()), tall
+
+
+def _iterate(matrix: Tensor, basis: Tensor, steps: int) -> Tensor:
+    """Orthonormal basis of the leading right singular subspace, `(in, rank)`."""
+    for _ in range(steps):
+        basis = torch.linalg.qr(matrix.t() @ (matrix @ basis))[0]
+    return basis
+
+
+def _factors(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """B and A with `B A = M V V^T` for an orthonormal basis V of shape `(in, rank)`."""
+    image = matrix @ basis
+    size = torch.linalg.vector_norm(image, dim=0)
+    largest = size.max()
+    floor = 1e-2 * largest if largest > 0 else largest.new_tensor(matrix.shape[1] ** -0.5)
+    scale = size.clamp(min=float(floor)).sqrt()
+    return (image / scale).contiguous(), (basis * scale).t().contiguous()
+
+
+def _transposed(factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    b, a = factors
+    return a.t().contiguous(), b.t().contiguous()
+
+
+def base_and_residuals(
+    matrices: Sequence[Tensor], ranks: Sequence[int], *, steps: int = 8
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """One base and a low-rank residual for each matrix (LORS, static).
+
+    Minimises `sum_i ||W_i - base - B_i A_i||^2` by turns: residuals are the truncated SVD of
+    what the base leaves, the base is the mean of what the residuals leave. Each half-step is
+    optimal, so the error never grows.
+
+    Args:
+        matrices: all of one shape `(out, in)`.
+        ranks: one for each.
+        steps: turns at most; it stops when the base moves by less than 1 part in 1,000.
+
+    Returns:
+        base `(out, in)` and the pairs (B, A).
+    """
+    base = torch.stack(list(matrices)).mean(0)
+    factors = [truncate(w - base, r) for w, r in zip(matrices, ranks, strict=True)]
+    for _ in range(steps if any(ranks) else 0):
+        left = [w - b @ a for w, (b, a) in zip(matrices, factors, strict=True)]
+        moved = torch.stack(left).mean(0)
+        change = torch.linalg.vector_norm(moved - base)
+        base = moved
+        factors = [refine(w - base, a) for w, (_, a) in zip(matrices, factors, strict=True)]
+        if change <= 1e-3 * torch.linalg.vector_norm(base):
+            break
+    return base, factors
+
+
+def shared_with_scales(
+    matrices: Sequence[Tensor], *, steps: int = 6
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """One W and, for each matrix, row and column scales (signs too): `M_j ~ diag(s) W diag(t)`.
+
+    Minimises the sum of relative squared errors by turns, each half-step a least-squares
+    solution in closed form. The first matrix keeps scales of one. A matrix with fewer columns
+    is compared with the first columns of W.
+
+    Returns:
+        W `(rows, most columns)` and pairs of s `(rows, 1)` and t `(1, columns_j)`.
+    """
+    widest = max(matrices, key=lambda m: m.shape[1])
+    first = matrices[0] if matrices[0].shape == widest.shape else widest
+    weights = [1.0 / float(m.square().sum().clamp(min=1e-30)) for m in matrices]
+    ones = [(m.new_ones(m.shape[0], 1), m.new_ones(1, m.shape[1])) for m in matrices]
+    scales = [(_row_fit(m, first[:, : m.shape[1]]), t) for m, (_, t) in zip(matrices, ones)]  # noqa: B905
+    scales[0] = ones[0]
+    w = weighted_base(matrices, scales, weights)
+    for _ in range(steps):
+        for j, m in enumerate(matrices[1:], 1):
+            part = w[:, : m.shape[1]]
+            t = _row_fit(m.t(), (part * scales[j][0]).t()).t()
+            s = _row_fit(m, part * t)
+            scales[j] = (s, t)
+        w = weighted_base(matrices, scales, weights)
+    return w, scales
+
+
+def _row_fit(target: Tensor, source: Tensor) -> Tensor:
+    """The s of shape (rows, 1) that minimises `||target - s * source||` row by row."""
+    over = torch.linalg.vecdot(source, target, dim=1)
+    under = torch.linalg.vecdot(source, source, dim=1)
+    # A dead unit (a row of zeros) says nothing about its scale.
+    scale = torch.where(under > 0, over / under.clamp(min=1e-30), torch.ones_like(over))
+    return scale.unsqueeze(1)
+
+
+def weighted_base(
+    matrices: Sequence[Tensor],
+    scales: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[float],
+) -> Tensor:
+    """The W that minimises `sum_j weight_j ||M_j - s_j W t_j||^2`, entry by entry."""
+    rows, columns = matrices[0].shape[0], max(m.shape[1] for m in matrices)
+    over, under = matrices[0].new_zeros(rows, columns), matrices[0].new_zeros(rows, columns)
+    for m, (s, t), weight in zip(matrices, scales, weights, strict=True):
+        over[:, : m.shape[1]] += (m * (s * weight)) * t
+        under[:, : m.shape[1]] += (s.square() * weight) * t.square()
+    return over / under.clamp(min=1e-30)
+
+
+def procrustes(cross: Tensor) -> Tensor:
+    """The orthogonal G that maximises `trace(G cross)`; batches along the first dimension."""
+    u, _, vh = torch.linalg.svd(cross.double())
+    return (u @ vh).mT
+
+
+def match(similarity: Tensor) -> Tensor:
+    """The assignment of columns to rows with the largest total similarity.
+
+    Returns:
+        `order` such that column `order[i]` goes with row i (int64).
+    """
+    _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
+    return torch.from_numpy(order)

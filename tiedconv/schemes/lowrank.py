@@ -1,0 +1,70 @@
+"""Baseline: each matrix alone as a product of two thin ones, by its truncated SVD.
+
+    W = B A,  B (out, rank),  A (rank, in)          (Eckart and Young, 1936)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tiedconv.expr import Shape
+from tiedconv.gauge import Workbench
+from tiedconv.linalg import truncate
+from tiedconv.plan import Block
+from tiedconv.schemes._align import fold_norms
+from tiedconv.schemes._base import Draft, Layout, Scheme, resolve_ranks, stacks, with_residual
+
+
+@dataclass(frozen=True)
+class LowRank(Scheme):
+    """Truncated SVD of each matrix.
+
+    Args:
+        rank: a number, a share of a matrix's parameters (below 1), or one for each matrix.
+        k: multipliers of `rank` (one, as a group is one matrix).
+        fused: take a fused qkv as one matrix.
+    """
+
+    name: ClassVar[str] = "lowrank"
+    looks_for: ClassVar[str] = "linear layers and convolutions in known blocks or numbered stacks"
+    further: ClassVar = ({"rank": 1},)
+
+    rank: int | float | tuple[int, ...] = 0.5
+    k: tuple[int, ...] = ()
+    fused: bool = True
+
+    def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
+        for name, members in stacks(blocks, "each", fused=self.fused):
+            yield Draft(name, self, members)
+
+    def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
+        factors: dict[str, Shape] = {}
+        rank = self._rank(shapes[0])
+        return Layout(factors, (with_residual(factors, None, 0, rank, shapes[0]),))
+
+    def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+        b, a = truncate(matrices[0], self._rank((matrices[0].shape[0], matrices[0].shape[1])))
+        return {"B0": b, "A0": a}
+
+    def residuals(self, matrices: Sequence[Tensor]) -> list[Tensor | None]:
+        return list(matrices)
+
+    def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
+        fold_norms(blocks, bench)
+
+    def rank_slots(self, count: int) -> list[bool]:
+        return [True] * count
+
+    @property
+    def least_rank(self) -> int:
+        return 1
+
+    def _rank(self, shape: tuple[int, int]) -> int:
+        return max(1, resolve_ranks(self.rank, self.k, [shape], [True])[0])
+
+
+SCHEME = LowRank

@@ -1,0 +1,52 @@
+"""Baseline: layers of a stack share one matrix, as ALBERT does. LORS with no residual."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tiedconv.expr import Ref
+from tiedconv.gauge import Workbench
+from tiedconv.plan import Block
+from tiedconv.schemes._align import fold_norms, match_layers
+from tiedconv.schemes._base import Draft, Layout, Scheme, stacks
+
+
+@dataclass(frozen=True)
+class Shared(Scheme):
+    """One matrix for each group of a stack: the mean of its layers, after aligning them.
+
+    Args:
+        groups: which layers share: `all`, `adjacent:N` or `cycle:N`.
+        match: align layers before taking the mean.
+    """
+
+    name: ClassVar[str] = "shared"
+    looks_for: ClassVar[str] = "stacks of at least two layers of one shape"
+    further: ClassVar = ({"groups": "adjacent:3"}, {"groups": "all"})
+
+    groups: str = "adjacent:2"
+    match: bool = True
+
+    def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
+        for name, members in stacks(blocks, self.groups, fused=True):
+            if len(members) > 1:
+                yield Draft(name, self, members)
+
+    def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
+        return Layout({"base": shapes[0]}, (Ref("base", shapes[0]),) * len(shapes))
+
+    def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {"base": torch.stack(list(matrices)).mean(0)}
+
+    def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
+        fold_norms(blocks, bench)
+        if self.match:
+            match_layers(blocks, self.groups, bench)
+
+
+SCHEME = Shared
