@@ -52,6 +52,9 @@ class Expr:
     def _infer_shape(self) -> Shape:
         raise NotImplementedError
 
+    def __deepcopy__(self, memo: object) -> Expr:
+        return self  # immutable
+
     @property
     def children(self) -> tuple[Expr, ...]:
         """The nodes that this one reads."""

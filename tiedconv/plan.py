@@ -247,6 +247,9 @@ class Plan:
     buffers: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # immutable
+
     @property
     def factors(self) -> dict[str, Shape]:
         """Stored tensors that expressions read: name to shape."""

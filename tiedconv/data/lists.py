@@ -94,7 +94,7 @@ def _decode(path: Path) -> Any:
         with Image.open(path) as image:
             if image.mode.startswith("I"):
                 # Pillow would clip 16-bit grey values at 255: nearly all of the image to white.
-                high_bytes = np.asarray(image).astype(np.uint32) >> 8
+                high_bytes = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
                 return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
             if image.mode == "P" and "transparency" in image.info:
                 return image.convert("RGBA").convert("RGB")
@@ -169,7 +169,9 @@ class TensorList(Dataset[Sample]):
         return images, self.labels[where]
 
 
-def _augmented(images: Tensor, augment: str, draws: np.ndarray[Any, np.dtype[np.float64]]) -> Tensor:
+def _augmented(
+    images: Tensor, augment: str, draws: np.ndarray[Any, np.dtype[np.float64]]
+) -> Tensor:
     """Shifts and mirrors a batch (B, C, H, W); `draws` (B, 3) are uniform in [0, 1)."""
     count, _, height, width = images.shape
     rows = torch.arange(height).expand(count, height)

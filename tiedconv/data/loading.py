@@ -100,9 +100,16 @@ class Loader:
         """The batches of one epoch; may be left early."""
         self._sampler.epoch = epoch
         for batch in self._loader:
-            if batch.error is not None:
-                raise batch.error
-            yield batch
+            error = batch.error
+            if error is None:
+                yield batch
+                continue
+            try:
+                raise error
+            finally:
+                # The error holds this frame. If the frame held it too, the workers would be ended
+                # by the cycle collector, in an order that costs five seconds.
+                del batch, error
 
 
 class _EpochBatches(Sampler[list[Ticket]]):
@@ -178,7 +185,8 @@ def default_workers(data: Dataset[Any]) -> int:
     return min(MAX_WORKERS, cores or 1)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
+    # `__getitems__` has made a whole batch already; there is nothing to collate.
     return batch
 
 

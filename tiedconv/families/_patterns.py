@@ -46,6 +46,7 @@ class Attention:
     v: str = ""
     transposed: bool = False
     harmless: tuple[str, ...] = ()
+    norm: str = ""
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
         """Every attention whose four matrices are there."""
@@ -68,6 +69,7 @@ class Attention:
             heads = hints.get(f"{prefix}.num_heads") or hints.get(f"{prefix}.num_attention_heads")
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
             free = "rotary" not in hints and not _strangers(prefix, known, self.harmless, shapes)
+            vectors |= _pre_norm(prefix, self.norm, shapes, hints)
             yield Block(
                 "attention", prefix, stack, index, slots, vectors,
                 heads=int(heads) if isinstance(heads, int | float) else None, free=free,
@@ -88,6 +90,7 @@ class FeedForward:
     act: str = "act"
     transposed: bool = False
     alone: bool = True
+    norm: str = ""
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
         """Every feed-forward whose two matrices have shapes (m, d) and (d, m)."""
@@ -101,6 +104,7 @@ class FeedForward:
                 continue
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
             free = not (self.alone and _strangers(prefix, known, (), shapes))
+            vectors |= _pre_norm(prefix, self.norm, shapes, hints)
             relu = str(hints.get(f"{prefix}.{self.act}", "")).lower() == "relu"
             name = prefix if self.alone else f"{prefix}.ffn"
             stack = stack if self.alone else f"{stack}.ffn"
@@ -184,6 +188,22 @@ def add_whole(
         if (bias := _bias(tensor)) in shapes:
             vectors[f"{role}.bias"] = Span(bias, 0, shapes[bias][0])
     return True
+
+
+# Classes whose layers normalise before they read, and read the norm's output nowhere else. A name
+# alone does not tell: timm's ResPostBlock calls its later norm norm1 too.
+_PRE_NORM = ("EncoderBlock", "Block", "ViTLayer", "DeiTLayer", "SwinTransformerBlock")
+
+
+def _pre_norm(prefix: str, norm: str, shapes: Shapes, hints: Hints) -> dict[str, Span]:
+    """The LayerNorm beside the block, if it is known to feed this block alone."""
+    parent = prefix.rpartition(".")[0]
+    names = {f"norm.{part}": f"{parent}.{norm}.{part}" for part in ("weight", "bias")}
+    if not norm or hints.get(parent) not in _PRE_NORM:
+        return {}
+    if any(name not in shapes for name in names.values()):
+        return {}
+    return {role: Span(name, 0, shapes[name][0]) for role, name in names.items()}
 
 
 def _bias(weight: str) -> str:

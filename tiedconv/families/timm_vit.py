@@ -12,6 +12,7 @@ FAMILY = pattern_family(
         qkv="qkv.weight",
         o="proj.weight",
         harmless=("relative_position",),
+        norm="norm1",
     ),
-    FeedForward(_BLOCK + r"\.mlp", up="fc1.weight", down="fc2.weight"),
+    FeedForward(_BLOCK + r"\.mlp", up="fc1.weight", down="fc2.weight", norm="norm2"),
 )

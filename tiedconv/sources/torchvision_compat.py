@@ -60,6 +60,6 @@ def _forget_half_imported() -> None:
 def _declare_operators() -> None:
     global _declared
     if _declared is None:
-        _declared = torch.library.Library("torchvision", "DEF")
+        _declared = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):
-            _declared.define(name + _SCHEMA)
+            _declared.define(name + _SCHEMA)  # type: ignore[no-untyped-call]

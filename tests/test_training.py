@@ -1,0 +1,527 @@
+"""The training loop and its parts, on problems that a few seconds can learn."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiedconv.data import Broken, Loader, TensorList
+from tiedconv.errors import CheckpointError, DataError, OutputError, TrainingError, UserError
+from tiedconv.training import (
+    Baseline,
+    Checkpointed,
+    EpochEnd,
+    Event,
+    Resumed,
+    Skipped,
+    Start,
+    Step,
+    TrainConfig,
+    TrainResult,
+    distillation_loss,
+    evaluate_model,
+    has_batchnorm,
+    learning_rate,
+    logits_of,
+    parameter_groups,
+    pick_device,
+    recalibrate_batchnorm,
+    train,
+)
+from tiedconv.training.device import Placement, is_convolutional
+
+CPU = torch.device("cpu")
+QUICK = TrainConfig(epochs=3, batch_size=16, lr=1e-2, weight_decay=0.0, seed=5)
+
+
+class TiedNet(nn.Module):
+    """A small CNN with batch norm and dropout, whose last weight is computed.
+
+    As in our tied models, a stored tensor lives on the root under a path-like name.
+    """
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.1)
+        self.register_parameter("tied/head/base", nn.Parameter(torch.randn(8, classes) * 0.3))
+
+    @property
+    def weight(self) -> Tensor:
+        return self._parameters["tied/head/base"].T  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu().amax(dim=(2, 3))
+        return F.linear(self.drop(x), self.weight)
+
+
+def make_net(seed: int = 0, classes: int = 3) -> TiedNet:
+    torch.manual_seed(seed)
+    return TiedNet(classes)
+
+
+def make_data(count: int = 96, seed: int = 0, augment: str = "none") -> TensorList:
+    """Bars that lie, stand or run aslant, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.rand(count, 1, 8, 8, generator=generator) * 0.4
+    for at, label in enumerate(labels.tolist()):
+        where = int(torch.randint(1, 7, (), generator=generator))
+        if label == 0:
+            images[at, 0, where] += 1
+        elif label == 1:
+            images[at, 0, :, where] += 1
+        else:
+            images[at, 0] += torch.eye(8)
+    return TensorList(images, labels, augment=augment)
+
+
+class Flawed(torch.utils.data.Dataset[Any]):
+    """Data of which some images can't be read."""
+
+    def __init__(self, data: TensorList, broken: set[int]) -> None:
+        self.data, self.broken = data, broken
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return Broken(f"{index}.png", "cut off") if index in self.broken else self.data[index]
+
+
+def run(model: nn.Module, config: TrainConfig = QUICK, **options: Any) -> TrainResult:
+    options = {"train_data": make_data(), "val_data": make_data(48, 1), "device": "cpu"} | options
+    return train(model, config=config, **options)
+
+
+# --- the whole loop ----------------------------------------------------------------------------
+
+
+def test_training_learns_and_tells() -> None:
+    events: list[Event] = []
+    model = make_net().eval()
+    result = run(model, replace(QUICK, epochs=8), on_event=events.append)
+    assert result.top1 > 0.9 > result.top1_before
+    assert result.top5 == 1
+    assert (result.epochs, result.steps, result.images, result.skipped) == (8, 48, 768, 0)
+    assert events[0] == Start(48, 8, 96)
+    assert isinstance(events[1], Baseline)
+    ends = [event for event in events if isinstance(event, EpochEnd)]
+    assert [end.epoch for end in ends] == list(range(1, 9))
+    assert ends[-1].top1 == result.top1 == result.history[-1]["top1"]
+    assert ends[-1].loss == result.loss < ends[0].loss
+    last = [event for event in events if isinstance(event, Step)][-1]
+    assert (last.step, last.eta_seconds) == (48, 0)
+    assert math.isclose(last.lr, QUICK.lr * QUICK.min_lr)
+    assert not model.training  # as it came
+    again = evaluate_model(model, make_data(48, 1), device="cpu")
+    assert (again.top1, again.images, again.outputs) == (result.top1, 48, 3)
+
+
+def test_the_same_seed_gives_the_same_bits_and_other_generators_are_left_alone() -> None:
+    first, second, other = make_net(), make_net(), make_net()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    run(first, train_data=make_data(augment="crop"))
+    assert torch.equal(torch.rand(2), expected)
+    run(second, train_data=make_data(augment="crop"))
+    run(other, replace(QUICK, seed=6), train_data=make_data(augment="crop"))
+    assert_same(first, second)
+    assert not torch.equal(first.conv.weight, other.conv.weight)
+
+
+@pytest.mark.parametrize("steps", [1, 6, 8])
+def test_exactly_so_many_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def counted(self: torch.optim.AdamW, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    config = replace(QUICK, epochs=None, steps=steps, warmup=0.3)
+    result = run(make_net(), config)
+    assert len(rates) == result.steps == steps
+    assert rates == [learning_rate(step, steps, config) for step in range(steps)]
+    assert result.epochs == len(result.history) == -(-steps // 6)
+
+
+def test_part_of_an_epoch_and_evaluation_at_the_end_only() -> None:
+    result = run(make_net(), replace(QUICK, epochs=1.5, eval_every_epoch=False))
+    assert result.steps == 9
+    assert [entry["top1"] is None for entry in result.history] == [True, False]
+
+
+def test_sgd_trains_too() -> None:
+    assert run(make_net(), replace(QUICK, optimizer="sgd", lr=0.1)).loss < 1.0
+
+
+def test_broken_images_are_left_out_and_counted_once() -> None:
+    events: list[Event] = []
+    data = Flawed(make_data(40), {3, 4, 17})
+    val = Flawed(make_data(20, 1), {2})
+    result = run(
+        make_net(),
+        replace(QUICK, workers=0),
+        train_data=data,
+        val_data=val,
+        on_event=events.append,
+    )
+    assert result.skipped == 4
+    assert result.images == 3 * 37
+    skipped = [event for event in events if isinstance(event, Skipped)]
+    assert [event.count for event in skipped] == [1, 3]
+    assert skipped[0].example == "2.png"
+    with pytest.raises(DataError, match=r"None of the images could be read, the first is \d+.png"):
+        run(
+            make_net(),
+            replace(QUICK, workers=0),
+            train_data=Flawed(make_data(6), set(range(6))),
+        )
+
+
+def test_more_classes_than_outputs_is_an_error() -> None:
+    with pytest.raises(DataError, match="data have 3 classes but the model has 2 outputs"):
+        run(make_net(classes=2))
+    data = make_data(6)
+    data.classes = ("a", "b", "c", "d")  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="data have 4 classes but the model has 3 outputs"):
+        evaluate_model(make_net(), data, device="cpu")
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, clip: float) -> None:
+    class Fragile(TiedNet):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            # After 8 of the steps: the second step of the second epoch.
+            return super().forward(x) * (math.inf if self.calls == 8 and self.training else 1)
+
+    torch.manual_seed(0)
+    with pytest.raises(TrainingError, match=r"step 8 of 18.*last\.pt \(epoch 1\).*--lr, now 0.01"):
+        run(Fragile(), replace(QUICK, clip=clip), checkpoint_dir=tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["progress"]["step"] == 6
+    assert all(bool(value.isfinite().all()) for value in state["model"].values())
+
+
+def test_bad_gradients_are_seen_in_their_own_step() -> None:
+    class BadGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return grad * math.nan
+
+    class Bad(TiedNet):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = BadGradient.apply(super().forward(x))
+            return out
+
+    with pytest.raises(TrainingError, match=r"in step 1 of 18\. There is no checkpoint"):
+        run(Bad())
+
+
+# --- distillation ------------------------------------------------------------------------------
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher() -> None:
+    teacher = make_net(1)
+    run(teacher, replace(QUICK, epochs=4))
+    before = copy.deepcopy(teacher.state_dict())
+    student = make_net(2)
+    data = make_data()
+    images = data.images
+
+    def distance() -> float:
+        student.eval()
+        with torch.no_grad():
+            return distillation_loss(student(images), teacher(images), 2.0).item()
+
+    start = distance()
+    config = replace(QUICK, epochs=12, distill_weight=1.0)
+    run(student, config, train_data=data, teacher=teacher)
+    assert distance() < 0.3 * start
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_the_distillation_loss_is_the_textbooks() -> None:
+    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+    p, q = (teacher / 3).softmax(-1), (student / 3).softmax(-1)
+    expected = 9 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(distillation_loss(student, teacher, 3.0), expected)
+    with pytest.raises(UserError, match="teacher has 4 outputs and the model 5"):
+        distillation_loss(student, teacher[:, :4], 1.0)
+
+
+def test_logits_are_found_in_what_models_return() -> None:
+    logits = torch.randn(2, 3)
+    for output in (logits, (logits, None), {"logits": logits}, SimpleNamespace(logits=logits)):
+        assert torch.equal(logits_of(output), logits)
+    assert logits_of(logits.bfloat16()).dtype == torch.float32
+    with pytest.raises(UserError, match="returns str"):
+        logits_of("cat")
+
+
+# --- resume ------------------------------------------------------------------------------------
+
+
+class Interruption(KeyboardInterrupt):
+    pass
+
+
+def interrupt_after_epoch(model: nn.Module) -> Any:
+    def listen(event: Event) -> None:
+        if isinstance(event, Checkpointed):
+            raise Interruption
+
+    return listen
+
+
+def interrupt_in_second_epoch(model: nn.Module) -> Any:
+    steps = 0
+
+    def before_forward(module: nn.Module, args: Any) -> None:
+        nonlocal steps
+        steps += torch.is_grad_enabled()
+        if steps == 9:
+            raise Interruption
+
+    model.register_forward_pre_hook(before_forward)
+    return None
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def without_times(result: TrainResult) -> dict[str, Any]:
+    figures = asdict(result)
+    for entry in (figures, *figures["history"]):
+        del entry["seconds"]
+    return figures
+
+
+# In the second case the interrupted epoch is begun again.
+@pytest.mark.parametrize("interrupt", [interrupt_after_epoch, interrupt_in_second_epoch])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, interrupt: Any) -> None:
+    data = make_data(augment="crop")
+    teacher = make_net(9)
+    options: dict[str, Any] = {"train_data": data, "teacher": teacher}
+    whole, parted, fresh = make_net(), make_net(), make_net(4)
+    expected = run(whole, **options)
+    listener = interrupt(parted)
+    with pytest.raises(Interruption):
+        run(parted, checkpoint_dir=tmp_path, on_event=listener, **options)
+    events: list[Event] = []
+    options |= {"checkpoint_dir": tmp_path, "resume": True, "on_event": events.append}
+    result = run(fresh, **options)
+    assert Resumed(1, 6) in events
+    assert_same(whole, fresh)
+    assert without_times(result) == without_times(expected)
+    # Once finished, there is nothing left to do.
+    third = make_net(5)
+    assert run(third, **options) == result
+    assert_same(whole, third)
+
+
+def test_the_checkpoint_is_plain_data_and_nothing_else_is_left(tmp_path: Path) -> None:
+    run(make_net(), checkpoint_dir=tmp_path / "new" / "folder")
+    (path,) = (tmp_path / "new" / "folder").iterdir()
+    state = torch.load(path, weights_only=True)
+    assert {"model", "optimizer", "progress", "history", "identity"} <= set(state)
+    assert "tied/head/base" in state["model"]
+
+
+def test_a_resume_must_be_of_the_same_run(tmp_path: Path) -> None:
+    run(make_net(), replace(QUICK, epochs=1), checkpoint_dir=tmp_path)
+    options: dict[str, Any] = {"checkpoint_dir": tmp_path, "resume": True}
+    with pytest.raises(UserError, match=r"different run: epochs 1 -> 3, lr 0.01 -> 0.02"):
+        run(make_net(), replace(QUICK, lr=0.02), **options)
+    with pytest.raises(UserError, match="training images 96 -> 60"):
+        run(make_net(), replace(QUICK, epochs=1), train_data=make_data(60), **options)
+    with pytest.raises(UserError, match="different model"):
+        run(make_net(classes=4), replace(QUICK, epochs=1), **options)
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(make_net(), **options)
+
+
+def test_resuming_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Nothing to resume from"):
+        run(make_net(), resume=True)
+    result = run(make_net(), replace(QUICK, epochs=1), checkpoint_dir=tmp_path, resume=True)
+    assert result.steps == 6
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="can't be written"):
+        run(make_net(), checkpoint_dir=tmp_path / "file")
+
+
+# --- batch norm --------------------------------------------------------------------------------
+
+
+def test_recalibration_averages_over_batches() -> None:
+    norm = nn.BatchNorm2d(1)
+    model = nn.Sequential(norm, nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 3))
+    norm.running_mean.fill_(7)
+    weight = copy.deepcopy(model[3].weight)
+    model.eval()
+    images = make_data(40).images
+    batches = list(Loader(TensorList(images, [0] * 40), 20).epoch())
+    assert recalibrate_batchnorm(model, batches, Placement(CPU)) == 2
+    halves = images.view(2, -1)
+    torch.testing.assert_close(norm.running_mean, halves.mean(1).mean().view(1))
+    torch.testing.assert_close(norm.running_var, halves.var(1).mean().view(1))
+    assert torch.equal(model[3].weight, weight)
+    assert norm.momentum == 0.1
+    assert not any(module.training for module in model.modules())
+    assert recalibrate_batchnorm(model, [], Placement(CPU)) == 0
+    torch.testing.assert_close(norm.running_mean, halves.mean(1).mean().view(1))
+    assert has_batchnorm(model)
+    assert not has_batchnorm(nn.Sequential(nn.LayerNorm(3)))
+
+
+def test_recalibration_can_be_left_out() -> None:
+    fresh, averaged = make_net(), make_net()
+    run(fresh)
+    run(averaged, replace(QUICK, bn_recalibrate=0))
+    assert torch.equal(fresh.conv.weight, averaged.conv.weight)
+    assert not torch.equal(fresh.norm.running_mean, averaged.norm.running_mean)
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+class Lookup(nn.Module):
+    """Gives the logits that the image itself holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+def test_top1_top5_and_loss(classes: int) -> None:
+    logits = torch.randn(30, classes)
+    labels = torch.arange(30) % classes
+    data = TensorList(logits.view(30, 1, 1, classes), labels)
+    result = evaluate_model(Lookup(), data, batch_size=7, device="cpu")
+    order = logits.argsort(dim=1, descending=True)
+    assert result.top1 == pytest.approx((order[:, 0] == labels).double().mean().item())
+    hits = (order[:, :5] == labels[:, None]).any(1).double().mean().item()
+    assert result.top5 == pytest.approx(hits)
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert (result.images, result.outputs, result.example_of_skipped) == (30, classes, None)
+
+
+def test_evaluation_tells_of_broken_images_and_keeps_modes() -> None:
+    model = make_net().train()
+    model.norm.eval()
+    events: list[Event] = []
+    data = Flawed(make_data(10), {0, 4})
+    result = evaluate_model(model, data, device="cpu", workers=0, on_event=events.append)
+    assert (result.images, result.skipped, result.example_of_skipped) == (8, 2, "0.png")
+    assert events == [Skipped(2, "0.png")]
+    assert model.training
+    assert not model.norm.training
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def test_no_weight_decay_on_what_is_not_a_weight() -> None:
+    model = make_net()
+    model.pos_embed = nn.Parameter(torch.zeros(1, 4, 8))
+    model.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+    model.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+    model.same = model.conv  # used twice, trained once
+    decayed, others = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert {names[id(p)] for p in decayed["params"]} == {"tied/head/base", "conv.weight"}
+    assert {names[id(p)] for p in others["params"]} == {
+        "conv.bias",
+        "norm.weight",
+        "norm.bias",
+        "pos_embed",
+        "cls_token",
+    }
+    with pytest.raises(UserError, match="no trainable parameter"):
+        parameter_groups(nn.Identity(), 0.1)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    config = TrainConfig(lr=1.0, warmup=0.2, min_lr=0.1)
+    rates = [learning_rate(step, 21, config) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[12] == pytest.approx(0.55)  # half way down
+    assert rates[20] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert learning_rate(0, 1, config) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": None}, "Neither epochs nor steps"),
+        ({"epochs": 0}, "epochs is 0. Choose more than 0"),
+        ({"steps": 0}, "steps is 0. Choose 1 or more"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"distill_weight": 1.5}, "distill_weight is 1.5. Choose 0 or more and at most 1"),
+        ({"workers": -1}, "workers is -1"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'. Choose one of adamw, sgd"),
+        ({"augment": "mixup"}, "augment is 'mixup'"),
+        ({"amp": "fp16"}, "amp is 'fp16'"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**options)
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UserError, match="Unknown device warp"):
+        pick_device("warp")
+    with pytest.raises(UserError, match="Unknown device meta"):
+        pick_device("meta")
+    missing = f"cuda:{torch.cuda.device_count() if torch.cuda.is_available() else 0}"
+    with pytest.raises(UserError, match=f"{missing} was asked for.*--device cpu"):
+        pick_device(missing)
+
+
+def test_convolutional_networks_get_channels_last_while_they_train() -> None:
+    assert is_convolutional(make_net())
+    assert is_convolutional(nn.Sequential(nn.Conv2d(4, 4, 1)))
+    assert not is_convolutional(nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 8)))
+    seen: list[bool] = []
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 3, 3), nn.AvgPool2d(4), nn.Flatten())
+    parameter = model[1].weight
+    model[1].register_forward_pre_hook(
+        lambda module, args: seen.append(
+            all(x.is_contiguous(memory_format=torch.channels_last) for x in (*args, module.weight))
+        )
+    )
+    run(model, replace(QUICK, epochs=1))
+    assert seen
+    assert all(seen)
+    assert model[1].weight is parameter
+    assert parameter.is_contiguous()

@@ -1,0 +1,282 @@
+"""Ties at run time: stored tensors on the root, weights as properties that evaluate.
+
+The stored tensors are parameters of the root module. Every module with a converted weight gets a
+subclass of its own class (made once for each class and set of attributes) in which the weight is
+a property that evaluates its expression. So the model keeps its class and its methods, its
+`state_dict` holds each number once, and copies, pickles, `.to`, compilers and optimisers see
+ordinary parameters. `untie` gives the plain class back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedconv.errors import PlanError, UserError
+from tiedconv.expr import Expr
+from tiedconv.plan import Plan
+
+_ROOT = "_tiedconv_root"
+_EXPRS = "_tiedconv_exprs"
+_STATE = "_tiedconv_state"
+_FROZEN = "_tiedconv_frozen_"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a tied model knows of itself: its plan, where it came from, what was done with it."""
+
+    plan: Plan
+    source: Mapping[str, Any] | None = None
+    history: tuple[Mapping[str, Any], ...] = field(default=())
+
+    def __deepcopy__(self, memo: object) -> State:
+        return self  # immutable
+
+
+def tie(
+    model: nn.Module,
+    plan: Plan,
+    factors: Mapping[str, Tensor],
+    *,
+    source: Mapping[str, Any] | None = None,
+    history: tuple[Mapping[str, Any], ...] = (),
+) -> None:
+    """Replace the converted weights of a model by expressions over `factors`, in place.
+
+    Args:
+        model: with every weight that the plan converts, of the original shape.
+        plan: what replaces them.
+        factors: stored name to tensor, of the shapes that the plan says.
+
+    Raises:
+        PlanError: the plan is not for this model, or a factor is missing or of another shape.
+    """
+    if is_tied(model):
+        raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
+    places = dict(_places(model, plan))
+    for name, shape in plan.factors.items():
+        if name not in factors or tuple(factors[name].shape) != shape:
+            got = tuple(factors[name].shape) if name in factors else "missing"
+            raise PlanError(f"The factor {name} should be {shape} and is {got}")
+    # A factor trains if any weight that reads it did.
+    trained: set[str] = set()
+    for name, (module, attribute) in places.items():
+        parameter = module._parameters[attribute]
+        assert parameter is not None
+        if tuple(parameter.shape) != plan.weights[_first(plan, name)].shape:
+            raise PlanError(
+                f"The model's {name} is {tuple(parameter.shape)}, the plan's "
+                f"{plan.weights[_first(plan, name)].shape}",
+                "The plan is for another model",
+            )
+        if parameter.requires_grad:
+            trained |= plan.weights[_first(plan, name)].refs.keys()
+    for name in plan.factors:
+        model.register_parameter(name, nn.Parameter(factors[name], requires_grad=name in trained))
+    for name, (module, attribute) in places.items():
+        _bind(module, attribute, plan.weights[_first(plan, name)], model)
+    model.__dict__[_STATE] = State(plan, source, history)
+
+
+def untie(model: nn.Module) -> nn.Module:
+    """Give a tied model its plain weights and classes back, in place; returns it.
+
+    Weights that the original model shared are shared again; ties of the plan are not.
+    """
+    plan = state_of(model).plan
+    made: dict[str, nn.Parameter] = {}
+    unfreeze(model)
+    with torch.no_grad():
+        for name, expr in plan.weights.items():
+            value = expr.evaluate(model._parameters.__getitem__)  # type: ignore[arg-type]
+            trained = any(_parameter(model, ref).requires_grad for ref in expr.refs)
+            made[name] = nn.Parameter(
+                value.detach().clone(memory_format=torch.contiguous_format), trained
+            )
+    for name, module, attribute in list(_tied_places(model, plan)):
+        exprs = module.__dict__[_EXPRS]
+        exprs.pop(attribute)
+        if not exprs:
+            module.__class__ = type(module).__mro__[1]
+            del module.__dict__[_EXPRS]
+            module.__dict__.pop(_ROOT, None)
+        else:
+            module.__class__ = _tied_class(_plain_class(module), frozenset(exprs))
+        module._parameters[attribute] = made[_first(plan, name)]
+    for name in plan.factors:
+        del model._parameters[name]
+    del model.__dict__[_STATE]
+    return model
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether this is the root of a tied model."""
+    return _STATE in model.__dict__
+
+
+def state_of(model: nn.Module) -> State:
+    """The state of a tied model.
+
+    Raises:
+        UserError: it isn't tied.
+    """
+    state = model.__dict__.get(_STATE)
+    if not isinstance(state, State):
+        raise UserError(
+            "This model is not tied", remedy="Convert it first, with tiedconv.convert(model)"
+        )
+    return state
+
+
+def set_state(model: nn.Module, **changes: Any) -> None:
+    """Replace parts of a tied model's state."""
+    model.__dict__[_STATE] = replace(state_of(model), **changes)
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the original class: every weight under its own name, evaluated."""
+    plan = state_of(model).plan
+    own = model.state_dict()
+    dense = {n: t for n, t in own.items() if n not in plan.factors}
+    with torch.no_grad():
+        for name, expr in plan.weights.items():
+            dense[name] = expr.evaluate(own.__getitem__).detach().contiguous()
+    for alias, name in plan.aliases.items():
+        dense[alias] = dense[name]
+    return dense
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Cache every weight that takes arithmetic, for inference; returns the model in eval mode.
+
+    Views cost nothing and are not cached. Training mode and loading a state dict drop the cache;
+    if you change a stored tensor by hand, call `unfreeze` first.
+    """
+    model.eval()
+    for name, module, attribute in list(_tied_places(model, state_of(model).plan)):
+        if not module.__dict__[_EXPRS][attribute].is_view:
+            with torch.no_grad():
+                module.register_buffer(
+                    _FROZEN + attribute, getattr(module, attribute).detach(), persistent=False
+                )
+        del name
+    return model
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Drop what `freeze` cached."""
+    for module in model.modules():
+        _drop_frozen(module)
+
+
+def _drop_frozen(module: nn.Module) -> None:
+    for name in [n for n in module._buffers if n.startswith(_FROZEN)]:
+        delattr(module, name)
+
+
+def _bind(module: nn.Module, attribute: str, expr: Expr, root: nn.Module) -> None:
+    exprs = {**module.__dict__.get(_EXPRS, {}), attribute: expr}
+    del module._parameters[attribute]
+    module.__class__ = _tied_class(_plain_class(module), frozenset(exprs))
+    # Past nn.Module's __setattr__: the root must not become a child of its own child.
+    module.__dict__[_EXPRS] = exprs
+    module.__dict__[_ROOT] = root
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    cls = type(module)
+    return cls.__mro__[1] if _EXPRS in module.__dict__ else cls
+
+
+@functools.cache
+def _tied_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
+    """The subclass of `base` in which `attributes` are evaluated."""
+
+    def reduce_ex(self: nn.Module, protocol: object) -> tuple[Any, ...]:
+        # A class made at run time can't be pickled by name: pickle how to make it again.
+        return _empty, (base, attributes), self.__getstate__()  # type: ignore[attr-defined]
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        if mode:
+            _drop_frozen(self)
+        return base.train(self, mode)
+
+    def load(self: nn.Module, *args: Any) -> None:
+        _drop_frozen(self)
+        base._load_from_state_dict(self, *args)
+
+    namespace: dict[str, Any] = {
+        "__reduce_ex__": reduce_ex,
+        "train": train,
+        "_load_from_state_dict": load,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    namespace |= {attribute: property(_getter(attribute)) for attribute in attributes}
+    return type(base)(base.__name__, (base,), namespace)
+
+
+def _getter(attribute: str) -> Any:
+    frozen_name = _FROZEN + attribute
+
+    def get(self: nn.Module) -> Tensor:
+        frozen = self._buffers.get(frozen_name)
+        if frozen is not None:
+            return frozen
+        root: nn.Module = self.__dict__[_ROOT]
+        expr: Expr = self.__dict__[_EXPRS][attribute]
+        return expr.evaluate(root._parameters.__getitem__)  # type: ignore[arg-type]
+
+    return get
+
+
+def _empty(base: type[nn.Module], attributes: frozenset[str]) -> nn.Module:
+    cls = _tied_class(base, attributes)
+    return cls.__new__(cls)
+
+
+def _places(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Every converted weight, aliases too, with the module and attribute that hold it."""
+    seen: set[tuple[int, str]] = set()
+    for name in [*plan.weights, *(a for a, n in plan.aliases.items() if n in plan.weights)]:
+        path, _, attribute = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            module = None
+        if module is None or module._parameters.get(attribute) is None:
+            raise PlanError(
+                f"The model has no parameter {name}",
+                "The plan is for another model",
+                "Use the file with the model it was made from",
+            )
+        if (id(module), attribute) not in seen:
+            seen.add((id(module), attribute))
+            yield name, (module, attribute)
+
+
+def _tied_places(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:
+    seen: set[tuple[int, str]] = set()
+    for name in [*plan.weights, *(a for a, n in plan.aliases.items() if n in plan.weights)]:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if (id(module), attribute) not in seen:
+            seen.add((id(module), attribute))
+            yield name, module, attribute
+
+
+def _first(plan: Plan, name: str) -> str:
+    return plan.aliases.get(name, name)
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    parameter = model._parameters[name]
+    assert parameter is not None
+    return parameter

@@ -1,0 +1,241 @@
+"""From a recipe and a model's anatomy to a plan, and from weights to a plan's factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiedconv.anatomy import Anatomy
+from tiedconv.budget import allocate, allocate_evenly
+from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
+from tiedconv.expr import Expr
+from tiedconv.families import all_families, find_blocks
+from tiedconv.gauge import Workbench
+from tiedconv.plan import Block, Group, Member, Plan, Slot, assemble, member_expr, stored_name
+from tiedconv.recipe import Recipe, Rule
+from tiedconv.schemes import Draft, Scheme, all_schemes, make_scheme
+
+KEPT = "kept"  # the scheme's name of rows that share a tensor with converted ones
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one rule makes of a model: its scheme, the blocks it governs, the groups drafted."""
+
+    scheme: Scheme
+    blocks: tuple[Block, ...]
+    drafts: tuple[Draft, ...]
+
+
+def make_plan(
+    anatomy: Anatomy, recipe: Recipe, tensors: Mapping[str, Tensor] | None = None
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan for a model, and its weights moved to where the schemes fit best.
+
+    Args:
+        anatomy: of the model.
+        recipe: what is wanted.
+        tensors: the weights; without them nothing is moved and a budget is spread evenly.
+
+    Raises:
+        NothingToConvert: no tensor matches; the message lists what was looked for.
+        BudgetError: the budget can't be met; the message names the smallest size that can.
+    """
+    tasks = draft(anatomy, recipe)
+    bench = Workbench(tensors) if tensors is not None else None
+    if bench is not None:
+        for task in tasks:
+            task.scheme.align(task.blocks, bench)
+    drafts = [d for task in tasks for d in task.drafts]
+    if recipe.budget is not None:
+        drafts = _within(recipe, anatomy, drafts, bench)
+    return compile_plan(anatomy, drafts), bench.tensors if bench is not None else {}
+
+
+def draft(anatomy: Anatomy, recipe: Recipe) -> list[Task]:
+    """Which groups each rule of the recipe makes; the first rule that takes a tensor has it."""
+    found = find_blocks(anatomy.shapes, anatomy.hints)
+    blocks = [block for _, block in found]
+    taken: set[str] = set()
+    tasks: list[Task] = []
+    for rule in recipe.rules:
+        scheme = make_scheme(rule.scheme, rule.options)
+        mine = _governed(rule, blocks, taken)
+        drafts = tuple(scheme.drafts(mine))
+        taken |= {m.slot.tensor for d in drafts for m in d.members}
+        tasks.append(Task(scheme, tuple(mine), drafts))
+    if not any(task.drafts for task in tasks):
+        raise _nothing(recipe, found)
+    return tasks
+
+
+def compile_plan(anatomy: Anatomy, drafts: Sequence[Draft]) -> Plan:
+    """The plan of settled groups."""
+    pieces: dict[str, list[tuple[Slot, Expr]]] = defaultdict(list)
+    groups: list[Group] = []
+    for d in drafts:
+        layout = d.scheme.layout(d.shapes)
+        groups.append(
+            Group(d.name, d.scheme.name, d.scheme.to_json(), d.members, dict(layout.factors))
+        )
+
+        def rename(factor: str, name: str = d.name) -> str:
+            return stored_name(name, factor)
+
+        for member, expr in zip(d.members, layout.weights, strict=True):
+            pieces[member.slot.tensor].append((member.slot, member_expr(member, expr.rename(rename))))
+    if len({g.name for g in groups}) < len(groups):
+        raise RecipeError("Two groups of the plan have one name", remedy="Report this as a bug")
+    weights: dict[str, Expr] = {}
+    for tensor, parts in pieces.items():
+        weights[tensor], rest = assemble(parts)
+        for slot in rest.values():
+            factors = {f"rows{slot.start}-{slot.stop}": slot.matrix_shape}
+            groups.append(Group(tensor, KEPT, {}, (Member(slot),), factors))
+    kept = {n: s for n, s in anatomy.shapes.items() if n not in weights}
+    plan = Plan(weights, tuple(groups), kept, anatomy.buffers, anatomy.aliases)
+    plan.validate()
+    return plan
+
+
+def fit_plan(
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    on_group: Callable[[int, int], None] | None = None,
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The factors of every group, and the plan with the relative error of each fit.
+
+    Args:
+        plan: from `make_plan`.
+        tensors: the weights that `make_plan` returned.
+        on_group: called with (groups done, groups in all).
+
+    Returns:
+        the plan, and stored factor name to tensor, in the dtype of the weights they stand for.
+    """
+    factors: dict[str, Tensor] = {}
+    groups: list[Group] = []
+    for i, group in enumerate(plan.groups):
+        dtype = tensors[group.members[0].slot.tensor].dtype
+        matrices = [_working(m.matrix_of(tensors[m.slot.tensor])) for m in group.members]
+        if group.scheme == KEPT:
+            fitted, error = {next(iter(group.factors)): matrices[0]}, 0.0
+        else:
+            scheme = make_scheme(group.scheme, group.options)
+            fitted = scheme.fit(matrices)
+            error = _error(scheme, matrices, fitted)
+        groups.append(dataclasses.replace(group, error=error))
+        for name, value in fitted.items():
+            factors[group.stored_name(name)] = value.to(dtype).contiguous().clone()
+        if on_group is not None:
+            on_group(i + 1, len(plan.groups))
+    return dataclasses.replace(plan, groups=tuple(groups)), factors
+
+
+def smaller_ways(anatomy: Anatomy, recipe: Recipe) -> list[tuple[str, int]]:
+    """Other options and schemes that store less: how to ask for each, and its parameters."""
+    ways: dict[str, int] = {}
+    current = _size(anatomy, recipe)
+    for scheme, cls in all_schemes().items():
+        for options in cls.further:
+            base = {} if scheme != recipe.rules[0].scheme else dict(recipe.rules[0].options)
+            rule = dataclasses.replace(
+                recipe.rules[0], scheme=scheme, options={**base, **options}
+            )  # fmt: skip
+            flags = " ".join(f"--option {k}={_plain(v)}" for k, v in options.items())
+            size = _size(anatomy, Recipe((rule,)))
+            if size and (not current or size < current):
+                ways[f"--scheme {scheme} {flags}".strip()] = size
+    return sorted(ways.items(), key=lambda way: -way[1])
+
+
+def _size(anatomy: Anatomy, recipe: Recipe) -> int:
+    """Parameters stored, 0 if the recipe converts nothing."""
+    try:
+        return make_plan(anatomy, dataclasses.replace(recipe, budget=None))[0].stored
+    except NothingToConvert:
+        return 0
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _governed(rule: Rule, blocks: Sequence[Block], taken: set[str]) -> list[Block]:
+    mine: list[Block] = []
+    for block in blocks:
+        names = {s.tensor for s in block.slots.values()}
+        part = block.keep({n for n in names if rule.takes(n) and n not in taken})
+        if part.slots:
+            mine.append(part)
+    return mine
+
+
+def _within(
+    recipe: Recipe, anatomy: Anatomy, drafts: list[Draft], bench: Workbench | None
+) -> list[Draft]:
+    """The same groups with ranks that fill the budget and don't exceed it."""
+    assert recipe.budget is not None
+    original = sum(math.prod(s) for s in anatomy.parameters.values())
+    budget = recipe.budget.resolve(original)
+    least = [_with_least(d) for d in drafts]
+    smallest = compile_plan(anatomy, least).stored
+    if smallest > budget:
+        ways = [w for w in smaller_ways(anatomy, Recipe(recipe.rules)) if w[1] <= budget]
+        what = "; ".join(f"{flags} reaches {_share(size, original)}" for flags, size in ways[:4])
+        raise BudgetError(
+            f"{recipe.budget.text} is {budget:,} parameters, and this recipe can't store less than "
+            f"{_share(smallest, original)}",
+            "Nothing was written",
+            f"Ask for that or more{', or choose another way: ' + what if what else ''}",
+        )
+    spare = budget - smallest
+    if bench is None:
+        return allocate_evenly(least, spare)
+    return allocate(least, spare, bench)
+
+
+def _with_least(d: Draft) -> Draft:
+    takes = d.scheme.rank_slots(len(d.members))
+    if not any(takes):
+        return d
+    ranks = [d.scheme.least_rank if t else 0 for t in takes]
+    return dataclasses.replace(d, scheme=d.scheme.with_ranks(ranks))
+
+
+def _share(count: int, original: int) -> str:
+    return f"{count:,} ({100 * count / original:.1f} %)"
+
+
+def _working(matrix: Tensor) -> Tensor:
+    """A matrix in the precision that fits work in: float32, or float64 if it is that."""
+    matrix = matrix.detach()
+    return matrix if matrix.dtype == torch.float64 else matrix.float()
+
+
+def _error(scheme: Scheme, matrices: Sequence[Tensor], factors: Mapping[str, Tensor]) -> float:
+    """Relative Frobenius error over all matrices of a group."""
+    layout = scheme.layout([(m.shape[0], m.shape[1]) for m in matrices])
+    wrong = total = 0.0
+    for matrix, expr in zip(matrices, layout.weights, strict=True):
+        wrong += float((expr.evaluate(factors.__getitem__) - matrix).square().sum())
+        total += float(matrix.square().sum())
+    return math.sqrt(wrong / total) if total else 0.0
+
+
+def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToConvert:
+    families = "; ".join(f"{f.name}: {f.looks_for}" for f in all_families())
+    schemes = all_schemes()
+    wanted = "; ".join(f"{r.scheme}: {schemes[r.scheme].looks_for}" for r in recipe.rules)
+    saw = sorted({f"{family} {block.kind}" for family, block in found})
+    return NothingToConvert(
+        f"Nothing in this model can be converted by this recipe ({wanted})",
+        f"Families looked for ({families}); found: {', '.join(saw) or 'none of them'}",
+        "Try --scheme lowrank, widen --include, or write a family for this model (docs/extending.md)",
+    )

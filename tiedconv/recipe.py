@@ -1,0 +1,154 @@
+"""What the user wants: which scheme for which tensors, and how large the result may be."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from tiedconv.errors import RecipeError
+from tiedconv.schemes import make_scheme
+
+_UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many parameters may be stored: a share of the original, or a number."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        self.resolve(1)
+
+    def resolve(self, original: int) -> int:
+        """The number of parameters.
+
+        Raises:
+            RecipeError: neither a percentage nor a number.
+        """
+        text = self.text.strip().replace("_", "").replace(",", "").lower()
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+            share = float(match[1])
+            if 0 < share <= 100:
+                return int(original * share / 100)
+        elif match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text):
+            count = float(match[1]) * _UNITS[match[2]]
+            if count >= 1:
+                return int(count)
+        raise RecipeError(
+            f"params={self.text!r} is no budget",
+            remedy="Give a percentage of the original such as 50%, or a number such as 12M",
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One scheme for the tensors whose names match.
+
+    Args:
+        scheme: its name.
+        options: the scheme's options.
+        include: glob patterns, one of which a tensor's name must match.
+        exclude: glob patterns, none of which it may match.
+    """
+
+    scheme: str = "tied"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        make_scheme(self.scheme, self.options)
+
+    def takes(self, name: str) -> bool:
+        """Whether a tensor of this name is meant."""
+        return any(fnmatchcase(name, p) for p in self.include) and not any(
+            fnmatchcase(name, p) for p in self.exclude
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules, tried in order for each tensor, and a budget for the whole model.
+
+    The same as a TOML file:
+
+        params = "50%"
+
+        [[rule]]
+        scheme = "lors"
+        include = ["*attn*"]
+        rank = 32
+        k = [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 4, 6]
+    """
+
+    rules: tuple[Rule, ...] = (Rule(),)
+    budget: Budget | None = None
+
+    @classmethod
+    def of(
+        cls,
+        scheme: str = "tied",
+        *,
+        params: str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        **options: Any,
+    ) -> Recipe:
+        """A recipe of one rule."""
+        rule = Rule(scheme, options, tuple(include) or ("*",), tuple(exclude))
+        return cls((rule,), Budget(params) if params else None)
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Recipe:
+        """The recipe of a TOML file.
+
+        Raises:
+            RecipeError: it can't be read, or holds a key that means nothing.
+        """
+        try:
+            data = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(
+                f"The recipe {path} can't be read ({error})",
+                remedy="Give a TOML file as docs/recipes.md shows",
+            ) from None
+        unknown = data.keys() - {"params", "rule"}
+        rules = data.get("rule", [])
+        if unknown or not isinstance(rules, list) or not rules:
+            what = f"has the unknown key {sorted(unknown)[0]!r}" if unknown else "has no [[rule]]"
+            raise RecipeError(
+                f"The recipe {path} {what}",
+                remedy="It takes params and one [[rule]] table or more, as docs/recipes.md shows",
+            )
+        budget = Budget(str(data["params"])) if "params" in data else None
+        return cls(tuple(_rule(rule) for rule in rules), budget)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for a file's history."""
+        rules = [
+            {"scheme": r.scheme, **r.options, "include": list(r.include), "exclude": list(r.exclude)}
+            for r in self.rules
+        ]
+        return {"params": self.budget.text if self.budget else None, "rules": rules}
+
+
+def _rule(data: Mapping[str, Any]) -> Rule:
+    options = dict(data)
+    scheme = options.pop("scheme", "tied")
+    globs: list[tuple[str, ...]] = []
+    for key, default in (("include", ["*"]), ("exclude", [])):
+        value = options.pop(key, default)
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise RecipeError(
+                f"{key}={value!r} in a recipe is no list of patterns",
+                remedy='Write it as ["*attn*", "*mlp*"]',
+            )
+        globs.append(tuple(value))
+    return Rule(str(scheme), options, *globs)

@@ -1,0 +1,176 @@
+"""Tied: the second matrix of a pair is the transpose of the first.
+
+After a nonlinearity, `F(W x)` has left the column space of W, so `W^T` can serve as the second
+map (Koyun and Toreyin, row and column space, arXiv 2401.16438):
+
+    feed-forward   W^T F(W x + b1) + b2
+    attention      kv-qo: W_v = W_k^T and W_o = W_q^T;   vo-qk: W_o = W_v^T and W_k = W_q
+    bottleneck     conv3 = conv1^T, everything between them untouched
+
+Beyond the paper, `M_j = diag(s_j) W diag(t_j) + B_j A_j` for every matrix of a group but the
+first: `scale` stores s and t (a thousandth of the size), `rank` is a dial from pure tying to the
+original. In a bottleneck the BatchNorms hold the scales, so none are stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tiedconv.errors import SchemeError
+from tiedconv.expr import Expr, Mul, Ref, Shape, Slice
+from tiedconv.gauge import Workbench
+from tiedconv.grouping import partition
+from tiedconv.linalg import shared_with_scales, truncate, weighted_base
+from tiedconv.plan import Block, Member
+from tiedconv.schemes import _align
+from tiedconv.schemes._base import Draft, Layout, Scheme, resolve_ranks, with_residual
+from tiedconv.schemes._pairs import PAIRINGS, Stage, bottleneck_groups, fits
+
+
+@dataclass(frozen=True)
+class Tied(Scheme):
+    """One W for a pair (or for the pairs of several blocks), transposed where it must be.
+
+    Args:
+        pairing: of an attention's matrices: `kv-qo` (the paper's) or `vo-qk`.
+        scale: store row and column scales, signs too, for all matrices of a group but the first.
+        rank: of the residual of all matrices but the first: a number, or a share of the matrix.
+        groups: blocks of a stack that share one W: `each` (none), `adjacent:N`, `all`.
+        first: a ResNet stage's first block, whose conv1 reads another width: `keep` it, take
+            conv1 as a `slice` of W, or tie only its conv3 (`expand`).
+        spatial: with `groups`, share the 3x3 convolutions too.
+        k: multipliers of `rank`, one for each matrix that has a residual.
+    """
+
+    name: ClassVar[str] = "tied"
+    looks_for: ClassVar[str] = "pairs (m, d) and (d, m): feed-forward, attention, bottleneck"
+    further: ClassVar = (
+        {"groups": "all"},
+        {"groups": "all", "first": "expand"},
+        {"groups": "all", "first": "expand", "spatial": True},
+    )
+
+    pairing: str = "kv-qo"
+    scale: bool = True
+    rank: int | float | tuple[int, ...] = 0
+    groups: str = "each"
+    first: str = "keep"
+    spatial: bool = False
+    k: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for option, known in (("pairing", PAIRINGS), ("first", ("keep", "slice", "expand"))):
+            if getattr(self, option) not in known:
+                raise SchemeError(
+                    f"{option}={getattr(self, option)!r} is unknown to scheme tied",
+                    remedy=f"Use one of: {', '.join(known)}",
+                )
+
+    def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
+        for name, members in self._pairs(blocks):
+            if fits(members):
+                yield Draft(name, self, tuple(members))
+        unscaled = dataclasses.replace(self, scale=False)
+        for stage in self._stages(blocks):
+            for name, members in stage.members(self.spatial):
+                yield Draft(name, unscaled, tuple(members))
+
+    def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
+        whole = (shapes[0][0], max(columns for _, columns in shapes))
+        w = Ref("W", whole)
+        factors: dict[str, Shape] = {"W": whole}
+        weights: list[Expr] = []
+        for j, (rank, shape) in enumerate(zip(self._ranks(shapes), shapes, strict=True)):
+            part: Expr = w if shape[1] == whole[1] else Slice(w, 1, 0, shape[1])
+            if self.scale and j:
+                s, t = Ref(f"s{j}", (shape[0], 1)), Ref(f"t{j}", (1, shape[1]))
+                factors |= {s.name: s.of, t.name: t.of}
+                part = Mul(Mul(part, s), t)
+            weights.append(with_residual(factors, part, j, rank, shape) if rank else part)
+        return Layout(factors, tuple(weights))
+
+    def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+        ranks = self._ranks([(m.shape[0], m.shape[1]) for m in matrices])
+        w, scales = self._scales(matrices)
+        factors: dict[str, Tensor] = {}
+        left = list(matrices)
+        if any(ranks):
+            # A residual measured from the first matrix itself: at full rank it is exact, and
+            # what it leaves is split evenly by the mean below.
+            for j, residual in enumerate(self.residuals(matrices)):
+                if residual is not None and ranks[j]:
+                    b, a = truncate(residual, ranks[j])
+                    factors |= {f"B{j}": b, f"A{j}": a}
+                    left[j] = matrices[j] - b @ a
+            weights = [1.0 / float(m.square().sum().clamp(min=1e-30)) for m in matrices]
+            w = weighted_base(left, scales, weights if self.scale else [1.0] * len(left))
+        for j, (s, t) in enumerate(scales):
+            if self.scale and j:
+                factors |= {f"s{j}": s, f"t{j}": t}
+        return {"W": w, **factors}
+
+    def residuals(self, matrices: Sequence[Tensor]) -> list[Tensor | None]:
+        _, scales = self._scales(matrices)
+        first = matrices[0]
+        found: list[Tensor | None] = [None]
+        for m, (s, t) in zip(matrices[1:], scales[1:], strict=True):
+            found.append(m - s * first[:, : m.shape[1]] * t)
+        return found
+
+    def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
+        _align.fold_norms(blocks, bench)
+        whole = [b for b in blocks if _align.is_whole(b)]
+        if self.groups != "each":
+            _align.match_layers([b for b in whole if b.kind == "ffn"], self.groups, bench)
+        for block in whole:
+            if block.kind == "attention" and self.pairing == "kv-qo" and self.groups == "each":
+                _align.tie_attention(block, bench)
+            elif block.kind == "ffn":
+                _align.balance_hidden(block, bench)
+        for stage in self._stages(whole):
+            if stage.tied:
+                _align.tie_bottlenecks(stage.tied, bench)
+
+    def rank_slots(self, count: int) -> list[bool]:
+        return [j > 0 for j in range(count)]
+
+    def _ranks(self, shapes: Sequence[tuple[int, int]]) -> list[int]:
+        return resolve_ranks(self.rank, self.k, shapes, self.rank_slots(len(shapes)))
+
+    def _scales(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        if self.scale:
+            return shared_with_scales(matrices)
+        ones = [(m.new_ones(m.shape[0], 1), m.new_ones(1, m.shape[1])) for m in matrices]
+        return weighted_base(matrices, ones, [1.0] * len(ones)), ones
+
+    def _pairs(self, blocks: Sequence[Block]) -> Iterator[tuple[str, list[Member]]]:
+        """Feed-forwards and attentions, those of one group of a stack together."""
+        found: dict[str, list[Block]] = defaultdict(list)
+        for block in sorted(blocks, key=lambda b: b.index):
+            found[block.stack].append(block)
+        for layers in found.values():
+            for part in partition(len(layers), self.groups):
+                chosen = [layers[i] for i in part]
+                name = chosen[0].name if len(part) == 1 else f"{chosen[0].name}-{chosen[-1].index}"
+                for pair in PAIRINGS[self.pairing]:
+                    members = [
+                        Member(b.slots[role], flip)
+                        for b in chosen
+                        if all(role in b.slots for role, _ in pair) and b.kind != "bottleneck"
+                        for role, flip in pair
+                    ]
+                    roles = "-".join(role for role, _ in pair)
+                    if members:
+                        yield f"{name}.{roles}", members
+
+    def _stages(self, blocks: Sequence[Block]) -> Iterator[Stage]:
+        return bottleneck_groups(blocks, self.groups, self.first)
+
+
+SCHEME = Tied

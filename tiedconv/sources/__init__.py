@@ -1,0 +1,208 @@
+"""Where models come from: torchvision, timm, transformers, or a function of the user's.
+
+The only place that imports model libraries, each when a model of its is asked for.
+
+| spec | model |
+|---|---|
+| `resnet50` | any name that torchvision.models.get_model takes |
+| `timm:vit_tiny_patch16_224` | any name that timm.create_model takes |
+| `hf:google/vit-base-patch16-224`, `hf:/local/dir` | a model of transformers |
+| `package.module:function` | what the function returns |
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import SourceError
+from .arguments import JSON, is_json, parse_model_args
+from .building import Provider
+from .init import seeded, skip_init
+from .source import Preprocess, Source
+from .weights import fit_to, load_into, read_weights, sha256_of_file
+
+__all__ = [
+    "JSON",
+    "TRUSTED",
+    "Preprocess",
+    "Source",
+    "describe",
+    "fit_to",
+    "load_into",
+    "open_source",
+    "parse_model_args",
+    "read_weights",
+    "sha256_of_file",
+    "skeleton",
+    "skip_init",
+]
+
+# The functions that a file may name: our own, which build models of fixed shape and nothing else.
+TRUSTED = frozenset({"tiedconv.demo:digits_vit", "tiedconv.demo:digits_resnet"})
+
+
+def open_source(
+    spec: str,
+    kwargs: Mapping[str, JSON] | None = None,
+    weights: str | Path = "default",
+    *,
+    seed: int = 0,
+) -> tuple[nn.Module, Source]:
+    """Builds a model with its weights.
+
+    Args:
+        spec: the model, in one of the forms above.
+        kwargs: arguments of its constructor (for Hugging Face: values of its configuration).
+        weights: "default" for the published ones, "none" for random ones, or a file's path.
+        seed: of all that is random in it; torch's own random state is left as it was.
+
+    Returns:
+        The model in evaluation mode, and where it came from.
+
+    Raises:
+        SourceError: there is no such model, it can't be built so, or weights can't be had.
+        WeightsError: the weights file can't be read or does not fit.
+        MissingExtra: the library of the spec is not installed.
+    """
+    provider = _provider(spec, kwargs or {}, network=True)
+    sha256 = name = None
+    if weights == "none":
+        with seeded(seed):
+            model = provider.build()
+        kind = "none"
+    elif weights == "default":
+        with seeded(seed):
+            model = provider.pretrained()
+        kind = "default"
+    else:
+        path = Path(weights).expanduser()
+        tensors = read_weights(path)
+        sha256, name, kind = sha256_of_file(path), path.name, "file"
+        with skip_init():
+            model = provider.build()
+        provider.load(model, tensors)
+    return model.eval(), _source(spec, provider, model, kind, sha256, name)
+
+
+def describe(spec: str, kwargs: Mapping[str, JSON] | None = None) -> tuple[nn.Module, Source]:
+    """Builds a model without weights, for its names and shapes alone.
+
+    No network is used: a model of the Hugging Face hub must be in the local cache.
+
+    Args:
+        spec: the model, in one of the forms above.
+        kwargs: arguments of its constructor.
+
+    Returns:
+        The model in evaluation mode, its parameters of no meaning, and where it came from.
+
+    Raises:
+        SourceError, MissingExtra: as for `open_source`.
+    """
+    provider = _provider(spec, kwargs or {}, network=False)
+    with skip_init():
+        model = provider.build()
+    return model.eval(), _source(spec, provider, model, "none")
+
+
+def skeleton(source: Source, *, trust_code: bool = False) -> nn.Module:
+    """Builds the class of model that a file was made from, offline and without weights.
+
+    Args:
+        source: as the file holds it. It may come from anyone, so it can't name code to run.
+        trust_code: whether a `package.module:function` that it names may be imported and called.
+
+    Returns:
+        The model in evaluation mode. All its buffers are sound; its parameters must be loaded.
+
+    Raises:
+        SourceError: the source names code that is not trusted, a model that was in memory, or
+            one that can't be built here.
+    """
+    from .python_function import is_function_spec
+
+    spec = source.spec
+    if not spec:
+        raise SourceError(
+            "The file was made from a model in memory",
+            "Its class can't be built again from the file alone",
+            "Load it in Python and pass the model",
+        )
+    if _prefix(spec) == "" and is_function_spec(spec) and not trust_code and spec not in TRUSTED:
+        raise SourceError(
+            f"The file names the function {spec}, which would be imported and run",
+            "A file is not trusted to name code",
+            "If you trust it, allow that: trust_code=True in Python",
+        )
+    if _prefix(spec) == "hf" and source.config is None:
+        raise SourceError(
+            f"The file lacks the configuration of {spec}",
+            "Its model can't be built offline",
+            "Convert the model again",
+        )
+    provider = _provider(spec, source.kwargs, network=False, config=source.config)
+    with skip_init():
+        return provider.build().eval()
+
+
+def _prefix(spec: str) -> str:
+    start, colon, _ = spec.partition(":")
+    return start if colon and start in ("timm", "hf") else ""
+
+
+def _provider(
+    spec: str,
+    kwargs: Mapping[str, JSON],
+    *,
+    network: bool,
+    config: Mapping[str, JSON] | None = None,
+) -> Provider:
+    """The model that a spec names. Libraries are imported here, and only the one needed."""
+    if not all(isinstance(key, str) and is_json(value) for key, value in kwargs.items()):
+        raise SourceError(
+            f"The model arguments {dict(kwargs)!r} can't be written as JSON",
+            "A file could not say how to build the model again",
+            "Use text, numbers, true, false, null and lists of them",
+        )
+    name = spec.partition(":")[2]
+    if _prefix(spec) == "timm":
+        from .timm_models import TimmModel
+
+        return TimmModel(name, kwargs)
+    if _prefix(spec) == "hf":
+        from .hf_models import HfModel
+
+        return HfModel(name, kwargs, config, network)
+    from .python_function import PythonFunction, is_function_spec
+
+    if is_function_spec(spec):
+        return PythonFunction(spec, kwargs)
+    from .torchvision_models import TorchvisionModel
+
+    return TorchvisionModel(spec, kwargs)
+
+
+def _source(
+    spec: str,
+    provider: Provider,
+    model: nn.Module,
+    weights: str,
+    sha256: str | None = None,
+    name: str | None = None,
+) -> Source:
+    versions = {package: importlib.metadata.version(package) for package in provider.packages}
+    return Source(
+        spec=spec,
+        kwargs=dict(provider.kwargs),
+        weights=weights,
+        weights_sha256=sha256,
+        weights_name=name,
+        config=provider.config,
+        preprocess=provider.preprocess(model),
+        versions={"torch": torch.__version__, **versions},
+    )

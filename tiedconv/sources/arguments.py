@@ -1,0 +1,77 @@
+"""Arguments of models: values that JSON can hold, as text from the user or from a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+from ..errors import SourceError, UserError
+
+JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
+
+
+def parse_model_args(args: Sequence[str]) -> dict[str, JSON]:
+    """Reads arguments such as `img_size=32`, `flag=true`, `dims=[1,2]` or `act=gelu`.
+
+    Args:
+        args: `name=value` each; a value that is not JSON is taken as text.
+
+    Raises:
+        UserError: an argument has no "=", no proper name, or is given twice.
+    """
+    parsed: dict[str, JSON] = {}
+    for arg in args:
+        name, equals, text = arg.partition("=")
+        name = name.strip()
+        if not equals or not name.isidentifier():
+            raise UserError(
+                f"The model argument {arg!r} is not of the form name=value",
+                remedy="Write it as, for example, img_size=32",
+            )
+        if name in parsed:
+            raise UserError(f"The model argument {name} is given twice", remedy="Give it once")
+        try:
+            parsed[name] = json.loads(text, parse_constant=_not_json)
+        except ValueError:
+            parsed[name] = text
+    return parsed
+
+
+def is_json(value: object) -> bool:
+    """Whether a value can be written as JSON and read back the same."""
+    if isinstance(value, list):
+        return all(is_json(item) for item in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str)) or is_object(value)
+
+
+def is_object(value: object) -> bool:
+    """Whether a value is a JSON object."""
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and is_json(item) for key, item in value.items()
+    )
+
+
+def _not_json(constant: str) -> JSON:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def refuse_arguments(spec: str, kwargs: Mapping[str, JSON], reserved: Iterable[str]) -> None:
+    """Refuses arguments that would load weights or files behind the caller's back."""
+    if taken := sorted(set(kwargs) & set(reserved)):
+        raise SourceError(
+            f"The argument {taken[0]} of {spec} is not for the user to set",
+            "It would load weights that are not on record",
+            "Choose the weights with --weights",
+        )
+
+
+def image_size(kwargs: Mapping[str, JSON]) -> int | None:
+    """The input size that constructor arguments ask for, if any."""
+    value = kwargs.get("image_size", kwargs.get("img_size"))
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if type(value) is int else None

@@ -1,0 +1,118 @@
+"""Models of timm: `timm:vit_tiny_patch16_224`, with or without a tag of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import MissingExtra, SourceError
+from .arguments import JSON, image_size, refuse_arguments
+from .building import (
+    construct,
+    is_download_error,
+    not_downloaded,
+    unknown_model,
+)
+from .fitting import load_into
+from .hub import hub_if_reachable
+from .source import Preprocess
+from .torchvision_compat import import_torchvision
+
+_RESERVED = (
+    "cache_dir",
+    "checkpoint_path",
+    "model_name",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)
+
+
+class TimmModel:
+    """One model of timm's registry."""
+
+    config: Mapping[str, JSON] | None = None
+    packages: tuple[str, ...] = ("torchvision", "timm")
+
+    def __init__(self, name: str, kwargs: Mapping[str, JSON]) -> None:
+        self._timm = _import_timm()
+        self._name, self._spec = name, f"timm:{name}"
+        # timm takes "hf-hub:..." and "local-dir:..." for names too, and fetches and reads what
+        # they point to, which a skeleton must not.
+        if ":" in name or not self._known():
+            known = [*self._timm.list_models(), *self._timm.list_pretrained()]
+            raise unknown_model(self._spec, name, known, "timm:")
+        refuse_arguments(self._spec, kwargs, _RESERVED)
+        self.kwargs: Mapping[str, JSON] = dict(kwargs)
+
+    def _known(self) -> bool:
+        architecture, _, tag = self._name.partition(".")
+        return bool(self._timm.is_model(architecture)) and (not tag or self._has_weights())
+
+    def _has_weights(self) -> bool:
+        return bool(self._timm.models.is_model_pretrained(self._name))
+
+    def build(self) -> nn.Module:
+        """The model; raises SourceError for arguments it can't be built with."""
+        return construct(
+            self._spec,
+            self.kwargs,
+            lambda: self._timm.create_model(self._name, pretrained=False, **self.kwargs),
+        )
+
+    def pretrained(self) -> nn.Module:
+        """The model with timm's weights. With another number of classes its head is new."""
+        if not self._has_weights():
+            raise SourceError(
+                f"timm has no pretrained weights for {self._name}",
+                remedy="Pass --weights FILE or --weights none",
+            )
+        return construct(self._spec, self.kwargs, self._fetch)
+
+    def _fetch(self) -> Any:
+        # Initialisation is not skipped: what timm does not load (a new head) must be random.
+        with hub_if_reachable() as unreachable:
+            try:
+                return self._timm.create_model(self._name, pretrained=True, **self.kwargs)
+            except Exception as error:
+                if not is_download_error(error):
+                    raise
+                raise not_downloaded(self._spec, error, unreachable) from error
+
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Loads weights by name."""
+        load_into(model, tensors)
+
+    def preprocess(self, model: nn.Module) -> Preprocess | None:
+        """As the configuration of the pretrained weights says."""
+        published = getattr(model, "pretrained_cfg", None)
+        if not published:
+            return None
+        settings: dict[str, Any] = self._timm.data.resolve_data_config(pretrained_cfg=published)
+        size = image_size(self.kwargs) or int(settings["input_size"][-1])
+        squashed = settings["crop_mode"] == "squash"
+        # timm rounds the side before the crop down.
+        resize = None if squashed else math.floor(size / settings["crop_pct"])
+        return Preprocess(
+            size=size,
+            resize=resize,
+            mean=tuple(map(float, settings["mean"])),
+            std=tuple(map(float, settings["std"])),
+            interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
+        )
+
+
+def _import_timm() -> ModuleType:
+    import_torchvision()
+    try:
+        import timm
+        import timm.data
+        import timm.models
+    except ImportError as error:
+        raise MissingExtra.of("timm", "timm", "A model of the kind timm:NAME") from error
+    module: ModuleType = timm
+    return module

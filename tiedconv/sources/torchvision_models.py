@@ -1,0 +1,119 @@
+"""Models of torchvision: `resnet50`, `vit_b_16` and all other names of its registry."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import SourceError
+from .arguments import JSON, image_size, refuse_arguments
+from .building import (
+    construct,
+    is_download_error,
+    not_downloaded,
+    unknown_model,
+)
+from .fitting import load_into
+from .init import skip_init
+from .source import Preprocess
+from .torchvision_compat import import_torchvision
+
+# What torchvision sets in secret when it loads the published weights of these models. A skeleton
+# must have it too, or the same weights would compute something else in it.
+_WITH_WEIGHTS: dict[str, dict[str, JSON]] = {
+    "googlenet": {"transform_input": True, "init_weights": False, "aux_logits": False},
+    "inception_v3": {"transform_input": True, "init_weights": False},
+}
+
+
+class TorchvisionModel:
+    """One model of torchvision's registry."""
+
+    config: Mapping[str, JSON] | None = None
+    packages: tuple[str, ...] = ("torchvision",)
+
+    def __init__(self, name: str, kwargs: Mapping[str, JSON]) -> None:
+        self._models: Any = import_torchvision().models
+        self._name = name
+        if name not in self._models.list_models():
+            raise unknown_model(name, name, self._models.list_models())
+        refuse_arguments(name, kwargs, ("weights", "weights_backbone", "pretrained", "progress"))
+        self._given = dict(kwargs)
+        self.kwargs: Mapping[str, JSON] = {**self._as_published(), **kwargs}
+
+    def _weights(self) -> Any:
+        """The published weights that torchvision calls the default, or None."""
+        return getattr(self._models.get_model_weights(self._name), "DEFAULT", None)
+
+    def _as_published(self) -> dict[str, JSON]:
+        published = dict(_WITH_WEIGHTS.get(self._name, {}))
+        weights = self._weights()
+        if self._name.startswith("vit_") and weights is not None:
+            # The best weights of vit_h_14 are for 518 pixels, its constructor's default is 224.
+            published["image_size"] = int(weights.meta["min_size"][0])
+        return published
+
+    def build(self) -> nn.Module:
+        """The model; raises SourceError for arguments it can't be built with."""
+        arguments = dict(self.kwargs)
+        builder = self._models.get_model_builder(self._name)
+        if "weights_backbone" in inspect.signature(builder).parameters:
+            arguments["weights_backbone"] = None  # its default is a download
+        return construct(
+            self._name,
+            self.kwargs,
+            lambda: self._models.get_model(self._name, weights=None, **arguments),
+        )
+
+    def pretrained(self) -> nn.Module:
+        """The model with torchvision's default weights, from its cache or the network."""
+        weights = self._weights()
+        if weights is None:
+            raise SourceError(
+                f"torchvision has no pretrained weights for {self._name}",
+                remedy="Pass --weights FILE or --weights none",
+            )
+        return construct(self._name, self._given, lambda: self._fetch(weights))
+
+    def _fetch(self, weights: Any) -> nn.Module:
+        try:
+            with skip_init():
+                model: nn.Module = self._models.get_model(
+                    self._name, weights=weights, progress=False, **self._given
+                )
+        except ValueError as error:
+            if "expected value" not in str(error):
+                raise
+            raise SourceError(
+                f"The pretrained weights of {self._name} don't allow these arguments ({error})",
+                "The published model can't be changed in this way",
+                "Leave the argument out, or pass --weights FILE or --weights none",
+            ) from error
+        except Exception as error:
+            if not is_download_error(error):
+                raise
+            raise not_downloaded(self._name, error) from error
+        return model
+
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Loads weights by name."""
+        load_into(model, tensors)
+
+    def preprocess(self, model: nn.Module) -> Preprocess | None:
+        """As the default weights say; None where those are not for classifying images."""
+        weights = self._weights()
+        transforms: Any = weights and weights.transforms()
+        if type(transforms).__name__ != "ImageClassification":
+            return None
+        mode = str(transforms.interpolation.value)
+        published = Preprocess(
+            size=int(transforms.crop_size[0]),
+            resize=int(transforms.resize_size[0]),
+            mean=tuple(transforms.mean),
+            std=tuple(transforms.std),
+            interpolation=mode if mode == "bicubic" else "bilinear",
+        )
+        return published.scaled_to(image_size(self.kwargs))

@@ -1,0 +1,135 @@
+"""Reading weights files."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import WeightsError
+from .fitting import fit_to, load_into
+
+__all__ = ["fit_to", "load_into", "read_weights", "sha256_of_file"]
+
+# Where training programs put the weights inside what they save, in the order of preference.
+_CONTAINERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "module",
+    "params",
+    "weights",
+    "model_ema",
+    "state_dict_ema",
+    "ema",
+    "ema_state_dict",
+    "teacher",
+    "student",
+    "backbone",
+)
+_NOT_WEIGHTS = "Give a .safetensors file or a state dict that torch.save wrote"
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Reads the tensors of a safetensors file or of a PyTorch pickle, on the CPU.
+
+    Args:
+        path: the file; what it is shows in its content, not in its name.
+
+    Returns:
+        The tensors by name, in the file's own types. Containers such as `state_dict` or
+        `model` are unwrapped.
+
+    Raises:
+        WeightsError: the file is missing, damaged, no weights file, or has code in it.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise WeightsError(
+            f"The weights file {path} can't be read ({error.strerror or error})",
+            remedy="Give the path of a readable file",
+        ) from error
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return _read_pickle(path)
+    if head[8:] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    raise WeightsError(f"{path} is not a weights file", remedy=_NOT_WEIGHTS)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if "tiedconv" in (file.metadata() or {}):
+                raise WeightsError(
+                    f"{path} is a compact file of tiedconv, not the weights of a plain model",
+                    "Its tensors have other names and shapes",
+                    "Pass it as the model, or expand it first with: tiedconv export --to dense",
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        # Many training programs put their parsed arguments beside the weights; as a plain bag of
+        # values they do no harm.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise _damaged(path, error) from error
+        raise WeightsError(
+            f"{path} was refused, as it is a pickle with more in it than tensors",
+            "Loading it would run code that the file names",
+            "Save the weights alone: safetensors, or torch.save(model.state_dict(), path)",
+        ) from error
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        raise _damaged(path, error) from error
+    tensors = _unwrap(content)
+    if not tensors:
+        raise WeightsError(f"There are no named tensors in {path}", remedy=_NOT_WEIGHTS)
+    return tensors
+
+
+def _unwrap(content: object) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        return {}
+    for container in _CONTAINERS:
+        if found := _unwrap(content.get(container)):
+            return found
+    return {
+        name: value.detach()
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return WeightsError(
+        f"{path} is damaged, cut short or not a weights file ({reason[:120]})",
+        "No weights were read",
+        "Copy or download it again. " + _NOT_WEIGHTS,
+    )
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """The SHA-256 of a file in hexadecimal, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,108 @@
+"""How to train: one frozen record, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tiedconv.data import AUGMENTS
+from tiedconv.errors import UserError
+
+OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The options of `train`.
+
+    Attributes:
+        epochs: passes over the training images; a fraction is allowed.
+        steps: exactly so many optimiser steps instead, however many epochs that takes.
+        batch_size: images in a step.
+        lr: the highest learning rate.
+        optimizer: "adamw" or "sgd" (Nesterov momentum 0.9).
+        weight_decay: for weights with two or more dimensions, but not for embeddings of
+            positions and tokens.
+        warmup: share of the steps in which the rate rises linearly to `lr`.
+        min_lr: the rate of the last step, as a share of `lr`; the way there is half a cosine.
+        temperature: divides the logits of teacher and student in distillation.
+        distill_weight: share of the distillation in the loss, when there is a teacher.
+        label_smoothing: share of the label spread over all classes.
+        clip: largest norm of the gradient; 0 for no clipping.
+        augment: what to do to training images; for whoever makes the data set.
+        bn_recalibrate: training batches from which to estimate the statistics of batch norms
+            before an evaluation; 0 to leave the running averages as they are.
+        amp: "auto" for bfloat16 autocast on CUDA, or "off".
+        channels_last: "auto" for convolutional networks, "on" or "off".
+        seed: decides order, augmentation and dropout.
+        eval_every_epoch: evaluate after each epoch, not only before and at the end.
+        workers: processes that read images; None chooses.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    epochs: float | None = 1
+    steps: int | None = None
+    batch_size: int = 64
+    lr: float = 5e-4
+    optimizer: str = "adamw"
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    min_lr: float = 0.01
+    temperature: float = 2.0
+    distill_weight: float = 0.9
+    label_smoothing: float = 0.0
+    clip: float = 1.0
+    augment: str = "crop"
+    bn_recalibrate: int = 20
+    amp: str = "auto"
+    channels_last: str = "auto"
+    seed: int = 0
+    eval_every_epoch: bool = True
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.steps is None:
+            raise UserError("Neither epochs nor steps are given", remedy="Give one of them")
+        if self.epochs is not None and self.steps is None:
+            _between("epochs", self.epochs, 0, math.inf, open_low=True)
+        if self.steps is not None:
+            _between("steps", self.steps, 1, math.inf)
+        _between("batch_size", self.batch_size, 1, math.inf)
+        _between("lr", self.lr, 0, math.inf, open_low=True)
+        _between("temperature", self.temperature, 0, math.inf, open_low=True)
+        for name in ("warmup", "min_lr", "distill_weight", "label_smoothing"):
+            _between(name, getattr(self, name), 0, 1)
+        for name in ("weight_decay", "clip", "bn_recalibrate"):
+            _between(name, getattr(self, name), 0, math.inf)
+        if self.workers is not None:
+            _between("workers", self.workers, 0, math.inf)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("augment", self.augment, AUGMENTS)
+        _one_of("amp", self.amp, ("auto", "off"))
+        _one_of("channels_last", self.channels_last, ("auto", "on", "off"))
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps in all; at least one."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # checked when made
+        return max(1, round(self.epochs * steps_per_epoch))
+
+
+def _between(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    # Written so that NaN fails too.
+    if (low < value if open_low else low <= value) and value <= high and value != math.inf:
+        return
+    rule = f"more than {low:g}" if open_low else f"{low:g} or more"
+    bound = "" if high == math.inf else f" and at most {high:g}"
+    raise UserError(f"The training option {name} is {value}", remedy=f"Choose {rule}{bound}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(
+            f"The training option {name} is {value!r}",
+            remedy=f"Choose one of {', '.join(allowed)}",
+        )

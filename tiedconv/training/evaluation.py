@@ -1,0 +1,162 @@
+"""Accuracy of a classifier."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tiedconv.data import Loader
+from tiedconv.errors import DataError
+from tiedconv.training.batchnorm import modes_kept
+from tiedconv.training.device import Placement, pick_device
+from tiedconv.training.events import EvalStep, OnEvent, Skipped, ignore
+from tiedconv.training.losses import logits_of
+
+EVENT_SECONDS = 0.1
+"""The shortest time between two progress events."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Accuracy over all images that could be read.
+
+    Attributes:
+        top1: share of images whose label has the largest logit, 0 to 1.
+        top5: share of images whose label is among the five largest logits (all, if fewer).
+        loss: mean cross-entropy.
+        images: number of images evaluated.
+        outputs: number of the model's classes.
+        skipped: number of images that could not be read.
+        example_of_skipped: the first of them, or None.
+        seconds: time taken.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    outputs: int
+    skipped: int
+    example_of_skipped: str | None
+    seconds: float
+
+
+def evaluate_model(
+    model: nn.Module,
+    data: Dataset[Any],
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "auto",
+    amp: str = "off",
+    channels_last: str = "auto",
+    workers: int | None = None,
+    on_event: OnEvent | None = None,
+) -> EvalResult:
+    """Evaluates a model on labelled images. The model is moved to the device.
+
+    Args:
+        model: returns logits (B, classes) in any form that `logits_of` knows.
+        data: a data set of (image, label), such as an `ImageList` with an `eval_transform`.
+        batch_size: images at a time.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        amp: "off" computes as the model is; "auto" in bfloat16 on CUDA.
+        channels_last: "auto" for convolutional networks, "on" or "off".
+        workers: processes that read images; None chooses.
+        on_event: called with progress.
+
+    Raises:
+        DataError: no image could be read, or labels that the model has no output for.
+        UserError: a device that is not there.
+    """
+    placement = Placement.choose(model, pick_device(device), amp, channels_last)
+    placement.place(model)
+    pin = placement.device.type == "cuda"
+    loader = Loader(data, batch_size, workers=workers, pin=pin)
+    on_event = on_event or ignore
+    result = score(model, loader, placement, on_event, class_count(data))
+    if result.example_of_skipped is not None:
+        on_event(Skipped(result.skipped, result.example_of_skipped))
+    return result
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    loader: Loader,
+    placement: Placement,
+    on_event: OnEvent = ignore,
+    classes: int | None = None,
+) -> EvalResult:
+    """Evaluates a model that is on its device already; see `evaluate_model`.
+
+    `classes` is the number of classes of the data, where it is known.
+    """
+    start = reported = time.perf_counter()
+    # Hits of top 1 and top 5 and the summed loss stay on the device until the end.
+    sums = torch.zeros(3, dtype=torch.float64 if placement.device.type != "mps" else None)
+    sums = sums.to(placement.device)
+    images = outputs = 0
+    broken: list[str] = []
+    with modes_kept(model):
+        model.eval()
+        for batch in loader.epoch():
+            broken += batch.broken
+            if not len(batch.images):
+                continue
+            with placement.autocast():
+                logits = logits_of(model(placement.images(batch.images)))
+            outputs = logits.shape[-1]
+            check_labels(batch.labels, outputs, classes)
+            sums += _sums(logits, batch.labels.to(placement.device, non_blocking=True))
+            images += len(batch.images)
+            now = time.perf_counter()
+            if now - reported >= EVENT_SECONDS:
+                reported = now
+                on_event(EvalStep(images, loader.images, images / (now - start)))
+    require_some(images, broken)
+    top1, top5, loss = (sums / images).tolist()
+    seconds = time.perf_counter() - start
+    example = broken[0] if broken else None
+    return EvalResult(top1, top5, loss, images, outputs, len(broken), example, seconds)
+
+
+def class_count(data: Dataset[Any]) -> int | None:
+    """The number of classes of a data set that names them, else None."""
+    classes = getattr(data, "classes", None)
+    return None if classes is None else len(classes)
+
+
+def check_labels(labels: Tensor, outputs: int, classes: int | None = None) -> None:
+    """Raises DataError when data have labels that a model with so many outputs can't give."""
+    needed = max(classes or 0, int(labels.max()) + 1)
+    if needed > outputs:
+        raise DataError(
+            f"The data have {needed} classes but the model has {outputs} outputs",
+            "Some labels could never be predicted",
+            "Use the data that the model was made for, or a model with that many outputs",
+        )
+
+
+def require_some(images: int, broken: Iterable[str]) -> None:
+    """Raises DataError when no image at all could be read."""
+    if not images:
+        example = next(iter(broken), "none")
+        raise DataError(
+            f"None of the images could be read, the first is {example}",
+            remedy="Check that the files are images and can be read; --strict tells why",
+        )
+
+
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """(top-1 hits, top-5 hits, summed cross-entropy) of one batch."""
+    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+    hits = best == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([hits[:, 0].sum(), hits.sum(), loss])

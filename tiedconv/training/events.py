@@ -1,0 +1,90 @@
+"""What training and evaluation tell while they run. Accuracies are shares from 0 to 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Start:
+    """Training is about to begin: optimiser steps and epochs in all, training images."""
+
+    steps: int
+    epochs: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint was loaded; `epoch` epochs and `step` steps are done already."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The model was evaluated as it came, before any training."""
+
+    top1: float
+    top5: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress; at most ten a second. `loss` is the mean of the last few steps."""
+
+    step: int
+    loss: float
+    lr: float
+    images_per_second: float
+    eta_seconds: float
+
+
+@dataclass(frozen=True)
+class EvalStep:
+    """Progress of an evaluation; at most ten a second."""
+
+    images: int
+    total: int
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """An epoch is over. `loss` is its mean training loss.
+
+    The accuracies are None when this epoch was not evaluated.
+    """
+
+    epoch: int
+    loss: float
+    top1: float | None
+    top5: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """So many different images could not be read so far; `example` is the first."""
+
+    count: int
+    example: str
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """The state of training was written to `path`."""
+
+    path: str
+
+
+Event = Start | Resumed | Baseline | Step | EvalStep | EpochEnd | Skipped | Checkpointed
+
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The listener of those who don't listen."""

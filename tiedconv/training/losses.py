@@ -1,0 +1,119 @@
+"""The training loss, and how seldom it is read from the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiedconv.errors import TrainingError, UserError
+from tiedconv.training.config import TrainConfig
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits (B, classes) in whatever a model returns, as float32.
+
+    Known are a tensor, an object with `.logits` (transformers), a dict with "logits", and a
+    tuple or list whose first entry is one of these.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(output, Tensor):
+        return output.float()
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if logits is None:
+        raise UserError(
+            f"The model returns {type(output).__name__}, in which no logits are found",
+            remedy="Use a model that returns logits: a tensor, an object with .logits or a tuple",
+        )
+    return logits_of(logits)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of the softened outputs, mean over the batch.
+
+    T^2 keeps the size of the gradient independent of T (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        student: logits (B, classes).
+        teacher: logits (B, classes).
+        temperature: T.
+
+    Raises:
+        UserError: student and teacher have different classes.
+    """
+    if student.shape != teacher.shape:
+        raise UserError(
+            f"The teacher has {teacher.shape[-1]} outputs and the model {student.shape[-1]}",
+            "The one can't teach the other",
+            "Choose a teacher with the same classes, or --teacher none",
+        )
+    divergence = F.kl_div(
+        F.log_softmax(student / temperature, dim=-1),
+        F.log_softmax(teacher / temperature, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return divergence * temperature**2
+
+
+def training_loss(
+    logits: Tensor, labels: Tensor, target: Tensor | None, config: TrainConfig
+) -> Tensor:
+    """Cross-entropy, mixed with distillation where `target` holds the teacher's logits."""
+    loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    if target is None:
+        return loss
+    soft = distillation_loss(logits, target, config.temperature)
+    return (1 - config.distill_weight) * loss + config.distill_weight * soft
+
+
+def diverged(step: int, steps: int, lr: float, saved: str) -> TrainingError:
+    """The error for a loss that is not finite; `saved` says what can be gone back to."""
+    return TrainingError(
+        f"The loss or its gradient became NaN or infinite in step {step} of {steps}",
+        saved,
+        f"Lower the learning rate (--lr, now {lr:g}) or lengthen the warm-up",
+    )
+
+
+class LossMeter:
+    """Keeps the last few losses on the device and reads them together.
+
+    Reading a number waits for the device, so it is done once in `size` steps.
+    """
+
+    def __init__(self, device: torch.device, size: int = 10) -> None:
+        self._window = torch.zeros(size, device=device)
+        self._used = 0
+        self.total = 0.0
+        self.count = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether `read` must come before the next `add`."""
+        return self._used == len(self._window)
+
+    def add(self, loss: Tensor) -> None:
+        """Notes the loss of one step."""
+        self._window[self._used] = loss.detach()
+        self._used += 1
+
+    def read(self) -> list[float]:
+        """The losses since the last call, oldest first."""
+        losses: list[float] = self._window[: self._used].tolist()
+        self._used = 0
+        self.total += sum(losses)
+        self.count += len(losses)
+        return losses
+
+    def mean(self) -> float:
+        """The mean of all losses read so far."""
+        return self.total / max(1, self.count)

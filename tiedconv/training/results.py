@@ -1,0 +1,63 @@
+"""What a training run has reached, and what it gives in the end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: plain numbers, kept in the checkpoint.
+
+    Attributes:
+        epoch: epochs begun.
+        step: optimiser steps done.
+        images: training images seen.
+        seconds: time taken by finished epochs.
+        top1_before: accuracy before training.
+        top5_before: likewise.
+        best_top1: the best accuracy after an epoch so far; -1 before the first.
+        val_skipped: validation images that could not be read.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    top1_before: float = math.nan
+    top5_before: float = math.nan
+    best_top1: float = -1.0
+    val_skipped: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training did. Accuracies are shares from 0 to 1, on the validation images.
+
+    Attributes:
+        top1_before: before training, with the model as it came.
+        top5_before: likewise.
+        top1: at the end.
+        top5: at the end.
+        loss: mean training loss of the last epoch.
+        epochs: epochs done, the last of which may be partial.
+        steps: optimiser steps done.
+        images: training images seen, counted each time.
+        seconds: time taken, with evaluations, over all resumed parts.
+        skipped: different images, of both sets, that could not be read.
+        history: for each epoch: epoch, step, loss, top1, top5 (None if not evaluated), seconds.
+    """
+
+    top1_before: float
+    top5_before: float
+    top1: float
+    top5: float
+    loss: float
+    epochs: int
+    steps: int
+    images: int
+    seconds: float
+    skipped: int
+    history: list[dict[str, Any]]
