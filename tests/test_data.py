@@ -164,7 +164,8 @@ def test_evaluation_normalises_and_leaves_the_right_size_alone() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     out = eval_transform(Preprocess())(Image.fromarray(pixels))
     expected = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - 0.5) / 0.25
-    torch.testing.assert_close(out, expected)
+    assert torch.equal(out, expected)
+    assert out.is_contiguous()
     assert out.dtype == torch.float32
     assert type(out) is torch.Tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,15 @@ from tiedconv.training.device import Placement, is_convolutional
 
 CPU = torch.device("cpu")
 QUICK = TrainConfig(epochs=3, batch_size=16, lr=1e-2, weight_decay=0.0, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only get in each other's way in models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class TiedNet(nn.Module):
@@ -254,6 +264,7 @@ def test_distillation_brings_the_student_nearer_to_its_teacher() -> None:
         with torch.no_grad():
             return distillation_loss(student(images), teacher(images), 2.0).item()
 
+    teacher.eval()
     start = distance()
     config = replace(QUICK, epochs=12, distill_weight=1.0)
     run(student, config, train_data=data, teacher=teacher)

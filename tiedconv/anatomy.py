@@ -1,4 +1,4 @@
-"""What can be read off a model: shapes, buffers, shared tensors, and facts that shapes don't tell."""
+"""What can be read off a model: shapes, buffers, shared tensors, facts about modules."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def _hints(model: nn.Module) -> dict[str, float | str]:
             value = getattr(module, attribute, None)
             if isinstance(value, int | float):
                 hints[f"{name}.{attribute}"] = value
-        activation = module.__dict__.get("activation") or module.__dict__.get(
-            "intermediate_act_fn"
-        )
+        activation = module.__dict__.get("activation") or module.__dict__.get("intermediate_act_fn")
         if callable(activation):
             hints[f"{name}.activation"] = getattr(activation, "__name__", "")
         if "rot" in kind.lower() and "emb" in kind.lower():

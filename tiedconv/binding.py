@@ -9,7 +9,6 @@ ordinary parameters. `untie` gives the plain class back.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -194,13 +193,20 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
     return cls.__mro__[1] if _EXPRS in module.__dict__ else cls
 
 
-@functools.cache
-def _tied_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
-    """The subclass of `base` in which `attributes` are evaluated."""
+_classes: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
 
+
+def _tied_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
+    """The subclass of `base` in which `attributes` are evaluated, made once."""
+    if (base, attributes) not in _classes:
+        _classes[base, attributes] = _make_tied_class(base, attributes)
+    return _classes[base, attributes]
+
+
+def _make_tied_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
     def reduce_ex(self: nn.Module, protocol: object) -> tuple[Any, ...]:
         # A class made at run time can't be pickled by name: pickle how to make it again.
-        return _empty, (base, attributes), self.__getstate__()  # type: ignore[attr-defined]
+        return _empty, (base, attributes), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         if mode:
@@ -220,7 +226,8 @@ def _tied_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Mo
         "__doc__": base.__doc__,
     }
     namespace |= {attribute: property(_getter(attribute)) for attribute in attributes}
-    return type(base)(base.__name__, (base,), namespace)
+    made: type[nn.Module] = type(base)(base.__name__, (base,), namespace)  # type: ignore[misc]
+    return made
 
 
 def _getter(attribute: str) -> Any:

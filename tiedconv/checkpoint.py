@@ -204,7 +204,7 @@ def _alias(model: nn.Module, alias: str, name: str) -> None:
         (module._buffers, source._buffers),
     ):
         if attribute in table and source_attribute in other:
-            table[attribute] = other[source_attribute]  # type: ignore[assignment, index]
+            table[attribute] = other[source_attribute]  # type: ignore[assignment]
 
 
 def _checked(
@@ -251,7 +251,7 @@ def _hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    digest.update(memoryview(flat.numpy()))
+    digest.update(flat.numpy().data)
     return digest.hexdigest()
 
 

@@ -84,7 +84,7 @@ class Expr:
         """True if evaluating allocates nothing: the result shares the stored tensor's memory."""
         if any(isinstance(node, Cat | Add | Mul | MatMul) for node in self.walk()):
             return False
-        (name, shape), *_ = self.refs.items()
+        shape = next(iter(self.refs.values()))
         # Whether a reshape can stay a view depends on strides; torch itself knows best.
         stored = torch.empty(shape, device="meta")
         result = self.evaluate(lambda _: stored)
@@ -255,7 +255,7 @@ class _Binary(Expr):
 
     def _broadcast(self) -> Shape:
         try:
-            return tuple(torch.broadcast_shapes(self.a.shape, self.b.shape))
+            return tuple(torch.broadcast_shapes(self.a.shape, self.b.shape))  # type: ignore[no-untyped-call]
         except RuntimeError:
             raise _mismatch(f"{self.tag} of {self.a.shape} and {self.b.shape}") from None
 

@@ -1,7 +1,7 @@
 """Partitions of a stack: which of its layers share one base.
 
-    >>> partition(6, "all"), partition(6, "adjacent:2"), partition(6, "cycle:3")
-    ([[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3], [4, 5]], [[0, 3], [1, 4], [2, 5]])
+>>> partition(6, "all"), partition(6, "adjacent:2"), partition(6, "cycle:3")
+([[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3], [4, 5]], [[0, 3], [1, 4], [2, 5]])
 """
 
 from __future__ import annotations

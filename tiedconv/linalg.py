@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 # Up to this size an exact decomposition of the Gram matrix takes seconds; beyond it a seeded
@@ -20,7 +19,8 @@ POWER_STEPS = 6
 def spectrum(matrix: Tensor) -> Tensor:
     """All singular values of a matrix, largest first, float64."""
     gram, _ = _gram(matrix)
-    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(0).clamp(min=0).sqrt()
 
 
 def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,8 @@ def weighted_base(
 def procrustes(cross: Tensor) -> Tensor:
     """The orthogonal G that maximises `trace(G cross)`; batches along the first dimension."""
     u, _, vh = torch.linalg.svd(cross.double())
-    return (u @ vh).mT
+    nearest: Tensor = u @ vh
+    return nearest.mT
 
 
 def match(similarity: Tensor) -> Tensor:
@@ -179,5 +180,7 @@ def match(similarity: Tensor) -> Tensor:
     Returns:
         `order` such that column `order[i]` goes with row i (int64).
     """
+    from scipy.optimize import linear_sum_assignment  # half a second that few commands need
+
     _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
     return torch.from_numpy(order)

@@ -89,7 +89,9 @@ def compile_plan(anatomy: Anatomy, drafts: Sequence[Draft]) -> Plan:
             return stored_name(name, factor)
 
         for member, expr in zip(d.members, layout.weights, strict=True):
-            pieces[member.slot.tensor].append((member.slot, member_expr(member, expr.rename(rename))))
+            pieces[member.slot.tensor].append(
+                (member.slot, member_expr(member, expr.rename(rename)))
+            )
     if len({g.name for g in groups}) < len(groups):
         raise RecipeError("Two groups of the plan have one name", remedy="Report this as a bug")
     weights: dict[str, Expr] = {}
@@ -237,5 +239,5 @@ def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToCon
     return NothingToConvert(
         f"Nothing in this model can be converted by this recipe ({wanted})",
         f"Families looked for ({families}); found: {', '.join(saw) or 'none of them'}",
-        "Try --scheme lowrank, widen --include, or write a family for this model (docs/extending.md)",
+        "Try --scheme lowrank, widen --include, or write a family for it (docs/extending.md)",
     )

@@ -132,7 +132,12 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a file's history."""
         rules = [
-            {"scheme": r.scheme, **r.options, "include": list(r.include), "exclude": list(r.exclude)}
+            {
+                "scheme": r.scheme,
+                **r.options,
+                "include": list(r.include),
+                "exclude": list(r.exclude),
+            }
             for r in self.rules
         ]
         return {"params": self.budget.text if self.budget else None, "rules": rules}

@@ -79,18 +79,8 @@ class Loader:
         self._sampler = _EpochBatches(count, batch_size, shuffle, seed)
         # A data set with few batches has no use for more readers than batches.
         workers = min(default_workers(data) if workers is None else workers, len(self._sampler))
-        self._loader: DataLoader[Batch] = DataLoader(
-            _Tickets(data),
-            batch_sampler=self._sampler,
-            collate_fn=_as_is,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            prefetch_factor=PREFETCH if workers else None,
-            multiprocessing_context=_context() if workers else None,
-            pin_memory=pin,
-            # Its own generator: otherwise making an iterator draws from the global one.
-            generator=torch.Generator(),
-        )
+        self._data, self._workers, self._pin = data, workers, pin
+        self._loader: DataLoader[Batch] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -99,17 +89,36 @@ class Loader:
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch; may be left early."""
         self._sampler.epoch = epoch
+        if self._loader is None:
+            self._loader = self._open()
         for batch in self._loader:
-            error = batch.error
-            if error is None:
-                yield batch
-                continue
-            try:
-                raise error
-            finally:
-                # The error holds this frame. If the frame held it too, the workers would be ended
-                # by the cycle collector, in an order that costs five seconds.
-                del batch, error
+            if batch.error is not None:
+                self.close()
+                raise batch.error
+            yield batch
+
+    def close(self) -> None:
+        """Ends the workers; another epoch would start new ones.
+
+        Left to the cycle collector, as after an error whose traceback holds the loader, ending
+        them takes five seconds.
+        """
+        self._loader = None
+
+    def _open(self) -> DataLoader[Batch]:
+        workers = self._workers
+        return DataLoader(
+            _Tickets(self._data),
+            batch_sampler=self._sampler,
+            collate_fn=_as_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
+            multiprocessing_context=_context() if workers else None,
+            pin_memory=self._pin,
+            # Its own generator: otherwise making an iterator draws from the global one.
+            generator=torch.Generator(),
+        )
 
 
 class _EpochBatches(Sampler[list[Ticket]]):

@@ -210,7 +210,9 @@ def _bias(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _strangers(prefix: str, known: Iterable[str], harmless: tuple[str, ...], shapes: Shapes) -> bool:
+def _strangers(
+    prefix: str, known: Iterable[str], harmless: tuple[str, ...], shapes: Shapes
+) -> bool:
     """Whether tensors lie below the prefix that the pattern does not know."""
     known = set(known)
     return any(

@@ -8,6 +8,7 @@ hidden units is used.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -46,7 +47,7 @@ def _split(stack: str, index: int, slots: dict[str, Slot]) -> list[Block]:
     blocks: list[Block] = []
     rest = dict(slots)
     roles = list(slots)
-    for up, down in zip(roles, roles[1:], strict=False):
+    for up, down in itertools.pairwise(roles):
         m, d = slots[up].matrix_shape
         if up in rest and down in rest and m > d and slots[down].matrix_shape == (d, m):
             pair = {"up": rest.pop(up), "down": rest.pop(down)}

@@ -22,7 +22,10 @@ FAMILY = pattern_family(
         v="attention.value.weight",
         o="output.dense.weight",
     ),
-    FeedForward(_LAYER + r"\.mlp", up="fc1.weight", down="fc2.weight", act="activation_fn", norm="layernorm_after"),
+    FeedForward(
+        _LAYER + r"\.mlp", up="fc1.weight", down="fc2.weight", act="activation_fn",
+        norm="layernorm_after",
+    ),
     FeedForward(
         _LAYER, up="intermediate.dense.weight", down="output.dense.weight", alone=False,
         act="intermediate.intermediate_act_fn",

@@ -103,7 +103,8 @@ def _match_heads(layers: Sequence[Block], bench: Workbench) -> None:
             procrustes(b @ a.mT) for a, b in zip(total, _heads(block, bench), strict=True)
         )  # fmt: skip
         transform_heads(bench, block, qk, vo)
-        total = tuple(a + b for a, b in zip(total, _heads(block, bench), strict=True))
+        qk, vo = _heads(block, bench)
+        total = (total[0] + qk, total[1] + vo)
 
 
 def _heads(block: Block, bench: Workbench) -> tuple[Tensor, Tensor]:

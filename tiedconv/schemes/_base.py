@@ -18,8 +18,6 @@ from tiedconv.gauge import Workbench
 from tiedconv.grouping import partition
 from tiedconv.plan import Block, Member, Slot
 
-Rank = int | float | tuple[int, ...]
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -54,6 +52,7 @@ class Scheme(ABC):
 
     name: ClassVar[str]
     looks_for: ClassVar[str]
+    least_rank: ClassVar[int] = 0  # the smallest that still gives a matrix
     # Options that take the scheme further down in size, mildest first: what to offer when a
     # budget can't be met.
     further: ClassVar[tuple[Mapping[str, Any], ...]] = ()
@@ -80,24 +79,46 @@ class Scheme(ABC):
 
     def with_ranks(self, ranks: Sequence[int]) -> Scheme:
         """The same scheme with one rank for each matrix."""
-        return dataclasses.replace(self, **{"rank": tuple(ranks), "k": ()})
+        del ranks
+        return self
 
     def rank_slots(self, count: int) -> list[bool]:
         """Which of the matrices of a group take a rank."""
         return [False] * count
-
-    @property
-    def least_rank(self) -> int:
-        """The smallest rank that makes sense."""
-        return 0
 
     def to_json(self) -> dict[str, Any]:
         """The options, as plain data."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
+@dataclass(frozen=True)
+class Ranked(Scheme):
+    """A scheme with a rank for some of its matrices.
+
+    Args:
+        rank: a number, a share of a matrix's parameters (below 1), or one for each matrix.
+        k: multipliers of `rank`, one for each matrix that takes a rank (LORS' K list).
+    """
+
+    rank: int | float | tuple[int, ...] = 0
+    k: tuple[int, ...] = ()
+
+    def with_ranks(self, ranks: Sequence[int]) -> Scheme:
+        return dataclasses.replace(self, rank=tuple(ranks), k=())
+
+    def rank_slots(self, count: int) -> list[bool]:
+        return [True] * count
+
+    def ranks(self, shapes: Sequence[tuple[int, int]]) -> list[int]:
+        """The rank of each matrix, 0 for those that take none."""
+        return resolve_ranks(self.rank, self.k, shapes, self.rank_slots(len(shapes)))
+
+
 def resolve_ranks(
-    rank: Rank, k: Sequence[int], shapes: Sequence[tuple[int, int]], takes: Sequence[bool]
+    rank: int | float | tuple[int, ...],
+    k: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    takes: Sequence[bool],
 ) -> list[int]:
     """One rank for each matrix, from any of the ways in which ranks are given.
 
@@ -170,7 +191,9 @@ def stacks(
         used[name] += 1
         label = name if used[name] == 1 else f"{name}.shape{used[name]}"
         for part in partition(len(slots), groups):
-            where = "" if len(part) == len(slots) else f".{'-'.join(str(slots[i][0]) for i in part)}"
+            where = (
+                "" if len(part) == len(slots) else f".{'-'.join(str(slots[i][0]) for i in part)}"
+            )
             yield label + where, tuple(Member(slots[i][1]) for i in part)
 
 

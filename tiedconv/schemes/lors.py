@@ -22,11 +22,11 @@ from tiedconv.gauge import Workbench
 from tiedconv.linalg import base_and_residuals
 from tiedconv.plan import Block
 from tiedconv.schemes._align import fold_norms, match_layers
-from tiedconv.schemes._base import Draft, Layout, Rank, Scheme, resolve_ranks, stacks, with_residual
+from tiedconv.schemes._base import Draft, Layout, Ranked, stacks, with_residual
 
 
 @dataclass(frozen=True)
-class Lors(Scheme):
+class Lors(Ranked):
     """One base for each group of a stack, a residual for each layer.
 
     Args:
@@ -42,7 +42,6 @@ class Lors(Scheme):
     further: ClassVar = ({"rank": 0},)
 
     rank: int | float | tuple[int, ...] = 0.2
-    k: tuple[int, ...] = ()
     groups: str = "all"
     fused: bool = True
     match: bool = True
@@ -57,12 +56,12 @@ class Lors(Scheme):
         factors: dict[str, Shape] = {"base": shapes[0]}
         weights = [
             with_residual(factors, base, j, rank, shape)
-            for j, (rank, shape) in enumerate(zip(self._ranks(shapes), shapes, strict=True))
+            for j, (rank, shape) in enumerate(zip(self.ranks(shapes), shapes, strict=True))
         ]
         return Layout(factors, tuple(weights))
 
     def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
-        ranks = self._ranks([(m.shape[0], m.shape[1]) for m in matrices])
+        ranks = self.ranks([(m.shape[0], m.shape[1]) for m in matrices])
         base, pairs = base_and_residuals(matrices, ranks)
         factors = {"base": base}
         for j, (b, a) in enumerate(pairs):
@@ -78,13 +77,6 @@ class Lors(Scheme):
         fold_norms(blocks, bench)
         if self.match:
             match_layers(blocks, self.groups, bench)
-
-    def rank_slots(self, count: int) -> list[bool]:
-        return [True] * count
-
-    def _ranks(self, shapes: Sequence[tuple[int, int]]) -> list[int]:
-        rank: Rank = self.rank
-        return resolve_ranks(rank, self.k, shapes, [True] * len(shapes))
 
 
 SCHEME = Lors

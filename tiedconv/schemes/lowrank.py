@@ -1,6 +1,6 @@
 """Baseline: each matrix alone as a product of two thin ones, by its truncated SVD.
 
-    W = B A,  B (out, rank),  A (rank, in)          (Eckart and Young, 1936)
+W = B A,  B (out, rank),  A (rank, in)          (Eckart and Young, 1936)
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tiedconv.gauge import Workbench
 from tiedconv.linalg import truncate
 from tiedconv.plan import Block
 from tiedconv.schemes._align import fold_norms
-from tiedconv.schemes._base import Draft, Layout, Scheme, resolve_ranks, stacks, with_residual
+from tiedconv.schemes._base import Draft, Layout, Ranked, stacks, with_residual
 
 
 @dataclass(frozen=True)
-class LowRank(Scheme):
+class LowRank(Ranked):
     """Truncated SVD of each matrix.
 
     Args:
@@ -31,10 +31,10 @@ class LowRank(Scheme):
 
     name: ClassVar[str] = "lowrank"
     looks_for: ClassVar[str] = "linear layers and convolutions in known blocks or numbered stacks"
+    least_rank: ClassVar[int] = 1
     further: ClassVar = ({"rank": 1},)
 
     rank: int | float | tuple[int, ...] = 0.5
-    k: tuple[int, ...] = ()
     fused: bool = True
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
@@ -56,15 +56,8 @@ class LowRank(Scheme):
     def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
         fold_norms(blocks, bench)
 
-    def rank_slots(self, count: int) -> list[bool]:
-        return [True] * count
-
-    @property
-    def least_rank(self) -> int:
-        return 1
-
     def _rank(self, shape: tuple[int, int]) -> int:
-        return max(1, resolve_ranks(self.rank, self.k, [shape], [True])[0])
+        return max(1, self.ranks([shape])[0])
 
 
 SCHEME = LowRank

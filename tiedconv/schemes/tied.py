@@ -29,12 +29,12 @@ from tiedconv.grouping import partition
 from tiedconv.linalg import shared_with_scales, truncate, weighted_base
 from tiedconv.plan import Block, Member
 from tiedconv.schemes import _align
-from tiedconv.schemes._base import Draft, Layout, Scheme, resolve_ranks, with_residual
+from tiedconv.schemes._base import Draft, Layout, Ranked, with_residual
 from tiedconv.schemes._pairs import PAIRINGS, Stage, bottleneck_groups, fits
 
 
 @dataclass(frozen=True)
-class Tied(Scheme):
+class Tied(Ranked):
     """One W for a pair (or for the pairs of several blocks), transposed where it must be.
 
     Args:
@@ -58,11 +58,9 @@ class Tied(Scheme):
 
     pairing: str = "kv-qo"
     scale: bool = True
-    rank: int | float | tuple[int, ...] = 0
     groups: str = "each"
     first: str = "keep"
     spatial: bool = False
-    k: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for option, known in (("pairing", PAIRINGS), ("first", ("keep", "slice", "expand"))):
@@ -86,7 +84,7 @@ class Tied(Scheme):
         w = Ref("W", whole)
         factors: dict[str, Shape] = {"W": whole}
         weights: list[Expr] = []
-        for j, (rank, shape) in enumerate(zip(self._ranks(shapes), shapes, strict=True)):
+        for j, (rank, shape) in enumerate(zip(self.ranks(shapes), shapes, strict=True)):
             part: Expr = w if shape[1] == whole[1] else Slice(w, 1, 0, shape[1])
             if self.scale and j:
                 s, t = Ref(f"s{j}", (shape[0], 1)), Ref(f"t{j}", (1, shape[1]))
@@ -96,7 +94,7 @@ class Tied(Scheme):
         return Layout(factors, tuple(weights))
 
     def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
-        ranks = self._ranks([(m.shape[0], m.shape[1]) for m in matrices])
+        ranks = self.ranks([(m.shape[0], m.shape[1]) for m in matrices])
         w, scales = self._scales(matrices)
         factors: dict[str, Tensor] = {}
         left = list(matrices)
@@ -139,9 +137,6 @@ class Tied(Scheme):
 
     def rank_slots(self, count: int) -> list[bool]:
         return [j > 0 for j in range(count)]
-
-    def _ranks(self, shapes: Sequence[tuple[int, int]]) -> list[int]:
-        return resolve_ranks(self.rank, self.k, shapes, self.rank_slots(len(shapes)))
 
     def _scales(self, matrices: Sequence[Tensor]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         if self.scale:

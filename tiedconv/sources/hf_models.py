@@ -132,9 +132,10 @@ class HfModel:
             path = self._directory / name
             return path if path.is_file() else None
         try:
-            found = self._transformers.utils.cached_file(
-                self._name, name, local_files_only=not self._network
-            )
+            with hub_if_reachable():
+                found = self._transformers.utils.cached_file(
+                    self._name, name, local_files_only=not self._network
+                )
         except OSError:  # there is no such file, or no network
             return None
         return None if found is None else Path(found)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,7 +82,8 @@ class TorchvisionModel:
 
     def _fetch(self, weights: Any) -> nn.Module:
         try:
-            with skip_init():
+            # torch.hub announces downloads on standard output, which is for results.
+            with skip_init(), redirect_stdout(sys.stderr):
                 model: nn.Module = self._models.get_model(
                     self._name, weights=weights, progress=False, **self._given
                 )

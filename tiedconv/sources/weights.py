@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,9 @@ _CONTAINERS = (
     "student",
     "backbone",
 )
+# How torch says that a pickle asks for a class or function, or for instructions that torch.save
+# never writes.
+_MORE_THAN_TENSORS = ("GLOBAL", "Unsupported operand", "Unsupported class")
 _NOT_WEIGHTS = "Give a .safetensors file or a state dict that torch.save wrote"
 
 
@@ -87,12 +91,14 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         # Many training programs put their parsed arguments beside the weights; as a plain bag of
         # values they do no harm.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # torch warns of a foreign pickle before it refuses it, which the error says better.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error):
+        if not any(sign in str(error) for sign in _MORE_THAN_TENSORS):
             raise _damaged(path, error) from error
         raise WeightsError(
             f"{path} was refused, as it is a pickle with more in it than tensors",
@@ -121,7 +127,8 @@ def _unwrap(content: object) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> WeightsError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    told = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    reason = (told.strip().splitlines() or [type(error).__name__])[0]
     return WeightsError(
         f"{path} is damaged, cut short or not a weights file ({reason[:120]})",
         "No weights were read",

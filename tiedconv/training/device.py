@@ -73,6 +73,12 @@ class Placement:
         if self.channels_last:
             set_layout(model, torch.channels_last)
 
+    def release(self, *models: nn.Module | None) -> None:
+        """Gives the parameters their usual layout back; they stay on the device."""
+        for model in models:
+            if model is not None and self.channels_last:
+                set_layout(model, torch.contiguous_format)
+
     def images(self, images: Tensor) -> Tensor:
         """A batch (B, C, H, W) on the device, in the chosen layout."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format

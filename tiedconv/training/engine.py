@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tiedconv.data.seeds import epoch_seed
 from tiedconv.errors import TrainingError, UserError
 from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_batchnorm
 from tiedconv.training.config import TrainConfig
-from tiedconv.training.device import Placement, pick_device, set_layout
+from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.evaluation import (
     EVENT_SECONDS,
     EvalResult,
@@ -95,8 +96,11 @@ def train(
         run.emit = on_event or ignore
         if checkpoint_dir is not None:
             run.checkpoint = prepare_folder(Path(checkpoint_dir))
-        with modes_kept(model):
-            return run.go(resume)
+        with modes_kept(model), closing(run.loader), closing(run.val_loader):
+            try:
+                return run.go(resume)
+            finally:
+                run.placement.release(model, teacher)
 
 
 class _Run:
@@ -146,8 +150,6 @@ class _Run:
             self.emit(Baseline(before.top1, before.top5, before.loss))
         while self.at.step < self.steps:
             self.run_epoch()
-        if self.placement.channels_last:
-            set_layout(self.model, torch.contiguous_format)
         return self.result()
 
     def run_epoch(self) -> None:

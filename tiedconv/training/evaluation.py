@@ -80,7 +80,11 @@ def evaluate_model(
     pin = placement.device.type == "cuda"
     loader = Loader(data, batch_size, workers=workers, pin=pin)
     on_event = on_event or ignore
-    result = score(model, loader, placement, on_event, class_count(data))
+    try:
+        result = score(model, loader, placement, on_event, class_count(data))
+    finally:
+        loader.close()
+        placement.release(model)
     if result.example_of_skipped is not None:
         on_event(Skipped(result.skipped, result.example_of_skipped))
     return result

@@ -1,0 +1,45 @@
+"""Make pretrained vision models compact.
+
+Weights are tied to their own transpose, or given by one shared base for a stack of layers plus
+low-rank residuals; each number is stored once, in one self-describing file.
+
+    >>> import tiedconv
+    >>> model = tiedconv.convert("resnet50", "tied")            # doctest: +SKIP
+    >>> tiedconv.save(model, "resnet50-tied.safetensors")       # doctest: +SKIP
+"""
+
+from tiedconv.binding import freeze, tie, unfreeze, untie
+from tiedconv.checkpoint import save
+from tiedconv.convert import convert, plan
+from tiedconv.errors import TiedconvError
+from tiedconv.evaluate import evaluate
+from tiedconv.export import export
+from tiedconv.finetune import finetune
+from tiedconv.loading import load
+from tiedconv.plan import Plan
+from tiedconv.recipe import Recipe
+from tiedconv.report import report
+from tiedconv.training import TrainConfig
+from tiedconv.verify import verify
+from tiedconv.version import __version__
+
+__all__ = [
+    "Plan",
+    "Recipe",
+    "TiedconvError",
+    "TrainConfig",
+    "__version__",
+    "convert",
+    "evaluate",
+    "export",
+    "finetune",
+    "freeze",
+    "load",
+    "plan",
+    "report",
+    "save",
+    "tie",
+    "unfreeze",
+    "untie",
+    "verify",
+]

@@ -1,0 +1,203 @@
+"""The verbs `plan` and `convert`: from a model to a tied one."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tiedconv.sources as sources
+from tiedconv.anatomy import Anatomy, examine
+from tiedconv.binding import is_tied, state_of, tie
+from tiedconv.checkpoint import save
+from tiedconv.errors import UserError
+from tiedconv.files import check_output
+from tiedconv.loading import with_preprocess
+from tiedconv.plan import Plan
+from tiedconv.planner import fit_plan, make_plan, smaller_ways
+from tiedconv.recipe import Recipe
+from tiedconv.sources import Preprocess, Source
+from tiedconv.version import __version__
+
+OnGroup = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_file` did, or would do.
+
+    Args:
+        spec: the model.
+        plan: with the relative error of each group, if it was fitted.
+        preprocess: how the model wants its images, if known.
+        path: the file written, None for a dry run.
+        size: of the file, in bytes.
+        seconds: time of the fit.
+        ways: options and schemes that would store less, with their parameters.
+    """
+
+    spec: str
+    plan: Plan
+    preprocess: Preprocess | None
+    path: Path | None
+    size: int
+    seconds: float
+    ways: tuple[tuple[str, int], ...]
+
+
+def plan(
+    model: str | nn.Module,
+    scheme: str = "tied",
+    *,
+    recipe: Recipe | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """What a conversion would store, without any weights: groups, expressions, exact sizes.
+
+    Args:
+        model: a model, or its spec, such as `resnet50` or `timm:vit_tiny_patch16_224`.
+        scheme: name of the scheme.
+        recipe: rules and budget instead of `scheme` and `options`.
+        model_args: arguments of the model's constructor, for a spec.
+        options: `params`, `include`, `exclude`, and the scheme's options.
+
+    Raises:
+        UserError: unknown model or scheme, nothing to convert, a budget that can't be met.
+    """
+    if isinstance(model, str):
+        model, _ = sources.describe(model, model_args)
+    return make_plan(examine(model), recipe or Recipe.of(scheme, **options))[0]
+
+
+def convert(
+    model: str | nn.Module,
+    scheme: str = "tied",
+    *,
+    recipe: Recipe | None = None,
+    weights: str | Path = "default",
+    model_args: Mapping[str, Any] | None = None,
+    inplace: bool = False,
+    seed: int = 0,
+    on_group: OnGroup | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The model with tied weights: the same class, far fewer numbers.
+
+    Args:
+        model: a model in memory, or a spec, such as `resnet50`.
+        scheme: name of the scheme.
+        recipe: rules and budget instead of `scheme` and `options`.
+        weights: for a spec: `default`, `none`, or a file.
+        model_args: arguments of the model's constructor, for a spec.
+        inplace: change the given model rather than a copy of it.
+        seed: of random weights.
+        on_group: called with (groups fitted, groups in all).
+        options: `params`, `include`, `exclude`, and the scheme's options.
+
+    Returns:
+        the tied model. `tiedconv.save` writes it, `tiedconv.report` tells of it.
+
+    Raises:
+        UserError: unknown model or scheme, nothing to convert, a budget that can't be met.
+    """
+    recipe = recipe or Recipe.of(scheme, **options)
+    if isinstance(model, str):
+        model, source = sources.open_source(model, model_args, weights, seed=seed)
+    else:
+        if is_tied(model):
+            raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
+        source = Source("", weights="memory")
+        model = model if inplace else copy.deepcopy(model)
+    return _convert(model, source, recipe, None, on_group)
+
+
+def convert_file(
+    spec: str,
+    recipe: Recipe,
+    output: Path | None,
+    *,
+    weights: str | Path = "default",
+    model_args: Mapping[str, Any] | None = None,
+    preprocess: Callable[[Preprocess], Preprocess] | None = None,
+    force: bool = False,
+    seed: int = 0,
+    command: str | None = None,
+    on_group: OnGroup | None = None,
+) -> Conversion:
+    """Convert a model and write the compact file; with no output, a dry run without weights.
+
+    Args:
+        spec: the model.
+        recipe: what is wanted.
+        output: the file to write, None to plan only.
+        weights: `default`, `none`, or a file.
+        model_args: arguments of the model's constructor.
+        preprocess: changes how images are prepared, as the file will say.
+        force: replace an existing file.
+        seed: of random weights.
+        command: the command line, for the file's history.
+        on_group: called with (groups fitted, groups in all).
+    """
+    if output is None:
+        skeleton, source = sources.describe(spec, model_args)
+        anatomy = examine(skeleton)
+        planned = make_plan(anatomy, recipe)[0]
+        ways = _ways(anatomy, recipe, planned)
+        return Conversion(spec, planned, source.preprocess, None, 0, 0.0, ways)
+    check_output(output, force=force)
+    # A plan that can't be is refused before weights are fetched or read.
+    skeleton, _ = sources.describe(spec, model_args)
+    anatomy = examine(skeleton)
+    ways = _ways(anatomy, recipe, make_plan(anatomy, recipe)[0])
+    del skeleton
+    model, source = sources.open_source(spec, model_args, weights, seed=seed)
+    source = with_preprocess(source, preprocess)
+    start = time.perf_counter()
+    _convert(model, source, recipe, command, on_group)
+    seconds = time.perf_counter() - start
+    size = save(model, output, force=force)
+    return Conversion(
+        spec, state_of(model).plan, source.preprocess, output, size, seconds, ways
+    )  # fmt: skip
+
+
+def _convert(
+    model: nn.Module,
+    source: Source,
+    recipe: Recipe,
+    command: str | None,
+    on_group: OnGroup | None,
+) -> nn.Module:
+    anatomy = examine(model)
+    own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    tensors = {name: own[name] for name in anatomy.shapes}
+    with torch.no_grad():
+        planned, moved = make_plan(anatomy, recipe, tensors)
+        planned, factors = fit_plan(planned, moved, on_group)
+        for name in planned.kept:
+            if moved[name] is not tensors[name]:
+                own[name].copy_(moved[name])
+    entry = {
+        "step": "convert",
+        "recipe": recipe.to_json(),
+        "command": command,
+        "original": planned.original,
+        "stored": planned.stored,
+        "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
+    }
+    tie(model, planned, factors, source=source.to_json(), history=(entry,))
+    return model
+
+
+def _ways(anatomy: Anatomy, recipe: Recipe, planned: Plan) -> tuple[tuple[str, int], ...]:
+    """What would store less, said where the reader may have hoped for more."""
+    if recipe.budget is not None or planned.stored < 0.6 * planned.original:
+        return ()
+    return tuple(smaller_ways(anatomy, recipe))

@@ -1,0 +1,157 @@
+"""The verb `finetune`: a short training that heals a compact model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tiedconv.binding import set_state, state_of
+from tiedconv.checkpoint import save
+from tiedconv.data import ImageList, Split, eval_transform, find_split, train_transform
+from tiedconv.evaluate import open_teacher
+from tiedconv.files import check_output
+from tiedconv.loading import load, source_of, with_preprocess
+from tiedconv.sources import Preprocess
+from tiedconv.training import OnEvent, TrainConfig, TrainResult, train
+from tiedconv.version import __version__
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What `finetune` did.
+
+    Args:
+        path: the file written.
+        size: of the file, in bytes.
+        teacher: what the model was taught by, or `none`.
+        train_images, val_images: how many there were.
+        held_out: whether the validation images were held out of the training folder.
+        result: figures.
+    """
+
+    path: Path
+    size: int
+    teacher: str
+    train_images: int
+    val_images: int
+    held_out: bool
+    result: TrainResult
+
+
+def finetune(
+    file: str | Path,
+    data: str | Path,
+    output: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    teacher: str | nn.Module = "auto",
+    preprocess: Callable[[Preprocess], Preprocess] | None = None,
+    val_split: float = 0.1,
+    limit: int | None = None,
+    device: str = "auto",
+    strict: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    trust_code: bool = False,
+    command: str | None = None,
+    on_event: OnEvent | None = None,
+) -> Finetuned:
+    """Train a compact model on images, with the original as teacher, and write the result.
+
+    While it runs, `<output>.run/` holds the state of the last whole epoch; `resume` goes on from
+    there, and the folder is removed when the result is written.
+
+    Args:
+        file: a compact file.
+        data: a folder with `train/` and `val/` (or `test/`), or of class folders.
+        output: the compact file to write.
+        config: training options.
+        teacher: `auto` (the original), `none`, a file, a spec, or a model.
+        preprocess: changes how images are prepared, as the new file will say.
+        val_split: share of the images to hold out where there is no validation folder.
+        limit: at most so many images in each part.
+        device: `auto`, `cpu`, `cuda`, ...
+        strict: a broken image is an error rather than skipped.
+        resume: go on with an interrupted run.
+        force: replace an existing output.
+        trust_code: allow the file to name a function that builds the model.
+        command: the command line, for the file's history.
+        on_event: called with progress.
+
+    Raises:
+        UserError: a file, folder or option that can't be used; nothing was written.
+        TrainingError: the loss became infinite.
+    """
+    config = config or TrainConfig()
+    output = Path(output)
+    check_output(output, force=force)
+    split = find_split(data, val_fraction=val_split, seed=config.seed, limit=limit)
+    model = load(file, trust_code=trust_code)
+    source = with_preprocess(source_of(state_of(model).source), preprocess)
+    if isinstance(teacher, str):
+        master, name = open_teacher(teacher, source, trust_code=trust_code)
+    else:
+        master, name = teacher, type(teacher).__name__
+    wanted = source.preprocess or Preprocess(224)
+    folder = output.with_name(output.name + ".run")
+    result = train(
+        model,
+        ImageList(split.train, train_transform(wanted, config.augment), strict=strict),
+        ImageList(split.val, eval_transform(wanted), strict=strict),
+        config,
+        teacher=master,
+        device=device,
+        checkpoint_dir=folder,
+        resume=resume,
+        on_event=on_event,
+    )
+    entry = _entry(Path(data).name, split, name, config, result, command)
+    set_state(model, source=source.to_json(), history=(*state_of(model).history, entry))
+    size = save(model.cpu(), output, force=force)
+    shutil.rmtree(folder, ignore_errors=True)
+    return Finetuned(
+        output, size, name, len(split.train), len(split.val), split.held_out, result
+    )  # fmt: skip
+
+
+def _entry(
+    data: str,
+    split: Split,
+    teacher: str,
+    config: TrainConfig,
+    result: TrainResult,
+    command: str | None,
+) -> Mapping[str, Any]:
+    """What the file's history says of this run. Figures that are no number are left out."""
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"}
+    return {
+        "step": "finetune",
+        "data": data,
+        "train_images": len(split.train),
+        "val_images": len(split.val),
+        "held_out": split.held_out,
+        "teacher": teacher,
+        "options": options,
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "loss": _finite(result.loss),
+        "top1_before": _finite(result.top1_before),
+        "top5_before": _finite(result.top5_before),
+        "top1": _finite(result.top1),
+        "top5": _finite(result.top5),
+        "skipped": result.skipped,
+        "command": command,
+        "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,69 @@
+"""From a file back to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+import tiedconv.sources as sources
+from tiedconv.checkpoint import Checkpoint, install, read
+from tiedconv.errors import CheckpointError
+from tiedconv.sources import Preprocess, Source
+
+
+def load(
+    path: str | Path, *, model: nn.Module | None = None, trust_code: bool = False
+) -> nn.Module:  # fmt: skip
+    """The tied model of a file, in evaluation mode on the CPU.
+
+    Args:
+        path: a file that tiedconv wrote.
+        model: an instance of the original class to load into (its weights are replaced), needed
+            when the file was made from a model in memory.
+        trust_code: allow the file to name a `package.module:function` that builds the model.
+
+    Raises:
+        CheckpointError: missing, damaged, or for another model.
+        SourceError: the model's class can't be built here.
+    """
+    checkpoint = read(path)
+    if model is None:
+        model = skeleton_of(checkpoint, trust_code=trust_code)
+    return install(checkpoint, model)
+
+
+def skeleton_of(checkpoint: Checkpoint, *, trust_code: bool = False) -> nn.Module:
+    """A model of the class that a file was made from, with no weights of meaning."""
+    return sources.skeleton(source_of(checkpoint.source), trust_code=trust_code)
+
+
+def source_of(record: Mapping[str, Any] | None) -> Source:
+    """The source that a file or a tied model records."""
+    if record is None:
+        raise CheckpointError(
+            "The file does not say what model it was made from",
+            "Its class can't be built",
+            "Load it in Python: tiedconv.load(path, model=an_instance)",
+        )
+    return Source.from_json(record)
+
+
+def with_preprocess(source: Source, change: Callable[[Preprocess], Preprocess] | None) -> Source:
+    """The source with another way to prepare images, as the user asks."""
+    if change is None:
+        return source
+    return dataclasses.replace(source, preprocess=change(source.preprocess or Preprocess(224)))
+
+
+def is_compact(path: str | Path) -> bool:
+    """Whether this is a file that tiedconv wrote, by its head."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "tiedconv" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
