@@ -1,0 +1,310 @@
+"""Tiny models, one for each family and more, on which every law of the package is tried.
+
+`all_micros()` lists them by name. Their weights are random but seeded, and everything that a
+fresh model has at zero or one (biases, norms, BatchNorm statistics) is drawn too: a move that
+forgets to take a bias or a running mean along would otherwise go unnoticed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedconv.sources.torchvision_compat import import_torchvision
+
+import_torchvision()
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A tiny model.
+
+    Args:
+        name: under which tests show it.
+        build: makes the model, whatever its weights.
+        example: an input from a generator.
+        forward: model and input to logits.
+        library: that its class comes from.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    example: Callable[[torch.Generator], Tensor]
+    forward: Callable[[nn.Module, Tensor], Tensor]
+    library: str = "torch"
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A copy of one's own of the seeded model, in evaluation mode."""
+        return copy.deepcopy(_built(self.name)).to(dtype)
+
+    def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The seeded example."""
+        x = self.example(torch.Generator().manual_seed(1))
+        return x.to(dtype) if x.is_floating_point() else x
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """What a model answers to the example, in its own precision, no gradients."""
+        dtype = next(p.dtype for p in model.parameters())
+        with torch.no_grad():
+            return self.forward(model, self.input(dtype))
+
+
+@functools.cache
+def _built(name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = all_micros()[name].build()
+    return settle(model).eval()
+
+
+@functools.cache
+def original_logits(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The untouched model's answer."""
+    micro = all_micros()[name]
+    return micro.logits(micro.model(dtype))
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Draw everything anew, so that nothing is zero, one, or a copy of another layer.
+
+    Biases lie around 0, scales around 1, variances above 0; matrices keep the size of signals.
+    """
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator) * (high - low) + low
+
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or tensor.dim() == 0:
+                continue
+            if tensor.dim() > 1:
+                fan_in = tensor[0].numel()
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * fan_in**-0.5)
+            elif name.endswith("running_var"):
+                tensor.copy_(draw(tensor, 0.5, 2.0))
+            elif name.endswith(("bias", "running_mean")):
+                tensor.copy_(draw(tensor, -0.2, 0.2))
+            elif name.endswith("weight"):
+                tensor.copy_(draw(tensor, 0.6, 1.4))
+    return model
+
+
+def _image(side: int = 16) -> Callable[[torch.Generator], Tensor]:
+    return lambda generator: torch.randn(2, 3, side, side, generator=generator)
+
+
+def _plain(model: nn.Module, x: Tensor) -> Tensor:
+    logits = model(x)
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _hf(model: nn.Module, x: Tensor) -> Tensor:
+    logits = model(pixel_values=x).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _hf_ids(model: nn.Module, x: Tensor) -> Tensor:
+    logits = model(input_ids=x).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _torchvision_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(16, 8, 3, 2, 32, 64, num_classes=7)
+
+
+def _torchvision_resnet(groups: int = 1, width: int = 16) -> nn.Module:
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    model = ResNet(Bottleneck, [2, 3, 1, 1], 7, groups=groups, width_per_group=width)
+    # The last two stages hold most of the numbers and show nothing that the first two don't.
+    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(512, 7)
+    return model
+
+
+def _timm_vit(**options: Any) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(16, 8, num_classes=7, embed_dim=32, depth=3, num_heads=2, **options)
+
+
+def _timm_deit() -> nn.Module:
+    from timm.models.deit import VisionTransformerDistilled
+
+    return VisionTransformerDistilled(
+        img_size=16, patch_size=8, num_classes=7, embed_dim=32, depth=3, num_heads=2
+    )
+
+
+def _timm_resnet() -> nn.Module:
+    from timm.models.resnet import Bottleneck, ResNet
+
+    return ResNet(
+        Bottleneck, (2, 3, 1, 1), num_classes=7, channels=(8, 16, 16, 16), stem_width=8
+    )
+
+
+def _hf_vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(**_HF))
+
+
+def _hf_deit() -> nn.Module:
+    from transformers import DeiTConfig, DeiTForImageClassification
+
+    return DeiTForImageClassification(DeiTConfig(**_HF))
+
+
+def _hf_resnet() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=8, hidden_sizes=[32, 64], depths=[2, 3], layer_type="bottleneck",
+            num_labels=7,
+        )
+    )  # fmt: skip
+
+
+def _hf_imagegpt() -> nn.Module:
+    from transformers import ImageGPTConfig, ImageGPTForImageClassification
+
+    return ImageGPTForImageClassification(
+        ImageGPTConfig(
+            vocab_size=16, n_positions=12, n_embd=32, n_layer=3, n_head=2, num_labels=7,
+            use_cache=False,
+        )
+    )  # fmt: skip
+
+
+_HF: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "num_labels": 7,
+}
+
+
+class Encoder(nn.Module):
+    """A classifier around `nn.TransformerEncoder`, with ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3)
+        self.head = nn.Linear(32, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, tokens, 32)` to `(n, 7)`."""
+        return self.head(self.encoder(x).mean(1))
+
+
+class EncoderDecoder(nn.Module):
+    """A classifier around `nn.Transformer`: self-attention and cross-attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.Transformer(32, 2, 2, 2, 64, batch_first=True, activation="gelu")
+        self.query = nn.Parameter(torch.randn(1, 3, 32))
+        self.head = nn.Linear(32, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, tokens, 32)` to `(n, 7)`."""
+        query = self.query.expand(len(x), -1, -1)
+        return self.head(self.transformer(x, query).mean(1))
+
+
+class ConvMixer(nn.Module):
+    """A model that no family knows by name: numbered layers with inverted bottlenecks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 4, 4)
+        self.trunk = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "depthwise": nn.Conv2d(16, 16, 3, padding=1, groups=16),
+                    "norm": nn.BatchNorm2d(16),
+                    "expand": nn.Conv2d(16, 48, 1),
+                    "project": nn.Conv2d(48, 16, 1),
+                    "mix": nn.Conv2d(16, 16, 3, padding=1),
+                }
+            )
+            for _ in range(3)
+        )
+        self.head = nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, 3, h, w)` to `(n, 7)`."""
+        x = self.stem(x)
+        for layer in self.trunk:
+            y = layer["norm"](layer["depthwise"](x))
+            x = x + layer["project"](torch.nn.functional.gelu(layer["expand"](y)))
+            x = x + torch.tanh(layer["mix"](x))
+        return self.head(x.mean((2, 3)))
+
+
+def _perceptron() -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(48, 24)]
+    for _ in range(3):
+        layers += [nn.GELU(), nn.Linear(24, 24)]
+    return nn.Sequential(*layers, nn.Linear(24, 7))
+
+
+def _tokens(generator: torch.Generator) -> Tensor:
+    return torch.randn(2, 5, 32, generator=generator)
+
+
+def _ids(generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 15, (2, 8), generator=generator)
+
+
+@functools.cache
+def all_micros() -> dict[str, Micro]:
+    """Every tiny model, by name."""
+    micros = (
+        Micro("torchvision-vit", _torchvision_vit, _image(), _plain, "torchvision"),
+        Micro("torchvision-resnet", _torchvision_resnet, _image(32), _plain, "torchvision"),
+        Micro(
+            "torchvision-resnext",
+            functools.partial(_torchvision_resnet, groups=4, width=4),
+            _image(32),
+            _plain,
+            "torchvision",
+        ),
+        Micro("timm-vit", _timm_vit, _image(), _plain, "timm"),
+        Micro(
+            "timm-vit-qknorm",
+            functools.partial(_timm_vit, qk_norm=True, init_values=0.5, class_token=False,
+                              global_pool="avg"),
+            _image(),
+            _plain,
+            "timm",
+        ),
+        Micro("timm-deit", _timm_deit, _image(), _plain, "timm"),
+        Micro("timm-resnet", _timm_resnet, _image(32), _plain, "timm"),
+        Micro("hf-vit", _hf_vit, _image(), _hf, "transformers"),
+        Micro("hf-deit", _hf_deit, _image(), _hf, "transformers"),
+        Micro("hf-resnet", _hf_resnet, _image(32), _hf, "transformers"),
+        Micro("hf-imagegpt", _hf_imagegpt, _ids, _hf_ids, "transformers"),
+        Micro("torch-encoder", Encoder, _tokens, _plain),
+        Micro("torch-transformer", EncoderDecoder, _tokens, _plain),
+        Micro("convmixer", ConvMixer, _image(), _plain),
+        Micro("perceptron", _perceptron, _image(4), _plain),
+    )  # fmt: skip
+    return {m.name: m for m in micros}
