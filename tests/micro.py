@@ -259,6 +259,25 @@ class ConvMixer(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Aliased(nn.Module):
+    """A model that shares by itself: one layer twice, and one matrix under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(32, 32)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(32, 2, 64) for _ in range(3))
+        self.layers.append(self.layers[1])
+        self.decode = nn.Linear(32, 32, bias=False)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, tokens, 32)` to `(n, 32)`."""
+        x = self.encode(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.decode(x).mean(1)
+
+
 def _perceptron() -> nn.Module:
     layers: list[nn.Module] = [nn.Flatten(), nn.Linear(48, 24)]
     for _ in range(3):
@@ -304,6 +323,7 @@ def all_micros() -> dict[str, Micro]:
         Micro("hf-imagegpt", _hf_imagegpt, _ids, _hf_ids, "transformers"),
         Micro("torch-encoder", Encoder, _tokens, _plain),
         Micro("torch-transformer", EncoderDecoder, _tokens, _plain),
+        Micro("aliased", Aliased, _tokens, _plain),
         Micro("convmixer", ConvMixer, _image(), _plain),
         Micro("perceptron", _perceptron, _image(4), _plain),
     )  # fmt: skip

@@ -1,0 +1,155 @@
+"""What commands share: errors to exit codes, common options, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import click
+import typer
+from rich.console import Console
+
+from tiedconv.errors import TiedconvError, UserError
+from tiedconv.sources import Preprocess, parse_model_args
+
+P = ParamSpec("P")
+
+Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON on standard output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code", help="Let the file name a package.module:function that builds its model."
+    ),
+]
+ModelArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="NAME=VALUE",
+        help="An argument of the model's constructor, such as img_size=32. Repeatable.",
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="[b]default[/b] (the published ones), [b]none[/b] (random), or a file: "
+        ".safetensors, or a .pth that holds tensors alone.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes that decode images; chosen if not given.", min=0)
+]
+Limit = Annotated[
+    int | None, typer.Option(help="At most so many images, spread evenly over the classes.")
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="A broken image is an error; else it is skipped, counted.")
+]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the input in pixels.", min=1)]
+Resize = Annotated[
+    int | None,
+    typer.Option(help="Shorter side before the centre crop; 0 for no crop.", min=0),
+]
+Mean = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Mean of each channel, 0 to 1.")
+]  # fmt: skip
+Std = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Standard deviation of each channel.")
+]  # fmt: skip
+Interpolation = Annotated[str | None, typer.Option(help="bilinear or bicubic.")]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def guarded(function: Callable[P, None]) -> Callable[P, None]:
+    """A command whose known errors become one line on standard error and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except TiedconvError as error:
+            # Through click rather than Rich: one line, neither wrapped nor marked up.
+            click.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            click.echo("Interrupted. Nothing half-written was left behind.", err=True)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def command_line() -> str:
+    """The command as the user typed it, for a file's history."""
+    return shlex.join(["tiedconv", *sys.argv[1:]])
+
+
+def print_json(data: Any) -> None:
+    """Figures as JSON; dataclasses become objects."""
+    click.echo(json.dumps(data, default=_plain, indent=2))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(type(value).__name__)
+
+
+def model_args(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """`["img_size=32"]` to `{"img_size": 32}`."""
+    return dict(parse_model_args(pairs or []))
+
+
+def preprocess_change(
+    image_size: int | None,
+    resize: int | None,
+    mean: str | None,
+    std: str | None,
+    interpolation: str | None,
+) -> Callable[[Preprocess], Preprocess] | None:
+    """What the image options change of a model's own preprocessing; None if nothing."""
+    if all(option is None for option in (image_size, resize, mean, std, interpolation)):
+        return None
+    means, stds = _numbers("--mean", mean), _numbers("--std", std)
+    if interpolation not in (None, "bilinear", "bicubic"):
+        raise UserError(
+            f"--interpolation {interpolation} is unknown", remedy="Use bilinear or bicubic"
+        )
+
+    def change(own: Preprocess) -> Preprocess:
+        own = own.scaled_to(image_size)
+        return Preprocess(
+            own.size,
+            own.resize if resize is None else (resize or None),
+            means or own.mean,
+            stds or own.std,
+            interpolation or own.interpolation,
+        )
+
+    return change
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 3) or (option == "--std" and min(values) <= 0):
+        raise UserError(
+            f"{option} {text!r} is not one number for each channel",
+            remedy=f"Write it as {option} 0.485,0.456,0.406",
+        )
+    return values

@@ -1,0 +1,188 @@
+"""`tiedconv convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tiedconv.cli import common, render
+from tiedconv.cli.common import err, out
+from tiedconv.cli.progress import Bar
+from tiedconv.convert import Conversion, convert_file
+from tiedconv.errors import UserError
+from tiedconv.recipe import Budget, Recipe, Rule
+from tiedconv.report import plan_report, report
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(common.guarded(convert))
+
+
+def convert(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="resnet50, vit_b_16, ... of torchvision; timm:NAME; hf:NAME or hf:FOLDER; "
+            "package.module:function."
+        ),
+    ],
+    scheme: Annotated[str, typer.Option(help="tied, lors, lowrank or shared.")] = "tied",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The file to write [default: MODEL-SCHEME.safetensors]."
+        ),
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(metavar="BUDGET", help="Choose ranks to store 50% of the parameters, or 12M."),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(help="Rank of the residuals: 16, or a share of each matrix such as 0.2."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="An option of the scheme, such as groups=all. Repeatable."
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Only tensors whose name matches. Repeatable."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="No tensor whose name matches. Repeatable."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="Rules and budget from a file.")
+    ] = None,
+    weights: common.Weights = "default",
+    model_arg: common.ModelArg = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan with exact sizes; needs no weights.")
+    ] = False,
+    all_groups: Annotated[
+        bool, typer.Option("--all-groups", help="A line for each group, not for each kind.")
+    ] = False,
+    image_size: common.ImageSize = None,
+    resize: common.Resize = None,
+    mean: common.Mean = None,
+    std: common.Std = None,
+    interpolation: common.Interpolation = None,
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    force: common.Force = False,
+    json_: common.Json = False,
+) -> None:
+    """Rewrite a pretrained model so that far fewer numbers are stored.
+
+    It loads the model, plans what is shared, fits it to the weights, and writes one compact,
+    self-describing file. Heal it afterwards with [b]tiedconv finetune[/b].
+    """
+    wanted = make_recipe(scheme, params, rank, option, include, exclude, recipe)
+    default = Path(
+        f"{model.replace(':', '-').replace('/', '-')}-{wanted.rules[0].scheme}.safetensors"
+    )
+    change = common.preprocess_change(image_size, resize, mean, std, interpolation)
+    with Bar("fitting") as bar:
+        done = convert_file(
+            model,
+            wanted,
+            None if dry_run else (output or default),
+            weights=weights,
+            model_args=common.model_args(model_arg),
+            preprocess=change,
+            force=force,
+            seed=seed,
+            command=common.command_line(),
+            on_group=lambda i, n: bar.update(i, n),
+        )
+    if json_:
+        common.print_json(_figures(done))
+    else:
+        _show(done, each=all_groups)
+
+
+def make_recipe(
+    scheme: str,
+    params: str | None,
+    rank: str | None,
+    option: list[str] | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    file: Path | None,
+) -> Recipe:
+    """The recipe that the options say; a budget may be added to a file's."""
+    if file is not None:
+        if rank or option or include or exclude:
+            raise UserError(
+                "A recipe file and --rank, --option, --include or --exclude were given",
+                "They would contradict each other",
+                "Write them into the file's rules",
+            )
+        read = Recipe.from_toml(file)
+        return Recipe(read.rules, Budget(params)) if params else read
+    options = {**_options(option), **({"rank": _value(rank)} if rank is not None else {})}
+    rule = Rule(scheme, options, tuple(include or ["*"]), tuple(exclude or []))
+    return Recipe((rule,), Budget(params) if params else None)
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UserError(
+                f"--option {pair!r} has no value", remedy="Write it as --option groups=all"
+            )
+        options[name] = _value(value)
+    return options
+
+
+def _value(text: str) -> Any:
+    """A number, truth or list where the text is one, else the text."""
+    try:
+        return json.loads(f"[{text}]" if "," in text and not text.startswith("[") else text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _figures(done: Conversion) -> dict[str, Any]:
+    figures = report(done.path) if done.path else plan_report(done.plan, done.spec)
+    return {
+        "model": done.spec,
+        "output": done.path,
+        "original": done.plan.original,
+        "stored": done.plan.stored,
+        "ratio": done.plan.stored / done.plan.original,
+        "file_bytes": done.size,
+        "fit_seconds": round(done.seconds, 3),
+        "groups": list(figures.groups),
+        "smaller": [{"how": how, "stored": stored} for how, stored in done.ways],
+    }
+
+
+def _show(done: Conversion, *, each: bool) -> None:
+    figures = report(done.path) if done.path else plan_report(done.plan, done.spec)
+    rows = [*render.group_rows(figures, each=each), render.kept_row(figures)]
+    out.print(render.table(render.GROUP_COLUMNS, [*rows, render.total_row(figures)], text=3))
+    saved = 1 - figures.ratio
+    out.print(
+        f"{done.spec}: {figures.original:,} parameters become {figures.stored:,} "
+        f"({render.percent(figures.ratio)}), which saves {render.percent(saved)}. "
+        "FLOPs are unchanged: every weight keeps its shape when it is used."
+    )
+    if done.ways:
+        out.print("\nWhat would save more:")
+        for how, stored in done.ways:
+            out.print(f"  {how:<58} {stored:>12,}  ({render.percent(stored / figures.original)})")
+    if done.path:
+        out.print(f"Wrote {done.path} ({render.size(done.size)}, fitted in {done.seconds:.1f} s).")
+        err.print(f"Next: tiedconv finetune {done.path} --data IMAGEFOLDER -o healed.safetensors")
+    else:
+        err.print("Nothing was written: this was a dry run.")

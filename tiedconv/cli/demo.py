@@ -1,0 +1,62 @@
+"""`tiedconv demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiedconv.cli import common, render
+from tiedconv.cli.common import err, out
+from tiedconv.cli.progress import Bar
+from tiedconv.demo import run_demo
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(common.guarded(demo))
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write to.")] = Path(
+        "demo-output"
+    ),
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the training, to see that it runs.")
+    ] = False,
+    json_: common.Json = False,
+) -> None:
+    """Watch the main job offline, on scikit-learn's handwritten digits.
+
+    Trains a small ViT and a small bottleneck ResNet, converts each with tied and lors, heals
+    them with the dense model as teacher, and writes the files, a table and a picture.
+    """
+    with Bar("demo") as bar:
+        done = run_demo(
+            output, seed=seed, quick=quick,
+            on_stage=lambda i, n, what: (bar.update(i, n, what=what), bar.line(what))[0],
+        )  # fmt: skip
+    if json_:
+        common.print_json(done)
+        return
+    columns = ("model", "parameters", "ratio", "file", "converted", "fine-tuned")
+    rows = [
+        (
+            r.name,
+            f"{r.parameters:,}",
+            render.percent(r.ratio),
+            render.size(r.file_bytes),
+            render.accuracy(r.converted),
+            render.accuracy(r.finetuned),
+        )
+        for r in done.rows
+    ]
+    title = f"top-1 on {done.test_images} test digits, {done.seconds:.0f} s in all"
+    out.print(render.table(columns, rows, title))
+    out.print(f"Files and {done.picture.name} are in {output}/")
+    example = done.rows[1].path
+    err.print(f"Next: tiedconv report {example}")
+    err.print(f"      tiedconv evaluate {example} --data {output / 'digits'}")
+    err.print("      tiedconv convert resnet50 --scheme tied --dry-run")

@@ -1,0 +1,115 @@
+"""`tiedconv finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiedconv.cli import common, render
+from tiedconv.cli.common import out
+from tiedconv.cli.progress import TrainingBar
+from tiedconv.errors import UserError
+from tiedconv.finetune import finetune as run
+from tiedconv.training import TrainConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(common.guarded(finetune))
+
+
+def finetune(
+    file: Annotated[Path, typer.Argument(help="A compact file that tiedconv wrote.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="IMAGEFOLDER",
+            help="A folder with train/ and val/ (or test/) of class folders, or class folders "
+            "directly.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The compact file to write.")],
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the images [default: 1].")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="[b]auto[/b] (the original model), [b]none[/b], a file of weights, or a model."
+        ),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 64,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 5e-4,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
+    weight_decay: Annotated[float, typer.Option(help="Of matrices; vectors have none.")] = 0.05,
+    warmup: Annotated[float, typer.Option(help="Share of the steps, before a cosine.")] = 0.05,
+    temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 2.0,
+    distill: Annotated[
+        float, typer.Option(help="Weight of the teacher in the loss, 0 to 1.")
+    ] = 0.9,
+    label_smoothing: Annotated[float, typer.Option(help="0 to 1.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
+    augment: Annotated[str, typer.Option(help="none, flip, crop or randaugment.")] = "crop",
+    bn_batches: Annotated[
+        int, typer.Option(help="Batches that re-estimate BatchNorm statistics; 0 for none.")
+    ] = 20,
+    val_split: Annotated[
+        float, typer.Option(help="Share to hold out where there is no val/ or test/.")
+    ] = 0.1,
+    limit: common.Limit = None,
+    image_size: common.ImageSize = None,
+    resize: common.Resize = None,
+    mean: common.Mean = None,
+    std: common.Std = None,
+    interpolation: common.Interpolation = None,
+    device: common.Device = "auto",
+    workers: common.Workers = None,
+    seed: Annotated[int, typer.Option(help="Of order, augmentation and the held-out part.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of this output.")
+    ] = False,
+    strict: common.Strict = False,
+    trust_code: common.TrustCode = False,
+    force: common.Force = False,
+    json_: common.Json = False,
+) -> None:
+    """Heal a compact model by a short training, with the original model as teacher.
+
+    Stored tensors are trained, so ties hold by construction. An interrupted run goes on with
+    [b]--resume[/b].
+    """
+    if epochs is not None and steps is not None:
+        raise UserError("--epochs and --steps were both given", remedy="Give one of them")
+    config = TrainConfig(
+        epochs=None if steps is not None else (1 if epochs is None else epochs),
+        steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer,
+        weight_decay=weight_decay, warmup=warmup, temperature=temperature,
+        distill_weight=distill, label_smoothing=label_smoothing, clip=clip, augment=augment,
+        bn_recalibrate=bn_batches, seed=seed, workers=workers,
+    )  # fmt: skip
+    change = common.preprocess_change(image_size, resize, mean, std, interpolation)
+    with TrainingBar() as bar:
+        done = run(
+            file, data, output, config, teacher=teacher, preprocess=change, val_split=val_split,
+            limit=limit, device=device, strict=strict, resume=resume, force=force,
+            trust_code=trust_code, command=common.command_line(), on_event=bar,
+        )  # fmt: skip
+    if json_:
+        common.print_json(done)
+        return
+    result = done.result
+    rows = [
+        ("before", render.accuracy(result.top1_before), render.accuracy(result.top5_before)),
+        ("after", render.accuracy(result.top1), render.accuracy(result.top5)),
+    ]
+    kind = "held-out" if done.held_out else "validation"
+    out.print(render.table(("", "top-1", "top-5"), rows, f"{done.val_images:,} {kind} images"))
+    if result.skipped:
+        out.print(f"{result.skipped} images could not be read and were skipped.")
+    out.print(
+        f"Wrote {done.path} ({render.size(done.size)}); {result.steps:,} steps in "
+        f"{result.seconds:.0f} s, teacher {done.teacher}."
+    )

@@ -1,0 +1,97 @@
+"""Progress bars on standard error; nothing is drawn where nobody looks."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from tiedconv.cli.common import err
+from tiedconv.cli.render import accuracy
+from tiedconv.training import (
+    Baseline,
+    Checkpointed,
+    EpochEnd,
+    EvalStep,
+    Event,
+    Resumed,
+    Skipped,
+    Start,
+    Step,
+)
+
+
+class Bar:
+    """One bar with a note beside it."""
+
+    def __init__(self, what: str) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self._task: TaskID = self._progress.add_task(what, total=None, note="")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, done: float, total: float, note: str = "", what: str | None = None) -> None:
+        """Move the bar."""
+        self._progress.update(
+            self._task, completed=done, total=total, note=note, description=what
+        )  # fmt: skip
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text)
+
+
+class TrainingBar(Bar):
+    """A bar that listens to training and evaluation."""
+
+    def __init__(self, what: str = "training") -> None:
+        super().__init__(what)
+        self._total = 0
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Start(steps, epochs, images):
+                self._total = steps
+                self.line(f"{steps:,} steps, {epochs} epochs of {images:,} images")
+            case Resumed(epoch, step):
+                self.line(f"resumed after epoch {epoch}, step {step:,}")
+            case Baseline(top1, _, _):
+                self.line(f"before: top-1 {accuracy(top1)}")
+            case Step(step, loss, lr, speed, _):
+                note = f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} images/s"
+                self.update(step, self._total, note, "training")
+            case EvalStep(images, total, speed):
+                self.update(images, total, f"{speed:,.0f} images/s", "evaluating")
+            case EpochEnd(epoch, loss, top1, _, seconds):
+                score = f", top-1 {accuracy(top1)}" if top1 is not None else ""
+                self.line(f"epoch {epoch}: loss {loss:.3f}{score}, {seconds:.0f} s")
+            case Skipped(count, example):
+                self.line(f"skipped {count} images that can't be read, such as {example}")
+            case Checkpointed():
+                pass

@@ -1,0 +1,37 @@
+"""`tiedconv verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiedconv.cli import common
+from tiedconv.cli.common import out
+from tiedconv.verify import verify as run
+
+_MARKS = {True: "[green]ok[/green]  ", False: "[red]bad[/red] ", None: "[yellow]--[/yellow]  "}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(common.guarded(verify))
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="A compact file.")],
+    trust_code: common.TrustCode = False,
+    json_: common.Json = False,
+) -> None:
+    """Check a compact file from its bytes to its outputs.
+
+    Hashes, references and shapes; the model builds and holds each number once; its outputs agree
+    with those of the dense form. Exit code 0 means all of it, 2 a damaged file.
+    """
+    checks = run(file, trust_code=trust_code)
+    if json_:
+        common.print_json({"file": file, "checks": checks})
+        return
+    for check in checks:
+        out.print(f"{_MARKS[check.passed]} {check.name:<8} {check.detail}")

@@ -1,0 +1,276 @@
+"""The verb `demo`: the main job, offline, on an embedded real data set, in minutes.
+
+scikit-learn's 1,797 handwritten digits are written as images; a small ViT and a small bottleneck
+ResNet, of torchvision's own classes, are trained on them; each is converted, healed with the
+dense model as teacher, and measured, by the same verbs that a user calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tiedconv.convert import convert_file
+from tiedconv.data import ImageList, eval_transform, find_split, train_transform
+from tiedconv.errors import MissingExtra, OutputError
+from tiedconv.finetune import finetune
+from tiedconv.recipe import Recipe
+from tiedconv.sources import Preprocess
+from tiedconv.sources.torchvision_compat import import_torchvision
+from tiedconv.training import TrainConfig, train
+
+PREPROCESS = Preprocess(32, None, (0.5,) * 3, (0.5,) * 3)
+DENSE_EPOCHS = 24
+HEAL_EPOCHS = 8
+
+OnStage = Callable[[int, int, str], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the demo.
+
+    Args:
+        name: what it is.
+        path: its file.
+        parameters: stored.
+        ratio: of the dense model's parameters.
+        file_bytes: size of the file.
+        converted: top-1 right after conversion, None for a dense model.
+        finetuned: top-1 at the end.
+    """
+
+    name: str
+    path: Path
+    parameters: int
+    ratio: float
+    file_bytes: int
+    converted: float | None
+    finetuned: float
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo made."""
+
+    rows: tuple[Row, ...]
+    picture: Path
+    test_images: int
+    seconds: float
+
+
+def digits_vit() -> nn.Module:
+    """A ViT for 32 px digits: 4 layers of width 64."""
+    torchvision = import_torchvision()
+    model: nn.Module = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=256,
+        num_classes=10,
+    )  # fmt: skip
+    return model
+
+
+def digits_resnet() -> nn.Module:
+    """A bottleneck ResNet for 32 px digits: the first two stages of a ResNet, half as wide."""
+    torchvision = import_torchvision()
+    model: nn.Module = torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck, [3, 5, 1, 1], width_per_group=32, num_classes=10
+    )
+    model.layer3, model.layer4 = nn.Identity(), nn.Identity()
+    model.fc = nn.Linear(512, 10)
+    return model
+
+
+digits_vit.preprocess = PREPROCESS  # type: ignore[attr-defined]
+digits_resnet.preprocess = PREPROCESS  # type: ignore[attr-defined]
+
+# A ResNet's 1x1 pairs alone can't halve it, so its tied form shares one W in each stage too.
+MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Recipe]]] = {
+    "vit": (
+        digits_vit,
+        "tiedconv.demo:digits_vit",
+        {"tied": Recipe.of("tied"), "lors": Recipe.of("lors", params="50%")},
+    ),
+    "resnet": (
+        digits_resnet,
+        "tiedconv.demo:digits_resnet",
+        {
+            "tied": Recipe.of("tied", groups="all", first="expand", spatial=True),
+            "lors": Recipe.of("lors", params="50%"),
+        },
+    ),
+}
+
+
+def run_demo(
+    output: Path, *, seed: int = 0, quick: bool = False, on_stage: OnStage | None = None
+) -> Demo:
+    """Train, convert, heal and measure; files are written to `output`.
+
+    Args:
+        output: a folder, made if it is not there; its files of a demo before are replaced.
+        seed: of everything random.
+        quick: a tenth of the training, to see that it runs.
+        on_stage: called with (stages done, stages in all, what comes next).
+
+    Raises:
+        MissingExtra: scikit-learn or matplotlib is not installed.
+        OutputError: the folder can't be written to.
+    """
+    start = time.perf_counter()
+    factor = 0.1 if quick else 1.0
+    stages = iter(range(1000))
+    total = 1 + sum(1 + len(recipes) for _, _, recipes in MODELS.values())
+
+    def stage(what: str) -> None:
+        if on_stage is not None:
+            on_stage(next(stages), total, what)
+
+    _require("matplotlib", "the demo's picture")
+    stage("writing the digits as images")
+    data = output / "digits"
+    tests = write_digits(data)
+    rows: list[Row] = []
+    for name, (build, spec, recipes) in MODELS.items():
+        stage(f"training a dense {name}")
+        dense = output / f"{name}-dense.safetensors"
+        rows.append(_train_dense(name, build, data, dense, DENSE_EPOCHS * factor, seed))
+        for scheme, recipe in recipes.items():
+            stage(f"{name}: converting with {scheme}, then healing")
+            config = TrainConfig(
+                epochs=HEAL_EPOCHS * factor, seed=seed, lr=1e-3, workers=0, augment="none"
+            )  # fmt: skip
+            rows.append(_compact(f"{name}-{scheme}", spec, recipe, data, dense, config, rows[-1]))
+    picture = output / "demo.png"
+    draw(rows, picture)
+    return Demo(tuple(rows), picture, tests, time.perf_counter() - start)
+
+
+def write_digits(folder: Path) -> int:
+    """Write the digits as `train/<digit>/*.png` and `test/<digit>/*.png`; returns the test count.
+
+    Every fifth image of a digit is a test image.
+    """
+    _require("sklearn", "the demo's data")
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    seen = [0] * 10
+    tests = 0
+    try:
+        for image, label in zip(digits.images, digits.target, strict=True):
+            part = "test" if seen[label] % 5 == 4 else "train"
+            tests += part == "test"
+            place = folder / part / str(label)
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = (image / 16 * 255).astype("uint8")
+            Image.fromarray(pixels).save(place / f"{seen[label]:03}.png")
+            seen[label] += 1
+    except OSError as error:
+        raise OutputError(
+            f"{folder} can't be written ({error.strerror})", remedy="Choose another folder with -o"
+        ) from None
+    return tests
+
+
+def _train_dense(
+    name: str, build: Callable[[], nn.Module], data: Path, path: Path, epochs: float, seed: int
+) -> Row:
+    """A dense model trained on the digits, and its weights in a file."""
+    split = find_split(data, seed=seed)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = build()
+    config = TrainConfig(
+        epochs=epochs, lr=1e-3, seed=seed, workers=0, augment="none", eval_every_epoch=False
+    )
+    result = train(
+        model,
+        ImageList(split.train, train_transform(PREPROCESS, config.augment)),
+        ImageList(split.val, eval_transform(PREPROCESS)),
+        config,
+        device="cpu",
+    )
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Row(f"{name}, dense", path, parameters, 1.0, path.stat().st_size, None, result.top1)
+
+
+def _compact(
+    name: str,
+    spec: str,
+    recipe: Recipe,
+    data: Path,
+    dense: Path,
+    config: TrainConfig,
+    before: Row,
+) -> Row:
+    """The dense model converted and healed."""
+    raw, healed = dense.with_name(f"{name}-converted.safetensors"), dense.with_name(
+        f"{name}.safetensors"
+    )  # fmt: skip
+    done = convert_file(spec, recipe, raw, weights=dense, force=True)
+    result = finetune(
+        raw, data, healed, config, teacher=str(dense), device="cpu", force=True
+    )  # fmt: skip
+    del before
+    return Row(
+        name.replace("-", ", "),
+        healed,
+        done.plan.stored,
+        done.plan.stored / done.plan.original,
+        result.size,
+        result.result.top1_before,
+        result.result.top1,
+    )
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A picture: parameters stored, and accuracy after conversion and after healing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+    places = range(len(rows))
+    colours = ["#4b5563" if r.converted is None else "#0f766e" for r in rows]
+    left.barh(places, [r.parameters / 1e3 for r in rows], color=colours)
+    left.set_yticks(places, [r.name for r in rows])
+    left.invert_yaxis()
+    left.set_xlabel("parameters stored, thousands")
+    for i, row in enumerate(rows):
+        left.text(row.parameters / 1e3, i, f" {100 * row.ratio:.0f} %", va="center", fontsize=9)
+    left.margins(x=0.18)
+    for i, row in enumerate(rows):
+        if row.converted is not None:
+            right.plot(
+                [100 * row.converted, 100 * row.finetuned], [i, i], color="#d1d5db", zorder=1
+            )
+            right.scatter(100 * row.converted, i, marker="o", color="#f59e0b", zorder=2)
+        right.scatter(100 * row.finetuned, i, marker="D", color=colours[i], zorder=2)
+        right.text(
+            100 * row.finetuned, i - 0.28, f"{100 * row.finetuned:.1f}", ha="center", fontsize=9
+        )
+    right.scatter([], [], marker="o", color="#f59e0b", label="after conversion, before training")
+    right.scatter([], [], marker="D", color="#0f766e", label="after healing")
+    right.scatter([], [], marker="D", color="#4b5563", label="dense")
+    right.set_xlabel("top-1 on test digits, %")
+    right.set_xlim(0, 105)
+    right.grid(axis="x", color="#e5e7eb")
+    right.set_axisbelow(True)
+    right.legend(loc="lower left", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _require(module: str, purpose: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(module) is None:
+        package = {"sklearn": "scikit-learn"}.get(module, module)
+        raise MissingExtra.of(package, "demo", purpose)
