@@ -150,9 +150,7 @@ def _timm_deit() -> nn.Module:
 def _timm_resnet() -> nn.Module:
     from timm.models.resnet import Bottleneck, ResNet
 
-    return ResNet(
-        Bottleneck, (2, 3, 1, 1), num_classes=7, channels=(8, 16, 16, 16), stem_width=8
-    )
+    return ResNet(Bottleneck, (2, 3, 1, 1), num_classes=7, channels=(8, 16, 16, 16), stem_width=8)
 
 
 def _hf_vit() -> nn.Module:

@@ -105,6 +105,7 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
     metadata["digest"] = _digest(metadata)
     with replacing(Path(path), force=force) as part:
         save_file(tensors, part, {"format": "pt", **metadata})
+        _sort_metadata(part)
         return part.stat().st_size
 
 
@@ -262,6 +263,21 @@ def _digest(metadata: Mapping[str, str]) -> str:
 
 def _dump(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a header's metadata in order, in place: safetensors writes it in a random one.
+
+    The same model then gives the same bytes. Only keys change places, so the length stays.
+    """
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _parse(text: str) -> Any:

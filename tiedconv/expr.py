@@ -15,6 +15,7 @@ Shapes are checked when a node is built, so an expression that exists is well-ty
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -346,12 +347,12 @@ def _parse(data: object, depth: int, budget: list[int]) -> Expr:
         case [("add" | "mul" | "matmul") as tag, a, b]:
             node = {"add": Add, "mul": Mul, "matmul": MatMul}[tag]
             return node(_parse(a, depth + 1, budget), _parse(b, depth + 1, budget))
-    raise _mismatch(f"{str(data)[:80]!r}")
+    raise _mismatch(f"{reprlib.repr(data)}")
 
 
 def _ints(values: list[object]) -> tuple[int, ...]:
     if len(values) > 8 or any(type(v) is not int or abs(v) > MAX_ELEMENTS for v in values):
-        raise _mismatch(f"{str(values)[:80]} where small whole numbers belong")
+        raise _mismatch(f"{reprlib.repr(values)} where small whole numbers belong")
     return tuple(v for v in values if isinstance(v, int))
 
 

@@ -130,9 +130,9 @@ def shared_with_scales(
     widest = max(matrices, key=lambda m: m.shape[1])
     first = matrices[0] if matrices[0].shape == widest.shape else widest
     weights = [1.0 / float(m.square().sum().clamp(min=1e-30)) for m in matrices]
-    ones = [(m.new_ones(m.shape[0], 1), m.new_ones(1, m.shape[1])) for m in matrices]
-    scales = [(_row_fit(m, first[:, : m.shape[1]]), t) for m, (_, t) in zip(matrices, ones)]  # noqa: B905
-    scales[0] = ones[0]
+    rows, columns = matrices[0].shape
+    ones = (first.new_ones(rows, 1), first.new_ones(1, columns))
+    scales = [ones] + [_scales_between(first[:, : m.shape[1]], m) for m in matrices[1:]]
     w = weighted_base(matrices, scales, weights)
     for _ in range(steps):
         for j, m in enumerate(matrices[1:], 1):
@@ -142,6 +142,25 @@ def shared_with_scales(
             scales[j] = (s, t)
         w = weighted_base(matrices, scales, weights)
     return w, scales
+
+
+def _scales_between(w: Tensor, m: Tensor, *, steps: int = 8) -> tuple[Tensor, Tensor]:
+    """The s `(rows, 1)` and t `(1, columns)` with `m ~ s w t`.
+
+    Least squares by turns alone would end wherever the signs it starts with lead. Where
+    `m = s w t`, the product `m * w` is `s (w * w) t`: by Perron and Frobenius, its leading
+    singular vectors have the signs of s and t.
+    """
+    likeness = m * w
+    t = likeness[likeness.square().sum(1).argmax()].unsqueeze(0)
+    for _ in range(steps):
+        t = (likeness @ t.t()).t() @ likeness
+        t = t / t.abs().max().clamp(min=1e-30)
+    t = torch.where(t < 0, -torch.ones_like(t), torch.ones_like(t))
+    for _ in range(3):
+        s = _row_fit(m, w * t)
+        t = _row_fit(m.t(), (w * s).t()).t()
+    return s, t
 
 
 def _row_fit(target: Tensor, source: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,8 @@ class Slot:
             ):
                 return cls(tensor, tuple(shape), start, stop, transposed)
         raise PlanError(
-            f"The plan holds a malformed slot: {str(data)[:80]}", remedy="Convert the model again"
+            f"The plan holds a malformed slot: {reprlib.repr(data)}",
+            remedy="Convert the model again",
         )
 
 
@@ -384,7 +386,7 @@ def _pairs(members: list[Any]) -> Iterable[tuple[Any, Any]]:
 def _shape(value: Any) -> Shape:
     if isinstance(value, list) and len(value) <= 8 and all(type(n) is int for n in value):
         return tuple(value)
-    raise _bad(f"{str(value)[:60]} stands where a shape belongs")
+    raise _bad(f"{reprlib.repr(value)} stands where a shape belongs")
 
 
 def _bad(what: str) -> PlanError:

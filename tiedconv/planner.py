@@ -48,14 +48,21 @@ def make_plan(
         BudgetError: the budget can't be met; the message names the smallest size that can.
     """
     tasks = draft(anatomy, recipe)
-    bench = Workbench(tensors) if tensors is not None else None
+    # Moves are made in float32 at least, whatever the weights are in.
+    wide = {n: _widened(t) for n, t in (tensors or {}).items()}
+    bench = Workbench(wide) if tensors is not None else None
     if bench is not None:
         for task in tasks:
             task.scheme.align(task.blocks, bench)
     drafts = [d for task in tasks for d in task.drafts]
     if recipe.budget is not None:
         drafts = _within(recipe, anatomy, drafts, bench)
-    return compile_plan(anatomy, drafts), bench.tensors if bench is not None else {}
+    moved = {
+        n: t if bench.tensors[n] is wide[n] else bench.tensors[n].to(t.dtype)
+        for n, t in (tensors or {}).items()
+        if bench is not None
+    }
+    return compile_plan(anatomy, drafts), moved
 
 
 def draft(anatomy: Anatomy, recipe: Recipe) -> list[Task]:
@@ -219,6 +226,11 @@ def _working(matrix: Tensor) -> Tensor:
     """A matrix in the precision that fits work in: float32, or float64 if it is that."""
     matrix = matrix.detach()
     return matrix if matrix.dtype == torch.float64 else matrix.float()
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.detach().float() if half else tensor
 
 
 def _error(scheme: Scheme, matrices: Sequence[Tensor], factors: Mapping[str, Tensor]) -> float:

@@ -1,0 +1,52 @@
+# Python and make are all you need: everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test check format bench clean
+
+help:
+	@echo "make demo    install, and watch the main job on scikit-learn's digits"
+	@echo "make test    install, and run the tests"
+	@echo "make check   install, and run ruff and mypy --strict"
+	@echo "make format  let ruff mend what it can"
+	@echo "make bench   time tied models against dense ones (minutes; see docs/results.md)"
+
+demo: .venv/.demo
+	$(BIN)/tiedconv demo
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/conversion.py
+
+clean:
+	rm -rf .venv demo-output build *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# torch comes first and alone, so that no other package's looser requirement picks its release.
+.venv/.torch: constraints.txt | $(BIN)/python
+	$(INSTALL) torch
+	$(INSTALL) torchvision
+	@touch $@
+
+.venv/.demo: pyproject.toml .venv/.torch
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+.venv/.dev: pyproject.toml .venv/.torch
+	$(INSTALL) -e '.[dev]'
+	@touch $@
