@@ -7,6 +7,8 @@ dense model as teacher, and measured, by the same verbs that a user calls.
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +29,8 @@ from tiedconv.sources.torchvision_compat import import_torchvision
 from tiedconv.training import TrainConfig, train
 
 PREPROCESS = Preprocess(32, None, (0.5,) * 3, (0.5,) * 3)
-DENSE_EPOCHS = 24
-HEAL_EPOCHS = 8
+DENSE_EPOCHS = 16
+HEAL_EPOCHS = 6
 
 OnStage = Callable[[int, int, str], Any]
 
@@ -125,13 +127,14 @@ def run_demo(
     """
     start = time.perf_counter()
     factor = 0.1 if quick else 1.0
-    stages = iter(range(1000))
+    stages = itertools.count()
     total = 1 + sum(1 + len(recipes) for _, _, recipes in MODELS.values())
 
     def stage(what: str) -> None:
         if on_stage is not None:
             on_stage(next(stages), total, what)
 
+    _require("sklearn", "the demo's data")
     _require("matplotlib", "the demo's picture")
     stage("writing the digits as images")
     data = output / "digits"
@@ -146,7 +149,7 @@ def run_demo(
             config = TrainConfig(
                 epochs=HEAL_EPOCHS * factor, seed=seed, lr=1e-3, workers=0, augment="none"
             )  # fmt: skip
-            rows.append(_compact(f"{name}-{scheme}", spec, recipe, data, dense, config, rows[-1]))
+            rows.append(_compact(f"{name}-{scheme}", spec, recipe, data, dense, config))
     picture = output / "demo.png"
     draw(rows, picture)
     return Demo(tuple(rows), picture, tests, time.perf_counter() - start)
@@ -157,7 +160,6 @@ def write_digits(folder: Path) -> int:
 
     Every fifth image of a digit is a test image.
     """
-    _require("sklearn", "the demo's data")
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -210,17 +212,14 @@ def _compact(
     data: Path,
     dense: Path,
     config: TrainConfig,
-    before: Row,
 ) -> Row:
     """The dense model converted and healed."""
-    raw, healed = dense.with_name(f"{name}-converted.safetensors"), dense.with_name(
-        f"{name}.safetensors"
-    )  # fmt: skip
+    raw = dense.with_name(f"{name}-converted.safetensors")
+    healed = dense.with_name(f"{name}.safetensors")
     done = convert_file(spec, recipe, raw, weights=dense, force=True)
     result = finetune(
         raw, data, healed, config, teacher=str(dense), device="cpu", force=True
     )  # fmt: skip
-    del before
     return Row(
         name.replace("-", ", "),
         healed,
@@ -248,29 +247,28 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         left.text(row.parameters / 1e3, i, f" {100 * row.ratio:.0f} %", va="center", fontsize=9)
     left.margins(x=0.18)
     for i, row in enumerate(rows):
+        end = 100 * row.finetuned
         if row.converted is not None:
-            right.plot(
-                [100 * row.converted, 100 * row.finetuned], [i, i], color="#d1d5db", zorder=1
-            )
+            right.plot([100 * row.converted, end], [i, i], color="#d1d5db", zorder=1)
             right.scatter(100 * row.converted, i, marker="o", color="#f59e0b", zorder=2)
-        right.scatter(100 * row.finetuned, i, marker="D", color=colours[i], zorder=2)
-        right.text(
-            100 * row.finetuned, i - 0.28, f"{100 * row.finetuned:.1f}", ha="center", fontsize=9
-        )
-    right.scatter([], [], marker="o", color="#f59e0b", label="after conversion, before training")
-    right.scatter([], [], marker="D", color="#0f766e", label="after healing")
-    right.scatter([], [], marker="D", color="#4b5563", label="dense")
+        right.scatter(end, i, marker="D", color=colours[i], zorder=2)
+        right.text(end + 2, i, f"{end:.1f}", va="center", fontsize=9)
+    for marker, colour, label in (
+        ("D", "#4b5563", "dense"),
+        ("o", "#f59e0b", "converted, before any training"),
+        ("D", "#0f766e", "healed"),
+    ):
+        right.scatter([], [], marker=marker, color=colour, label=label)
     right.set_xlabel("top-1 on test digits, %")
-    right.set_xlim(0, 105)
+    right.set_xlim(0, 112)
+    right.set_xticks(range(0, 101, 20))
     right.grid(axis="x", color="#e5e7eb")
     right.set_axisbelow(True)
-    right.legend(loc="lower left", fontsize=8, frameon=False)
+    figure.legend(loc="outside lower right", ncols=3, fontsize=9, frameon=False)
     figure.savefig(path, dpi=130)
 
 
 def _require(module: str, purpose: str) -> None:
-    import importlib.util
-
     if importlib.util.find_spec(module) is None:
         package = {"sklearn": "scikit-learn"}.get(module, module)
         raise MissingExtra.of(package, "demo", purpose)

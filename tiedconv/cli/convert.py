@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def convert(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The file to write [default: MODEL-SCHEME.safetensors]."
+            "-o", "--output", help="The file to write; if not given, MODEL-SCHEME.safetensors."
         ),
     ] = None,
     params: Annotated[
@@ -85,9 +86,8 @@ def convert(
     self-describing file. Heal it afterwards with [b]tiedconv finetune[/b].
     """
     wanted = make_recipe(scheme, params, rank, option, include, exclude, recipe)
-    default = Path(
-        f"{model.replace(':', '-').replace('/', '-')}-{wanted.rules[0].scheme}.safetensors"
-    )
+    stem = re.sub(r"[^\w.-]+", "-", model).strip("-")
+    default = Path(f"{stem}-{wanted.rules[0].scheme}.safetensors")
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with Bar("fitting") as bar:
         done = convert_file(

@@ -34,10 +34,12 @@ def demo(
     them with the dense model as teacher, and writes the files, a table and a picture.
     """
     with Bar("demo") as bar:
-        done = run_demo(
-            output, seed=seed, quick=quick,
-            on_stage=lambda i, n, what: (bar.update(i, n, what=what), bar.line(what))[0],
-        )  # fmt: skip
+
+        def on_stage(done: int, total: int, what: str) -> None:
+            bar.line(what)
+            bar.update(done, total, what=what)
+
+        done = run_demo(output, seed=seed, quick=quick, on_stage=on_stage)
     if json_:
         common.print_json(done)
         return

@@ -32,7 +32,7 @@ def finetune(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The compact file to write.")],
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the images [default: 1].")
+        float | None, typer.Option(help="Passes over the images; 1 if not given.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
     teacher: Annotated[
@@ -47,12 +47,10 @@ def finetune(
     weight_decay: Annotated[float, typer.Option(help="Of matrices; vectors have none.")] = 0.05,
     warmup: Annotated[float, typer.Option(help="Share of the steps, before a cosine.")] = 0.05,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 2.0,
-    distill: Annotated[
-        float, typer.Option(help="Weight of the teacher in the loss, 0 to 1.")
-    ] = 0.9,
+    distill: Annotated[float, typer.Option(help="The teacher's share of the loss, 0 to 1.")] = 0.9,
     label_smoothing: Annotated[float, typer.Option(help="0 to 1.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
-    augment: Annotated[str, typer.Option(help="none, flip, crop or randaugment.")] = "crop",
+    augment: Annotated[str, typer.Option(help="none, flip, shift, crop or randaugment.")] = "crop",
     bn_batches: Annotated[
         int, typer.Option(help="Batches that re-estimate BatchNorm statistics; 0 for none.")
     ] = 20,
