@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import itertools
 import json
 import os
@@ -114,14 +113,20 @@ def test_the_model_answers_something_that_its_weights_decide(name: str) -> None:
     assert relative(all_micros()[name].logits(tied), logits) > 1e-3
 
 
+# One of each kind is tried with every option, the others with the default ones.
+EVERY_OPTION = {"timm-vit", "torchvision-resnet", "hf-imagegpt", "torch-transformer", "aliased"}
+
+
 def full_rank_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name, scheme in PAIRS:
         cls = all_schemes()[scheme]
         if issubclass(cls, Ranked):
-            options: list[dict[str, Any]] = [{}, *map(dict, cls.further)]
-            if scheme == "tied":
+            options: list[dict[str, Any]] = [{}]
+            if name in EVERY_OPTION:
+                options += map(dict, cls.further)
+            if name in EVERY_OPTION and scheme == "tied":
                 options += [{"scale": False}, {"pairing": "vo-qk"}, {"first": "slice"}]
-            if scheme == "lors":
+            if name in EVERY_OPTION and scheme == "lors":
                 options += [{"groups": "adjacent:2"}, {"fused": False}, {"match": False}]
             for option in options:
                 option.pop("rank", None)
@@ -202,10 +207,6 @@ def test_pickling_keeps_outputs_and_ties(name: str, scheme: str) -> None:
         assert_tied(again)
         assert type(again) is type(tied)
         assert torch.equal(micro.logits(again), micro.logits(tied))
-        buffer = io.BytesIO()
-        torch.save(tied, buffer)
-        buffer.seek(0)
-        assert_tied(torch.load(buffer, weights_only=False))
 
 
 def pickles(model: nn.Module) -> bool:
@@ -520,6 +521,8 @@ def compiled(micro: Micro, model: nn.Module, *, fullgraph: bool) -> Tensor:
 @functools.cache
 def compiles_whole(name: str) -> bool:
     """Whether the untied model can be compiled into one graph."""
+    if all_micros()[name].library != "transformers":
+        return True
     try:
         compiled(all_micros()[name], all_micros()[name].model(), fullgraph=True)
     except Exception:

@@ -125,6 +125,7 @@ def test_rank_zero_is_the_mean() -> None:
     assert all(b.shape == (5, 0) and a.shape == (0, 4) for b, a in pairs)
 
 
+@settings(max_examples=40)
 @given(SHAPES, st.integers(2, 4), st.integers(0, 30))
 def test_shared_with_scales_recovers_what_was_made_with_scales_and_signs(
     shape: tuple[int, int], count: int, seed: int
@@ -135,7 +136,7 @@ def test_shared_with_scales_recovers_what_was_made_with_scales_and_signs(
         s, t = randn(shape[0], 1, seed=seed + 50 + j), randn(1, shape[1], seed=seed + 90 + j)
         s, t = s.sign() * (s.abs() + 0.5), t.sign() * (t.abs() + 0.5)
         matrices.append(s * w * t)
-    found, scales = linalg.shared_with_scales(matrices, steps=400)
+    found, scales = linalg.shared_with_scales(matrices, steps=100)
     for m, (s, t) in zip(matrices, scales, strict=True):
         assert distance(s * found * t, m) < 2e-2
     assert torch.equal(scales[0][0], torch.ones(shape[0], 1, dtype=w.dtype))

@@ -38,6 +38,8 @@ def allocate(drafts: Sequence[Draft], spare: int, bench: Workbench) -> list[Draf
                 places.append((g, j))
                 gains.append(values.square() / sum(d.shapes[j]))
     ranks = _least(drafts)
+    if not places:
+        return _settled(drafts, ranks)
     owner = torch.cat([torch.full((len(v),), i) for i, v in enumerate(gains)])
     for i in owner[torch.argsort(torch.cat(gains), descending=True, stable=True)].tolist():
         g, j = places[i]

@@ -104,7 +104,10 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
     metadata = {"tiedconv": _dump(record), "source": _dump(state.source)}
     metadata["digest"] = _digest(metadata)
     with replacing(Path(path), force=force) as part:
-        save_file(tensors, part, {"format": "pt", **metadata})
+        try:
+            save_file(tensors, part, {"format": "pt", **metadata})
+        except SafetensorError as error:  # a full disk, which `replacing` tells of
+            raise OSError(str(error)) from None
         _sort_metadata(part)
         return part.stat().st_size
 
@@ -218,6 +221,8 @@ def _checked(
             plan = Plan.from_json(plan_data)
         case _:
             raise ValueError("its metadata lacks a part")
+    if not all(isinstance(e, dict) and _is_number(e.get("top1")) for e in history):
+        raise ValueError("its history is malformed")
     if not (source is None or isinstance(source, dict)):
         raise ValueError("its source is malformed")
     expected = {**plan.kept, **plan.factors}
@@ -230,6 +235,10 @@ def _checked(
     return Checkpoint(
         path, plan, source, tuple(history), hashes, shapes, dtypes, path.stat().st_size
     )
+
+
+def _is_number(value: object) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 def _opened(path: Path) -> Any:

@@ -18,7 +18,7 @@ from tiedconv.binding import is_tied, state_of, tie
 from tiedconv.checkpoint import save
 from tiedconv.errors import UserError
 from tiedconv.files import check_output
-from tiedconv.loading import with_preprocess
+from tiedconv.loading import is_compact, with_preprocess
 from tiedconv.plan import Plan
 from tiedconv.planner import fit_plan, make_plan, smaller_ways
 from tiedconv.recipe import Recipe
@@ -145,6 +145,12 @@ def convert_file(
         command: the command line, for the file's history.
         on_group: called with (groups fitted, groups in all).
     """
+    if is_compact(spec):
+        raise UserError(
+            f"{spec} is a compact file already",
+            "It was left as it is",
+            "Convert the original model with other options, or heal this one: tiedconv finetune",
+        )
     if output is None:
         skeleton, source = sources.describe(spec, model_args)
         anatomy = examine(skeleton)
@@ -152,17 +158,18 @@ def convert_file(
         ways = _ways(anatomy, recipe, planned)
         return Conversion(spec, planned, source.preprocess, None, 0, 0.0, ways)
     check_output(output, force=force)
-    # A plan that can't be is refused before weights are fetched or read.
-    skeleton, _ = sources.describe(spec, model_args)
-    anatomy = examine(skeleton)
-    ways = _ways(anatomy, recipe, make_plan(anatomy, recipe)[0])
-    del skeleton
+    if weights == "default":
+        # A plan that can't be is refused before weights are fetched.
+        make_plan(examine(sources.describe(spec, model_args)[0]), recipe)
     model, source = sources.open_source(spec, model_args, weights, seed=seed)
+    anatomy = examine(model)
     source = with_preprocess(source, preprocess)
     start = time.perf_counter()
     _convert(model, source, recipe, command, on_group)
     seconds = time.perf_counter() - start
     size = save(model, output, force=force)
+    planned = state_of(model).plan
+    ways = _ways(anatomy, recipe, planned)
     return Conversion(
         spec, state_of(model).plan, source.preprocess, output, size, seconds, ways
     )  # fmt: skip
@@ -179,7 +186,7 @@ def _convert(
     own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     tensors = {name: own[name] for name in anatomy.shapes}
     with torch.no_grad():
-        planned, moved = make_plan(anatomy, recipe, tensors)
+        planned, moved = make_plan(anatomy, recipe, tensors, in_place=True)
         planned, factors = fit_plan(planned, moved, on_group)
         for name in planned.kept:
             if moved[name] is not tensors[name]:
@@ -200,4 +207,10 @@ def _ways(anatomy: Anatomy, recipe: Recipe, planned: Plan) -> tuple[tuple[str, i
     """What would store less, said where the reader may have hoped for more."""
     if recipe.budget is not None or planned.stored < 0.6 * planned.original:
         return ()
-    return tuple(smaller_ways(anatomy, recipe))
+    ways: dict[tuple[str, int], tuple[str, int]] = {}
+    for how, stored in smaller_ways(anatomy, recipe):
+        # An option that changes nothing here is no way of its own: of those alike, the shortest.
+        scheme = how.partition(" --option")[0]
+        if len(how) < len(ways.get((scheme, stored), (how + " ", 0))[0]):
+            ways[scheme, stored] = how, stored
+    return tuple(ways.values())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tiedconv.binding import dense_state_dict
@@ -70,8 +71,14 @@ def export(
     tensors = {name: t.clone() for name, t in dense_state_dict(model).items()}
     with replacing(output, force=force) as part:
         if output.suffix == ".safetensors":
-            save_file(tensors, part, {"format": "pt"})
+            try:
+                save_file(tensors, part, {"format": "pt"})
+            except SafetensorError as error:  # a full disk, which `replacing` tells of
+                raise OSError(str(error)) from None
         else:
-            torch.save(tensors, part)
+            try:
+                torch.save(tensors, part)
+            except RuntimeError as error:  # so torch tells a full disk
+                raise OSError(str(error).splitlines()[0]) from error
         size = part.stat().st_size
     return Exported(output, size, len(tensors), sum(t.numel() for t in tensors.values()))

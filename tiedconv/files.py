@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from tiedconv.errors import OutputError
 
 
@@ -62,9 +64,10 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
         os.umask(umask)
         part.chmod(0o666 & ~umask)  # mkstemp's files are private; results are ordinary files
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors tells a full disk in its own way
+        reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(
-            f"{path} can't be written ({error.strerror or error})",
+            f"{path} can't be written ({reason})",
             "What stood there before is untouched",
             "Free some space, or choose another place with -o",
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -102,17 +103,21 @@ def finetune(
         master, name = teacher, type(teacher).__name__
     wanted = source.preprocess or Preprocess(224)
     folder = output.with_name(output.name + ".run")
-    result = train(
-        model,
-        ImageList(split.train, train_transform(wanted, config.augment), strict=strict),
-        ImageList(split.val, eval_transform(wanted), strict=strict),
-        config,
-        teacher=master,
-        device=device,
-        checkpoint_dir=folder,
-        resume=resume,
-        on_event=on_event,
-    )
+    try:
+        result = train(
+            model,
+            ImageList(split.train, train_transform(wanted, config.augment), strict=strict),
+            ImageList(split.val, eval_transform(wanted), strict=strict),
+            config,
+            teacher=master,
+            device=device,
+            checkpoint_dir=folder,
+            resume=resume,
+            on_event=on_event,
+        )
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where no epoch was finished, there is nothing to go on from
     entry = _entry(Path(data).name, split, name, config, result, command)
     set_state(model, source=source.to_json(), history=(*state_of(model).history, entry))
     size = save(model.cpu(), output, force=force)

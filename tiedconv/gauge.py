@@ -18,11 +18,16 @@ from tiedconv.plan import Block, Slot, Span
 
 
 class Workbench:
-    """Tensors by name, copied the first time they are edited."""
+    """Tensors by name, copied the first time they are edited.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    Args:
+        tensors: name to tensor.
+        in_place: edit contiguous tensors themselves, for a caller who owns them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
         self.tensors = dict(tensors)
-        self._own: set[str] = set()
+        self._own = {n for n, t in tensors.items() if in_place and t.is_contiguous()}
 
     def matrix(self, slot: Slot) -> Tensor:
         """The `(out, in)` matrix of a slot, to read."""

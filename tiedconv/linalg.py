@@ -5,7 +5,7 @@ Matrices are `(out, in)`, any floating dtype; sums run in float64 where precisio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -102,11 +102,11 @@ def base_and_residuals(
     Returns:
         base `(out, in)` and the pairs (B, A).
     """
-    base = torch.stack(list(matrices)).mean(0)
+    base = _mean(iter(matrices), len(matrices))
     factors = [truncate(w - base, r) for w, r in zip(matrices, ranks, strict=True)]
     for _ in range(steps if any(ranks) else 0):
-        left = [w - b @ a for w, (b, a) in zip(matrices, factors, strict=True)]
-        moved = torch.stack(left).mean(0)
+        left = (torch.addmm(w, b, a, alpha=-1) for w, (b, a) in zip(matrices, factors, strict=True))
+        moved = _mean(left, len(matrices))
         change = torch.linalg.vector_norm(moved - base)
         base = moved
         factors = [refine(w - base, a) for w, (_, a) in zip(matrices, factors, strict=True)]
@@ -115,14 +115,23 @@ def base_and_residuals(
     return base, factors
 
 
+def _mean(matrices: Iterator[Tensor], count: int) -> Tensor:
+    """The mean of matrices that come one by one: a stack of them would double the memory."""
+    total = next(matrices).clone()
+    for matrix in matrices:
+        total += matrix
+    return total / count
+
+
 def shared_with_scales(
-    matrices: Sequence[Tensor], *, steps: int = 6
+    matrices: Sequence[Tensor], *, steps: int = 1
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """One W and, for each matrix, row and column scales (signs too): `M_j ~ diag(s) W diag(t)`.
 
-    Minimises the sum of relative squared errors by turns, each half-step a least-squares
-    solution in closed form. The first matrix keeps scales of one. A matrix with fewer columns
-    is compared with the first columns of W.
+    Minimises the sum of relative squared errors. It starts from scales that give the first matrix
+    the row and column norms of the others, then improves scales and W by turns, each half-step a
+    least-squares solution in closed form. The first matrix keeps scales of one; one with fewer
+    columns is compared with the first columns of W.
 
     Returns:
         W `(rows, most columns)` and pairs of s `(rows, 1)` and t `(1, columns_j)`.
@@ -137,39 +146,46 @@ def shared_with_scales(
     for _ in range(steps):
         for j, m in enumerate(matrices[1:], 1):
             part = w[:, : m.shape[1]]
-            t = _row_fit(m.t(), (part * scales[j][0]).t()).t()
-            s = _row_fit(m, part * t)
-            scales[j] = (s, t)
+            scales[j] = _least_squares_scales(m * part, part.square(), *scales[j])
         w = weighted_base(matrices, scales, weights)
     return w, scales
 
 
 def _scales_between(w: Tensor, m: Tensor, *, steps: int = 8) -> tuple[Tensor, Tensor]:
-    """The s `(rows, 1)` and t `(1, columns)` with `m ~ s w t`.
+    """The s `(rows, 1)` and t `(1, columns)` that bring w nearest to m, as `s w t`.
 
-    Least squares by turns alone would end wherever the signs it starts with lead. Where
-    `m = s w t`, the product `m * w` is `s (w * w) t`: by Perron and Frobenius, its leading
-    singular vectors have the signs of s and t.
+    Signs: where `m = s w t`, the product `m * w` is `s (w * w) t`; by Perron and Frobenius, its
+    leading singular vectors have the signs of s and t. Sizes: those that give `s w t` the row
+    and column norms of m (Sinkhorn's iteration on the squares). A least-squares fit would shrink
+    them where w and m have little in common, as two trained matrices have.
     """
-    likeness = m * w
+    likeness, had, wanted = m * w, w.square(), m.square()
     t = likeness[likeness.square().sum(1).argmax()].unsqueeze(0)
     for _ in range(steps):
         t = (likeness @ t.t()).t() @ likeness
         t = t / t.abs().max().clamp(min=1e-30)
-    t = torch.where(t < 0, -torch.ones_like(t), torch.ones_like(t))
-    for _ in range(3):
-        s = _row_fit(m, w * t)
-        t = _row_fit(m.t(), (w * s).t()).t()
+    sign_t = torch.where(t < 0, -1.0, 1.0).to(w.dtype)
+    sign_s = torch.where(likeness @ sign_t.t() < 0, -1.0, 1.0).to(w.dtype)
+    s2, t2 = w.new_ones(w.shape[0], 1), w.new_ones(1, w.shape[1])
+    for _ in range(steps):
+        s2 = _quotient(wanted.sum(1, keepdim=True), had @ t2.t())
+        t2 = _quotient(wanted.sum(0, keepdim=True), s2.t() @ had)
+    return sign_s * s2.sqrt(), sign_t * t2.sqrt()
+
+
+def _least_squares_scales(
+    likeness: Tensor, energy: Tensor, s: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One turn of the s and t that minimise `||m - s w t||`, from `m * w` and `w * w`."""
+    t = _quotient(s.t() @ likeness, s.square().t() @ energy)
+    s = _quotient(likeness @ t.t(), energy @ t.square().t())
     return s, t
 
 
-def _row_fit(target: Tensor, source: Tensor) -> Tensor:
-    """The s of shape (rows, 1) that minimises `||target - s * source||` row by row."""
-    over = torch.linalg.vecdot(source, target, dim=1)
-    under = torch.linalg.vecdot(source, source, dim=1)
-    # A dead unit (a row of zeros) says nothing about its scale.
-    scale = torch.where(under > 0, over / under.clamp(min=1e-30), torch.ones_like(over))
-    return scale.unsqueeze(1)
+def _quotient(over: Tensor, under: Tensor) -> Tensor:
+    """`over / under`; one for a dead unit (nothing over nothing), whose scale means nothing."""
+    dead = under <= 1e-12 * under.max()
+    return torch.where(dead, torch.ones_like(over), over / under.clamp(min=1e-30))
 
 
 def weighted_base(
@@ -181,9 +197,9 @@ def weighted_base(
     rows, columns = matrices[0].shape[0], max(m.shape[1] for m in matrices)
     over, under = matrices[0].new_zeros(rows, columns), matrices[0].new_zeros(rows, columns)
     for m, (s, t), weight in zip(matrices, scales, weights, strict=True):
-        over[:, : m.shape[1]] += (m * (s * weight)) * t
-        under[:, : m.shape[1]] += (s.square() * weight) * t.square()
-    return over / under.clamp(min=1e-30)
+        over[:, : m.shape[1]].addcmul_(m * (s * weight), t)
+        under[:, : m.shape[1]].addmm_(s.square(), t.square(), alpha=weight)
+    return over.div_(under.clamp_(min=1e-30))
 
 
 def procrustes(cross: Tensor) -> Tensor:

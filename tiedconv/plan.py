@@ -257,10 +257,11 @@ class Plan:
         """Stored tensors that expressions read: name to shape."""
         found: dict[str, Shape] = {}
         for name, expr in self.weights.items():
-            for ref, shape in expr.refs.items():
-                if found.setdefault(ref, shape) != shape:
+            for ref in (node for node in expr.walk() if isinstance(node, Ref)):
+                if found.setdefault(ref.name, ref.shape) != ref.shape:
                     raise PlanError(
-                        f"{name} reads {ref} as {shape}, another weight as {found[ref]}",
+                        f"{name} reads {ref.name} as {ref.shape}, which is elsewhere read as "
+                        f"{found[ref.name]}",
                         "The plan contradicts itself",
                         "The file is damaged or forged: convert the model again",
                     )
@@ -384,7 +385,11 @@ def _pairs(members: list[Any]) -> Iterable[tuple[Any, Any]]:
 
 
 def _shape(value: Any) -> Shape:
-    if isinstance(value, list) and len(value) <= 8 and all(type(n) is int for n in value):
+    if (
+        isinstance(value, list)
+        and len(value) <= 8
+        and all(type(n) is int and n >= 0 for n in value)
+    ):
         return tuple(value)
     raise _bad(f"{reprlib.repr(value)} stands where a shape belongs")
 

@@ -34,7 +34,11 @@ class Task:
 
 
 def make_plan(
-    anatomy: Anatomy, recipe: Recipe, tensors: Mapping[str, Tensor] | None = None
+    anatomy: Anatomy,
+    recipe: Recipe,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    in_place: bool = False,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The plan for a model, and its weights moved to where the schemes fit best.
 
@@ -42,6 +46,7 @@ def make_plan(
         anatomy: of the model.
         recipe: what is wanted.
         tensors: the weights; without them nothing is moved and a budget is spread evenly.
+        in_place: move the given tensors themselves, which saves their size in memory.
 
     Raises:
         NothingToConvert: no tensor matches; the message lists what was looked for.
@@ -50,7 +55,7 @@ def make_plan(
     tasks = draft(anatomy, recipe)
     # Moves are made in float32 at least, whatever the weights are in.
     wide = {n: _widened(t) for n, t in (tensors or {}).items()}
-    bench = Workbench(wide) if tensors is not None else None
+    bench = Workbench(wide, in_place=in_place) if tensors is not None else None
     if bench is not None:
         for task in tasks:
             task.scheme.align(task.blocks, bench)
@@ -58,7 +63,7 @@ def make_plan(
     if recipe.budget is not None:
         drafts = _within(recipe, anatomy, drafts, bench)
     moved = {
-        n: t if bench.tensors[n] is wide[n] else bench.tensors[n].to(t.dtype)
+        n: t if bench.tensors[n] is t else bench.tensors[n].to(t.dtype)
         for n, t in (tensors or {}).items()
         if bench is not None
     }

@@ -120,7 +120,8 @@ class Recipe:
             ) from None
         unknown = data.keys() - {"params", "rule"}
         rules = data.get("rule", [])
-        if unknown or not isinstance(rules, list) or not rules:
+        sound = isinstance(rules, list) and all(isinstance(rule, dict) for rule in rules)
+        if unknown or not rules or not sound:
             what = f"has the unknown key {sorted(unknown)[0]!r}" if unknown else "has no [[rule]]"
             raise RecipeError(
                 f"The recipe {path} {what}",

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import click
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.text import Text
 
+from tiedconv.cli import render
 from tiedconv.errors import TiedconvError, UserError
 from tiedconv.sources import Preprocess, parse_model_args
 
@@ -93,17 +97,61 @@ def command_line() -> str:
     return shlex.join(["tiedconv", *sys.argv[1:]])
 
 
+def say(text: str) -> None:
+    """Plain text on standard output; only a terminal breaks its lines."""
+    out.print(Text(text), soft_wrap=not out.is_terminal)
+
+
+def hint(text: str) -> None:
+    """A line of plain text on standard error."""
+    err.print(Text(text), soft_wrap=True)
+
+
+def show_table(
+    columns: Sequence[str],
+    rows: Sequence[render.Row],
+    title: str = "",
+    text: int = 1,
+    total: bool = False,
+) -> None:
+    """A table on standard output; see `render.table`. A narrow terminal gets fewer columns."""
+    if title:
+        out.print(Text(title, style="bold"), soft_wrap=True)
+    made = render.table(columns, rows, text, total)
+    if not out.is_terminal:  # a file or a pipe is as wide as need be
+        out.width = max(
+            out.width, Measurement.get(out, out.options.update(width=9999), made).maximum
+        )
+    out.print(made)
+
+
+def show_groups(rows: Sequence[render.Row], title: str = "") -> None:
+    """The table of a report's groups, the last two rows of which are what was kept and all."""
+    room = out.width if out.is_terminal else None
+    start, rows = render.without_common_start(rows)
+    if start:
+        title = f"{title} ({start}...)" if title else f"{start}..."
+    columns, cells = render.fitting(render.GROUP_COLUMNS, rows, room)
+    show_table(columns, cells, title, sum(c in render.GROUP_COLUMNS[:2] for c in columns), True)
+
+
 def print_json(data: Any) -> None:
-    """Figures as JSON; dataclasses become objects."""
-    click.echo(json.dumps(data, default=_plain, indent=2))
+    """Figures as JSON; dataclasses become objects, and what is no finite number null."""
+    click.echo(json.dumps(_plain(data), indent=2, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(type(value).__name__)
+        names = [f.name for f in dataclasses.fields(value)]
+        names += [n for n, kind in vars(type(value)).items() if isinstance(kind, property)]
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def model_args(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -129,11 +177,13 @@ def preprocess_change(
 
     def change(own: Preprocess) -> Preprocess:
         own = own.scaled_to(image_size)
+        mean_, std_ = means or own.mean, stds or own.std
+        channels = max(len(mean_), len(std_))  # one number stands for all channels
         return Preprocess(
             own.size,
             own.resize if resize is None else (resize or None),
-            means or own.mean,
-            stds or own.std,
+            mean_ * channels if len(mean_) == 1 else mean_,
+            std_ * channels if len(std_) == 1 else std_,
             interpolation or own.interpolation,
         )
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tiedconv.cli import common, render
-from tiedconv.cli.common import err, out
+from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
 from tiedconv.convert import Conversion, convert_file
 from tiedconv.errors import UserError
@@ -31,7 +31,9 @@ def convert(
             "package.module:function."
         ),
     ],
-    scheme: Annotated[str, typer.Option(help="tied, lors, lowrank or shared.")] = "tied",
+    scheme: Annotated[
+        str | None, typer.Option(help="tied, lors, lowrank or shared [default: tied].")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -86,14 +88,12 @@ def convert(
     self-describing file. Heal it afterwards with [b]tiedconv finetune[/b].
     """
     wanted = make_recipe(scheme, params, rank, option, include, exclude, recipe)
-    stem = re.sub(r"[^\w.-]+", "-", model).strip("-")
-    default = Path(f"{stem}-{wanted.rules[0].scheme}.safetensors")
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with Bar("fitting") as bar:
         done = convert_file(
             model,
             wanted,
-            None if dry_run else (output or default),
+            None if dry_run else (output or default_output(model, wanted)),
             weights=weights,
             model_args=common.model_args(model_arg),
             preprocess=change,
@@ -108,8 +108,17 @@ def convert(
         _show(done, each=all_groups)
 
 
+def default_output(model: str, recipe: Recipe) -> Path:
+    """A file in this folder, named after the model and the scheme."""
+    kind, _, name = model.partition(":")
+    if kind == "hf" and Path(name).is_dir():
+        model = Path(name).resolve().name
+    stem = re.sub(r"[^\w.-]+", "-", model).strip("-")
+    return Path(f"{stem}-{recipe.rules[0].scheme}.safetensors")
+
+
 def make_recipe(
-    scheme: str,
+    scheme: str | None,
     params: str | None,
     rank: str | None,
     option: list[str] | None,
@@ -119,17 +128,17 @@ def make_recipe(
 ) -> Recipe:
     """The recipe that the options say; a budget may be added to a file's."""
     if file is not None:
-        if rank or option or include or exclude:
+        if scheme or rank or option or include or exclude:
             raise UserError(
-                "A recipe file and --rank, --option, --include or --exclude were given",
+                "A recipe file and --scheme, --rank, --option, --include or --exclude were given",
                 "They would contradict each other",
                 "Write them into the file's rules",
             )
         read = Recipe.from_toml(file)
-        return Recipe(read.rules, Budget(params)) if params else read
-    options = {**_options(option), **({"rank": _value(rank)} if rank is not None else {})}
-    rule = Rule(scheme, options, tuple(include or ["*"]), tuple(exclude or []))
-    return Recipe((rule,), Budget(params) if params else None)
+        return read if params is None else Recipe(read.rules, Budget(params))
+    options = {**_options(option), **({} if rank is None else {"rank": _rank(rank)})}
+    rule = Rule(scheme or "tied", options, tuple(include or ["*"]), tuple(exclude or []))
+    return Recipe((rule,), None if params is None else Budget(params))
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:
@@ -142,6 +151,16 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
             )
         options[name] = _value(value)
     return options
+
+
+def _rank(text: str) -> Any:
+    rank = _value(text)
+    if isinstance(rank, float) and rank > 1:
+        raise UserError(
+            f"--rank {text} is neither a whole number nor a share below 1",
+            remedy="Write it as --rank 16, or as --rank 0.2 for a share of each matrix",
+        )
+    return rank
 
 
 def _value(text: str) -> Any:
@@ -170,19 +189,22 @@ def _figures(done: Conversion) -> dict[str, Any]:
 def _show(done: Conversion, *, each: bool) -> None:
     figures = report(done.path) if done.path else plan_report(done.plan, done.spec)
     rows = [*render.group_rows(figures, each=each), render.kept_row(figures)]
-    out.print(render.table(render.GROUP_COLUMNS, [*rows, render.total_row(figures)], text=3))
+    common.show_groups([*rows, render.total_row(figures)])
     saved = 1 - figures.ratio
-    out.print(
+    say(
         f"{done.spec}: {figures.original:,} parameters become {figures.stored:,} "
         f"({render.percent(figures.ratio)}), which saves {render.percent(saved)}. "
         "FLOPs are unchanged: every weight keeps its shape when it is used."
     )
-    if done.ways:
-        out.print("\nWhat would save more:")
-        for how, stored in done.ways:
-            out.print(f"  {how:<58} {stored:>12,}  ({render.percent(stored / figures.original)})")
+    say(render.LEGEND)
     if done.path:
-        out.print(f"Wrote {done.path} ({render.size(done.size)}, fitted in {done.seconds:.1f} s).")
-        err.print(f"Next: tiedconv finetune {done.path} --data IMAGEFOLDER -o healed.safetensors")
+        say(render.FIT_ERROR)
+    if done.ways:
+        say("\nWhat would save more (the less is stored, the more healing it needs):")
+        for how, stored in done.ways:
+            say(f"  {stored:>13,}  {render.percent(stored / figures.original):>6}  {how}")
+    if done.path:
+        say(f"Wrote {done.path} ({render.size(done.size)}, fitted in {done.seconds:.1f} s).")
+        hint(f"Next: tiedconv finetune {done.path} --data IMAGEFOLDER -o healed.safetensors")
     else:
-        err.print("Nothing was written: this was a dry run.")
+        hint("Nothing was written: this was a dry run.")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import common, render
-from tiedconv.cli.common import err, out
+from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
 from tiedconv.demo import run_demo
 
@@ -56,9 +56,9 @@ def demo(
         for r in done.rows
     ]
     title = f"top-1 on {done.test_images} test digits, {done.seconds:.0f} s in all"
-    out.print(render.table(columns, rows, title))
-    out.print(f"Files and {done.picture.name} are in {output}/")
+    common.show_table(columns, rows, title)
+    say(f"Files and {done.picture.name} are in {output}/")
     example = done.rows[1].path
-    err.print(f"Next: tiedconv report {example}")
-    err.print(f"      tiedconv evaluate {example} --data {output / 'digits'}")
-    err.print("      tiedconv convert resnet50 --scheme tied --dry-run")
+    hint(f"Next: tiedconv report {example}")
+    hint(f"      tiedconv evaluate {example} --data {output / 'digits'}")
+    hint("      tiedconv convert resnet50 --scheme tied --dry-run")

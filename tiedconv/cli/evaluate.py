@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import common, render
-from tiedconv.cli.common import out
+from tiedconv.cli.common import say
 from tiedconv.cli.progress import TrainingBar
 from tiedconv.evaluate import evaluate as run
 
@@ -55,8 +55,6 @@ def evaluate(
     result = done.result
     row = (done.model, f"{result.images:,}", render.accuracy(result.top1))
     columns = ("model", "images", "top-1", "top-5", "loss")
-    out.print(
-        render.table(columns, [(*row, render.accuracy(result.top5), f"{result.loss:.4f}")])
-    )  # fmt: skip
+    common.show_table(columns, [(*row, render.accuracy(result.top5), f"{result.loss:.4f}")])
     if result.skipped:
-        out.print(f"{result.skipped} images could not be read and were skipped.")
+        say(render.skipped(result.skipped))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import common, render
-from tiedconv.cli.common import out
+from tiedconv.cli.common import say
 from tiedconv.export import export as run
 
 
@@ -38,7 +38,7 @@ def export(
     if json_:
         common.print_json(done)
         return
-    out.print(
+    say(
         f"Wrote {done.path} ({render.size(done.size)}): {done.tensors} tensors, "
         f"{done.parameters:,} numbers."
     )

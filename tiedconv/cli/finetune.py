@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import common, render
-from tiedconv.cli.common import out
+from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import TrainingBar
 from tiedconv.errors import UserError
 from tiedconv.finetune import finetune as run
@@ -90,11 +90,16 @@ def finetune(
     )  # fmt: skip
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with TrainingBar() as bar:
-        done = run(
-            file, data, output, config, teacher=teacher, preprocess=change, val_split=val_split,
-            limit=limit, device=device, strict=strict, resume=resume, force=force,
-            trust_code=trust_code, command=common.command_line(), on_event=bar,
-        )  # fmt: skip
+        try:
+            done = run(
+                file, data, output, config, teacher=teacher, preprocess=change,
+                val_split=val_split, limit=limit, device=device, strict=strict, resume=resume,
+                force=force, trust_code=trust_code, command=common.command_line(), on_event=bar,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            if output.with_name(output.name + ".run").is_dir():
+                hint("The last whole epoch is kept: the same command with --resume goes on.")
+            raise
     if json_:
         common.print_json(done)
         return
@@ -104,10 +109,10 @@ def finetune(
         ("after", render.accuracy(result.top1), render.accuracy(result.top5)),
     ]
     kind = "held-out" if done.held_out else "validation"
-    out.print(render.table(("", "top-1", "top-5"), rows, f"{done.val_images:,} {kind} images"))
+    common.show_table(("", "top-1", "top-5"), rows, f"{done.val_images:,} {kind} images")
     if result.skipped:
-        out.print(f"{result.skipped} images could not be read and were skipped.")
-    out.print(
+        say(render.skipped(result.skipped))
+    say(
         f"Wrote {done.path} ({render.size(done.size)}); {result.steps:,} steps in "
         f"{result.seconds:.0f} s, teacher {done.teacher}."
     )

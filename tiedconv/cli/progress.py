@@ -13,6 +13,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from tiedconv.cli.common import err
 from tiedconv.cli.render import accuracy
@@ -65,7 +66,7 @@ class Bar:
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(text)
+        self._progress.console.print(Text(text), soft_wrap=True)
 
 
 class TrainingBar(Bar):
@@ -93,6 +94,7 @@ class TrainingBar(Bar):
                 score = f", top-1 {accuracy(top1)}" if top1 is not None else ""
                 self.line(f"epoch {epoch}: loss {loss:.3f}{score}, {seconds:.0f} s")
             case Skipped(count, example):
-                self.line(f"skipped {count} images that can't be read, such as {example}")
+                what = "image that can't be read:" if count == 1 else "images that can't be read,"
+                self.line(f"skipped {count} {what} {'' if count == 1 else 'such as '}{example}")
             case Checkpointed():
                 pass

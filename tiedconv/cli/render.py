@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from tiedconv.report import GroupReport, Report
 
@@ -21,14 +24,55 @@ GROUP_COLUMNS = (
 )  # fmt: skip
 
 
-def table(columns: Sequence[str], rows: Sequence[Row], title: str = "", text: int = 1) -> Table:
-    """A Rich table; the first `text` columns are words, the others figures."""
-    made = Table(title=title or None, title_justify="left", header_style="bold")
+# What a narrow terminal goes without, the least needed first.
+_LEAST_NEEDED = ("matrices", "computed", "views", "bytes", "scheme")
+_GAP = 2  # spaces between columns
+
+LEGEND = (
+    "Views are stored numbers seen in another shape, free at run time; computed weights take "
+    "arithmetic, which freeze() does once for inference."
+)
+FIT_ERROR = "The fit error is the relative distance from the original weights before fine-tuning."
+
+
+def table(columns: Sequence[str], rows: Sequence[Row], text: int = 1, total: bool = False) -> Table:
+    """A Rich table, of which at most the first column wraps.
+
+    Args:
+        columns: names.
+        rows: cells.
+        text: so many columns are words, the others figures.
+        total: whether the last row is the sum of the others.
+    """
+    made = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0),
+        header_style="bold",
+    )  # fmt: skip
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i < text else "right", no_wrap=i >= text)
-    for row in rows:
-        made.add_row(*row)
+        made.add_column(column, justify="left" if i < text else "right", no_wrap=i > 0)
+    for i, row in enumerate(rows):
+        last = total and i == len(rows) - 1
+        made.add_row(*map(Text, row), style="bold" if last else None)
     return made
+
+
+def fitting(
+    columns: Sequence[str], rows: Sequence[Row], room: int | None
+) -> tuple[Sequence[str], Sequence[Row]]:
+    """The columns that say something, and of these as many as there is room for.
+
+    Args:
+        columns: names.
+        rows: cells.
+        room: width in characters, None for no limit.
+    """
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    for name in _LEAST_NEEDED:
+        widths = [max(len(row[i]) for row in [columns, *rows]) for i in kept]
+        if room is None or sum(widths) + _GAP * len(widths) <= room:
+            break
+        kept = [i for i in kept if columns[i] != name]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Row], text: int = 1) -> str:
@@ -38,7 +82,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Row], text: int = 1) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def as_csv(columns: Sequence[str], rows: Sequence[Row]) -> str:
+def as_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Comma-separated values, one head line."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -46,11 +90,43 @@ def as_csv(columns: Sequence[str], rows: Sequence[Row]) -> str:
     return buffer.getvalue().rstrip("\n")
 
 
+def exact_rows(report: Report) -> list[Sequence[object]]:
+    """What `group_rows`, `kept_row` and `total_row` say, as plain numbers for a program."""
+    rows: list[Sequence[object]] = [
+        (g.name, g.scheme, g.rank, g.matrices, g.original, g.stored, g.ratio, g.size, g.error,
+         g.views, g.computed)
+        for g in report.groups
+    ]  # fmt: skip
+    matrices = sum(g.matrices for g in report.groups)
+    kept, total = kept_row(report)[0], total_row(report)[0]
+    return [
+        *rows,
+        (kept, "", "", "", report.kept, report.kept, 1.0, "", "", "", ""),
+        (total, "", "", matrices, report.original, report.stored, report.ratio,
+         report.tensor_bytes, "", "", ""),
+    ]  # fmt: skip
+
+
+def without_common_start(rows: Sequence[Row], least: int = 16) -> tuple[str, Sequence[Row]]:
+    """A start that all groups' names share, if it is long, and the rows without it.
+
+    Args:
+        rows: of groups, then what was kept, then the whole.
+        least: length in characters from which it is worth it.
+    """
+    names = [row[0] for row in rows[:-2]]
+    start = os.path.commonprefix(names) if len(names) > 1 else ""
+    start = start[: start.rfind(".") + 1]
+    if len(start) < least:
+        return "", rows
+    return start, [[row[0].removeprefix(start), *row[1:]] for row in rows]
+
+
 def group_rows(report: Report, *, each: bool) -> list[Row]:
     """A row for each group; unless `each`, those that differ in a layer's number alone are one."""
     merged: dict[tuple[str, str], list[GroupReport]] = defaultdict(list)
     for g in report.groups:
-        key = g.name if each else re.sub(r"\d+(-\d+)*", "*", g.name)
+        key = g.name if each else re.sub(r"\d+(-\d+)*(?=\.)", "*", g.name)
         merged[key, g.scheme].append(g)
     return [_group_row(name, scheme, groups) for (name, scheme), groups in merged.items()]
 
@@ -76,7 +152,7 @@ def _group_row(name: str, scheme: str, groups: Sequence[GroupReport]) -> Row:
     errors = [g.error for g in groups if g.error is not None]
     ranks = sorted({int(r) for g in groups if g.rank for r in g.rank.split("-")})
     return (
-        name + (f"  (x{len(groups)})" if len(groups) > 1 else ""),
+        name + (f" (x{len(groups)})" if len(groups) > 1 else ""),
         scheme,
         span([str(r) for r in ranks[:1] + ranks[-1:]]),
         str(sum(g.matrices for g in groups)),
@@ -103,6 +179,14 @@ def percent(share: float | None) -> str:
 def accuracy(share: float | None) -> str:
     """An accuracy as a percentage with two decimals."""
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def skipped(count: int) -> str:
+    """How many images could not be read."""
+    what = "1 image could not be read and was" if count == 1 else (
+        f"{count:,} images could not be read and were"
+    )  # fmt: skip
+    return f"{what} skipped."
 
 
 def size(count: float) -> str:

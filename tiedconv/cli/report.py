@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import common, render
-from tiedconv.cli.common import out
+from tiedconv.cli.common import say
 from tiedconv.report import Report
 from tiedconv.report import report as run
 
@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 def report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Compact files.")],
-    format_: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TABLE,
+    format_: Annotated[Format, typer.Option("--format", help="How to print it; csv has every group.")] = Format.TABLE,
     all_groups: Annotated[
         bool, typer.Option("--all-groups", help="A line for each group, not for each kind.")
     ] = False,
@@ -49,23 +49,22 @@ def report(
         for one in reports:
             _show(one, each=all_groups)
         if len(reports) > 1:
-            out.print(render.table(COLUMNS, [_line(r) for r in reports], text=2))
+            common.show_table(COLUMNS, [_line(r) for r in reports], text=2)
     elif len(reports) > 1:
-        _plain(COLUMNS, [_line(r) for r in reports], format_, text=2)
+        if format_ is Format.CSV:
+            typer.echo(render.as_csv(COLUMNS, [_exact_line(r) for r in reports]))
+        else:
+            typer.echo(render.markdown(COLUMNS, [_line(r) for r in reports], text=2))
+    elif format_ is Format.CSV:
+        typer.echo(render.as_csv(render.GROUP_COLUMNS, render.exact_rows(reports[0])))
     else:
-        _plain(render.GROUP_COLUMNS, _rows(reports[0], each=all_groups), format_, text=3)
+        rows = _rows(reports[0], each=all_groups)
+        typer.echo(render.markdown(render.GROUP_COLUMNS, rows, text=3))
 
 
 def _rows(one: Report, *, each: bool) -> list[render.Row]:
     rows = render.group_rows(one, each=each)
     return [*rows, render.kept_row(one), render.total_row(one)]
-
-
-def _plain(columns: tuple[str, ...], rows: list[render.Row], format_: Format, text: int) -> None:
-    if format_ is Format.MD:
-        typer.echo(render.markdown(columns, rows, text))
-    else:
-        typer.echo(render.as_csv(columns, rows))
 
 
 def _line(one: Report) -> render.Row:
@@ -75,17 +74,23 @@ def _line(one: Report) -> render.Row:
     )  # fmt: skip
 
 
+def _exact_line(one: Report) -> tuple[object, ...]:
+    return one.name, one.model, one.original, one.stored, one.ratio, one.file_bytes, one.top1
+
+
 def _show(one: Report, *, each: bool) -> None:
     title = f"{one.name}: {one.model}"
-    out.print(render.table(render.GROUP_COLUMNS, _rows(one, each=each), title, text=3))
-    out.print(
+    common.show_groups(_rows(one, each=each), title)
+    say(
         f"{one.original:,} parameters became {one.stored:,} ({render.percent(one.ratio)}); the "
         f"file has {render.size(one.file_bytes)}. FLOPs are unchanged: every weight keeps its "
-        "shape when it is used. Views are free; computed weights are cached by freeze()."
+        "shape when it is used."
     )
+    say(render.LEGEND)
+    say(render.FIT_ERROR)
     for line in render.history_lines(one.history):
-        out.print(f"- {line}")
+        say(f"- {line}")
     versions = (one.source or {}).get("versions") or {}
     if versions:
-        out.print("- made with " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items())))
-    out.print()
+        say("- made with " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items())))
+    say("")

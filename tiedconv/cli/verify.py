@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from tiedconv.cli import common
 from tiedconv.cli.common import out
 from tiedconv.verify import verify as run
 
-_MARKS = {True: "[green]ok[/green]  ", False: "[red]bad[/red] ", None: "[yellow]--[/yellow]  "}
+_MARKS = {True: ("ok ", "green"), False: ("bad", "red"), None: ("-- ", "yellow")}
 
 
 def register(app: typer.Typer) -> None:
@@ -34,4 +35,5 @@ def verify(
         common.print_json({"file": file, "checks": checks})
         return
     for check in checks:
-        out.print(f"{_MARKS[check.passed]} {check.name:<8} {check.detail}")
+        line = Text.assemble(_MARKS[check.passed], f"  {check.name:<8} {check.detail}")
+        out.print(line, soft_wrap=True)

@@ -92,12 +92,11 @@ def _match_heads(layers: Sequence[Block], bench: Workbench) -> None:
     total = _heads(layers[0], bench)
     for block in layers[1:]:
         mine = _heads(block, bench)
-        # The best agreement of two heads over all rotations is the nuclear norm of their product.
-        likeness = sum(
-            torch.linalg.svdvals((a.unsqueeze(1) @ b.mT.unsqueeze(0)).double()).sum(-1)
-            for a, b in zip(total, mine, strict=True)
-        )
-        assert isinstance(likeness, Tensor)
+        # How much two heads have in common whatever their bases: the norm of their product.
+        likeness = torch.zeros(len(total[0]), len(total[0]), dtype=torch.float64)
+        for a, b in zip(total, mine, strict=True):
+            products = a.unsqueeze(1) @ b.mT.unsqueeze(0)
+            likeness += products.square().sum((-2, -1)).double()
         permute_heads(bench, block, match(likeness))
         qk, vo = (
             procrustes(b @ a.mT) for a, b in zip(total, _heads(block, bench), strict=True)
@@ -119,7 +118,7 @@ def _heads(block: Block, bench: Workbench) -> tuple[Tensor, Tensor]:
     return torch.cat([split(q), split(k)], 2), torch.cat([split(v), split(o.t())], 2)
 
 
-def tie_attention(block: Block, bench: Workbench, *, steps: int = 4) -> None:
+def tie_attention(block: Block, bench: Workbench, *, steps: int = 3) -> None:
     """Rotate heads so that `k` comes near `v^T` and `q` near `o^T` (pairing kv-qo).
 
     With G for the heads of q and k, and H for those of v and o, it minimises

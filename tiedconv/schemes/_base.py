@@ -17,6 +17,7 @@ from tiedconv.expr import Add, Expr, MatMul, Ref, Shape
 from tiedconv.gauge import Workbench
 from tiedconv.grouping import partition
 from tiedconv.plan import Block, Member, Slot
+from tiedconv.schemes._align import fold_norms
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class Draft:
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """A parametrisation. Fields are its options; methods are pure tensor mathematics."""
+    """A parametrisation. Fields are its options; methods are pure tensor mathematics.
+
+    Args:
+        fold: before the fit, move LayerNorm scales into the weights that read them. Off, as it
+            made every data-free fit worse where it was measured (docs/results.md).
+    """
 
     name: ClassVar[str]
     looks_for: ClassVar[str]
@@ -56,6 +62,8 @@ class Scheme(ABC):
     # Options that take the scheme further down in size, mildest first: what to offer when a
     # budget can't be met.
     further: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+
+    fold: bool = False
 
     @abstractmethod
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
@@ -75,7 +83,8 @@ class Scheme(ABC):
 
     def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
         """Move the weights, by exact changes of `gauge`, to where this scheme fits better."""
-        del blocks, bench
+        if self.fold:
+            fold_norms(blocks, bench)
 
     def with_ranks(self, ranks: Sequence[int]) -> Scheme:
         """The same scheme with one rank for each matrix."""
@@ -130,6 +139,8 @@ def resolve_ranks(
         takes: which of them take a rank; the others get 0.
     """
     count = sum(takes)
+    if isinstance(rank, float) and not math.isfinite(rank):
+        raise SchemeError(f"rank={rank} is no number", remedy="Use 0 or more")
     if isinstance(rank, tuple) and len(rank) != len(shapes):
         raise SchemeError(
             f"rank lists {len(rank)} numbers, but a group has {len(shapes)} matrices",

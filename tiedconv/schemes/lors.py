@@ -21,7 +21,7 @@ from tiedconv.expr import Ref, Shape
 from tiedconv.gauge import Workbench
 from tiedconv.linalg import base_and_residuals
 from tiedconv.plan import Block
-from tiedconv.schemes._align import fold_norms, match_layers
+from tiedconv.schemes._align import match_layers
 from tiedconv.schemes._base import Draft, Layout, Ranked, stacks, with_residual
 
 
@@ -74,7 +74,7 @@ class Lors(Ranked):
         return [m - base for m in matrices]
 
     def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
-        fold_norms(blocks, bench)
+        super().align(blocks, bench)
         if self.match:
             match_layers(blocks, self.groups, bench)
 

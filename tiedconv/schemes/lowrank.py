@@ -12,10 +12,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from tiedconv.expr import Shape
-from tiedconv.gauge import Workbench
 from tiedconv.linalg import truncate
 from tiedconv.plan import Block
-from tiedconv.schemes._align import fold_norms
 from tiedconv.schemes._base import Draft, Layout, Ranked, stacks, with_residual
 
 
@@ -52,9 +50,6 @@ class LowRank(Ranked):
 
     def residuals(self, matrices: Sequence[Tensor]) -> list[Tensor | None]:
         return list(matrices)
-
-    def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
-        fold_norms(blocks, bench)
 
     def _rank(self, shape: tuple[int, int]) -> int:
         return max(1, self.ranks([shape])[0])

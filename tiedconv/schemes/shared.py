@@ -12,7 +12,7 @@ from torch import Tensor
 from tiedconv.expr import Ref
 from tiedconv.gauge import Workbench
 from tiedconv.plan import Block
-from tiedconv.schemes._align import fold_norms, match_layers
+from tiedconv.schemes._align import match_layers
 from tiedconv.schemes._base import Draft, Layout, Scheme, stacks
 
 
@@ -44,7 +44,7 @@ class Shared(Scheme):
         return {"base": torch.stack(list(matrices)).mean(0)}
 
     def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
-        fold_norms(blocks, bench)
+        super().align(blocks, bench)
         if self.match:
             match_layers(blocks, self.groups, bench)
 

@@ -122,7 +122,7 @@ class Tied(Ranked):
         return found
 
     def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
-        _align.fold_norms(blocks, bench)
+        super().align(blocks, bench)
         whole = [b for b in blocks if _align.is_whole(b)]
         if self.groups != "each":
             _align.match_layers([b for b in whole if b.kind == "ffn"], self.groups, bench)

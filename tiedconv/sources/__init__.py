@@ -137,7 +137,7 @@ def skeleton(source: Source, *, trust_code: bool = False) -> nn.Module:
         raise SourceError(
             f"The file names the function {spec}, which would be imported and run",
             "A file is not trusted to name code",
-            "If you trust it, allow that: trust_code=True in Python",
+            "If you trust it, pass --trust-code (in Python: trust_code=True)",
         )
     if _prefix(spec) == "hf" and source.config is None:
         raise SourceError(

@@ -90,8 +90,11 @@ def unknown_model(spec: str, name: str, known: Iterable[str], prefix: str = "") 
     meant = " and ".join(prefix + candidate for candidate in near)
     remedy = "Give a torchvision name, timm:NAME, hf:NAME or package.module:function"
     if name.endswith((".safetensors", ".pth", ".pt", ".bin")):
-        remedy = "Name the model, and pass its weights with --weights FILE"
-    elif near:
+        return SourceError(
+            f"{spec!r} is the name of a file, not of a model",
+            remedy="Name the model, and pass its weights with --weights FILE",
+        )
+    if near:
         remedy = f"Near to it are {meant}"
     return SourceError(f"There is no model {spec!r}", remedy=remedy)
 

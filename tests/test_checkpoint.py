@@ -1,0 +1,398 @@
+"""Files that are damaged, forged, foreign or in the way: refused in words, and nothing lost."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from micro import all_micros
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tiedconv
+import tiedconv.checkpoint as checkpoint
+from tiedconv.errors import CheckpointError, OutputError, UserError
+from tiedconv.files import check_output, replacing
+from tiedconv.loading import is_compact
+
+NAME = "timm-vit"
+
+
+@functools.cache
+def model() -> nn.Module:
+    return tiedconv.convert(all_micros()[NAME].model(), "lors")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound file."""
+    path = tmp_path_factory.mktemp("good") / "good.safetensors"
+    tiedconv.save(model(), path)
+    return path
+
+
+def load(path: Path) -> nn.Module:
+    return tiedconv.load(path, model=all_micros()[NAME].model())
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    other = b.state_dict()
+    return all(torch.equal(t, other[n]) for n, t in a.state_dict().items())
+
+
+def parts(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file."""
+    with safe_open(str(path), framework="pt") as file:
+        return dict(file.metadata()), load_file(path)
+
+
+def forge(
+    good: Path, path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]
+) -> Path:
+    """A file whose record and tensors were changed, with digests that fit."""
+    metadata, tensors = parts(good)
+    record = json.loads(metadata["tiedconv"])
+    change(record, tensors)
+    metadata["tiedconv"] = json.dumps(record)
+    text = f"{metadata['tiedconv']}\n{metadata['source']}"
+    metadata["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
+    return path
+
+
+def rehash(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    record["sha256"] = {n: checkpoint._hash(t) for n, t in tensors.items()}
+
+
+def test_a_good_file_is_good(good: Path) -> None:
+    assert same(load(good), model())
+    assert is_compact(good)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(CheckpointError, match="no file"):
+            tiedconv.load(path)
+        with pytest.raises(CheckpointError):
+            tiedconv.report(path)
+        assert not is_compact(path)
+
+
+def test_a_truncated_file(good: Path, tmp_path: Path) -> None:
+    data = good.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    path = tmp_path / "short.safetensors"
+    for length in (0, 1, 7, 8, 9, header - 1, header, header + 1, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match="no whole safetensors file"):
+            load(path)
+        assert not is_compact(path)
+
+
+def test_bytes_after_the_end(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.safetensors"
+    path.write_bytes(good.read_bytes() + b"\0")
+    with pytest.raises(CheckpointError):
+        load(path)
+
+
+def test_a_flipped_bit_in_each_tensor_is_found_and_the_tensor_named(
+    good: Path, tmp_path: Path
+) -> None:
+    data = bytearray(good.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    path = tmp_path / "flipped.safetensors"
+    for i, (name, entry) in enumerate(header.items()):
+        if name == "__metadata__":
+            continue
+        start, stop = entry["data_offsets"]
+        position = 8 + length + start + (i * 7919) % (stop - start)
+        data[position] ^= 1 << (i % 8)
+        path.write_bytes(data)
+        data[position] ^= 1 << (i % 8)
+        assert tiedconv.report(path).stored  # the head alone is sound
+        with pytest.raises(CheckpointError, match="is not what was written") as caught:
+            load(path)
+        assert name in str(caught.value)
+
+
+def test_a_flipped_bit_anywhere_is_refused_or_harmless(good: Path, tmp_path: Path) -> None:
+    data = bytearray(good.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randint(0, header, (140,), generator=generator).tolist()
+    anywhere = torch.randint(0, len(data), (60,), generator=generator).tolist()
+    bits = torch.randint(0, 8, (200,), generator=generator).tolist()
+    path = tmp_path / "flipped.safetensors"
+    refused = 0
+    for position, bit in zip([*head, *anywhere], bits, strict=True):
+        data[position] ^= 1 << bit
+        path.write_bytes(data)
+        data[position] ^= 1 << bit
+        try:
+            loaded = load(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert same(loaded, model()), (position, bit)
+    assert refused >= 190
+
+
+def test_someone_elses_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "plain.safetensors"
+    save_file({"w": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="not one of tiedconv's"):
+        tiedconv.load(path)
+    save_file({"w": torch.zeros(2)}, path, {"tiedconv": "{}"})
+    with pytest.raises(CheckpointError):
+        tiedconv.load(path)
+
+
+def swap_two(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    a, b = "blocks.0.norm1.bias", "blocks.1.norm1.bias"
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+def deep(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    expr: Any = ["ref", "x", [2, 2]]
+    for _ in range(300):
+        expr = ["permute", expr, [1, 0]]
+    record["plan"]["weights"]["head.weight"] = expr
+
+
+FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
+    "an extra tensor": (
+        lambda r, t: t.update(extra=torch.zeros(2)) or rehash(r, t),
+        "the tensor extra",
+    ),
+    "a missing tensor": (
+        lambda r, t: t.pop("head.bias") is None or rehash(r, t),
+        "the tensor head.bias",
+    ),
+    "a tensor of another shape": (
+        lambda r, t: t.update({"head.bias": torch.zeros(3)}) or rehash(r, t),
+        "the tensor head.bias",
+    ),
+    "two tensors swapped": (swap_two, "is not what was written"),
+    "a tensor of another type": (
+        lambda r, t: t.update({"head.bias": t["head.bias"].to(torch.int32)}),
+        "is not what was written",
+    ),
+    "no hash for a tensor": (lambda r, t: r["sha256"].pop("head.bias"), "list of hashes"),
+    "a hash that is no text": (lambda r, t: r["sha256"].update({"head.bias": 3}), "SHA-256"),
+    "a newer format": (lambda r, t: r.update(format=2), "newer than this tiedconv reads"),
+    "an older format": (lambda r, t: r.update(format=0), "lacks a part"),
+    "a format that is no number": (lambda r, t: r.update(format=True), ""),
+    "no plan": (lambda r, t: r.pop("plan"), "lacks a part"),
+    "a plan that is a list": (lambda r, t: r.update(plan=[]), "malformed"),
+    "an expression too deep": (deep, "malformed"),
+    "an expression that names code": (
+        lambda r, t: r["plan"]["weights"].update({"head.weight": ["os.system", "x"]}),
+        "malformed",
+    ),
+    "a history that is a text": (lambda r, t: r.update(history="x"), "lacks a part"),
+}
+
+
+@pytest.mark.parametrize("what", FORGERIES)
+def test_a_forged_file_is_refused(what: str, good: Path, tmp_path: Path) -> None:
+    change, reason = FORGERIES[what]
+    path = forge(good, tmp_path / "forged.safetensors", change)
+    if what == "a format that is no number":
+        # True is 1 to Python, and harmless; it must not do anything else.
+        assert same(load(path), model())
+        return
+    with pytest.raises(CheckpointError, match=reason):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [[3], ["x"], [None], [[]], [{"top1": "high"}], [{"step": 3}], [{"top1": True}], [{}]],
+)
+def test_a_forged_history_is_refused_or_reported(
+    history: list[Any], good: Path, tmp_path: Path
+) -> None:
+    path = forge(good, tmp_path / "f.safetensors", lambda r, t: r.update(history=history))
+    try:
+        report = tiedconv.report(path)
+        assert report.top1 is None or 0 <= report.top1 <= 1
+    except UserError:
+        pass
+
+
+@pytest.mark.parametrize("source", ["3", "[]", '"resnet50"', '{"spec": 3}', '{"spec": "x"}', "{"])
+def test_a_forged_source_is_refused(source: str, good: Path, tmp_path: Path) -> None:
+    metadata, tensors = parts(good)
+    metadata["source"] = source
+    text = f"{metadata['tiedconv']}\n{metadata['source']}"
+    metadata["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    path = tmp_path / "forged.safetensors"
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError):
+        tiedconv.load(path)
+
+
+def test_a_plan_changed_without_its_digest_is_refused(good: Path, tmp_path: Path) -> None:
+    metadata, tensors = parts(good)
+    metadata["tiedconv"] = metadata["tiedconv"].replace('"history"', '"History"')
+    save_file(tensors, tmp_path / "f.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="the plan is not what was written"):
+        tiedconv.report(tmp_path / "f.safetensors")
+
+
+def test_loading_into_the_wrong_model_names_the_first_tensors_that_differ(good: Path) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    wide = VisionTransformer(16, 8, num_classes=9, embed_dim=32, depth=3, num_heads=2)
+    before = {n: t.clone() for n, t in wide.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        tiedconv.load(good, model=wide)
+    message = str(caught.value)
+    assert "head.bias is (7,) in the file, (9,) in the model" in message
+    assert "head.weight is (7, 32) in the file, (9, 32) in the model" in message
+    assert all(torch.equal(before[n], t) for n, t in wide.state_dict().items())
+    with pytest.raises(CheckpointError, match="missing"):
+        tiedconv.load(good, model=all_micros()["hf-vit"].model())
+
+
+def test_a_file_of_a_model_in_memory_says_how_to_load_it(good: Path) -> None:
+    with pytest.raises(UserError, match="in memory"):
+        tiedconv.load(good)
+
+
+def test_loading_into_a_tied_model_is_refused(good: Path) -> None:
+    with pytest.raises(UserError):
+        tiedconv.load(good, model=copy.deepcopy(model()))
+
+
+def test_saving_a_plain_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not tied"):
+        tiedconv.save(all_micros()[NAME].model(), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_text("mine")
+    with pytest.raises(OutputError, match="--force"):
+        tiedconv.save(model(), path)
+    assert path.read_text() == "mine"
+    tiedconv.save(model(), path, force=True)
+    assert same(load(path), model())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_folder_that_is_missing_or_stands_in_the_way(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="does not exist"):
+        tiedconv.save(model(), tmp_path / "none" / "m.safetensors")
+    with pytest.raises(OutputError, match="is a folder"):
+        tiedconv.save(model(), tmp_path, force=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        tiedconv.save(model(), tmp_path / "file" / "m.safetensors")
+
+
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tiedconv.files.tempfile.mkstemp", refuse)
+    with pytest.raises(OutputError, match="Permission denied"):
+        check_output(tmp_path / "m.safetensors")
+    with pytest.raises(OutputError, match="Permission denied"):
+        tiedconv.save(model(), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError(), KeyboardInterrupt()],
+)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    failure: BaseException, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(good.read_bytes())
+
+    def half(tensors: object, part: Path, metadata: object) -> None:
+        Path(part).write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    expected = OutputError if isinstance(failure, OSError) else type(failure)
+    with pytest.raises(expected):
+        tiedconv.save(model(), path, force=True)
+    assert path.read_bytes() == good.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_full_disk_reported_by_safetensors_is_an_output_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*args: object) -> None:
+        raise SafetensorError("Error while serializing: IoError(No space left on device)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        tiedconv.save(model(), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_written_file_is_an_ordinary_one(tmp_path: Path) -> None:
+    path = tmp_path / "m.txt"
+    before = os.umask(0o027)
+    try:
+        with replacing(path) as part:
+            assert part.name.endswith(".part")
+            assert not path.exists()
+            part.write_text("x")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_symbolic_link_as_output(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("mine")
+    link.symlink_to(target)
+    with pytest.raises(OutputError):
+        tiedconv.save(model(), link)
+    assert target.read_text() == "mine"
+
+
+def test_buffers_come_back_and_shared_tensors_stay_shared(tmp_path: Path) -> None:
+    for name in ("torchvision-resnet", "aliased"):
+        micro = all_micros()[name]
+        tied = tiedconv.convert(micro.model(), "tied")
+        tiedconv.save(tied, tmp_path / f"{name}.safetensors")
+        loaded = tiedconv.load(tmp_path / f"{name}.safetensors", model=micro.model())
+        assert same(tied, loaded)
+        count = sum(p.numel() for p in loaded.parameters())
+        assert count == sum(p.numel() for p in tied.parameters())
+
+
+def test_other_precisions_are_kept(tmp_path: Path) -> None:
+    tied = copy.deepcopy(model()).to(torch.bfloat16)
+    size = tiedconv.save(tied, tmp_path / "half.safetensors")
+    report = tiedconv.report(tmp_path / "half.safetensors")
+    assert report.tensor_bytes == 2 * sum(p.numel() for p in tied.parameters())
+    assert report.file_bytes == size
+    loaded = load(tmp_path / "half.safetensors")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert same(loaded, tied)

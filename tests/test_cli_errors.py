@@ -1,0 +1,481 @@
+"""What can't be done: one line that says why and what to do, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_helpers import (
+    MODEL_ARGS,
+    QUICK,
+    SPEC,
+    World,
+    figures,
+    files_of,
+    make_world,
+    refused,
+    run,
+    write_images,
+)
+from safetensors.torch import load_file, save_file
+
+from tiedconv import planner
+from tiedconv.training import engine
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder in which a test must leave no more than it put there itself."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+    assert files_of(folder) == set()
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("resnt50", ["'resnt50'", "Near to it are resnet50"]),
+        ("nothing_like_it", ["'nothing_like_it'", "timm:NAME"]),
+        ("timm:vit_tinny_patch16_224", ["Near to it are timm:vit_tiny_patch16_224"]),
+        ("hf:no/such-model", ["no/such-model"]),
+        ("no_such_module:net", ["no_such_module", "Python can import it"]),
+        ("tiedconv.demo:digits_vitt", ["no function digits_vitt", "digits_vit"]),
+        ("model.pth", ["name of a file", "--weights FILE"]),
+        ("resnet50 --scheme tide", ["'tide'", "Did you mean tied?", "lors"]),
+        ("resnet50 --scheme lors --option rnk=3", ["'rnk'", "rank"]),
+        ("resnet50 --option groups", ["'groups'", "--option groups=all"]),
+        ("resnet50 --option groups=some", ["groups", "'some'", "adjacent:N"]),
+        ("resnet50 --option first=never", ["'never'", "keep, slice, expand"]),
+        ("resnet50 --option scale=3", ["scale=3", "bool"]),
+        ("resnet50 --rank many", ["rank='many'", "number"]),
+        ("resnet50 --rank -4", ["rank", "-4"]),
+        ("resnet50 --rank 1.5", ["rank", "1.5"]),
+        ("resnet50 --params half", ["'half'", "50%"]),
+        ("resnet50 --params 0%", ["'0%'", "50%"]),
+        ("resnet50 --params 150%", ["'150%'", "50%"]),
+        ("resnet50 --params=", ["''", "50%"]),
+        ("resnet50 --params 10%", ["10%", "21,919,784 (85.8 %)", "Ask for that or more"]),
+        ("resnet50 --scheme lors --params 1000", ["1,000", "11,491,368 (45.0 %)"]),
+        ("resnet50 --include nothing*", ["Nothing in this model can be converted", "--include"]),
+        ("resnet18", ["Nothing in this model can be converted", "--scheme lowrank"]),
+        ("resnet50 --model-arg width", ["width", "img_size=32"]),
+        ("resnet50 --model-arg wdth=3", ["wdth", "argument"]),
+        ("resnet50 --mean 1,2", ["--mean", "0.485,0.456,0.406"]),
+        ("resnet50 --std 0", ["--std", "0.485,0.456,0.406"]),
+        ("resnet50 --interpolation cubic", ["cubic", "bilinear or bicubic"]),
+        ("resnet50 --weights missing.pth", ["missing.pth", "path of a readable file"]),
+        ("resnet50 --recipe missing.toml", ["missing.toml", "TOML"]),
+        ("resnet50 --recipe missing.toml --rank 3", ["--rank", "file's rules"]),
+        ("resnet50 --recipe missing.toml --scheme lors", ["--scheme", "file's rules"]),
+    ],
+)
+def test_convert_refuses(arguments: str, words: list[str], here: Path) -> None:
+    refused("convert", *arguments.split(), words=words)
+    if "--weights" not in arguments:
+        refused("convert", *arguments.split(), "--dry-run", "--json", words=words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[[rule]\n", ["can't be read", "docs/recipes.md"]),
+        ("", ["no [[rule]]"]),
+        ("[rule]\nscheme = 'tied'", ["no [[rule]]"]),
+        ("parms = '50%'\n[[rule]]", ["'parms'", "params"]),
+        ("[[rule]]\nscheme = 'lors'\nrnak = 3", ["'rnak'", "rank"]),
+        ("[[rule]]\ninclude = 3", ["include=3", "*attn*"]),
+        ("rule = [3]", ["rule"]),
+        ("params = true\n[[rule]]", ["True", "50%"]),
+    ],
+)
+def test_a_recipe_that_makes_no_sense(text: str, words: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    refused("convert", "resnet50", "--recipe", recipe, "--dry-run", words=words)
+
+
+def test_a_budget_beyond_reach_names_ways_that_reach_it(here: Path) -> None:
+    line = refused("convert", "resnet50", "--params", "50%")
+    assert "--scheme tied --option groups=all --option first=expand --option spatial=true" in line
+    assert "10,098,728 (39.5 %)" in line
+
+
+def test_a_compact_file_is_no_model_to_convert(world: World, here: Path) -> None:
+    refused("convert", world.tied, words=["compact file already", "tiedconv finetune"])
+    refused("convert", world.weights, words=["name of a file", "--weights"])
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    refused("convert", SPEC, "--dry-run", words=["timm", "pip install 'tiedconv[timm]'"])
+
+
+def test_no_network(monkeypatch: pytest.MonkeyPatch, here: Path, tmp_path: Path) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    # Before it comes torch's line that a download begins.
+    line = run("convert", "resnet50", code=2).stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "no route to host" in line
+    assert "--weights FILE" in line
+    assert "--weights none" in line
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images" / "all")
+    result = run("evaluate", "resnet50", "--data", tmp_path / "images" / "all", code=2)
+    assert "--weights FILE" in result.stderr.splitlines()[-1]
+
+
+# Weights
+
+
+class Code:
+    """Asks to be unpickled by running a command."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        import os
+
+        return os.system, ("touch ran",)
+
+
+def test_weights_that_can_not_be_used(world: World, here: Path, tmp_path: Path) -> None:
+    def convert(weights: Path, *words: str) -> None:
+        refused("convert", SPEC, *MODEL_ARGS, "--weights", weights, words=words)
+
+    torch.save({"state_dict": load_file(world.weights), "x": Code()}, tmp_path / "code.pth")
+    convert(tmp_path / "code.pth", "would run code", "safetensors")
+
+    whole = world.pickle.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    convert(tmp_path / "cut.pth", "damaged", "again")
+    whole = world.weights.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    convert(tmp_path / "cut.safetensors", "damaged", "again")
+    (tmp_path / "text.pth").write_text("hello")
+    convert(tmp_path / "text.pth", "not a weights file")
+    convert(tmp_path, "can't be read")
+    convert(world.tied, "compact file", "tiedconv export")
+
+    other = load_file(world.weights)
+    other["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 3)
+    other["blocks.1.attn.proj.bias"] = torch.zeros(7)
+    save_file(other, tmp_path / "other.safetensors")
+    convert(
+        tmp_path / "other.safetensors",
+        "blocks.0.mlp.fc1.weight is (3, 3) in the file, (128, 32) in the model",
+        "blocks.1.attn.proj.bias is (7,) in the file, (32,) in the model",
+        "model arguments",
+    )
+    del other["blocks.0.mlp.fc1.weight"], other["blocks.1.attn.proj.bias"]
+    save_file(other, tmp_path / "fewer.safetensors")
+    convert(tmp_path / "fewer.safetensors", "lacks blocks.0.mlp.fc1.weight")
+    refused(
+        "convert", SPEC, "--weights", world.weights, words=["pos_embed is (1, 17, 32) in the file"]
+    )
+    refused(
+        "convert", SPEC, *MODEL_ARGS[:-1], "num_classes=5", "--weights", world.weights,
+        words=["--model-arg num_classes=3"],
+    )  # fmt: skip
+
+
+# Compact files
+
+
+def _commands(world: World, file: Path) -> dict[str, tuple[object, ...]]:
+    return {
+        "report": ("report", file),
+        "verify": ("verify", file),
+        "evaluate": ("evaluate", file, "--data", world.data),
+        "finetune": ("finetune", file, "--data", world.data, "-o", "out.safetensors"),
+        "export": ("export", file, "-o", "out.safetensors"),
+    }
+
+
+@pytest.mark.parametrize("command", ["report", "verify", "evaluate", "finetune", "export"])
+def test_files_that_can_not_be_used(
+    command: str, world: World, here: Path, tmp_path: Path
+) -> None:
+    def check(file: Path, *words: str) -> None:
+        refused(*_commands(world, file)[command], words=words)
+
+    whole = world.tied.read_bytes()
+    bad = tmp_path / "bad.safetensors"
+    check(tmp_path / "missing.safetensors", "no file", "tiedconv convert")
+    for length in (0, 5, 200, len(whole) // 2, len(whole) - 1):
+        bad.write_bytes(whole[:length])
+        check(bad, str(bad), "Copy it again")
+    bad.write_bytes(whole + b"more")
+    check(bad, "Copy it again")
+    for place in (20, len(whole) // 8):  # in the head: JSON, the plan, a hash
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        bad.write_bytes(flipped)
+        check(bad, str(bad), "Copy it again")
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    bad.write_bytes(flipped)
+    if command == "report":  # it reads the head alone, as its help says
+        run("report", bad)
+    else:
+        check(bad, "SHA-256 differs", "damaged", "Copy it again")
+    check(world.weights, "not one of tiedconv's", "--weights")
+    bad.write_text("hello")
+    check(bad, "no whole safetensors file")
+    if command != "evaluate":  # there a folder is taken for the name of a model
+        check(tmp_path, "no file")
+
+
+def test_every_flipped_bit_of_the_head_is_noticed(world: World, tmp_path: Path) -> None:
+    whole = world.tied.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    bad = tmp_path / "bad.safetensors"
+    for place in range(0, length, length // 40):
+        flipped = bytearray(whole)
+        flipped[place] ^= 4
+        bad.write_bytes(flipped)
+        refused("verify", bad, words=[str(bad)])
+
+
+# Images
+
+
+def test_data_folders_that_can_not_be_used(world: World, here: Path, tmp_path: Path) -> None:
+    def check(data: Path, *words: str) -> None:
+        refused("evaluate", world.tied, "--data", data, words=words)
+        refused(
+            "finetune", world.tied, "--data", data, "-o", "out.safetensors", "--teacher", "none",
+            words=words,
+        )  # fmt: skip
+
+    check(tmp_path / "missing", "does not exist", "ROOT/train/CLASS")
+    check(world.tied, "is a file, not a folder", "ROOT/train/CLASS")
+    (tmp_path / "empty").mkdir()
+    check(tmp_path / "empty", "no class folders", "ROOT/train/CLASS")
+    (tmp_path / "bare" / "cat").mkdir(parents=True)
+    check(tmp_path / "bare", "no images", "ROOT/train/CLASS")
+
+
+def test_more_classes_than_outputs(world: World, here: Path, tmp_path: Path) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    for part in ("train", "val"):
+        shutil.copytree(data / part / "red", data / part / "violet")
+    words = ["4 classes", "3 outputs", "the model was made for"]
+    refused("evaluate", world.tied, "--data", data, "--workers", 0, words=words)
+    command = ("finetune", world.tied, "--data", data, "-o", "out.safetensors", *QUICK)
+    result = run(*command, "--teacher", "none", code=2)
+    assert all(word in result.stderr.splitlines()[-1] for word in words)
+
+
+def test_a_broken_image_is_skipped_and_counted_or_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(world.data, data)
+    for part in ("train", "val"):
+        picture = data / part / "blue" / "0.png"
+        picture.write_bytes(picture.read_bytes()[:60])
+    evaluate = ("evaluate", world.tied, "--data", data, "--workers", 0)
+    assert "1 image could not be read and was skipped" in run(*evaluate).stdout
+    result = figures(*evaluate)["result"]
+    assert (result["images"], result["skipped"]) == (11, 1)
+    assert result["example_of_skipped"].endswith("val/blue/0.png")
+    refused(*evaluate, "--strict", words=["blue/0.png", "leave --strict out"])
+
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    finetune = (
+        "finetune", world.tied, "--data", data, "-o", "out.safetensors", *QUICK, "--teacher",
+        "none",
+    )  # fmt: skip
+    assert run(*finetune, "--strict", code=2).stderr.splitlines()[-1].startswith("error: The image")
+    assert files_of(here) == set()
+    done = run(*finetune)
+    assert "2 images could not be read and were skipped" in done.stdout
+    assert "skipped 1 image that can't be read: " in done.stderr
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--epochs 1 --steps 2", ["--epochs and --steps", "one of them"]),
+        ("--epochs 0", ["epochs", "more than 0"]),
+        ("--steps 0", ["steps", "1 or more"]),
+        ("--batch-size 0", ["batch_size", "1 or more"]),
+        ("--lr -1", ["lr", "more than 0"]),
+        ("--optimizer lion", ["'lion'", "adamw"]),
+        ("--augment all", ["'all'", "randaugment"]),
+        ("--distill 2", ["distill", "at most 1"]),
+        ("--val-split 2", ["2", "between 0 and 1"]),
+        ("--limit 0", ["limit", "1 or more"]),
+        ("--device tpu", ["tpu"]),
+        ("--device cuda:77", ["cuda:77"]),
+        ("--teacher auto", ["tiny.safetensors", "--teacher none"]),
+        ("--teacher missing.pth", ["missing.pth", "readable file"]),
+        ("--teacher resnt50", ["Near to it are resnet50"]),
+        ("--interpolation cubic", ["bilinear or bicubic"]),
+    ],
+)
+def test_finetune_refuses(options: str, words: list[str], world: World, here: Path) -> None:
+    command = ["finetune", world.tied, "--data", world.data, "-o", "out.safetensors", "--workers",
+               0]  # fmt: skip
+    if "--teacher" not in options:
+        command += ["--teacher", "none"]
+    refused(*command, *options.split(), words=words)
+
+
+def test_resuming_another_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = (
+        "finetune", world.tied, "--data", world.data, "-o", tmp_path / "out.safetensors", *QUICK,
+        "--teacher", "none", "--epochs", 2,
+    )  # fmt: skip
+    take_step = engine._Run.take_step
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        if self.at.epoch == 2:
+            raise KeyboardInterrupt
+        return take_step(self, *arguments)
+
+    monkeypatch.setattr(engine._Run, "take_step", interrupted)
+    run(*command, code=130)
+    monkeypatch.undo()
+    result = run(*command, "--resume", "--lr", "0.1", code=2)
+    assert "lr 0.0005 -> 0.1" in result.stderr.splitlines()[-1]
+    assert files_of(tmp_path) == {"out.safetensors.run", "out.safetensors.run/last.pt"}
+
+
+def test_a_teacher_that_no_longer_exists(world: World, here: Path, tmp_path: Path) -> None:
+    """A model of random weights has no teacher; it is trained without one."""
+    file = tmp_path / "random.safetensors"
+    run("convert", SPEC, *MODEL_ARGS, "--weights", "none", "-o", file)
+    out = tmp_path / "out.safetensors"
+    done = run("finetune", file, "--data", world.data, "-o", out, "--steps", 1, *QUICK)
+    assert "teacher none" in done.stdout
+
+
+# Outputs
+
+
+def _writers(world: World, output: str) -> list[tuple[object, ...]]:
+    return [
+        ("convert", SPEC, *MODEL_ARGS, "--weights", "none", "-o", output),
+        ("finetune", world.tied, "--data", world.data, "--teacher", "none", *QUICK, "-o", output),
+        ("export", world.tied, "-o", output),
+    ]
+
+
+def test_outputs_that_can_not_be_written(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.safetensors").write_text("mine")
+    (tmp_path / "folder.safetensors").mkdir()
+    before = files_of(tmp_path)
+    for command in _writers(world, "there.safetensors"):
+        refused(*command, words=["there.safetensors exists already", "--force"])
+    for command in _writers(world, "folder.safetensors"):
+        refused(*command, words=["is a folder", "Name a file"])
+        refused(*command, "--force", words=["is a folder", "Name a file"])
+    for command in _writers(world, "no/such/place.safetensors"):
+        refused(*command, words=["The folder no/such does not exist", "-o"])
+    for command in _writers(world, "there.safetensors/below.safetensors"):
+        refused(*command, words=["there.safetensors", "-o"])
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkstemp", denied)
+    for command in _writers(world, "out.safetensors"):
+        refused(*command, words=["Permission denied", "-o", "permissions"])
+    assert files_of(tmp_path) == before
+    assert (tmp_path / "there.safetensors").read_text() == "mine"
+
+
+def test_an_export_needs_a_known_form_and_ending(world: World, here: Path) -> None:
+    refused("export", world.tied, "-o", "out.bin", words=["out.bin", ".safetensors"])
+    refused("export", world.tied, "-o", "out.pth", "--to", "onnx", words=["'onnx'", "dense"])
+
+
+def test_a_full_disk_leaves_what_was_there(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.safetensors").write_text("mine")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    for command in (_writers(world, "out.safetensors")[0], _writers(world, "out.safetensors")[2]):
+        refused(*command, "--force", words=["No space left on device", "Free some space"])
+    assert files_of(tmp_path) == {"out.safetensors"}
+    assert (tmp_path / "out.safetensors").read_text() == "mine"
+
+
+def test_a_disk_that_fills_while_safetensors_writes(
+    world: World, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("tiedconv.checkpoint.save_file", full)
+    monkeypatch.setattr(sys.modules["tiedconv.export"], "save_file", full)
+    for command in _writers(world, "out.safetensors")[::2]:
+        refused(*command, words=["No space left on device", "Free some space"])
+
+
+def test_an_interruption_leaves_nothing_half_written(
+    world: World, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    convert, finetune, export = _writers(world, "out.safetensors")
+    monkeypatch.setattr("tiedconv.checkpoint.save_file", interrupted)
+    monkeypatch.setattr(sys.modules["tiedconv.export"], "save_file", interrupted)
+    for command in (convert, export):
+        assert run(*command, code=130).stderr.startswith("Interrupted")
+    monkeypatch.setattr(planner, "_error", interrupted)
+    assert "Traceback" not in run(*convert, code=130).output
+    monkeypatch.setattr(engine._Run, "take_step", interrupted)
+    result = run(*finetune, code=130)
+    assert "Traceback" not in result.output
+    assert "--resume" not in result.stderr  # no epoch was finished
+
+
+def test_a_failed_training_is_no_mistake_of_the_users(
+    world: World, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.tensor(float("nan"))
+
+    monkeypatch.setattr(engine._Run, "take_step", diverges)
+    result = run(*_writers(world, "out.safetensors")[1], code=1)
+    assert result.stderr.splitlines()[-1].startswith("error: The loss")

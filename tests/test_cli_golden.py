@@ -1,0 +1,79 @@
+"""What the commands print, to the letter.
+
+After a wanted change: `TIEDCONV_UPDATE_GOLDEN=1 pytest tests/test_cli_golden.py`, then read the
+difference before it is committed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from cli_helpers import MODEL_ARGS, SPEC, World, make_world, plain, run
+
+GOLDEN = Path(__file__).parent / "golden"
+WIDEST = 120  # characters, of a table
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def check(name: str, text: str) -> None:
+    """Compare with `golden/<name>`, or write it if asked to."""
+    path = GOLDEN / name
+    if os.environ.get("TIEDCONV_UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, "utf-8")
+    assert text == path.read_text("utf-8")
+
+
+def told(*arguments: object) -> str:
+    """Standard output without what differs from machine to machine."""
+    text = plain(run(*arguments).stdout)
+    text = re.sub(r"(- made with ).*", r"\1...", text)
+    return re.sub(r"the file has [\d.]+ kB", "the file has ...", text)
+
+
+def tables(text: str) -> list[str]:
+    """The lines of the table of groups."""
+    lines = text.splitlines()
+    rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
+    last = next(i for i, line in enumerate(lines) if line.startswith("whole model"))
+    return lines[rule - 1 : last + 1]
+
+
+@pytest.mark.parametrize("model", ["resnet50", "vit_b_16"])
+def test_dry_run(model: str) -> None:
+    text = told("convert", model, "--dry-run")
+    assert max(map(len, tables(text))) <= WIDEST
+    check(f"dry-run-{model}.txt", text)
+
+
+def test_dry_run_with_a_budget() -> None:
+    check(
+        "dry-run-lors.txt",
+        told("convert", "timm:deit_tiny_patch16_224", "--scheme", "lors", "--params", "50%",
+             "--dry-run"),
+    )  # fmt: skip
+
+
+def test_dry_run_as_json() -> None:
+    check(
+        "dry-run-tiny.json",
+        told("convert", SPEC, *MODEL_ARGS, "--scheme", "tied", "--rank", 2, "--dry-run", "--json"),
+    )
+
+
+def test_report(world: World) -> None:
+    text = told("report", world.tied)
+    assert max(map(len, tables(text))) <= WIDEST
+    check("report-tiny.txt", text)
+
+
+@pytest.mark.parametrize("form", ["md", "csv"])
+def test_report_in_other_forms(form: str, world: World) -> None:
+    check(f"report-tiny.{form}", told("report", world.tied, "--format", form, "--all-groups"))

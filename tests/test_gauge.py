@@ -1,0 +1,290 @@
+"""Every exact move, on every block of every tiny model it applies to, changes no output."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from micro import all_micros, original_logits
+from torch import Tensor
+
+from tiedconv import gauge
+from tiedconv.anatomy import Anatomy, examine
+from tiedconv.families import find_blocks
+from tiedconv.gauge import Workbench
+from tiedconv.plan import Block, Slot, Span
+from tiedconv.schemes import all_schemes, make_scheme
+from tiedconv.schemes._align import is_whole
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+Move = Callable[[Workbench, Block, torch.Generator], bool]
+
+
+@functools.cache
+def anatomy_of(name: str) -> Anatomy:
+    return examine(all_micros()[name].model())
+
+
+@functools.cache
+def blocks_of(name: str) -> tuple[Block, ...]:
+    anatomy = anatomy_of(name)
+    return tuple(block for _, block in find_blocks(anatomy.shapes, anatomy.hints))
+
+
+def off_by(name: str, dtype: torch.dtype, bench: Workbench) -> float:
+    """How far the moved weights' logits are from the original's."""
+    micro = all_micros()[name]
+    model = micro.model(dtype)
+    own = model.state_dict()
+    with torch.no_grad():
+        for key, tensor in bench.tensors.items():
+            assert tensor.dtype == own[key].dtype, key
+            assert tensor.shape == own[key].shape, key
+            own[key].copy_(tensor)
+    wanted = original_logits(name, dtype)
+    return float((micro.logits(model) - wanted).abs().max() / wanted.abs().max())
+
+
+def bench_for(name: str, dtype: torch.dtype) -> Workbench:
+    own = all_micros()[name].model(dtype).state_dict()
+    return Workbench({key: own[key] for key in anatomy_of(name).shapes})
+
+
+def positive(count: int, generator: torch.Generator) -> Tensor:
+    return 0.5 + 1.5 * torch.rand(count, generator=generator)
+
+
+def signed(count: int, generator: torch.Generator) -> Tensor:
+    signs = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    return signs * positive(count, generator)
+
+
+def conv_rows(i: int) -> Move:
+    def move(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+        if block.kind != "bottleneck":
+            return False
+        c = signed(block.slots[f"conv{i}"].rows, generator)
+        gauge.scale_conv_rows(bench, block, i, c)
+        return True
+
+    return move
+
+
+def bottleneck_units(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+    if block.kind != "bottleneck" or not block.relu:
+        return False
+    f = positive(block.slots["conv3"].columns, generator)
+    gauge.scale_bottleneck_units(bench, block, f)
+    return True
+
+
+def bottleneck_order(which: tuple[bool, bool]) -> Move:
+    def move(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+        if block.kind != "bottleneck" or not block.free:
+            return False
+        conv1, conv2 = block.slots["conv1"], block.slots["conv2"]
+        if conv2.columns != conv1.rows * torch.Size(conv2.kernel).numel():
+            return False  # grouped: its units may not change places
+        orders = [
+            torch.randperm(s.rows, generator=generator) if wanted else None
+            for s, wanted in zip((conv1, conv2), which, strict=True)
+        ]
+        gauge.permute_bottleneck(bench, block, orders[0], orders[1])
+        return True
+
+    return move
+
+
+def hidden_order(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+    if block.kind != "ffn" or not block.free:
+        return False
+    gauge.permute_hidden(
+        bench, block, torch.randperm(block.slots["up"].rows, generator=generator)
+    )  # fmt: skip
+    return True
+
+
+def hidden_scale(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+    if block.kind != "ffn" or not (block.free and block.relu):
+        return False
+    gauge.scale_hidden(bench, block, positive(block.slots["up"].rows, generator))
+    return True
+
+
+def head_bases(which: tuple[bool, bool]) -> Move:
+    def move(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+        if block.kind != "attention" or not (block.free and block.heads):
+            return False
+        d = block.slots["q"].rows // block.heads
+
+        def invertible() -> Tensor:
+            g = torch.randn(block.heads or 0, d, d, generator=generator, dtype=torch.float64)
+            return torch.eye(d, dtype=torch.float64) + 0.1 * g
+
+        qk, vo = (invertible() if wanted else None for wanted in which)
+        gauge.transform_heads(bench, block, qk, vo)
+        return True
+
+    return move
+
+
+def head_order(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+    if block.kind != "attention" or not (block.free and block.heads):
+        return False
+    gauge.permute_heads(bench, block, torch.arange(block.heads).flip(0))
+    return True
+
+
+def fold(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+    return is_whole(block) and gauge.fold_norm(bench, block)
+
+
+MOVES: dict[str, Move] = {
+    "scale rows of conv1": conv_rows(1),
+    "scale rows of conv2": conv_rows(2),
+    "scale rows of conv3": conv_rows(3),
+    "scale bottleneck units": bottleneck_units,
+    "permute units after conv1": bottleneck_order((True, False)),
+    "permute units after conv2": bottleneck_order((False, True)),
+    "permute units after both": bottleneck_order((True, True)),
+    "permute hidden units": hidden_order,
+    "scale hidden units": hidden_scale,
+    "change the basis of q and k": head_bases((True, False)),
+    "change the basis of v and o": head_bases((False, True)),
+    "change both bases": head_bases((True, True)),
+    "permute heads": head_order,
+    "fold norms": fold,
+}
+
+
+def apply(move: Move, name: str, dtype: torch.dtype) -> tuple[Workbench, int]:
+    """A move on every block it applies to, and on how many it did."""
+    bench = bench_for(name, dtype)
+    generator = torch.Generator().manual_seed(4)
+    return bench, sum(move(bench, block, generator) for block in blocks_of(name))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("move", MOVES)
+def test_a_move_changes_no_output(move: str, dtype: torch.dtype) -> None:
+    moved = 0
+    for name in all_micros():
+        bench, applied = apply(MOVES[move], name, dtype)
+        if applied:
+            moved += applied
+            assert off_by(name, dtype, bench) < TOLERANCE[dtype], name
+    assert moved >= 3, "this move was never tried"
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_move_does_change_the_weights_and_no_tensor_it_was_given(move: str) -> None:
+    for name in all_micros():
+        own = all_micros()[name].model().state_dict()
+        before = {key: t.clone() for key, t in own.items()}
+        bench = Workbench(own)
+        generator = torch.Generator().manual_seed(4)
+        applied = sum(MOVES[move](bench, block, generator) for block in blocks_of(name))
+        assert all(torch.equal(own[key], t) for key, t in before.items())
+        changed = any(not torch.equal(bench.tensors[key], t) for key, t in before.items())
+        assert changed == bool(applied)
+
+
+def test_all_moves_after_each_other_change_no_output() -> None:
+    for name in all_micros():
+        bench = bench_for(name, torch.float64)
+        generator = torch.Generator().manual_seed(5)
+        for move in MOVES.values():
+            for block in blocks_of(name):
+                move(bench, block, generator)
+        assert off_by(name, torch.float64, bench) < 1e-9, name
+
+
+VARIANTS: list[tuple[str, dict[str, object]]] = [
+    *((scheme, {}) for scheme in all_schemes()),
+    ("tied", {"groups": "all"}),
+    ("tied", {"groups": "all", "first": "expand", "spatial": True}),
+    ("tied", {"groups": "adjacent:2", "first": "slice"}),
+    ("tied", {"first": "slice"}),
+    ("tied", {"pairing": "vo-qk"}),
+    ("tied", {"pairing": "vo-qk", "groups": "all"}),
+    ("lors", {"groups": "adjacent:2"}),
+    ("lors", {"groups": "cycle:2"}),
+]
+
+
+@pytest.mark.parametrize("name", all_micros())
+@pytest.mark.parametrize(("scheme", "options"), VARIANTS, ids=str)
+def test_aligning_changes_no_output(scheme: str, options: dict[str, object], name: str) -> None:
+    for dtype, tolerance in TOLERANCE.items():
+        bench = bench_for(name, dtype)
+        make_scheme(scheme, options).align(blocks_of(name), bench)
+        assert off_by(name, dtype, bench) < tolerance
+
+
+@pytest.mark.parametrize("scheme", all_schemes())
+def test_aligning_only_part_of_a_block_changes_no_output(scheme: str) -> None:
+    """As when a recipe excludes one matrix: what it leaves out must not be spoilt."""
+    for name in all_micros():
+        for skip in (0, -1):
+            parts = []
+            for block in blocks_of(name):
+                tensors = [slot.tensor for slot in block.slots.values()]
+                parts.append(block.keep([t for t in tensors if t != tensors[skip]]))
+            bench = bench_for(name, torch.float64)
+            make_scheme(scheme, {}).align([b for b in parts if b.slots], bench)
+            assert off_by(name, torch.float64, bench) < 1e-9, name
+
+
+def test_a_block_that_is_not_free_is_left_alone() -> None:
+    blocks = [b for b in blocks_of("timm-vit-qknorm") if b.kind == "attention"]
+    assert blocks
+    assert not any(b.free for b in blocks)
+
+
+def test_a_dead_norm_is_not_folded() -> None:
+    block = next(b for b in blocks_of("timm-vit") if b.kind == "ffn")
+    bench = bench_for("timm-vit", torch.float32)
+    bench.edit(block.vectors["norm.weight"])[3] = 0.0
+    before = {key: t.clone() for key, t in bench.tensors.items()}
+    assert not gauge.fold_norm(bench, block)
+    assert all(torch.equal(bench.tensors[key], t) for key, t in before.items())
+
+
+def test_dead_units_and_constant_weights_align_without_nan() -> None:
+    for name in ("torchvision-resnet", "torch-encoder", "timm-vit"):
+        micro = all_micros()[name]
+        for change in (torch.Tensor.zero_, lambda t: t.fill_(0.01), half_dead):
+            model = micro.model(torch.float64)
+            with torch.no_grad():
+                for block in blocks_of(name):
+                    for slot in block.slots.values():
+                        change(model.get_parameter(slot.tensor))
+            before = micro.logits(model)
+            own = model.state_dict()
+            for scheme in all_schemes():
+                bench = Workbench({key: own[key].clone() for key in anatomy_of(name).shapes})
+                make_scheme(scheme, {}).align(blocks_of(name), bench)
+                moved = micro.model(torch.float64)
+                moved.load_state_dict(bench.tensors)
+                after = micro.logits(moved)
+                assert torch.isfinite(after).all()
+                assert float((after - before).abs().max()) < 1e-8 * float(before.abs().max())
+
+
+def half_dead(tensor: Tensor) -> Tensor:
+    return tensor[: len(tensor) // 2].zero_()
+
+
+def test_a_workbench_copies_a_tensor_once_and_only_when_edited() -> None:
+    given = {"w": torch.ones(2, 3), "b": torch.ones(4)}
+    bench = Workbench(given)
+    bench.edit(Slot.whole("w", (2, 3))).mul_(2)
+    bench.edit(Slot.whole("w", (2, 3))).mul_(3)
+    bench.edit(Span("b", 1, 2)).zero_()
+    assert torch.equal(bench.tensors["w"], torch.full((2, 3), 6.0))
+    assert bench.tensors["b"].tolist() == [1, 0, 1, 1]
+    assert torch.equal(given["w"], torch.ones(2, 3))
+    assert torch.equal(given["b"], torch.ones(4))

@@ -1,0 +1,420 @@
+"""From a wish to a plan: what is taken, what is refused, and how a budget is spent."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from micro import all_micros, original_logits
+from torch import nn
+
+import tiedconv
+from tiedconv.anatomy import examine
+from tiedconv.binding import is_tied, state_of
+from tiedconv.budget import allocate
+from tiedconv.errors import (
+    BudgetError,
+    NothingToConvert,
+    RecipeError,
+    SchemeError,
+    TiedconvError,
+    UserError,
+)
+from tiedconv.families import all_families
+from tiedconv.gauge import Workbench
+from tiedconv.linalg import spectrum
+from tiedconv.plan import Plan
+from tiedconv.planner import draft, smaller_ways
+from tiedconv.recipe import Budget, Recipe, Rule
+from tiedconv.schemes import Draft, all_schemes
+from tiedconv.schemes._base import Ranked
+
+RANKED = [name for name, cls in all_schemes().items() if issubclass(cls, Ranked)]
+
+
+def model(name: str) -> nn.Module:
+    return all_micros()[name].model()
+
+
+@pytest.mark.parametrize("scheme", all_schemes())
+def test_a_model_with_nothing_to_convert_is_told_what_was_looked_for(scheme: str) -> None:
+    with pytest.raises(NothingToConvert) as caught:
+        tiedconv.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), scheme)
+    message = str(caught.value)
+    assert all(family.name in message for family in all_families())
+    assert all_schemes()[scheme].looks_for in message
+    assert caught.value.exit_code == 2
+
+
+def test_an_include_that_takes_nothing_is_told_so() -> None:
+    with pytest.raises(NothingToConvert, match="timm-vit attention"):
+        tiedconv.plan(model("timm-vit"), include=["nowhere*"])
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude"),
+    [(["*attn*"], []), (["*mlp*"], []), ([], ["*attn*"]), (["blocks.[01].*"], ["*mlp*"]), ([], [])],
+)
+@pytest.mark.parametrize("scheme", all_schemes())
+def test_include_and_exclude_decide_which_tensors_change(
+    scheme: str, include: list[str], exclude: list[str]
+) -> None:
+    plan = tiedconv.plan(model("timm-vit"), scheme, include=include, exclude=exclude)
+    everything = tiedconv.plan(model("timm-vit"), scheme)
+    rule = Rule(scheme, {}, tuple(include) or ("*",), tuple(exclude))
+    assert set(plan.weights) == {n for n in everything.weights if rule.takes(n)}
+
+
+def test_the_first_rule_that_takes_a_tensor_has_it() -> None:
+    recipe = Recipe((Rule("lowrank", {"rank": 3}, ("*attn*",)), Rule("lors", {"rank": 2})))
+    plan = tiedconv.plan(model("timm-vit"), recipe=recipe)
+    by_scheme = {
+        scheme: {m.slot.tensor for g in plan.groups if g.scheme == scheme for m in g.members}
+        for scheme in ("lowrank", "lors")
+    }
+    assert all("attn" in n for n in by_scheme["lowrank"])
+    assert all("mlp" in n for n in by_scheme["lors"])
+    assert by_scheme["lowrank"] | by_scheme["lors"] == set(plan.weights)
+
+
+def test_a_toml_recipe_is_the_same_as_one_in_python(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'params = "70%"\n[[rule]]\nscheme = "lors"\ninclude = ["*attn*"]\nrank = 4\nk = [1, 2, 3]\n'
+        '[[rule]]\nscheme = "tied"\nexclude = "blocks.0.*"\nscale = false\n'
+    )
+    recipe = Recipe.from_toml(path)
+    assert recipe == Recipe(
+        (
+            Rule("lors", {"rank": 4, "k": [1, 2, 3]}, ("*attn*",)),
+            Rule("tied", {"scale": False}, ("*",), ("blocks.0.*",)),
+        ),
+        Budget("70%"),
+    )
+    plan = tiedconv.plan(model("timm-vit"), recipe=recipe)
+    assert not any(n.startswith("blocks.0.mlp") for n in plan.weights)
+    assert recipe.to_json()["rules"][0]["k"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("rules = 3", "unknown key 'rules'"),
+        ('params = "50%"', r"has no \[\[rule\]\]"),
+        ("", r"has no \[\[rule\]\]"),
+        ("rule = 3", r"has no \[\[rule\]\]"),
+        ("rule = [3]", r"has no \[\[rule\]\]"),
+        ("rule = []", r"has no \[\[rule\]\]"),
+        ('[[rule]]\nscheme = "nothing"', "no scheme 'nothing'"),
+        ("[[rule]]\nscheme = 3", "no scheme"),
+        ("[[rule]]\nnope = 3", "no option 'nope'"),
+        ('[[rule]]\nscale = "yes"', "wrong kind"),
+        ("[[rule]]\ninclude = 3", "no list of patterns"),
+        ("[[rule]]\nexclude = [3]", "no list of patterns"),
+        ('params = "half"\n[[rule]]\nscheme = "tied"', "no budget"),
+        ("params = 0\n[[rule]]\n", "no budget"),
+        ("params = [1]\n[[rule]]\n", "no budget"),
+        ("[[rule]", "can't be read"),
+    ],
+)
+def test_a_recipe_that_means_nothing_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=reason):
+        Recipe.from_toml(path)
+
+
+def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "none.toml", tmp_path, tmp_path / "r.toml"):
+        with pytest.raises(RecipeError, match="can't be read"):
+            Recipe.from_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "reason"),
+    [
+        ("teid", {}, "Did you mean tied"),
+        ("LORS", {}, "Known: lors, lowrank, shared, tied"),
+        ("", {}, "Known"),
+        ("tied", {"ranks": 3}, "no option 'ranks'"),
+        ("shared", {"rank": 3}, "no option 'rank'"),
+        ("tied", {"scale": 1}, "wrong kind"),
+        ("tied", {"rank": "8"}, "wrong kind"),
+        ("tied", {"rank": True}, "wrong kind"),
+        ("tied", {"pairing": "q-k"}, "Use one of: kv-qo, vo-qk"),
+        ("tied", {"first": "last"}, "keep, slice, expand"),
+        ("lors", {"groups": "some"}, "adjacent:N"),
+        ("lors", {"rank": -1}, "negative"),
+        ("lors", {"rank": -0.5}, "negative"),
+        ("lors", {"rank": [1, 2]}, "rank lists 2 numbers"),
+        ("lors", {"k": [1, 2]}, "k lists 2 multipliers"),
+        ("lors", {"k": [1, 2.5, 3]}, "wrong kind"),
+        ("lors", {"rank": math.nan}, "no number"),
+        ("lors", {"rank": math.inf}, "no number"),
+    ],
+)
+def test_a_wrong_scheme_or_option_is_refused(
+    scheme: str, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(SchemeError, match=reason):
+        tiedconv.plan(model("timm-vit"), scheme, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "original", "count"),
+    [
+        ("50%", 1000, 500),
+        ("12.5 %", 1000, 125),
+        ("100%", 7, 7),
+        ("12M", 1, 12_000_000),
+        ("1.5k", 1, 1500),
+        ("2b", 1, 2_000_000_000),
+        ("1_000", 1, 1000),
+        ("1,000", 1, 1000),
+    ],
+)
+def test_budgets(text: str, original: int, count: int) -> None:
+    assert Budget(text).resolve(original) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "half", "0%", "101%", "-5%", "0", "50 per cent", "1e6", "%", "nan", "١%%", "0.5"]
+)
+def test_what_is_no_budget(text: str) -> None:
+    with pytest.raises(RecipeError, match="Give a percentage"):
+        Budget(text)
+
+
+def test_a_budget_out_of_reach_names_the_smallest_and_ways_that_reach_it() -> None:
+    original = tiedconv.plan(model("timm-vit")).original
+    for scheme in all_schemes():
+        share = 2 if scheme == "lowrank" else 40
+        with pytest.raises(BudgetError) as caught:
+            tiedconv.plan(model("timm-vit"), scheme, params=f"{share}%")
+        message = str(caught.value)
+        found = re.search(r"can't store less than ([\d,]+) \(", message)
+        assert found is not None
+        smallest = int(found[1].replace(",", ""))
+        if issubclass(all_schemes()[scheme], Ranked):
+            assert tiedconv.plan(model("timm-vit"), scheme, params=str(smallest)).stored == smallest
+        with pytest.raises(BudgetError):
+            tiedconv.plan(model("timm-vit"), scheme, params=str(smallest - 1))
+        ways = list(named_ways(message))
+        assert ways or scheme == "lowrank"
+        for other, options, size in ways:
+            plan = tiedconv.plan(model("timm-vit"), other, **options)
+            assert plan.stored == size <= share / 100 * original
+
+
+def named_ways(message: str) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """The ways that a message offers: `--scheme S --option k=v reaches N`."""
+    for scheme, options, size in re.findall(
+        r"--scheme (\w+)((?: --option \S+)*) reaches ([\d,]+)", message
+    ):
+        values = {}
+        for key, value in re.findall(r"--option (\w+)=(\S+)", options):
+            plain = {"true": True, "false": False}
+            values[key] = plain.get(value, int(value) if value.isdecimal() else value)
+        yield scheme, values, int(size.replace(",", ""))
+
+
+def test_the_ways_offered_are_smaller_and_true() -> None:
+    for name in ("torchvision-resnet", "timm-vit", "perceptron"):
+        anatomy = examine(model(name))
+        recipe = Recipe.of("lors")
+        current = tiedconv.plan(model(name), "lors").stored
+        ways = smaller_ways(anatomy, recipe)
+        assert ways
+        for text, size in ways:
+            (scheme, options, again), *_ = named_ways(f"{text} reaches {size:,}")
+            assert again == size < current
+            assert tiedconv.plan(model(name), scheme, **options).stored == size
+
+
+SHARES = {"torchvision-resnet": ("97%", "90%")}  # half of its numbers are out of reach
+BUDGETS = [
+    (name, scheme, params)
+    for name in ("timm-vit", "torchvision-resnet", "hf-imagegpt", "torch-transformer")
+    for scheme in RANKED
+    for params in SHARES.get(name, ("95%", "80%"))
+]
+
+
+@pytest.mark.parametrize(("name", "scheme", "params"), BUDGETS)
+def test_a_budget_is_never_exceeded_and_nearly_used(name: str, scheme: str, params: str) -> None:
+    anatomy = examine(model(name))
+    most = tiedconv.plan(model(name), scheme, rank=10**6)
+    budget = Budget(params).resolve(most.original)
+    dry = tiedconv.plan(model(name), scheme, params=params)
+    fitted = state_of(tiedconv.convert(model(name), scheme, params=params)).plan
+    dearest = max(
+        sum(m.shape) for t in draft(anatomy, Recipe.of(scheme)) for d in t.drafts for m in d.members
+    )
+    for plan in (dry, fitted):
+        assert plan.stored <= budget
+        if not saturated(plan):
+            assert plan.stored > budget - max(dearest, 0.01 * budget)
+
+
+def saturated(plan: Plan) -> bool:
+    """Whether every residual has the largest rank that still saves anything."""
+    return all(
+        rank >= math.prod(shape) // sum(shape)
+        for g in plan.groups
+        if g.scheme != "kept"
+        for rank, shape, takes in zip(
+            g.options["rank"],
+            [m.shape for m in g.members],
+            all_schemes()[g.scheme]().rank_slots(len(g.members)),
+            strict=True,
+        )
+        if takes
+    )
+
+
+@pytest.mark.parametrize("scheme", RANKED)
+def test_a_larger_budget_never_fits_worse(scheme: str) -> None:
+    errors = []
+    for params in ("65%", "75%", "85%", "95%"):
+        tied = tiedconv.convert(model("timm-vit"), scheme, params=params)
+        total = 0.0
+        for group in state_of(tied).plan.groups:
+            assert group.error is not None
+            total += group.error**2 * group.original
+        errors.append(total)
+    assert errors == sorted(errors, reverse=True)
+
+
+def drafts_of(name: str, scheme: str) -> tuple[list[Draft], Workbench]:
+    anatomy = examine(model(name))
+    own = model(name).state_dict()
+    drafts = [
+        Draft(d.name, d.scheme.with_ranks([d.scheme.least_rank] * len(d.members)), d.members)
+        for t in draft(anatomy, Recipe.of(scheme))
+        for d in t.drafts
+    ]
+    return drafts, Workbench({n: own[n] for n in anatomy.shapes})
+
+
+@pytest.mark.parametrize("scheme", ["lors", "lowrank"])
+@pytest.mark.parametrize("spare", [0, 150, 3_000, 12_000])
+def test_no_exchange_of_one_rank_for_another_removes_more_error(scheme: str, spare: int) -> None:
+    drafts, bench = drafts_of("timm-vit", scheme)
+    taken: list[tuple[float, int]] = []  # error removed and cost of the last rank of each matrix
+    untaken: list[tuple[float, int]] = []
+    spent = 0
+    for before, after in zip(drafts, allocate(drafts, spare, bench), strict=True):
+        assert isinstance(after.scheme, Ranked)
+        assert isinstance(after.scheme.rank, tuple)
+        matrices = [m.matrix_of(bench.tensors[m.slot.tensor]) for m in before.members]
+        for j, residual in enumerate(before.scheme.residuals(matrices)):
+            assert residual is not None
+            rank, least = after.scheme.rank[j], before.scheme.least_rank
+            gains = spectrum(residual).square()
+            cost = sum(before.shapes[j])
+            spent += (rank - least) * cost
+            limit = math.prod(before.shapes[j]) // cost
+            assert least <= rank <= max(least, limit)
+            if rank > least:
+                taken.append((float(gains[rank - 1]), cost))
+            if rank < limit:
+                untaken.append((float(gains[rank]), cost))
+    assert spent <= spare
+    assert bool(taken) == (spare > 100)
+    left = spare - spent
+    for gain, cost in taken:
+        for other, price in untaken:
+            # Where the exchange is affordable it must not help, up to the rounding of float32.
+            if price <= cost:
+                assert other <= gain * (1 + 1e-4)
+    assert all(price > left for _, price in untaken)
+
+
+def test_a_budget_of_all_is_not_exceeded() -> None:
+    tied = tiedconv.convert(model("timm-vit"), "tied", params="100%")
+    plan = state_of(tied).plan
+    assert plan.stored <= plan.original
+
+
+def test_a_budget_without_ranks_is_met_or_refused() -> None:
+    stored = tiedconv.plan(model("timm-vit"), "shared").stored
+    assert tiedconv.plan(model("timm-vit"), "shared", params=str(stored)).stored == stored
+    assert tiedconv.convert(model("timm-vit"), "shared", params="90%") is not None
+
+
+@functools.cache
+def ways_to_convert() -> tuple[dict[str, Any], ...]:
+    return ({"scheme": "tied"}, {"scheme": "lors", "params": "80%"}, {"scheme": "shared"})
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet", "aliased"])
+def test_the_given_model_stays_as_it_is_unless_asked(name: str) -> None:
+    micro = all_micros()[name]
+    for options in ways_to_convert():
+        given = micro.model()
+        before = {n: t.clone() for n, t in given.state_dict().items()}
+        tied = tiedconv.convert(given, **options)
+        assert tied is not given
+        assert not is_tied(given)
+        assert all(torch.equal(before[n], t) for n, t in given.state_dict().items())
+        assert set(before) == set(given.state_dict())
+        assert torch.equal(micro.logits(given), original_logits(name))
+        shared = {p.data_ptr() for p in tied.parameters()} & {
+            p.data_ptr() for p in given.parameters()
+        }
+        assert not shared
+        assert tiedconv.convert(given, **options, inplace=True) is given
+        assert is_tied(given)
+
+
+def test_a_refused_conversion_in_place_leaves_the_model_alone() -> None:
+    given = model("timm-vit")
+    before = {n: t.clone() for n, t in given.state_dict().items()}
+    for options in ({"params": "1%"}, {"include": ["x"]}, {"rank": [1, 2, 3, 4]}):
+        with pytest.raises(TiedconvError):
+            tiedconv.convert(given, "lors", inplace=True, **options)
+        assert not is_tied(given)
+        assert all(torch.equal(before[n], t) for n, t in given.state_dict().items())
+
+
+def test_a_tied_model_is_not_tied_again() -> None:
+    tied = tiedconv.convert(model("timm-vit"))
+    with pytest.raises(UserError, match="tied already"):
+        tiedconv.convert(tied)
+    with pytest.raises(UserError, match="not tied"):
+        tiedconv.report(model("timm-vit"))
+
+
+def test_progress_counts_every_group_once() -> None:
+    seen: list[tuple[int, int]] = []
+    tied = tiedconv.convert(model("timm-vit"), on_group=lambda *done: seen.append(done))
+    count = len(state_of(tied).plan.groups)
+    assert seen == [(i + 1, count) for i in range(count)]
+
+
+@pytest.mark.parametrize("name", all_micros())
+def test_every_scheme_alone_finds_only_what_the_families_found(name: str) -> None:
+    shapes = examine(model(name)).shapes
+    for scheme in all_schemes():
+        try:
+            plan = tiedconv.plan(model(name), scheme)
+        except NothingToConvert:
+            continue
+        assert {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}} == shapes
+        rows: dict[str, list[tuple[int, int]]] = {}
+        for group in plan.groups:
+            for m in group.members:
+                rows.setdefault(m.slot.tensor, []).append((m.slot.start, m.slot.stop))
+        assert rows.keys() == plan.weights.keys()
+        for spans in rows.values():
+            # Every row is given once: sorted spans follow on each other without overlap.
+            ordered = sorted(spans)
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(ordered))
