@@ -105,9 +105,8 @@ def make_world(root: Path) -> World:
     state = tiny_model().state_dict()
     save_file(state, root / "tiny.safetensors")
     torch.save({"model": state, "epoch": 3}, root / "tiny.pth")
-    world = World(
-        root, root / "images", root / "tiny.safetensors", root / "tiny.pth", root / "tied.safetensors"
-    )  # fmt: skip
+    weights, pickle = root / "tiny.safetensors", root / "tiny.pth"
+    world = World(root, root / "images", weights, pickle, root / "tied.safetensors")
     run("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", world.tied)
     return world
 

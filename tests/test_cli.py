@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -399,7 +400,9 @@ def test_report_of_several_files(world: World, finetuned: Path) -> None:
 def test_report_in_other_forms(several: bool, world: World, finetuned: Path) -> None:
     files = [world.tied, finetuned] if several else [finetuned]
     said = figures("report", *files)
-    assert run("report", *files, "--format", "json").stdout == run("report", *files, "--json").stdout
+    assert (
+        run("report", *files, "--format", "json").stdout == run("report", *files, "--json").stdout
+    )
     assert [one["name"] for one in said] == [file.name for file in files]
     report = tiedconv.report(finetuned)
     assert said[-1]["stored"] == report.stored
@@ -416,6 +419,8 @@ def test_report_in_other_forms(several: bool, world: World, finetuned: Path) -> 
     assert rows[0][0] == ("file" if several else "group")
     assert rows[-1][rows[0].index("stored")] == str(report.stored)
     assert len({line.count("|") for line in lines}) == 1
+    if not several:
+        assert rows[1][rows[0].index("fit error")] == str(report.groups[0].error)
 
 
 def test_a_narrow_terminal_gets_fewer_columns() -> None:
@@ -439,9 +444,10 @@ def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str])
             return 2.0
 
     common.print_json([Figures(float("nan"), Path("a/b")), (1, {"x": float("inf")})])
-    assert capsys.readouterr().out.split() == (
-        '[ { "loss": null, "path": "a/b", "double": 2.0 }, [ 1, { "x": null } ] ]'.split()
-    )
+    assert json.loads(capsys.readouterr().out) == [
+        {"loss": None, "path": "a/b", "double": 2.0},
+        [1, {"x": None}],
+    ]
 
 
 # Other sources

@@ -213,9 +213,7 @@ def _commands(world: World, file: Path) -> dict[str, tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("command", ["report", "verify", "evaluate", "finetune", "export"])
-def test_files_that_can_not_be_used(
-    command: str, world: World, here: Path, tmp_path: Path
-) -> None:
+def test_files_that_can_not_be_used(command: str, world: World, here: Path, tmp_path: Path) -> None:
     def check(file: Path, *words: str) -> None:
         refused(*_commands(world, file)[command], words=words)
 
@@ -260,7 +258,9 @@ def test_every_flipped_bit_of_the_head_is_noticed(world: World, tmp_path: Path) 
 # Images
 
 
-def test_data_folders_that_can_not_be_used(world: World, here: Path, tmp_path: Path) -> None:
+def test_data_folders_that_can_not_be_used(
+    world: World, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def check(data: Path, *words: str) -> None:
         refused("evaluate", world.tied, "--data", data, words=words)
         refused(
@@ -274,6 +274,13 @@ def test_data_folders_that_can_not_be_used(world: World, here: Path, tmp_path: P
     check(tmp_path / "empty", "no class folders", "ROOT/train/CLASS")
     (tmp_path / "bare" / "cat").mkdir(parents=True)
     check(tmp_path / "bare", "no images", "ROOT/train/CLASS")
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", denied)
+    check(world.data, "can't be read (Permission denied)", "permissions")
+    monkeypatch.undo()  # pytest cleans up with it
 
 
 def test_more_classes_than_outputs(world: World, here: Path, tmp_path: Path) -> None:
@@ -349,7 +356,9 @@ def test_finetune_refuses(options: str, words: list[str], world: World, here: Pa
     refused(*command, *options.split(), words=words)
 
 
-def test_resuming_another_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_another_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = (
         "finetune", world.tied, "--data", world.data, "-o", tmp_path / "out.safetensors", *QUICK,
         "--teacher", "none", "--epochs", 2,

@@ -35,6 +35,7 @@ def told(*arguments: object) -> str:
     """Standard output without what differs from machine to machine."""
     text = plain(run(*arguments).stdout)
     text = re.sub(r"(- made with ).*", r"\1...", text)
+    text = re.sub(r"\b0\.\d{3}\b", "0.###", text)  # errors of fits
     return re.sub(r"the file has [\d.]+ kB", "the file has ...", text)
 
 
@@ -74,6 +75,5 @@ def test_report(world: World) -> None:
     check("report-tiny.txt", text)
 
 
-@pytest.mark.parametrize("form", ["md", "csv"])
-def test_report_in_other_forms(form: str, world: World) -> None:
-    check(f"report-tiny.{form}", told("report", world.tied, "--format", form, "--all-groups"))
+def test_report_as_markdown(world: World) -> None:
+    check("report-tiny.md", told("report", world.tied, "--format", "md", "--all-groups"))

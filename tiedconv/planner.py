@@ -53,21 +53,21 @@ def make_plan(
         BudgetError: the budget can't be met; the message names the smallest size that can.
     """
     tasks = draft(anatomy, recipe)
-    # Moves are made in float32 at least, whatever the weights are in.
-    wide = {n: _widened(t) for n, t in (tensors or {}).items()}
-    bench = Workbench(wide, in_place=in_place) if tensors is not None else None
-    if bench is not None:
-        for task in tasks:
-            task.scheme.align(task.blocks, bench)
     drafts = [d for task in tasks for d in task.drafts]
+    # What can't be is refused here, before any weight is moved.
+    plan = compile_plan(anatomy, _within(recipe, anatomy, drafts, None))
+    if tensors is None:
+        return plan, {}
+    # Moves are made in float32 at least, whatever the weights are in.
+    bench = Workbench({n: _widened(t) for n, t in tensors.items()}, in_place=in_place)
+    for task in tasks:
+        task.scheme.align(task.blocks, bench)
     if recipe.budget is not None:
-        drafts = _within(recipe, anatomy, drafts, bench)
+        plan = compile_plan(anatomy, _within(recipe, anatomy, drafts, bench))
     moved = {
-        n: t if bench.tensors[n] is t else bench.tensors[n].to(t.dtype)
-        for n, t in (tensors or {}).items()
-        if bench is not None
+        n: t if bench.tensors[n] is t else bench.tensors[n].to(t.dtype) for n, t in tensors.items()
     }
-    return compile_plan(anatomy, drafts), moved
+    return plan, moved
 
 
 def draft(anatomy: Anatomy, recipe: Recipe) -> list[Task]:
@@ -194,8 +194,9 @@ def _governed(rule: Rule, blocks: Sequence[Block], taken: set[str]) -> list[Bloc
 def _within(
     recipe: Recipe, anatomy: Anatomy, drafts: list[Draft], bench: Workbench | None
 ) -> list[Draft]:
-    """The same groups with ranks that fill the budget and don't exceed it."""
-    assert recipe.budget is not None
+    """The same groups with ranks that fill the budget, if there is one, and don't exceed it."""
+    if recipe.budget is None:
+        return drafts
     original = sum(math.prod(s) for s in anatomy.parameters.values())
     budget = recipe.budget.resolve(original)
     least = [_with_least(d) for d in drafts]

@@ -130,7 +130,8 @@ def show_groups(rows: Sequence[render.Row], title: str = "") -> None:
     room = out.width if out.is_terminal else None
     start, rows = render.without_common_start(rows)
     if start:
-        title = f"{title} ({start}...)" if title else f"{start}..."
+        place = f"within {start.rstrip('.')}"
+        title = f"{title} ({place})" if title else f"{place}:"
     columns, cells = render.fitting(render.GROUP_COLUMNS, rows, room)
     show_table(columns, cells, title, sum(c in render.GROUP_COLUMNS[:2] for c in columns), True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -114,10 +114,10 @@ def without_common_start(rows: Sequence[Row], least: int = 16) -> tuple[str, Seq
         rows: of groups, then what was kept, then the whole.
         least: length in characters from which it is worth it.
     """
-    names = [row[0] for row in rows[:-2]]
-    start = os.path.commonprefix(names) if len(names) > 1 else ""
-    start = start[: start.rfind(".") + 1]
-    if len(start) < least:
+    parts = zip(*(row[0].split(".")[:-1] for row in rows[:-2]), strict=False)
+    same = itertools.takewhile(lambda at: len(set(at)) == 1, parts)
+    start = "".join(f"{at[0]}." for at in same)
+    if len(start) < least or len(rows) < 4:
         return "", rows
     return start, [[row[0].removeprefix(start), *row[1:]] for row in rows]
 

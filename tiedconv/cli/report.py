@@ -32,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
 def report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Compact files.")],
-    format_: Annotated[Format, typer.Option("--format", help="How to print it; csv has every group.")] = Format.TABLE,
+    format_: Annotated[
+        Format, typer.Option("--format", help="How to print it; csv has every group.")
+    ] = Format.TABLE,
     all_groups: Annotated[
         bool, typer.Option("--all-groups", help="A line for each group, not for each kind.")
     ] = False,

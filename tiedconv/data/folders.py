@@ -147,7 +147,7 @@ class _Tree:
     @classmethod
     def scan(cls, root: Path) -> _Tree:
         """Lists all images below `root` by class; order does not depend on the file system."""
-        classes = tuple(sorted(entry.name for entry in os.scandir(root) if _is_folder(entry)))
+        classes = tuple(sorted(entry.name for entry in _entries(root) if _is_folder(entry)))
         if not classes:
             raise DataError(f"{root} has no class folders", "No images were found", LAYOUT)
         names = tuple(_images_below(root, name) for name in classes)
@@ -220,6 +220,16 @@ def _existing(root: str | Path) -> Path:
     return folder
 
 
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(folder))
+    except OSError as error:
+        raise DataError(
+            f"The data folder {folder} can't be read ({error.strerror or error})",
+            remedy="Change its permissions, or copy it to a place of your own",
+        ) from error
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir() and not entry.name.startswith((".", "__"))
 
@@ -232,7 +242,7 @@ def _is_part(folder: Path) -> bool:
     """Whether this is a `train/` of class folders, not a class that is called "train"."""
     if not folder.is_dir():
         return False
-    entries = list(os.scandir(folder))
+    entries = _entries(folder)
     return any(map(_is_folder, entries)) and not any(_is_image(entry.name) for entry in entries)
 
 
