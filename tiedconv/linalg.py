@@ -123,35 +123,34 @@ def _mean(matrices: Iterator[Tensor], count: int) -> Tensor:
     return total / count
 
 
+def energy(matrix: Tensor) -> float:
+    """The sum of squares."""
+    return float(torch.linalg.vector_norm(matrix)) ** 2
+
+
 def shared_with_scales(
-    matrices: Sequence[Tensor], *, steps: int = 1
+    matrices: Sequence[Tensor],
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """One W and, for each matrix, row and column scales (signs too): `M_j ~ diag(s) W diag(t)`.
 
-    Minimises the sum of relative squared errors. It starts from scales that give the first matrix
-    the row and column norms of the others, then improves scales and W by turns, each half-step a
-    least-squares solution in closed form. The first matrix keeps scales of one; one with fewer
-    columns is compared with the first columns of W.
+    The scales are those that give the first matrix the signs and norms of the others; W then
+    minimises the sum of relative squared errors, a weighted mean in closed form. (Improving both
+    by turns gains a hundredth of the error and none of the accuracy.) The first matrix keeps
+    scales of one; one with fewer columns is compared with the first columns of W.
 
     Returns:
         W `(rows, most columns)` and pairs of s `(rows, 1)` and t `(1, columns_j)`.
     """
     widest = max(matrices, key=lambda m: m.shape[1])
     first = matrices[0] if matrices[0].shape == widest.shape else widest
-    weights = [1.0 / float(m.square().sum().clamp(min=1e-30)) for m in matrices]
+    weights = [1.0 / max(energy(m), 1e-30) for m in matrices]
     rows, columns = matrices[0].shape
     ones = (first.new_ones(rows, 1), first.new_ones(1, columns))
     scales = [ones] + [_scales_between(first[:, : m.shape[1]], m) for m in matrices[1:]]
-    w = weighted_base(matrices, scales, weights)
-    for _ in range(steps):
-        for j, m in enumerate(matrices[1:], 1):
-            part = w[:, : m.shape[1]]
-            scales[j] = _least_squares_scales(m * part, part.square(), *scales[j])
-        w = weighted_base(matrices, scales, weights)
-    return w, scales
+    return weighted_base(matrices, scales, weights), scales
 
 
-def _scales_between(w: Tensor, m: Tensor, *, steps: int = 8) -> tuple[Tensor, Tensor]:
+def _scales_between(w: Tensor, m: Tensor, *, steps: int = 5) -> tuple[Tensor, Tensor]:
     """The s `(rows, 1)` and t `(1, columns)` that bring w nearest to m, as `s w t`.
 
     Signs: where `m = s w t`, the product `m * w` is `s (w * w) t`; by Perron and Frobenius, its
@@ -166,20 +165,12 @@ def _scales_between(w: Tensor, m: Tensor, *, steps: int = 8) -> tuple[Tensor, Te
         t = t / t.abs().max().clamp(min=1e-30)
     sign_t = torch.where(t < 0, -1.0, 1.0).to(w.dtype)
     sign_s = torch.where(likeness @ sign_t.t() < 0, -1.0, 1.0).to(w.dtype)
-    s2, t2 = w.new_ones(w.shape[0], 1), w.new_ones(1, w.shape[1])
+    t2 = w.new_ones(1, w.shape[1])
+    rows, columns = wanted.sum(1, keepdim=True), wanted.sum(0, keepdim=True)
     for _ in range(steps):
-        s2 = _quotient(wanted.sum(1, keepdim=True), had @ t2.t())
-        t2 = _quotient(wanted.sum(0, keepdim=True), s2.t() @ had)
+        s2 = _quotient(rows, had @ t2.t())
+        t2 = _quotient(columns, s2.t() @ had)
     return sign_s * s2.sqrt(), sign_t * t2.sqrt()
-
-
-def _least_squares_scales(
-    likeness: Tensor, energy: Tensor, s: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One turn of the s and t that minimise `||m - s w t||`, from `m * w` and `w * w`."""
-    t = _quotient(s.t() @ likeness, s.square().t() @ energy)
-    s = _quotient(likeness @ t.t(), energy @ t.square().t())
-    return s, t
 
 
 def _quotient(over: Tensor, under: Tensor) -> Tensor:
@@ -217,5 +208,6 @@ def match(similarity: Tensor) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment  # half a second that few commands need
 
-    _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
+    # Negated here, in place of maximize=True, which would copy the costs once more.
+    _, order = linear_sum_assignment(-similarity.numpy())
     return torch.from_numpy(order)

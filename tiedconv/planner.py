@@ -17,6 +17,7 @@ from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
 from tiedconv.expr import Expr
 from tiedconv.families import all_families, find_blocks
 from tiedconv.gauge import Workbench
+from tiedconv.linalg import energy
 from tiedconv.plan import Block, Group, Member, Plan, Slot, assemble, member_expr, stored_name
 from tiedconv.recipe import Recipe, Rule
 from tiedconv.schemes import Draft, Scheme, all_schemes, make_scheme
@@ -146,7 +147,7 @@ def fit_plan(
             error = _error(scheme, matrices, fitted)
         groups.append(dataclasses.replace(group, error=error))
         for name, value in fitted.items():
-            factors[group.stored_name(name)] = value.to(dtype).contiguous().clone()
+            factors[group.stored_name(name)] = _own(value.to(dtype), matrices)
         if on_group is not None:
             on_group(i + 1, len(plan.groups))
     return dataclasses.replace(plan, groups=tuple(groups)), factors
@@ -228,10 +229,21 @@ def _share(count: int, original: int) -> str:
     return f"{count:,} ({100 * count / original:.1f} %)"
 
 
+def _own(value: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """A factor in memory of its own: not a part of something larger, nor a weight itself."""
+    storage = value.untyped_storage()
+    given = {m.untyped_storage().data_ptr() for m in matrices}
+    whole = storage.nbytes() == value.numel() * value.element_size() and value.is_contiguous()
+    if whole and storage.data_ptr() not in given:
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
+
+
 def _working(matrix: Tensor) -> Tensor:
     """A matrix in the precision that fits work in: float32, or float64 if it is that."""
     matrix = matrix.detach()
-    return matrix if matrix.dtype == torch.float64 else matrix.float()
+    # Contiguous, as a fit passes over it many times.
+    return (matrix if matrix.dtype == torch.float64 else matrix.float()).contiguous()
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -244,8 +256,8 @@ def _error(scheme: Scheme, matrices: Sequence[Tensor], factors: Mapping[str, Ten
     layout = scheme.layout([(m.shape[0], m.shape[1]) for m in matrices])
     wrong = total = 0.0
     for matrix, expr in zip(matrices, layout.weights, strict=True):
-        wrong += float((expr.evaluate(factors.__getitem__) - matrix).square().sum())
-        total += float(matrix.square().sum())
+        wrong += energy(expr.evaluate(factors.__getitem__) - matrix)
+        total += energy(matrix)
     return math.sqrt(wrong / total) if total else 0.0
 
 

@@ -26,7 +26,7 @@ from tiedconv.errors import SchemeError
 from tiedconv.expr import Expr, Mul, Ref, Shape, Slice
 from tiedconv.gauge import Workbench
 from tiedconv.grouping import partition
-from tiedconv.linalg import shared_with_scales, truncate, weighted_base
+from tiedconv.linalg import energy, shared_with_scales, truncate, weighted_base
 from tiedconv.plan import Block, Member
 from tiedconv.schemes import _align
 from tiedconv.schemes._base import Draft, Layout, Ranked, with_residual
@@ -106,7 +106,7 @@ class Tied(Ranked):
                     b, a = truncate(residual, ranks[j])
                     factors |= {f"B{j}": b, f"A{j}": a}
                     left[j] = matrices[j] - b @ a
-            weights = [1.0 / float(m.square().sum().clamp(min=1e-30)) for m in matrices]
+            weights = [1.0 / max(energy(m), 1e-30) for m in matrices]
             w = weighted_base(left, scales, weights if self.scale else [1.0] * len(left))
         for j, (s, t) in enumerate(scales):
             if self.scale and j:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -81,11 +82,15 @@ def open_source(
         kind = "default"
     else:
         path = Path(weights).expanduser()
-        tensors = read_weights(path)
-        sha256, name, kind = sha256_of_file(path), path.name, "file"
-        with skip_init():
-            model = provider.build()
-        provider.load(model, tensors)
+        name, kind = path.name, "file"
+        # Hashing lets other threads run, so it costs no time of its own.
+        with ThreadPoolExecutor(1) as pool:
+            tensors = read_weights(path)
+            digest = pool.submit(sha256_of_file, path)
+            with skip_init():
+                model = provider.build()
+            provider.load(model, tensors)
+            sha256 = digest.result()
     return model.eval(), _source(spec, provider, model, kind, sha256, name)
 
 
