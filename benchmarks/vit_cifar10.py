@@ -5,8 +5,8 @@
 `CIFAR10` holds `train/<class>/*.jpg` (50,000) and `test/<class>/*.jpg` (10,000); the weights are
 in timm's names (depth 4, width 128, patch 4, 546,186 parameters). Each compact model is made and
 healed by the commands that a user types, for the same number of steps; the dense model gets the
-same training, with and without itself as teacher. The learning rate is chosen on a tenth held out of
-the training images, never on the test images: once for the compact models, once for each dense.
+same training, with and without itself as teacher. The learning rate is chosen on a tenth held out
+of the training images, never on the test images: once for the compact models, once for each dense.
 
 Results go to `benchmarks/results/vit_cifar10.json` after each run, so a stopped run goes on.
 """

@@ -272,10 +272,11 @@ def test_pretrained_weights_without_a_network(spec: str, capfd: pytest.CaptureFi
 def test_hub_name_without_a_network() -> None:
     from huggingface_hub import constants
 
+    before = constants.HF_HUB_OFFLINE
     for call in (describe, open_source):
         with pytest.raises(SourceError, match="configuration of hf:someone/some-model-not-there"):
             call("hf:someone/some-model-not-there")
-    assert constants.HF_HUB_OFFLINE is False
+    assert constants.HF_HUB_OFFLINE is before
 
 
 def test_published_weights_that_do_not_allow_an_argument() -> None:

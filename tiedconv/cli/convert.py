@@ -203,6 +203,8 @@ def _show(done: Conversion, *, each: bool) -> None:
         say("\nWhat would save more (the less is stored, the more healing it needs):")
         for how, stored in done.ways:
             say(f"  {stored:>13,}  {render.percent(stored / figures.original):>6}  {how}")
+        if any("lors" in how and stored < 0.5 * figures.original for how, stored in done.ways):
+            say("  Or let ranks fill a budget: --scheme lors --params 50%")
     if done.path:
         say(f"Wrote {done.path} ({render.size(done.size)}, fitted in {done.seconds:.1f} s).")
         hint(f"Next: tiedconv finetune {done.path} --data IMAGEFOLDER -o healed.safetensors")

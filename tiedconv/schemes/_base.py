@@ -53,7 +53,7 @@ class Scheme(ABC):
 
     Args:
         fold: before the fit, move LayerNorm scales into the weights that read them. Off, as it
-            made every data-free fit worse where it was measured (docs/results.md).
+            made data-free fits of lors and lowrank worse (docs/results.md).
     """
 
     name: ClassVar[str]

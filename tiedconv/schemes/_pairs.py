@@ -25,6 +25,29 @@ def fits(members: Sequence[Member]) -> bool:
     return len(members) > 1 and len({m.shape for m in members}) == 1
 
 
+def pair_groups(
+    blocks: Sequence[Block], groups: str, pairing: str
+) -> Iterator[tuple[str, tuple[Member, ...]]]:
+    """Feed-forwards and attentions: name and members of each W, those of a group together."""
+    stacks: dict[str, list[Block]] = defaultdict(list)
+    for block in sorted(blocks, key=lambda b: b.index):
+        if block.kind != "bottleneck":
+            stacks[block.stack].append(block)
+    for layers in stacks.values():
+        for part in partition(len(layers), groups):
+            chosen = [layers[i] for i in part]
+            name = chosen[0].name if len(part) == 1 else f"{chosen[0].name}-{chosen[-1].index}"
+            for pair in PAIRINGS[pairing]:
+                members = tuple(
+                    Member(block.slots[role], flip)
+                    for block in chosen
+                    if all(role in block.slots for role, _ in pair)
+                    for role, flip in pair
+                )
+                if fits(members):
+                    yield f"{name}.{'-'.join(role for role, _ in pair)}", members
+
+
 @dataclass(frozen=True)
 class Stage:
     """Bottlenecks that share one W.

@@ -15,7 +15,6 @@ original. In a bottleneck the BatchNorms hold the scales, so none are stored.
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,12 +24,11 @@ from torch import Tensor
 from tiedconv.errors import SchemeError
 from tiedconv.expr import Expr, Mul, Ref, Shape, Slice
 from tiedconv.gauge import Workbench
-from tiedconv.grouping import partition
 from tiedconv.linalg import energy, shared_with_scales, truncate, weighted_base
-from tiedconv.plan import Block, Member
+from tiedconv.plan import Block
 from tiedconv.schemes import _align
 from tiedconv.schemes._base import Draft, Layout, Ranked, with_residual
-from tiedconv.schemes._pairs import PAIRINGS, Stage, bottleneck_groups, fits
+from tiedconv.schemes._pairs import PAIRINGS, Stage, bottleneck_groups, pair_groups
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Tied(Ranked):
         first: a ResNet stage's first block, whose conv1 reads another width: `keep` it, take
             conv1 as a `slice` of W, or tie only its conv3 (`expand`).
         spatial: with `groups`, share the 3x3 convolutions too.
-        k: multipliers of `rank`, one for each matrix that has a residual.
+        match: before the fit, rotate heads, order units and scale rows so that pairs agree best.
     """
 
     name: ClassVar[str] = "tied"
@@ -61,6 +59,7 @@ class Tied(Ranked):
     groups: str = "each"
     first: str = "keep"
     spatial: bool = False
+    match: bool = True
 
     def __post_init__(self) -> None:
         for option, known in (("pairing", PAIRINGS), ("first", ("keep", "slice", "expand"))):
@@ -71,13 +70,12 @@ class Tied(Ranked):
                 )
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
-        for name, members in self._pairs(blocks):
-            if fits(members):
-                yield Draft(name, self, tuple(members))
+        for name, members in pair_groups(blocks, self.groups, self.pairing):
+            yield Draft(name, self, members)
         unscaled = dataclasses.replace(self, scale=False)
         for stage in self._stages(blocks):
-            for name, members in stage.members(self.spatial):
-                yield Draft(name, unscaled, tuple(members))
+            for name, parts in stage.members(self.spatial):
+                yield Draft(name, unscaled, tuple(parts))
 
     def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
         whole = (shapes[0][0], max(columns for _, columns in shapes))
@@ -123,6 +121,8 @@ class Tied(Ranked):
 
     def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
         super().align(blocks, bench)
+        if not self.match:
+            return
         whole = [b for b in blocks if _align.is_whole(b)]
         if self.groups != "each":
             _align.match_layers([b for b in whole if b.kind == "ffn"], self.groups, bench)
@@ -143,26 +143,6 @@ class Tied(Ranked):
             return shared_with_scales(matrices)
         ones = [(m.new_ones(m.shape[0], 1), m.new_ones(1, m.shape[1])) for m in matrices]
         return weighted_base(matrices, ones, [1.0] * len(ones)), ones
-
-    def _pairs(self, blocks: Sequence[Block]) -> Iterator[tuple[str, list[Member]]]:
-        """Feed-forwards and attentions, those of one group of a stack together."""
-        found: dict[str, list[Block]] = defaultdict(list)
-        for block in sorted(blocks, key=lambda b: b.index):
-            found[block.stack].append(block)
-        for layers in found.values():
-            for part in partition(len(layers), self.groups):
-                chosen = [layers[i] for i in part]
-                name = chosen[0].name if len(part) == 1 else f"{chosen[0].name}-{chosen[-1].index}"
-                for pair in PAIRINGS[self.pairing]:
-                    members = [
-                        Member(b.slots[role], flip)
-                        for b in chosen
-                        if all(role in b.slots for role, _ in pair) and b.kind != "bottleneck"
-                        for role, flip in pair
-                    ]
-                    roles = "-".join(role for role, _ in pair)
-                    if members:
-                        yield f"{name}.{roles}", members
 
     def _stages(self, blocks: Sequence[Block]) -> Iterator[Stage]:
         return bottleneck_groups(blocks, self.groups, self.first)
