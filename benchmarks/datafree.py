@@ -14,8 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tiedconv
 from vit_cifar10 import ARGS, PREPROCESS, SPEC
+
+import tiedconv
 from tiedconv.data import ImageList, eval_transform, find_images
 from tiedconv.sources import open_source
 from tiedconv.training import evaluate_model
@@ -60,9 +61,7 @@ def main() -> None:
     for scheme, options in CASES:
         model = tiedconv.convert(dense, scheme, **options)
         ratio = round(tiedconv.report(model).ratio, 4)
-        rows.append(
-            {"scheme": scheme, "options": options, "ratio": ratio, "top1": accuracy(model)}
-        )
+        rows.append({"scheme": scheme, "options": options, "ratio": ratio, "top1": accuracy(model)})
         print(rows[-1], flush=True)
     args.result.parent.mkdir(exist_ok=True)
     args.result.write_text(json.dumps({"images": len(images), "rows": rows}, indent=1) + "\n")
