@@ -139,7 +139,7 @@ def test_shared_with_scales_recovers_what_was_made_with_scales_and_signs(
     found, scales = linalg.shared_with_scales(matrices)
     for m, (s, t) in zip(matrices, scales, strict=True):
         assert torch.equal((s * found * t).sign(), m.sign())
-        assert distance(s * found * t, m) < 5e-2
+        assert distance(s * found * t, m) < 2e-2
     assert torch.equal(scales[0][0], torch.ones(shape[0], 1, dtype=w.dtype))
     assert torch.equal(scales[0][1], torch.ones(1, shape[1], dtype=w.dtype))
 

@@ -165,11 +165,13 @@ def _scales_between(w: Tensor, m: Tensor, *, steps: int = 5) -> tuple[Tensor, Te
         t = t / t.abs().max().clamp(min=1e-30)
     sign_t = torch.where(t < 0, -1.0, 1.0).to(w.dtype)
     sign_s = torch.where(likeness @ sign_t.t() < 0, -1.0, 1.0).to(w.dtype)
-    t2 = w.new_ones(1, w.shape[1])
+    s2, t2 = w.new_ones(w.shape[0], 1), w.new_ones(1, w.shape[1])
     rows, columns = wanted.sum(1, keepdim=True), wanted.sum(0, keepdim=True)
-    for _ in range(steps):
-        s2 = _quotient(rows, had @ t2.t())
+    for _ in range(100):  # a handful for large matrices; small ones may take longer to settle
+        before, s2 = s2, _quotient(rows, had @ t2.t())
         t2 = _quotient(columns, s2.t() @ had)
+        if float((s2 - before).abs().max()) <= 1e-3 * float(s2.abs().max()):
+            break
     return sign_s * s2.sqrt(), sign_t * t2.sqrt()
 
 

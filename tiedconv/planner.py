@@ -147,7 +147,9 @@ def fit_plan(
             error = _error(scheme, matrices, fitted)
         groups.append(dataclasses.replace(group, error=error))
         for name, value in fitted.items():
-            factors[group.stored_name(name)] = _own(value.to(dtype), matrices)
+            # A factor has memory of its own: it is neither a weight itself nor part of one.
+            own = value.to(dtype).clone(memory_format=torch.contiguous_format)
+            factors[group.stored_name(name)] = own
         if on_group is not None:
             on_group(i + 1, len(plan.groups))
     return dataclasses.replace(plan, groups=tuple(groups)), factors
@@ -227,16 +229,6 @@ def _with_least(d: Draft) -> Draft:
 
 def _share(count: int, original: int) -> str:
     return f"{count:,} ({100 * count / original:.1f} %)"
-
-
-def _own(value: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """A factor in memory of its own: not a part of something larger, nor a weight itself."""
-    storage = value.untyped_storage()
-    given = {m.untyped_storage().data_ptr() for m in matrices}
-    whole = storage.nbytes() == value.numel() * value.element_size() and value.is_contiguous()
-    if whole and storage.data_ptr() not in given:
-        return value
-    return value.clone(memory_format=torch.contiguous_format)
 
 
 def _working(matrix: Tensor) -> Tensor:
