@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from click.testing import Result
 from micro import settle
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import tiedconv.sources as sources
 from tiedconv.cli import app

@@ -45,7 +45,6 @@ ONLY = {
     "transformers": {"sources"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "click": {"cli"},
     "sklearn": {"demo"},
     "matplotlib": {"demo"},
 }

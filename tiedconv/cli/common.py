@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
-import click
 import typer
 from rich.console import Console
 from rich.measure import Measurement
@@ -82,11 +81,11 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except TiedconvError as error:
-            # Through click rather than Rich: one line, neither wrapped nor marked up.
-            click.echo(f"error: {error}", err=True)
+            # Through typer.echo rather than Rich: one line, neither wrapped nor marked up.
+            typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            click.echo("Interrupted. Nothing half-written was left behind.", err=True)
+            typer.echo("Interrupted. Nothing half-written was left behind.", err=True)
             raise typer.Exit(130) from None
 
     return run
@@ -138,7 +137,7 @@ def show_groups(rows: Sequence[render.Row], title: str = "") -> None:
 
 def print_json(data: Any) -> None:
     """Figures as JSON; dataclasses become objects, and what is no finite number null."""
-    click.echo(json.dumps(_plain(data), indent=2, allow_nan=False))
+    typer.echo(json.dumps(_plain(data), indent=2, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
