@@ -29,8 +29,7 @@ from tiedconv.sources.torchvision_compat import import_torchvision
 from tiedconv.training import TrainConfig, train
 
 PREPROCESS = Preprocess(32, None, (0.5,) * 3, (0.5,) * 3)
-DENSE_EPOCHS = 16
-HEAL_EPOCHS = 6
+EPOCHS = {"vit": (20, 8), "resnet": (8, 4)}  # of dense training, of healing
 
 OnStage = Callable[[int, int, str], Any]
 
@@ -82,7 +81,7 @@ def digits_resnet() -> nn.Module:
     """A bottleneck ResNet for 32 px digits: the first two stages of a ResNet, half as wide."""
     torchvision = import_torchvision()
     model: nn.Module = torchvision.models.ResNet(
-        torchvision.models.resnet.Bottleneck, [3, 5, 1, 1], width_per_group=32, num_classes=10
+        torchvision.models.resnet.Bottleneck, [2, 4, 1, 1], width_per_group=32, num_classes=10
     )
     model.layer3, model.layer4 = nn.Identity(), nn.Identity()
     model.fc = nn.Linear(512, 10)
@@ -143,11 +142,12 @@ def run_demo(
     for name, (build, spec, recipes) in MODELS.items():
         stage(f"training a dense {name}")
         dense = output / f"{name}-dense.safetensors"
-        rows.append(_train_dense(name, build, data, dense, DENSE_EPOCHS * factor, seed))
+        training, healing = (epochs * factor for epochs in EPOCHS[name])
+        rows.append(_train_dense(name, build, data, dense, training, seed))
         for scheme, recipe in recipes.items():
             stage(f"{name}: converting with {scheme}, then healing")
             config = TrainConfig(
-                epochs=HEAL_EPOCHS * factor, seed=seed, lr=1e-3, workers=0, augment="none"
+                epochs=healing, seed=seed, lr=1e-3, workers=0, augment="none"
             )  # fmt: skip
             rows.append(_compact(f"{name}-{scheme}", spec, recipe, data, dense, config))
     picture = output / "demo.png"
@@ -173,7 +173,9 @@ def write_digits(folder: Path) -> int:
             place = folder / part / str(label)
             place.mkdir(parents=True, exist_ok=True)
             pixels = (image / 16 * 255).astype("uint8")
-            Image.fromarray(pixels).save(place / f"{seen[label]:03}.png")
+            # At the models' size, so that reading an image is decoding alone.
+            larger = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)
+            larger.save(place / f"{seen[label]:03}.png")
             seen[label] += 1
     except OSError as error:
         raise OutputError(
