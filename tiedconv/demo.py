@@ -29,7 +29,7 @@ from tiedconv.sources.torchvision_compat import import_torchvision
 from tiedconv.training import TrainConfig, train
 
 PREPROCESS = Preprocess(32, None, (0.5,) * 3, (0.5,) * 3)
-EPOCHS = {"vit": (20, 8), "resnet": (8, 4)}  # of dense training, of healing
+EPOCHS = {"vit": (14, 5), "resnet": (6, 3)}  # of dense training, of healing
 
 OnStage = Callable[[int, int, str], Any]
 
@@ -103,7 +103,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Recipe]]] = {
         "tiedconv.demo:digits_resnet",
         {
             "tied": Recipe.of("tied", groups="all", first="expand", spatial=True),
-            "lors": Recipe.of("lors", params="50%"),
+            "lors": Recipe.of("lors", params="60%"),
         },
     ),
 }
