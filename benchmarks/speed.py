@@ -28,7 +28,6 @@ CASES = (
     ("vit_b_16", "tied", {}, 4),
     ("vit_b_16", "lors", {"rank": 64}, 4),
     ("resnet50", "tied", {}, 8),
-    ("resnet50", "tied", {"groups": "all", "first": "expand", "spatial": True}, 8),
     ("resnet50", "lors", {"rank": 64}, 8),
 )
 

@@ -162,7 +162,9 @@ def freeze(model: nn.Module) -> nn.Module:
         if not module.__dict__[_EXPRS][attribute].is_view:
             with torch.no_grad():
                 module.register_buffer(
-                    _FROZEN + attribute, getattr(module, attribute).detach(), persistent=False
+                    _FROZEN + attribute,
+                    getattr(module, attribute).detach().contiguous(),
+                    persistent=False,
                 )
         del name
     return model

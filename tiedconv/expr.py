@@ -288,7 +288,14 @@ class Mul(_Binary):
         return self._broadcast()
 
     def evaluate(self, lookup: Lookup) -> Tensor:
-        return self.a.evaluate(lookup) * self.b.evaluate(lookup)
+        a, b = self.a.evaluate(lookup), self.b.evaluate(lookup)
+        if (
+            isinstance(self.a, _Binary)
+            and self.a.shape == self.shape
+            and not torch.is_grad_enabled()
+        ):
+            return a.mul_(b)  # a is a temporary: one pass over memory, no new allocation
+        return a * b
 
 
 @dataclass(frozen=True)
