@@ -16,6 +16,7 @@ from tiedconv.convert import Conversion, convert_file
 from tiedconv.errors import UserError
 from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.report import plan_report, report
+from tiedconv.schemes import all_schemes
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +33,7 @@ def convert(
         ),
     ],
     scheme: Annotated[
-        str | None, typer.Option(help="tied, lors, lowrank or shared [default: tied].")
+        str | None, typer.Option(help=f"{', '.join(all_schemes())}; tied if not given.")
     ] = None,
     output: Annotated[
         Path | None,
