@@ -343,6 +343,8 @@ def test_reading_here_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+# torch warns of two workers on a machine with one processor.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 7, "b": 6})
     (tmp_path / "a" / "bad.png").write_bytes(b"no")
