@@ -1,0 +1,36 @@
+"""The demo: every file it leaves is whole and says what was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tiedconv
+from tiedconv.demo import MODELS, run_demo
+
+pytest.importorskip("sklearn", reason="the demo needs the extra demo")
+pytest.importorskip("matplotlib", reason="the demo needs the extra demo")
+
+
+def test_the_demo_trains_converts_heals_and_reports(tmp_path: Path) -> None:
+    stages: list[str] = []
+    done = run_demo(
+        tmp_path / "out", quick=True, on_stage=lambda i, total, what: stages.append(what)
+    )
+    assert len(done.rows) == sum(1 + len(recipes) for _, _, recipes in MODELS.values())
+    assert len(stages) == 1 + len(done.rows)
+    assert done.test_images == 355
+    assert done.picture.read_bytes().startswith(b"\x89PNG")
+    for row in done.rows:
+        assert row.path.stat().st_size == row.file_bytes
+        if row.converted is None:
+            continue
+        report = tiedconv.report(row.path)
+        assert report.stored == row.parameters
+        assert report.top1 == row.finetuned
+        assert row.ratio < 0.65
+        assert [entry["step"] for entry in report.history] == ["convert", "finetune"]
+        assert all(check.passed for check in tiedconv.verify(row.path))
+    assert not list((tmp_path / "out").glob("*.run"))
+    assert not list((tmp_path / "out").glob(".*.part"))
