@@ -58,16 +58,17 @@ def tie(
     """
     if is_tied(model):
         raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
-    places = dict(_places(model, plan))
+    places = list(_places(model, plan))
     for name, shape in plan.factors.items():
         if name not in factors or tuple(factors[name].shape) != shape:
             got = tuple(factors[name].shape) if name in factors else "missing"
             raise PlanError(f"The factor {name} should be {shape} and is {got}")
     # A factor trains if any weight that reads it did.
     trained: set[str] = set()
-    for name, (module, attribute) in places.items():
-        parameter = module._parameters[attribute]
-        assert parameter is not None
+    for name, module, attribute in places:
+        parameter = module._parameters.get(attribute)
+        if parameter is None:
+            raise _foreign(name)
         if tuple(parameter.shape) != plan.weights[_first(plan, name)].shape:
             raise PlanError(
                 f"The model's {name} is {tuple(parameter.shape)}, the plan's "
@@ -78,7 +79,7 @@ def tie(
             trained |= plan.weights[_first(plan, name)].refs.keys()
     for name in plan.factors:
         model.register_parameter(name, nn.Parameter(factors[name], requires_grad=name in trained))
-    for name, (module, attribute) in places.items():
+    for name, module, attribute in places:
         _bind(module, attribute, plan.weights[_first(plan, name)], model)
     model.__dict__[_STATE] = State(plan, source, history)
 
@@ -98,7 +99,7 @@ def untie(model: nn.Module) -> nn.Module:
             made[name] = nn.Parameter(
                 value.detach().clone(memory_format=torch.contiguous_format), trained
             )
-    for name, module, attribute in list(_tied_places(model, plan)):
+    for name, module, attribute in list(_places(model, plan)):
         exprs = module.__dict__[_EXPRS]
         exprs.pop(attribute)
         if not exprs:
@@ -158,7 +159,7 @@ def freeze(model: nn.Module) -> nn.Module:
     if you change a stored tensor by hand, call `unfreeze` first.
     """
     model.eval()
-    for name, module, attribute in list(_tied_places(model, state_of(model).plan)):
+    for _, module, attribute in list(_places(model, state_of(model).plan)):
         if not module.__dict__[_EXPRS][attribute].is_view:
             with torch.no_grad():
                 module.register_buffer(
@@ -166,7 +167,6 @@ def freeze(model: nn.Module) -> nn.Module:
                     getattr(module, attribute).detach().contiguous(),
                     persistent=False,
                 )
-        del name
     return model
 
 
@@ -251,34 +251,30 @@ def _empty(base: type[nn.Module], attributes: frozenset[str]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _places(model: nn.Module, plan: Plan) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Every converted weight, aliases too, with the module and attribute that hold it."""
+def _places(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every converted weight, aliases too, with the module and attribute that hold it, each once.
+
+    Raises:
+        PlanError: the model has no such module.
+    """
     seen: set[tuple[int, str]] = set()
     for name in [*plan.weights, *(a for a, n in plan.aliases.items() if n in plan.weights)]:
         path, _, attribute = name.rpartition(".")
         try:
             module = model.get_submodule(path)
         except AttributeError:
-            module = None
-        if module is None or module._parameters.get(attribute) is None:
-            raise PlanError(
-                f"The model has no parameter {name}",
-                "The plan is for another model",
-                "Use the file with the model it was made from",
-            )
-        if (id(module), attribute) not in seen:
-            seen.add((id(module), attribute))
-            yield name, (module, attribute)
-
-
-def _tied_places(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:
-    seen: set[tuple[int, str]] = set()
-    for name in [*plan.weights, *(a for a, n in plan.aliases.items() if n in plan.weights)]:
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
+            raise _foreign(name) from None
         if (id(module), attribute) not in seen:
             seen.add((id(module), attribute))
             yield name, module, attribute
+
+
+def _foreign(name: str) -> PlanError:
+    return PlanError(
+        f"The model has no parameter {name}",
+        "The plan is for another model",
+        "Use the file with the model it was made from",
+    )
 
 
 def _first(plan: Plan, name: str) -> str:

@@ -89,7 +89,7 @@ def _most(d: Draft, j: int) -> int:
 
 def _settled(drafts: Sequence[Draft], ranks: Ranks) -> list[Draft]:
     return [
-        dataclasses.replace(d, scheme=d.scheme.with_ranks(r)) if any(r) or _takes(d) else d
+        dataclasses.replace(d, scheme=d.scheme.with_ranks(r)) if _takes(d) else d
         for d, r in zip(drafts, ranks, strict=True)
     ]
 

@@ -170,9 +170,7 @@ def convert_file(
     size = save(model, output, force=force)
     planned = state_of(model).plan
     ways = _ways(anatomy, recipe, planned)
-    return Conversion(
-        spec, state_of(model).plan, source.preprocess, output, size, seconds, ways
-    )  # fmt: skip
+    return Conversion(spec, planned, source.preprocess, output, size, seconds, ways)
 
 
 def _convert(
