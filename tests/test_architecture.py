@@ -34,6 +34,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         ["loading", "convert", "finetune", "evaluate", "report", "export", "verify", "demo"], 6
     ),
+    "progressive": 6,
     **dict.fromkeys(["cli", "__main__"], 7),
 }
 TOP = 8  # the package's own __init__, which shows what the rest makes

@@ -5,6 +5,9 @@ subclass of its own class (made once for each class and set of attributes) in wh
 a property that evaluates its expression. So the model keeps its class and its methods, its
 `state_dict` holds each number once, and copies, pickles, `.to`, compilers and optimisers see
 ordinary parameters. `untie` gives the plain class back.
+
+For a time a weight may be its expression plus a share of a constant offset (`set_offsets`): the
+road from the original to the compact model. An offset is no parameter and is never written.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ _ROOT = "_tiedconv_root"
 _EXPRS = "_tiedconv_exprs"
 _STATE = "_tiedconv_state"
 _FROZEN = "_tiedconv_frozen_"
+_OFFSET = "_tiedconv_offset_"
+_SHARE = "_tiedconv_offset_share"
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,13 @@ def tie(
 def untie(model: nn.Module) -> nn.Module:
     """Give a tied model its plain weights and classes back, in place; returns it.
 
-    Weights that the original model shared are shared again; ties of the plan are not.
+    Weights that the original model shared are shared again; ties of the plan are not. Offsets are
+    dropped: the weights are those of the expressions alone.
     """
     plan = state_of(model).plan
     made: dict[str, nn.Parameter] = {}
     unfreeze(model)
+    clear_offsets(model)
     with torch.no_grad():
         for name, expr in plan.weights.items():
             value = expr.evaluate(model._parameters.__getitem__)  # type: ignore[arg-type]
@@ -140,7 +147,10 @@ def set_state(model: nn.Module, **changes: Any) -> None:
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the original class: every weight under its own name, evaluated."""
+    """The state dict of the original class: every weight under its own name, evaluated.
+
+    Offsets are left out.
+    """
     plan = state_of(model).plan
     own = model.state_dict()
     dense = {n: t for n, t in own.items() if n not in plan.factors}
@@ -157,7 +167,16 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Views cost nothing and are not cached. Training mode and loading a state dict drop the cache;
     if you change a stored tensor by hand, call `unfreeze` first.
+
+    Raises:
+        UserError: the model has offsets, which a cache would hide the end of.
     """
+    if has_offsets(model):
+        raise UserError(
+            "This model is still part of the original: its weights have offsets",
+            "Frozen now, it would not be the model that is saved",
+            "Call tiedconv.binding.clear_offsets on it first",
+        )
     model.eval()
     for _, module, attribute in list(_places(model, state_of(model).plan)):
         if not module.__dict__[_EXPRS][attribute].is_view:
@@ -176,8 +195,70 @@ def unfreeze(model: nn.Module) -> None:
         _drop_frozen(module)
 
 
+def set_offsets(model: nn.Module, offsets: Mapping[str, Tensor], share: float = 1.0) -> None:
+    """Let converted weights be `expression + share * offset`; replaces offsets of before.
+
+    Offsets follow the model to another device and into copies. They are in no state dict and have
+    no gradient; `save`, `untie` and `dense_state_dict` leave them out.
+
+    Args:
+        model: tied.
+        offsets: names of converted weights to tensors of the weights' shapes; others have none.
+        share: how much of them counts, usually from 0 to 1.
+
+    Raises:
+        PlanError: a name that is no converted weight, or a tensor of another shape.
+    """
+    plan = state_of(model).plan
+    for name, offset in offsets.items():
+        if name not in plan.weights:
+            raise PlanError(f"An offset is given for {name}, which is no converted weight")
+        if tuple(offset.shape) != plan.weights[name].shape:
+            raise PlanError(
+                f"The offset of {name} is {tuple(offset.shape)}, the weight "
+                f"{plan.weights[name].shape}"
+            )
+    unfreeze(model)
+    clear_offsets(model)
+    for name, module, attribute in list(_places(model, plan)):
+        offset_of = offsets.get(_first(plan, name))
+        if offset_of is not None:
+            like = _parameter(model, next(iter(module.__dict__[_EXPRS][attribute].refs)))
+            value = offset_of.detach().to(like.device, like.dtype)
+            module.register_buffer(_OFFSET + attribute, value, persistent=False)
+    model.__dict__[_SHARE] = share
+
+
+def scale_offsets(model: nn.Module, share: float) -> float:
+    """Set how much of the offsets counts; at 0 weights are exactly their expressions.
+
+    Returns:
+        the share of before; 0 for a model without offsets, which stays as it is.
+    """
+    before: float = model.__dict__.get(_SHARE, 0.0)
+    if has_offsets(model):
+        model.__dict__[_SHARE] = share
+    return before
+
+
+def clear_offsets(model: nn.Module) -> None:
+    """Drop the offsets and free their memory."""
+    for module in model.modules():
+        _drop(module, _OFFSET)
+    model.__dict__.pop(_SHARE, None)
+
+
+def has_offsets(model: nn.Module) -> bool:
+    """Whether `set_offsets` is in force, at whatever share."""
+    return _SHARE in model.__dict__
+
+
 def _drop_frozen(module: nn.Module) -> None:
-    for name in [n for n in module._buffers if n.startswith(_FROZEN)]:
+    _drop(module, _FROZEN)
+
+
+def _drop(module: nn.Module, prefix: str) -> None:
+    for name in [n for n in module._buffers if n.startswith(prefix)]:
         delattr(module, name)
 
 
@@ -233,7 +314,7 @@ def _make_tied_class(base: type[nn.Module], attributes: frozenset[str]) -> type[
 
 
 def _getter(attribute: str) -> Any:
-    frozen_name = _FROZEN + attribute
+    frozen_name, offset_name = _FROZEN + attribute, _OFFSET + attribute
 
     def get(self: nn.Module) -> Tensor:
         frozen = self._buffers.get(frozen_name)
@@ -241,7 +322,11 @@ def _getter(attribute: str) -> Any:
             return frozen
         root: nn.Module = self.__dict__[_ROOT]
         expr: Expr = self.__dict__[_EXPRS][attribute]
-        return expr.evaluate(root._parameters.__getitem__)  # type: ignore[arg-type]
+        value = expr.evaluate(root._parameters.__getitem__)  # type: ignore[arg-type]
+        offset = self._buffers.get(offset_name)
+        share: float = root.__dict__.get(_SHARE, 0.0)
+        # At 0 nothing is added: the bits are those of a model without offsets.
+        return torch.add(value, offset, alpha=share) if offset is not None and share else value
 
     return get
 

@@ -3,96 +3,130 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from tiedconv.gauge import Workbench
-from tiedconv.linalg import spectrum
-from tiedconv.schemes import Draft
+from tiedconv.metric import IDENTITY, Metric
+from tiedconv.plan import Member
+from tiedconv.schemes import Dial, Draft
 
-Ranks = list[list[int]]
+Metrics = Mapping[str, Metric]
+"""The metric of each weight by its tensor's name, in the orientation `(out, in)`."""
+
+Place = tuple[int, int]
+"""A dial: its draft's place and its own."""
 
 
-def allocate(drafts: Sequence[Draft], spare: int, bench: Workbench) -> list[Draft]:
-    """Ranks that remove the most squared error for the parameters spent.
+def metrics_of(members: Sequence[Member], metrics: Metrics) -> list[Metric]:
+    """The metric of each matrix as it takes part; the identity where none was measured."""
+    found: list[Metric] = []
+    for member in members:
+        whole = metrics.get(member.slot.tensor, IDENTITY)
+        part = whole.part(member.slot.start, member.slot.stop)
+        found.append(part.flipped() if member.flip else part)
+    return found
 
-    One more rank of a residual removes its next singular value squared, and costs `out + in`.
-    Taking the best ratios first is exact for truncated SVDs (Eckart and Young) up to the size of
-    the last step.
+
+def gains_of(d: Draft, bench: Workbench, metrics: Metrics) -> list[Tensor | None]:
+    """For each dial of a draft, the cost that each further rank removes."""
+    if not has_dials(d):
+        return [None] * (len(d.members) + 1)
+    matrices = [m.matrix_of(bench.tensors[m.slot.tensor]).float() for m in d.members]
+    return d.scheme.gains(matrices, metrics_of(d.members, metrics))
+
+
+def allocate(
+    drafts: Sequence[Draft], spare: int, bench: Workbench, metrics: Metrics | None = None
+) -> list[Draft]:
+    """Ranks that remove the most cost for the parameters spent.
+
+    One more rank of a residual removes its next singular value squared (in the metric, if there
+    is one), and costs `out + in`. Taking the best ratios first is exact for truncated SVDs
+    (Eckart and Young) up to the size of the last step.
 
     Args:
         drafts: at their least ranks.
         spare: parameters to spend beyond those.
         bench: the weights.
+        metrics: what errors cost; without them all weights count alike.
     """
-    places: list[tuple[int, int]] = []
-    gains: list[torch.Tensor] = []
+    places: list[Place] = []
+    ratios: list[Tensor] = []
     for g, d in enumerate(drafts):
-        if not any(d.scheme.rank_slots(len(d.members))):
-            continue
-        matrices = [m.matrix_of(bench.tensors[m.slot.tensor]).float() for m in d.members]
-        for j, residual in enumerate(d.scheme.residuals(matrices)):
-            if residual is not None:
-                values = spectrum(residual)[d.scheme.least_rank : _most(d, j)]
+        for j, gain in enumerate(gains_of(d, bench, metrics or {})):
+            dial = d.scheme.dials(d.shapes)[j]
+            if gain is not None and dial is not None:
                 places.append((g, j))
-                gains.append(values.square() / sum(d.shapes[j]))
+                ratios.append(gain[dial.least : dial.most] / dial.cost)
+    return fill(drafts, spare, places, ratios)
+
+
+def fill(
+    drafts: Sequence[Draft], spare: int, places: Sequence[Place], ratios: Sequence[Tensor]
+) -> list[Draft]:
+    """The drafts with their dials turned up, best ratio of gain to cost first."""
     ranks = _least(drafts)
-    if not places:
-        return _settled(drafts, ranks)
-    owner = torch.cat([torch.full((len(v),), i) for i, v in enumerate(gains)])
-    for i in owner[torch.argsort(torch.cat(gains), descending=True, stable=True)].tolist():
-        g, j = places[i]
-        cost = sum(drafts[g].shapes[j])
-        if cost <= spare:
-            spare -= cost
-            ranks[g][j] += 1
+    if places:
+        costs = [_dial(drafts, place).cost for place in places]
+        owner = torch.cat([torch.full((len(v),), i) for i, v in enumerate(ratios)])
+        for i in owner[
+            torch.argsort(torch.cat(list(ratios)), descending=True, stable=True)
+        ].tolist():
+            g, j = places[i]
+            if costs[i] <= spare:
+                spare -= costs[i]
+                ranks[g][j] += 1
     return _settled(drafts, ranks)
 
 
 def allocate_evenly(drafts: Sequence[Draft], spare: int) -> list[Draft]:
     """Ranks that are the same share of each matrix, for plans made without weights."""
     ranks = _least(drafts)
-    slots = [
-        (g, j)
+    dials = {
+        (g, j): dial
         for g, d in enumerate(drafts)
-        for j, takes in enumerate(d.scheme.rank_slots(len(d.members)))
-        if takes
-    ]
-    room = {(g, j): _most(drafts[g], j) - ranks[g][j] for g, j in slots}
-    full = sum(n * sum(drafts[g].shapes[j]) for (g, j), n in room.items())
+        for j, dial in enumerate(d.scheme.dials(d.shapes))
+        if dial is not None
+    }
+    full = sum((dial.most - dial.least) * dial.cost for dial in dials.values())
     share = min(1.0, spare / full) if full else 0.0
-    for g, j in slots:
-        more = int(share * room[g, j])
+    for (g, j), dial in dials.items():
+        more = int(share * (dial.most - dial.least))
         ranks[g][j] += more
-        spare -= more * sum(drafts[g].shapes[j])
-    for g, j in slots:  # what rounding left, one rank each
-        cost = sum(drafts[g].shapes[j])
-        if cost <= spare and ranks[g][j] < _most(drafts[g], j):
+        spare -= more * dial.cost
+    for (g, j), dial in dials.items():  # what rounding left, one rank each
+        if dial.cost <= spare and ranks[g][j] < dial.most:
             ranks[g][j] += 1
-            spare -= cost
+            spare -= dial.cost
     return _settled(drafts, ranks)
 
 
-def _least(drafts: Sequence[Draft]) -> Ranks:
+def with_least(drafts: Sequence[Draft]) -> list[Draft]:
+    """The drafts with every dial at its least."""
+    return _settled(drafts, _least(drafts))
+
+
+def has_dials(d: Draft) -> bool:
+    """Whether a budget can turn anything here."""
+    return any(dial is not None for dial in d.scheme.dials(d.shapes))
+
+
+def _dial(drafts: Sequence[Draft], place: Place) -> Dial:
+    d = drafts[place[0]]
+    dial = d.scheme.dials(d.shapes)[place[1]]
+    assert dial is not None
+    return dial
+
+
+def _least(drafts: Sequence[Draft]) -> list[list[int]]:
+    return [[dial.least if dial else 0 for dial in d.scheme.dials(d.shapes)] for d in drafts]
+
+
+def _settled(drafts: Sequence[Draft], ranks: list[list[int]]) -> list[Draft]:
     return [
-        [d.scheme.least_rank if takes else 0 for takes in d.scheme.rank_slots(len(d.members))]
-        for d in drafts
-    ]
-
-
-def _most(d: Draft, j: int) -> int:
-    """The rank above which two factors would be larger than the matrix itself."""
-    out, inputs = d.shapes[j]
-    return max(d.scheme.least_rank, out * inputs // (out + inputs))
-
-
-def _settled(drafts: Sequence[Draft], ranks: Ranks) -> list[Draft]:
-    return [
-        dataclasses.replace(d, scheme=d.scheme.with_ranks(r)) if _takes(d) else d
+        dataclasses.replace(d, scheme=d.scheme.turned(r)) if has_dials(d) else d
         for d, r in zip(drafts, ranks, strict=True)
     ]
-
-
-def _takes(d: Draft) -> bool:
-    return any(d.scheme.rank_slots(len(d.members)))

@@ -20,6 +20,7 @@ from tiedconv.data import ImageList, Split, eval_transform, find_split, train_tr
 from tiedconv.evaluate import open_teacher
 from tiedconv.files import check_output
 from tiedconv.loading import load, source_of, with_preprocess
+from tiedconv.progressive import OriginalFading
 from tiedconv.sources import Preprocess
 from tiedconv.training import OnEvent, TrainConfig, TrainResult, train
 from tiedconv.version import __version__
@@ -74,7 +75,8 @@ def finetune(
         file: a compact file.
         data: a folder with `train/` and `val/` (or `test/`), or of class folders.
         output: the compact file to write.
-        config: training options.
+        config: training options. With `progressive` the training begins at the original model,
+            which is faded out over that share of the steps; the teacher must be the original.
         teacher: `auto` (the original), `none`, a file, a spec, or a model.
         preprocess: changes how images are prepared, as the new file will say.
         val_split: share of the images to hold out where there is no validation folder.
@@ -101,6 +103,7 @@ def finetune(
         master, name = open_teacher(teacher, source, trust_code=trust_code)
     else:
         master, name = teacher, type(teacher).__name__
+    fading = OriginalFading(model, master) if config.progressive > 0 else None
     wanted = source.preprocess or Preprocess(224)
     folder = output.with_name(output.name + ".run")
     try:
@@ -110,6 +113,7 @@ def finetune(
             ImageList(split.val, eval_transform(wanted), strict=strict),
             config,
             teacher=master,
+            fading=fading,
             device=device,
             checkpoint_dir=folder,
             resume=resume,

@@ -115,6 +115,46 @@ def base_and_residuals(
     return base, factors
 
 
+def bases_and_residuals(
+    matrices: Sequence[Tensor], ranks: Sequence[int], count: int, *, steps: int = 4
+) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
+    """Several bases that each matrix mixes, and a low-rank residual for each.
+
+    Minimises `sum_i ||W_i - sum_k c_ik base_k - B_i A_i||^2` by turns. Bases are the leading
+    principal directions of the matrices taken as vectors, which is optimal for given residuals.
+
+    Args:
+        matrices: all of one shape `(out, in)`.
+        ranks: one for each.
+        count: of bases, fewer than there are matrices.
+        steps: turns.
+
+    Returns:
+        bases `(out, in)` each, c `(matrices, count)` and the pairs (B, A).
+    """
+
+    def bases_of(rest: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        double = [r.double() for r in rest]
+        gram = torch.tensor([[float((a * b).sum()) for b in double] for a in double])
+        _, vectors = torch.linalg.eigh(gram.double())
+        mix = vectors.flip(1)[:, :count].to(rest[0].dtype)
+        bases = [sum(c * r for c, r in zip(mix[:, k], rest, strict=True)) for k in range(count)]
+        return bases, mix
+
+    def residuals_of(bases: Sequence[Tensor], mix: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [
+            truncate(w - sum(c * b for c, b in zip(row, bases, strict=True)), r)
+            for w, row, r in zip(matrices, mix, ranks, strict=True)
+        ]
+
+    bases, mix = bases_of(matrices)
+    pairs = residuals_of(bases, mix)
+    for _ in range(steps if any(ranks) else 0):
+        bases, mix = bases_of([w - b @ a for w, (b, a) in zip(matrices, pairs, strict=True)])
+        pairs = residuals_of(bases, mix)
+    return bases, mix, pairs
+
+
 def _mean(matrices: Iterator[Tensor], count: int) -> Tensor:
     """The mean of matrices that come one by one: a stack of them would double the memory."""
     total = next(matrices).clone()

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from tiedconv.anatomy import Anatomy
-from tiedconv.budget import allocate, allocate_evenly
+from tiedconv.budget import Metrics, allocate, allocate_evenly, metrics_of, with_least
 from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
 from tiedconv.expr import Expr
 from tiedconv.families import all_families, find_blocks
 from tiedconv.gauge import Workbench
-from tiedconv.linalg import energy
+from tiedconv.leastsquares import improve, total_cost
+from tiedconv.metric import IDENTITY, Metric
 from tiedconv.plan import Block, Group, Member, Plan, Slot, assemble, member_expr, stored_name
-from tiedconv.recipe import Recipe, Rule
+from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import Draft, Scheme, all_schemes, make_scheme
+from tiedconv.search import Part, choose, least_size
 
+OPEN_BUDGET = "50%"  # of a scheme that chooses by size, where no size is given
 KEPT = "kept"  # the scheme's name of rows that share a tensor with converted ones
 
 
@@ -40,6 +43,7 @@ def make_plan(
     tensors: Mapping[str, Tensor] | None = None,
     *,
     in_place: bool = False,
+    measure: Callable[[Mapping[str, Tensor]], Metrics] | None = None,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The plan for a model, and its weights moved to where the schemes fit best.
 
@@ -48,27 +52,41 @@ def make_plan(
         recipe: what is wanted.
         tensors: the weights; without them nothing is moved and a budget is spread evenly.
         in_place: move the given tensors themselves, which saves their size in memory.
+        measure: from the moved weights, what errors cost; without it all count alike.
 
     Raises:
         NothingToConvert: no tensor matches; the message lists what was looked for.
         BudgetError: the budget can't be met; the message names the smallest size that can.
     """
     tasks = draft(anatomy, recipe)
-    drafts = [d for task in tasks for d in task.drafts]
     # What can't be is refused here, before any weight is moved.
-    plan = compile_plan(anatomy, _within(recipe, anatomy, drafts, None))
+    plan = compile_plan(anatomy, _within(recipe, anatomy, tasks, None, {}))
     if tensors is None:
         return plan, {}
+    bench = _aligned(tasks, tensors, in_place=in_place)
+    moved = {
+        n: t if bench.tensors[n] is t else bench.tensors[n].to(t.dtype) for n, t in tensors.items()
+    }
+    metrics = measure(moved) if measure is not None else {}
+    return compile_plan(anatomy, _within(recipe, anatomy, tasks, bench, metrics)), moved
+
+
+def align(
+    anatomy: Anatomy, recipe: Recipe, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:  # fmt: skip
+    """The weights where a recipe's schemes fit best: the same function in other numbers."""
+    bench = _aligned(draft(anatomy, recipe), tensors, in_place=False)
+    return {n: bench.tensors[n].to(t.dtype) for n, t in tensors.items()}
+
+
+def _aligned(
+    tasks: Sequence[Task], tensors: Mapping[str, Tensor], *, in_place: bool
+) -> Workbench:  # fmt: skip
     # Moves are made in float32 at least, whatever the weights are in.
     bench = Workbench({n: _widened(t) for n, t in tensors.items()}, in_place=in_place)
     for task in tasks:
         task.scheme.align(task.blocks, bench)
-    if recipe.budget is not None:
-        plan = compile_plan(anatomy, _within(recipe, anatomy, drafts, bench))
-    moved = {
-        n: t if bench.tensors[n] is t else bench.tensors[n].to(t.dtype) for n, t in tensors.items()
-    }
-    return plan, moved
+    return bench
 
 
 def draft(anatomy: Anatomy, recipe: Recipe) -> list[Task]:
@@ -123,6 +141,7 @@ def fit_plan(
     plan: Plan,
     tensors: Mapping[str, Tensor],
     on_group: Callable[[int, int], None] | None = None,
+    metrics: Metrics | None = None,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The factors of every group, and the plan with the relative error of each fit.
 
@@ -130,6 +149,7 @@ def fit_plan(
         plan: from `make_plan`.
         tensors: the weights that `make_plan` returned.
         on_group: called with (groups done, groups in all).
+        metrics: what errors cost; the fit is improved in this metric and its error told in it.
 
     Returns:
         the plan, and stored factor name to tensor, in the dtype of the weights they stand for.
@@ -143,8 +163,12 @@ def fit_plan(
             fitted, error = {next(iter(group.factors)): matrices[0]}, 0.0
         else:
             scheme = make_scheme(group.scheme, group.options)
+            measures = metrics_of(group.members, metrics or {})
+            weights = scheme.layout([(m.shape[0], m.shape[1]) for m in matrices]).weights
             fitted = scheme.fit(matrices)
-            error = _error(scheme, matrices, fitted)
+            if any(m is not IDENTITY for m in measures):
+                fitted = improve(weights, fitted, matrices, measures)
+            error = _error(weights, fitted, matrices, measures)
         groups.append(dataclasses.replace(group, error=error))
         for name, value in fitted.items():
             # A factor has memory of its own: it is neither a weight itself nor part of one.
@@ -195,36 +219,46 @@ def _governed(rule: Rule, blocks: Sequence[Block], taken: set[str]) -> list[Bloc
 
 
 def _within(
-    recipe: Recipe, anatomy: Anatomy, drafts: list[Draft], bench: Workbench | None
+    recipe: Recipe,
+    anatomy: Anatomy,
+    tasks: Sequence[Task],
+    bench: Workbench | None,
+    metrics: Metrics,
 ) -> list[Draft]:
-    """The same groups with ranks that fill the budget, if there is one, and don't exceed it."""
-    if recipe.budget is None:
+    """The groups with schemes and ranks that fill the budget, if there is one, and keep to it."""
+    drafts = [d for task in tasks for d in task.drafts]
+    parts = [Part(task.scheme.candidates(), task.blocks) for task in tasks]
+    is_open = any(len(part.candidates) > 1 for part in parts)
+    wanted = recipe.budget or (Budget(OPEN_BUDGET) if is_open else None)
+    if wanted is None:
         return drafts
     original = sum(math.prod(s) for s in anatomy.parameters.values())
-    budget = recipe.budget.resolve(original)
-    least = [_with_least(d) for d in drafts]
-    smallest = compile_plan(anatomy, least).stored
+    budget = wanted.resolve(original)
+    governed = sum(s.numel for task in tasks for b in task.blocks for s in b.slots.values())
+    rest = original - governed
+    smallest = rest + sum(least_size(part) for part in parts)
     if smallest > budget:
-        ways = [w for w in smaller_ways(anatomy, Recipe(recipe.rules)) if w[1] <= budget]
-        what = "; ".join(f"{flags} reaches {_share(size, original)}" for flags, size in ways[:4])
-        raise BudgetError(
-            f"{recipe.budget.text} is {budget:,} parameters, and this recipe can't store less than "
-            f"{_share(smallest, original)}",
-            "Nothing was written",
-            f"Ask for that or more{', or choose another way: ' + what if what else ''}",
-        )
-    spare = budget - smallest
+        raise _too_small(recipe, wanted, anatomy, smallest, budget, original)
     if bench is None:
-        return allocate_evenly(least, spare)
-    return allocate(least, spare, bench)
+        least = with_least(drafts)
+        return allocate_evenly(least, max(0, budget - compile_plan(anatomy, least).stored))
+    if is_open:
+        return choose(parts, budget - rest, bench, metrics)
+    least = with_least(drafts)
+    return allocate(least, budget - compile_plan(anatomy, least).stored, bench, metrics)
 
 
-def _with_least(d: Draft) -> Draft:
-    takes = d.scheme.rank_slots(len(d.members))
-    if not any(takes):
-        return d
-    ranks = [d.scheme.least_rank if t else 0 for t in takes]
-    return dataclasses.replace(d, scheme=d.scheme.with_ranks(ranks))
+def _too_small(
+    recipe: Recipe, wanted: Budget, anatomy: Anatomy, smallest: int, budget: int, original: int
+) -> BudgetError:  # fmt: skip
+    ways = [w for w in smaller_ways(anatomy, Recipe(recipe.rules)) if w[1] <= budget]
+    what = "; ".join(f"{flags} reaches {_share(size, original)}" for flags, size in ways[:4])
+    return BudgetError(
+        f"{wanted.text} is {budget:,} parameters, and this recipe can't store less than "
+        f"{_share(smallest, original)}",
+        "Nothing was written",
+        f"Ask for that or more{', or choose another way: ' + what if what else ''}",
+    )
 
 
 def _share(count: int, original: int) -> str:
@@ -243,14 +277,16 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.detach().float() if half else tensor
 
 
-def _error(scheme: Scheme, matrices: Sequence[Tensor], factors: Mapping[str, Tensor]) -> float:
-    """Relative Frobenius error over all matrices of a group."""
-    layout = scheme.layout([(m.shape[0], m.shape[1]) for m in matrices])
-    wrong = total = 0.0
-    for matrix, expr in zip(matrices, layout.weights, strict=True):
-        wrong += energy(expr.evaluate(factors.__getitem__) - matrix)
-        total += energy(matrix)
-    return math.sqrt(wrong / total) if total else 0.0
+def _error(
+    weights: Sequence[Expr],
+    factors: Mapping[str, Tensor],
+    matrices: Sequence[Tensor],
+    metrics: Sequence[Metric],
+) -> float:
+    """Relative error over all matrices of a group, in the metric: Frobenius without images."""
+    wrong = total_cost(weights, factors, matrices, metrics)
+    total = sum(metric.cost(matrix) for matrix, metric in zip(matrices, metrics, strict=True))
+    return math.sqrt(max(wrong, 0.0) / total) if total > 0 else 0.0
 
 
 def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToConvert:

@@ -51,6 +51,13 @@ def finetune(
     label_smoothing: Annotated[float, typer.Option(help="0 to 1.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
     augment: Annotated[str, typer.Option(help="none, flip, shift, crop or randaugment.")] = "crop",
+    progressive: Annotated[
+        float,
+        typer.Option(
+            help="Share of the steps over which the original is faded into the compact form; 0 "
+            "for none."
+        ),
+    ] = 0.0,
     bn_batches: Annotated[
         int, typer.Option(help="Batches that re-estimate BatchNorm statistics; 0 for none.")
     ] = 20,
@@ -86,7 +93,7 @@ def finetune(
         steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer,
         weight_decay=weight_decay, warmup=warmup, temperature=temperature,
         distill_weight=distill, label_smoothing=label_smoothing, clip=clip, augment=augment,
-        bn_recalibrate=bn_batches, seed=seed, workers=workers,
+        progressive=progressive, bn_recalibrate=bn_batches, seed=seed, workers=workers,
     )  # fmt: skip
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with TrainingBar() as bar:

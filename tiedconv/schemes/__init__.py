@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tiedconv.errors import SchemeError
-from tiedconv.schemes._base import Draft, Layout, Scheme
+from tiedconv.schemes._base import Dial, Draft, Layout, Scheme
 
-__all__ = ["Draft", "Layout", "Scheme", "all_schemes", "make_scheme"]
+__all__ = ["Dial", "Draft", "Layout", "Scheme", "all_schemes", "make_scheme"]
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from tiedconv.errors import SchemeError
 from tiedconv.expr import Add, Expr, MatMul, Ref, Shape
 from tiedconv.gauge import Workbench
 from tiedconv.grouping import partition
+from tiedconv.linalg import spectrum, truncate
+from tiedconv.metric import Metric, mean_metric
 from tiedconv.plan import Block, Member, Slot
 from tiedconv.schemes._align import fold_norms
 
@@ -31,6 +33,27 @@ class Layout:
 
     factors: Mapping[str, Shape]
     weights: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A rank that a budget may turn.
+
+    Args:
+        cost: parameters for each rank.
+        least: the smallest rank that still gives a matrix.
+        most: the rank above which two factors would be larger than their product.
+    """
+
+    cost: int
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], least: int) -> Dial:
+        """The dial of a product of this shape."""
+        out, inputs = shape
+        return cls(out + inputs, least, max(least, out * inputs // (out + inputs)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,57 @@ class Scheme(ABC):
         """Which of the matrices of a group take a rank."""
         return [False] * count
 
+    def core_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """Shape of the shared matrix that is itself stored as a product, None if none is."""
+        del shapes
+        return None
+
+    def core_gains(
+        self, matrices: Sequence[Tensor], metrics: Sequence[Metric]
+    ) -> Tensor:  # fmt: skip
+        """The cost that each further rank of the core removes, float64."""
+        raise NotImplementedError
+
+    def with_core(self, rank: int) -> Scheme:
+        """The same scheme with this rank of the core."""
+        del rank
+        return self
+
+    def candidates(self) -> tuple[Scheme, ...]:
+        """The schemes to choose from for each part of the model, when there is a budget."""
+        return (self,)
+
+    def dials(self, shapes: Sequence[tuple[int, int]]) -> list[Dial | None]:
+        """One for each matrix (None where it takes no rank), then one for the core."""
+        takes = self.rank_slots(len(shapes))
+        core = self.core_shape(shapes)
+        return [
+            *(
+                Dial.of(s, self.least_rank) if t else None
+                for s, t in zip(shapes, takes, strict=True)
+            ),
+            Dial.of(core, 1) if core else None,
+        ]
+
+    def gains(
+        self, matrices: Sequence[Tensor], metrics: Sequence[Metric]
+    ) -> list[Tensor | None]:  # fmt: skip
+        """For each dial, the cost that each further rank removes, from rank 0 on, float64."""
+        found: list[Tensor | None] = []
+        if any(self.rank_slots(len(matrices))):
+            for residual, metric in zip(self.residuals(matrices), metrics, strict=True):
+                whitened = None if residual is None else spectrum(metric.whiten(residual))
+                found.append(None if whitened is None else 0.5 * whitened.square())
+        else:
+            found += [None] * len(matrices)
+        has_core = self.core_shape([(m.shape[0], m.shape[1]) for m in matrices]) is not None
+        return [*found, self.core_gains(matrices, metrics) if has_core else None]
+
+    def turned(self, ranks: Sequence[int]) -> Scheme:
+        """The same scheme with its dials at these ranks."""
+        scheme = self.with_ranks(ranks[:-1]) if any(self.rank_slots(len(ranks) - 1)) else self
+        return scheme.with_core(ranks[-1])
+
     def to_json(self) -> dict[str, Any]:
         """The options, as plain data."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
@@ -121,6 +195,69 @@ class Ranked(Scheme):
     def ranks(self, shapes: Sequence[tuple[int, int]]) -> list[int]:
         """The rank of each matrix, 0 for those that take none."""
         return resolve_ranks(self.rank, self.k, shapes, self.rank_slots(len(shapes)))
+
+
+@dataclass(frozen=True)
+class Cored(Scheme):
+    """A scheme whose shared matrix may itself be stored as a product of two thin ones.
+
+    Args:
+        core: rank of the shared matrix: a number, or a share of its parameters (below 1); 0
+            stores it whole.
+    """
+
+    core_name: ClassVar[str]
+
+    core: int | float = 0
+
+    def with_core(self, rank: int) -> Scheme:
+        return dataclasses.replace(self, core=rank) if self.core else self
+
+    def core_rank(self, shape: tuple[int, int]) -> int:
+        """The rank that `core` means for a shared matrix of this shape."""
+        return max(1, resolve_ranks(self.core, (), [shape], [True])[0]) if self.core else 0
+
+    def core_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        if not self.core:
+            return None
+        plain = dataclasses.replace(self, core=0).layout(shapes).factors[self.core_name]
+        return plain[0], plain[1]
+
+    def core_gains(self, matrices: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
+        # The shared matrix stands for all of them: their cost falls as its own spectrum does.
+        plain = dataclasses.replace(self, core=0)
+        if any(self.rank_slots(len(matrices))):
+            plain = plain.with_ranks([0] * len(matrices))  # type: ignore[assignment]
+        whole = plain.fit(matrices)[self.core_name]
+        mean = mean_metric(metrics)
+        values = spectrum(_whitened(mean, whole)).square()
+        costs = sum(m.cost(w) for w, m in zip(matrices, metrics, strict=True))
+        return values * (costs / float(values.sum().clamp(min=1e-300)))
+
+    def store(self, factors: dict[str, Shape], shape: tuple[int, int]) -> Expr:
+        """The shared matrix as an expression; adds what it stores."""
+        rank = self.core_rank(shape)
+        if not rank:
+            factors[self.core_name] = shape
+            return Ref(self.core_name, shape)
+        left, right = (f"{self.core_name}_{part}" for part in ("left", "right"))
+        return with_product(factors, left, right, rank, shape)
+
+    def stored(self, whole: Tensor) -> dict[str, Tensor]:
+        """What `store` promised, from the whole matrix."""
+        rank = self.core_rank((whole.shape[0], whole.shape[1]))
+        if not rank:
+            return {self.core_name: whole}
+        b, a = truncate(whole, rank)
+        return {f"{self.core_name}_left": b, f"{self.core_name}_right": a}
+
+
+def _whitened(metric: Metric, matrix: Tensor) -> Tensor:
+    """The matrix in a metric, as far as its sides are of its size."""
+    rows, columns = matrix.shape
+    left = metric.left if metric.left is not None and len(metric.left) == rows else None
+    right = metric.right if metric.right is not None and len(metric.right) == columns else None
+    return Metric(left, right).whiten(matrix)
 
 
 def resolve_ranks(
@@ -176,10 +313,17 @@ def with_residual(
     if rank == 0:
         assert base is not None
         return base
-    b, a = Ref(f"B{j}", (shape[0], rank)), Ref(f"A{j}", (rank, shape[1]))
-    factors |= {b.name: b.of, a.name: a.of}
-    product = MatMul(b, a)
+    product = with_product(factors, f"B{j}", f"A{j}", rank, shape)
     return product if base is None else Add(base, product)
+
+
+def with_product(
+    factors: dict[str, Shape], b: str, a: str, rank: int, shape: tuple[int, int]
+) -> Expr:
+    """A product of a given rank; adds its two factors."""
+    left, right = Ref(b, (shape[0], rank)), Ref(a, (rank, shape[1]))
+    factors |= {left.name: left.of, right.name: right.of}
+    return MatMul(left, right)
 
 
 def stacks(
@@ -202,9 +346,7 @@ def stacks(
         used[name] += 1
         label = name if used[name] == 1 else f"{name}.shape{used[name]}"
         for part in partition(len(slots), groups):
-            where = (
-                "" if len(part) == len(slots) else f".{'-'.join(str(slots[i][0]) for i in part)}"
-            )
+            where = "" if groups == "all" else f".{'-'.join(str(slots[i][0]) for i in part)}"
             yield label + where, tuple(Member(slots[i][1]) for i in part)
 
 

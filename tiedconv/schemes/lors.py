@@ -7,6 +7,9 @@ layer. Convolutions take part as matrices of shape `(out, in * kh * kw)`. Biases
 private. From pretrained weights, the base is their mean and the residuals are the truncated SVD
 of what it leaves, improved by turns; `match` first puts each layer's hidden units, heads and
 head bases in the order that agrees best with the layers before it, which changes no output.
+
+Beyond the paper: `bases` gives each layer its own mixture of several bases,
+`W_i = sum_k c_ik base_k + B_i A_i`, and `core` stores the base as a product of two thin matrices.
 """
 
 from __future__ import annotations
@@ -17,61 +20,105 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tiedconv.expr import Ref, Shape
+from tiedconv.errors import SchemeError
+from tiedconv.expr import Add, Expr, Mul, Ref, Shape, Slice
 from tiedconv.gauge import Workbench
-from tiedconv.linalg import base_and_residuals
+from tiedconv.linalg import base_and_residuals, bases_and_residuals
 from tiedconv.plan import Block
 from tiedconv.schemes._align import match_layers
-from tiedconv.schemes._base import Draft, Layout, Ranked, stacks, with_residual
+from tiedconv.schemes._base import Cored, Draft, Layout, Ranked, stacks, with_residual
 
 
 @dataclass(frozen=True)
-class Lors(Ranked):
+class Lors(Cored, Ranked):
     """One base for each group of a stack, a residual for each layer.
 
     Args:
         rank: of the residuals: a number, a share of a layer's parameters (below 1), or a list.
         k: multipliers of `rank`, one for each layer of the group (the paper's K list).
         groups: which layers share a base: `all`, `adjacent:N` or `cycle:N`.
+        bases: how many bases a group has; each layer mixes them.
+        core: rank of the base: a number, or a share of its parameters (below 1); 0 stores it whole.
         fused: take a fused qkv as one matrix.
         match: align layers before the fit.
     """
 
     name: ClassVar[str] = "lors"
+    core_name: ClassVar[str] = "base"
     looks_for: ClassVar[str] = "stacks of at least two layers of one shape"
     further: ClassVar = ({"rank": 0},)
 
     rank: int | float | tuple[int, ...] = 0.2
     groups: str = "all"
+    bases: int = 1
     fused: bool = True
     match: bool = True
 
+    def __post_init__(self) -> None:
+        if self.bases < 1 or (self.bases > 1 and self.core):
+            raise SchemeError(
+                f"bases={self.bases} with core={self.core} can't be done by scheme lors",
+                remedy="Use bases=1 or more, and core with one base only",
+            )
+
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         for name, members in stacks(blocks, self.groups, fused=self.fused):
-            if len(members) > 1:
+            if len(members) > max(1, self.bases):
                 yield Draft(name, self, members)
 
     def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
-        base = Ref("base", shapes[0])
-        factors: dict[str, Shape] = {"base": shapes[0]}
+        factors: dict[str, Shape] = {}
+        bases = self._bases(factors, shapes[0], len(shapes))
         weights = [
             with_residual(factors, base, j, rank, shape)
-            for j, (rank, shape) in enumerate(zip(self.ranks(shapes), shapes, strict=True))
+            for j, (base, rank, shape) in enumerate(
+                zip(bases, self.ranks(shapes), shapes, strict=True)
+            )
         ]
         return Layout(factors, tuple(weights))
 
     def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
         ranks = self.ranks([(m.shape[0], m.shape[1]) for m in matrices])
-        base, pairs = base_and_residuals(matrices, ranks)
-        factors = {"base": base}
+        if self.bases == 1:
+            base, pairs = base_and_residuals(matrices, ranks)
+            factors = self.stored(base)
+        else:
+            bases, mix, pairs = bases_and_residuals(matrices, ranks, self.bases)
+            factors = {f"base{k}": b for k, b in enumerate(bases)} | {"mix": mix}
         for j, (b, a) in enumerate(pairs):
             if ranks[j]:
                 factors |= {f"B{j}": b, f"A{j}": a}
         return factors
 
     def residuals(self, matrices: Sequence[Tensor]) -> list[Tensor | None]:
-        base, _ = base_and_residuals(matrices, [0] * len(matrices))
-        return [m - base for m in matrices]
+        none = [0] * len(matrices)
+        if self.bases == 1:
+            base, _ = base_and_residuals(matrices, none)
+            return [m - base for m in matrices]
+        bases, mix, _ = bases_and_residuals(matrices, none, self.bases)
+        return [
+            m - sum(c * b for c, b in zip(row, bases, strict=True))
+            for m, row in zip(matrices, mix, strict=True)
+        ]
+
+    def _bases(self, factors: dict[str, Shape], shape: tuple[int, int], count: int) -> list[Expr]:
+        """What stands for the base of each layer; adds what it stores."""
+        if self.bases == 1:
+            return [self.store(factors, shape)] * count
+        bases = [Ref(f"base{k}", shape) for k in range(self.bases)]
+        mix = Ref("mix", (count, self.bases))
+        factors |= {b.name: b.of for b in [*bases, mix]}
+
+        def share(j: int, k: int) -> Expr:
+            return Slice(Slice(mix, 0, j, j + 1), 1, k, k + 1)
+
+        mixed: list[Expr] = []
+        for j in range(count):
+            total: Expr = Mul(bases[0], share(j, 0))
+            for k in range(1, self.bases):
+                total = Add(total, Mul(bases[k], share(j, k)))
+            mixed.append(total)
+        return mixed
 
     def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
         super().align(blocks, bench)

@@ -9,7 +9,9 @@ map (Koyun and Toreyin, row and column space, arXiv 2401.16438):
 
 Beyond the paper, `M_j = diag(s_j) W diag(t_j) + B_j A_j` for every matrix of a group but the
 first: `scale` stores s and t (a thousandth of the size), `rank` is a dial from pure tying to the
-original. In a bottleneck the BatchNorms hold the scales, so none are stored.
+original, and `core` stores W itself as a product of two thin matrices (W_1 = C V and
+W_2 = V^T C^T, both scaled): a tie over low rank, for small budgets. In a bottleneck the
+BatchNorms hold the scales, so none are stored.
 """
 
 from __future__ import annotations
@@ -22,23 +24,24 @@ from typing import ClassVar
 from torch import Tensor
 
 from tiedconv.errors import SchemeError
-from tiedconv.expr import Expr, Mul, Ref, Shape, Slice
+from tiedconv.expr import Expr, MatMul, Mul, Ref, Shape, Slice
 from tiedconv.gauge import Workbench
 from tiedconv.linalg import energy, shared_with_scales, truncate, weighted_base
 from tiedconv.plan import Block
 from tiedconv.schemes import _align
-from tiedconv.schemes._base import Draft, Layout, Ranked, with_residual
+from tiedconv.schemes._base import Cored, Draft, Layout, Ranked, with_residual
 from tiedconv.schemes._pairs import PAIRINGS, Stage, bottleneck_groups, pair_groups
 
 
 @dataclass(frozen=True)
-class Tied(Ranked):
+class Tied(Cored, Ranked):
     """One W for a pair (or for the pairs of several blocks), transposed where it must be.
 
     Args:
         pairing: of an attention's matrices: `kv-qo` (the paper's) or `vo-qk`.
         scale: store row and column scales, signs too, for all matrices of a group but the first.
         rank: of the residual of all matrices but the first: a number, or a share of the matrix.
+        core: rank of W itself: a number, or a share of its parameters (below 1); 0 stores it whole.
         groups: blocks of a stack that share one W: `each` (none), `adjacent:N`, `all`.
         first: a ResNet stage's first block, whose conv1 reads another width: `keep` it, take
             conv1 as a `slice` of W, or tie only its conv3 (`expand`).
@@ -47,6 +50,7 @@ class Tied(Ranked):
     """
 
     name: ClassVar[str] = "tied"
+    core_name: ClassVar[str] = "W"
     looks_for: ClassVar[str] = "pairs (m, d) and (d, m): feed-forward, attention, bottleneck"
     further: ClassVar = (
         {"groups": "all"},
@@ -79,11 +83,11 @@ class Tied(Ranked):
 
     def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
         whole = (shapes[0][0], max(columns for _, columns in shapes))
-        w = Ref("W", whole)
-        factors: dict[str, Shape] = {"W": whole}
+        factors: dict[str, Shape] = {}
+        w = self.store(factors, whole)
         weights: list[Expr] = []
         for j, (rank, shape) in enumerate(zip(self.ranks(shapes), shapes, strict=True)):
-            part: Expr = w if shape[1] == whole[1] else Slice(w, 1, 0, shape[1])
+            part = w if shape[1] == whole[1] else _first_columns(w, shape[1])
             if self.scale and j:
                 s, t = Ref(f"s{j}", (shape[0], 1)), Ref(f"t{j}", (1, shape[1]))
                 factors |= {s.name: s.of, t.name: t.of}
@@ -109,7 +113,7 @@ class Tied(Ranked):
         for j, (s, t) in enumerate(scales):
             if self.scale and j:
                 factors |= {f"s{j}": s, f"t{j}": t}
-        return {"W": w, **factors}
+        return {**self.stored(w), **factors}
 
     def residuals(self, matrices: Sequence[Tensor]) -> list[Tensor | None]:
         _, scales = self._scales(matrices)
@@ -146,6 +150,13 @@ class Tied(Ranked):
 
     def _stages(self, blocks: Sequence[Block]) -> Iterator[Stage]:
         return bottleneck_groups(blocks, self.groups, self.first)
+
+
+def _first_columns(w: Expr, count: int) -> Expr:
+    """The first columns of W; of a product, those of its second factor alone."""
+    if isinstance(w, MatMul):
+        return MatMul(w.a, Slice(w.b, 1, 0, count))
+    return Slice(w, 1, 0, count)
 
 
 SCHEME = Tied

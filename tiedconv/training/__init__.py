@@ -23,6 +23,7 @@ from tiedconv.training.events import (
     Start,
     Step,
 )
+from tiedconv.training.fading import Fading, share_left
 from tiedconv.training.losses import distillation_loss, logits_of
 from tiedconv.training.optim import learning_rate, parameter_groups
 from tiedconv.training.results import TrainResult
@@ -34,6 +35,7 @@ __all__ = [
     "EvalResult",
     "EvalStep",
     "Event",
+    "Fading",
     "OnEvent",
     "Resumed",
     "Skipped",
@@ -49,5 +51,6 @@ __all__ = [
     "parameter_groups",
     "pick_device",
     "recalibrate_batchnorm",
+    "share_left",
     "train",
 ]

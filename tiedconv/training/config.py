@@ -30,6 +30,8 @@ class TrainConfig:
         label_smoothing: share of the label spread over all classes.
         clip: largest norm of the gradient; 0 for no clipping.
         augment: what to do to training images; for whoever makes the data set.
+        progressive: share of the steps over which the original is faded into the compact model,
+            along half a cosine; 0 for none. Needs a `Fading`, which `tiedconv.finetune` makes.
         bn_recalibrate: training batches from which to estimate the statistics of batch norms
             before an evaluation; 0 to leave the running averages as they are.
         amp: "auto" for bfloat16 autocast on CUDA, or "off".
@@ -55,6 +57,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     clip: float = 1.0
     augment: str = "crop"
+    progressive: float = 0.0
     bn_recalibrate: int = 20
     amp: str = "auto"
     channels_last: str = "auto"
@@ -72,7 +75,7 @@ class TrainConfig:
         _between("batch_size", self.batch_size, 1, math.inf)
         _between("lr", self.lr, 0, math.inf, open_low=True)
         _between("temperature", self.temperature, 0, math.inf, open_low=True)
-        for name in ("warmup", "min_lr", "distill_weight", "label_smoothing"):
+        for name in ("warmup", "min_lr", "distill_weight", "label_smoothing", "progressive"):
             _between(name, getattr(self, name), 0, 1)
         for name in ("weight_decay", "clip", "bn_recalibrate"):
             _between(name, getattr(self, name), 0, math.inf)

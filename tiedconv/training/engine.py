@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from tiedconv.training.events import (
     Step,
     ignore,
 )
+from tiedconv.training.fading import Fading, check_fading, share_left
 from tiedconv.training.losses import LossMeter, diverged, logits_of, training_loss
 from tiedconv.training.optim import learning_rate, make_optimizer
 from tiedconv.training.results import Progress, TrainResult
@@ -62,6 +63,7 @@ def train(
     config: TrainConfig | None = None,
     *,
     teacher: nn.Module | None = None,
+    fading: Fading | None = None,
     device: str | torch.device = "auto",
     checkpoint_dir: Path | None = None,
     resume: bool = False,
@@ -78,6 +80,8 @@ def train(
         val_data: likewise, without augmentation.
         config: the options; the defaults if None.
         teacher: a model with the same classes, whose outputs the model learns to give.
+        fading: what is there at the start and faded out over the first `config.progressive` of
+            the steps; evaluations are made without it.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         checkpoint_dir: where to keep `last.pt`, written after each epoch.
         resume: go on from that file; without the file, start at the beginning.
@@ -90,16 +94,21 @@ def train(
     """
     if resume and checkpoint_dir is None:
         raise UserError("Nothing to resume from", remedy="Give the checkpoint folder as well")
+    config = config or TrainConfig()
+    check_fading(config, fading)
     place = pick_device(device)
     with torch.random.fork_rng([place] if place.type == "cuda" else []):
-        run = _Run(model, train_data, val_data, config or TrainConfig(), teacher, place)
+        run = _Run(model, train_data, val_data, config, teacher, place)
         run.emit = on_event or ignore
+        run.fading = fading if config.progressive > 0 else None
         if checkpoint_dir is not None:
             run.checkpoint = prepare_folder(Path(checkpoint_dir))
         with modes_kept(model), closing(run.loader), closing(run.val_loader):
             try:
                 return run.go(resume)
             finally:
+                if run.fading is not None:
+                    run.fading.set(0.0)
                 run.placement.release(model, teacher)
 
 
@@ -132,6 +141,7 @@ class _Run:
         self.recalibrates = config.bn_recalibrate > 0 and has_batchnorm(model)
         self.steps = config.total_steps(len(self.loader))
         self.emit: OnEvent = ignore
+        self.fading: Fading | None = None
         self.checkpoint: Path | None = None
         self.at = Progress()
         self.history: list[dict[str, Any]] = []
@@ -142,15 +152,23 @@ class _Run:
         epochs = -(-self.steps // len(self.loader))
         self.emit(Start(self.steps, epochs, self.loader.images))
         if resume and self.checkpoint is not None and self.checkpoint.exists():
+            self.begin_fading()
             self.load(self.checkpoint)
             self.emit(Resumed(self.at.epoch, self.at.step))
         else:
             before = self.evaluate()
             self.at = replace(self.at, top1_before=before.top1, top5_before=before.top5)
             self.emit(Baseline(before.top1, before.top5, before.loss))
+            # Only now: a fading may change tensors, and the baseline is the model as it came.
+            self.begin_fading()
         while self.at.step < self.steps:
             self.run_epoch()
         return self.result()
+
+    def begin_fading(self) -> None:
+        """Adds what is to be faded, if there is anything."""
+        if self.fading is not None:
+            self.fading.begin()
 
     def run_epoch(self) -> None:
         """Trains for an epoch, or what is left of the steps; evaluates and saves."""
@@ -186,6 +204,8 @@ class _Run:
             if not len(batch.images):
                 continue
             lr = learning_rate(self.at.step, self.steps, self.config)
+            if self.fading is not None:
+                self.fading.set(share_left(self.at.step, self.steps, self.config.progressive))
             meter.add(self.take_step(batch, lr))
             seen += len(batch.images)
             count = self.at.images + len(batch.images)
@@ -249,12 +269,13 @@ class _Run:
         return diverged(step, self.steps, self.config.lr, saved)
 
     def evaluate_trained(self) -> EvalResult:
-        """Evaluates after training, with fresh batch norm statistics."""
-        if self.recalibrates:
-            batches = self.loader.epoch(RECALIBRATION_EPOCH)
-            chosen = itertools.islice(batches, self.config.bn_recalibrate)
-            recalibrate_batchnorm(self.model, chosen, self.placement)
-        evaluation = self.evaluate()
+        """Evaluates after training, with fresh batch norm statistics, without what is faded."""
+        with self.fading.left_out() if self.fading is not None else nullcontext():
+            if self.recalibrates:
+                batches = self.loader.epoch(RECALIBRATION_EPOCH)
+                chosen = itertools.islice(batches, self.config.bn_recalibrate)
+                recalibrate_batchnorm(self.model, chosen, self.placement)
+            evaluation = self.evaluate()
         # The last update of an epoch has no later loss that would show its damage.
         if not math.isfinite(evaluation.loss):
             raise self.diverged(self.at.step)

@@ -1,0 +1,375 @@
+"""Accuracy at equal size: tiedconv's schemes and their rivals, with one training for all.
+
+    python benchmarks/accuracy.py --data .data/cifar10 --models .data/models \\
+        --vit .data/vit_cifar10.safetensors --model vit-real --budgets 50 30 20 10 --seeds 0 1 2
+    python benchmarks/accuracy.py --merge A.json B.json --result benchmarks/results/accuracy.json
+
+Each method makes a model of at most the budget (in parameters of the whole model), which is
+measured on the test images as converted without data, as calibrated on 1,024 training images, and
+after `--steps` of training. A method's learning rate, and its variant if it has any, are chosen
+once, at the middle budget, by short trainings measured on 2,000 held-out images. The seed decides
+the order and the augmentation of the images, and random weights where there are any.
+
+The result is written after each run, so a stopped run goes on. `pareto.py` draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import inspect
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import rivals
+import torch
+from healing import Teacher, flops, heal, recalibrate, stored_bytes, stored_parameters
+from models import MEAN, SIZES, STD, Pixels, read_pixels, top1
+from rivals import Context
+from safetensors.torch import load_file
+from torch import nn
+
+import tiedconv
+from tiedconv.data import TensorList
+from tiedconv.errors import BudgetError, SchemeError
+from tiedconv.schemes import all_schemes
+
+RATES = (3e-4, 1e-3, 3e-3)
+CALIB_IMAGES = 1024
+RESULT = Path(__file__).parent / "results" / "accuracy.json"
+# Options of a scheme for a model at a budget, where the mildest that meet it are not the best.
+OPTIONS: dict[tuple[str, str, float], dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Compact:
+    """A small model, before its training.
+
+    Args:
+        model: to be trained.
+        stage: `converted` without data, `calibrated` by images, or `scratch`, of random weights.
+        datafree: of a calibrated model, the same converted without data, where that exists.
+        options: of the scheme, where it was one.
+    """
+
+    model: nn.Module
+    stage: str = "converted"
+    datafree: nn.Module | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to a small model.
+
+    Args:
+        make: from context, budget in percent, variant and seed to the small model.
+        variants: ways of it; the best on held-out images counts.
+        seeded: whether the seed changes what is made.
+        dense: makes nothing smaller, so the budgets do not matter.
+        heal: arguments of `heal`, by variant.
+    """
+
+    make: Callable[[Context, float, str, int], Compact]
+    variants: tuple[str, ...] = ("",)
+    seeded: bool = False
+    dense: bool = False
+    heal: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def convert(
+    ctx: Context, budget: float, scheme: str, *, data: bool = True, model: nn.Module | None = None,
+    **fixed: Any,
+) -> Compact:  # fmt: skip
+    """Ours: the mildest of a scheme's options that meet the budget, calibrated if that exists."""
+    model = model or ctx.dense
+    options = {**_options(ctx, budget, scheme, model, fixed), "params": f"{budget}%"}
+    plain = tiedconv.convert(model, scheme, **options)
+    if not (data and calibrates()):
+        return Compact(plain, options=options)
+    dataset = TensorList(ctx.calib.images.cpu(), ctx.calib.labels.cpu(), mean=MEAN, std=STD)
+    extra = {"calib": dataset, "calib_images": len(dataset), "effort": "normal"}
+    fitted = tiedconv.convert(model, scheme, **extra, **options)
+    return Compact(fitted, "calibrated", plain, options)
+
+
+def calibrates() -> bool:
+    """Whether this tiedconv can calibrate."""
+    return "calib" in inspect.signature(tiedconv.convert).parameters
+
+
+def _options(
+    ctx: Context, budget: float, scheme: str, model: nn.Module, fixed: Mapping[str, Any]
+) -> dict[str, Any]:
+    if scheme not in all_schemes():
+        raise SchemeError(f"There is no scheme {scheme!r} yet")
+    ways: list[Mapping[str, Any]] = [{}]
+    if scheme == "tied":
+        ways += [{"groups": "adjacent:2"}, {"groups": "adjacent:4"}]
+    ways += all_schemes()[scheme].further
+    if (ctx.name, scheme, budget) in OPTIONS:
+        ways = [OPTIONS[ctx.name, scheme, budget]]
+    for way in ways:
+        try:
+            tiedconv.plan(model, scheme, params=f"{budget}%", **{**way, **fixed})
+        except BudgetError as error:
+            refused = error
+        else:
+            return {**way, **fixed}
+    raise refused
+
+
+def _tied_scratch(ctx: Context, budget: float, _: str, seed: int) -> Compact:
+    """The paper's own way: tied from the start, no scales, random weights."""
+    made = convert(ctx, budget, "tied", data=False, model=ctx.random(None, seed), scale=False)
+    return Compact(made.model, "scratch", options=made.options)
+
+
+OURS = ("tied", "lors", "basis", "auto", "lowrank")
+METHODS: dict[str, Method] = {
+    **{n: Method(lambda c, b, v, s, n=n: convert(c, b, n)) for n in OURS},
+    **{f"{n}-datafree": Method(lambda c, b, v, s, n=n: convert(c, b, n, data=False)) for n in OURS},
+    "svd": Method(lambda c, b, v, s: Compact(rivals.svd(c, b))),
+    "whitened-svd": Method(lambda c, b, v, s: Compact(rivals.whitened_svd(c, b), "calibrated")),
+    "torch-pruning": Method(
+        lambda c, b, v, s: Compact(rivals.torch_pruning(c, b, v), "calibrated"),
+        ("uniform", "isomorphic"),
+    ),
+    "minivit": Method(
+        lambda c, b, v, s: Compact(rivals.minivit(c, b, v)),
+        ("mean", "first"),
+        heal={"mean": {"hidden": 0.1}, "first": {"hidden": 0.1}},
+    ),
+    "half-width": Method(
+        lambda c, b, v, s: Compact(rivals.half_width(c, b, s), "scratch"), seeded=True
+    ),
+    "tied-scratch": Method(_tied_scratch, seeded=True),
+    "dense-more": Method(
+        lambda c, b, v, s: Compact(copy.deepcopy(c.dense)),
+        ("teacher", "no-teacher"),
+        dense=True,
+        heal={"no-teacher": {"distill": 0.0}},
+    ),
+}  # fmt: skip
+
+
+class Bench:
+    """One model's runs, and the file they go to."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.store: dict[str, Any] = {}
+        if args.result.is_file():
+            self.store = json.loads(args.result.read_text())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        pixels = {k: v.to(device) for k, v in read_pixels(args.data).items()}
+        self.test = _some(pixels.pop("test"), args.limit)
+        dense = load(args).to(device).eval()
+        calib = _some(pixels["train"], args.calib_images)
+        self.held_out = _some(pixels["val"], args.select_images)
+        self.ctx = Context(args.model, dense, Teacher(dense), pixels, calib)
+        self.prepared = functools.lru_cache(1)(self._prepared)
+        self._check_setting(device)
+        if args.model not in self.store.setdefault("dense", {}):
+            self.store["dense"][args.model] = {
+                **_size(dense), "top1": top1(dense, self.test),
+                "held_out": top1(dense, self.held_out),
+            }  # fmt: skip
+            self.write()
+
+    def _check_setting(self, device: str) -> None:
+        setting = {
+            "steps": self.args.steps, "select_steps": self.args.select_steps, "batch": 256,
+            "rates": list(RATES), "temperature": 2.0, "distill": 0.9,
+            "calib_images": self.args.calib_images, "select_images": self.args.select_images,
+            "test_images": len(self.test), "augmentation": "crop, flip",
+        }  # fmt: skip
+        known = self.store.setdefault("settings", {}).setdefault(self.args.model, setting)
+        if {k: known.get(k) for k in setting} != setting:
+            raise SystemExit(f"{self.args.result} has other settings: {known}. Name another file.")
+        known["torch"] = str(torch.__version__)
+        known["device"] = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+
+    def write(self) -> None:
+        """The file, whole or not at all."""
+        self.args.result.parent.mkdir(parents=True, exist_ok=True)
+        part = self.args.result.with_suffix(".part")
+        part.write_text(json.dumps(self.store, indent=1) + "\n")
+        part.replace(self.args.result)
+
+    def _prepared(self, name: str, budget: float, variant: str, seed: int) -> dict[str, Any]:
+        """A small model and what it scores before its training."""
+        start = time.perf_counter()
+        made = METHODS[name].make(self.ctx, budget, variant, seed)
+        seconds = time.perf_counter() - start
+        return {"made": made, "seconds": seconds}
+
+    def untrained(self, made: Compact) -> dict[str, float | None]:
+        """Top-1 as converted and as calibrated; a batch norm's statistics are a calibration."""
+        plain = made.model if made.stage == "converted" else made.datafree
+        converted = None if plain is None else top1(plain, self.test)
+        fitted = copy.deepcopy(made.model)
+        renewed = recalibrate(fitted, self.ctx.pixels["train"])
+        calibrated = None
+        if made.stage == "calibrated" or (made.stage == "converted" and renewed):
+            calibrated = top1(fitted, self.test)
+        return {"top1_converted": converted, "top1_calibrated": calibrated}
+
+    def trained(
+        self, name: str, model: nn.Module, variant: str, steps: int, lr: float, seed: int
+    ) -> nn.Module:
+        """A copy of the model, trained."""
+        model = copy.deepcopy(model)
+        more = METHODS[name].heal.get(variant, {})
+        heal(model, self.ctx.teacher, self.ctx.pixels["train"], steps, lr, seed, **more)
+        recalibrate(model, self.ctx.pixels["train"])
+        return model
+
+    def choose(self, name: str, budgets: list[float]) -> dict[str, Any] | None:
+        """Learning rate and variant; None if no budget can be met."""
+        known = self.store.setdefault("select", {})
+        key = f"{self.args.model}/{name}"
+        if key in known:
+            return known[key]
+        middle = sorted(budgets)[len(budgets) // 2]
+        for budget in sorted(budgets, key=lambda b: abs(b - middle)):
+            scores = {}
+            try:
+                for variant in METHODS[name].variants:
+                    made = self.prepared(name, budget, variant, 0)["made"]
+                    for lr in RATES:
+                        model = self.trained(
+                            name, made.model, variant, self.args.select_steps, lr, 0
+                        )
+                        scores[f"{variant}@{lr}"] = top1(model, self.held_out)
+            except BudgetError:
+                continue
+            variant, _, lr = max(scores, key=scores.__getitem__).partition("@")
+            known[key] = {"budget": budget, "held_out": scores, "variant": variant, "lr": float(lr)}
+            self.write()
+            print(key, known[key], flush=True)
+            return known[key]
+        return None
+
+    def run(self, name: str, budget: float, seed: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """One small model, made, trained and measured."""
+        found = self.prepared(
+            name, budget, chosen["variant"], seed if METHODS[name].seeded else 0
+        )  # fmt: skip
+        made: Compact = found["made"]
+        if "before" not in found:
+            found["before"] = {
+                **_size(made.model), "options": dict(made.options), **self.untrained(made)
+            }  # fmt: skip
+        start = time.perf_counter()
+        model = self.trained(
+            name, made.model, chosen["variant"], self.args.steps, chosen["lr"], seed
+        )
+        return {
+            "variant": chosen["variant"], "lr": chosen["lr"], **found["before"],
+            "top1_finetuned": top1(model, self.test),
+            "held_out": top1(model, self.held_out),
+            "seconds_made": round(found["seconds"], 1),
+            "seconds_trained": round(time.perf_counter() - start, 1),
+        }  # fmt: skip
+
+    def method(self, name: str) -> None:
+        """All runs of a method that are not in the file yet."""
+        budgets = [100.0] if METHODS[name].dense else self.args.budgets
+        runs = self.store.setdefault("runs", {})
+        keys = {
+            f"{self.args.model}/{name}/{b:g}/{s}": (b, s) for b in budgets for s in self.args.seeds
+        }
+        if all(key in runs for key in keys):
+            return
+        chosen = self.choose(name, budgets)
+        for key, (budget, seed) in keys.items():
+            if key in runs:
+                continue
+            try:
+                if chosen is None:
+                    self.prepared(name, budget, METHODS[name].variants[0], 0)
+                assert chosen is not None
+                runs[key] = self.run(name, budget, seed, chosen)
+            except BudgetError as error:
+                runs[key] = {"infeasible": str(error)}
+            self.write()
+            print(key, runs[key], flush=True)
+
+
+def _some(pixels: Pixels, count: int | None) -> Pixels:
+    """So many images at random, the same ones each time; they lie in the order of the classes."""
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    return pixels.take(order[:count].to(pixels.labels.device))
+
+
+def _size(model: nn.Module) -> dict[str, int]:
+    return {
+        "parameters": stored_parameters(model), "bytes": stored_bytes(model), "flops": flops(model)
+    }  # fmt: skip
+
+
+def load(args: argparse.Namespace) -> nn.Module:
+    """The pretrained model."""
+    file = args.vit if args.model == "vit-real" else args.models / f"{args.model}.safetensors"
+    weights = load_file(file)
+    classes = next(len(weights[n]) for n in ("head.weight", "fc.weight") if n in weights)
+    if args.model == "vit-real":
+        model = rivals.WIDTHS["vit-real"][0](128, classes)
+    else:
+        model = SIZES[args.model](classes)
+    model.load_state_dict(weights)
+    return model
+
+
+def merge(files: list[Path], result: Path) -> None:
+    """Join results; where two files have the same run, the later one counts."""
+    store = json.loads(result.read_text()) if result.is_file() else {}
+    for file in files:
+        for part, entries in json.loads(file.read_text()).items():
+            for key, entry in entries.items():
+                known = store.setdefault(part, {}).get(key)
+                if part == "settings" and known and known["steps"] != entry["steps"]:
+                    raise SystemExit(f"{file}: {key} was trained for another number of steps")
+                store[part][key] = entry
+    result.write_text(json.dumps(store, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(".data/cifar10"))
+    parser.add_argument("--models", type=Path, default=Path(".data/models"))
+    parser.add_argument("--vit", type=Path, default=Path(".data/vit_cifar10.safetensors"))
+    parser.add_argument("--model", choices=[*rivals.WIDTHS], default="vit-real")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[50, 30, 20, 10])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--select-steps", type=int, default=30)
+    parser.add_argument("--select-images", type=int, default=2000)
+    parser.add_argument("--calib-images", type=int, default=CALIB_IMAGES)
+    parser.add_argument("--limit", type=int, help="test images, for a trial")
+    parser.add_argument("--only", nargs="+", choices=[*METHODS], metavar="NAME",
+                        default=[n for n in METHODS if not n.endswith("-datafree")])  # fmt: skip
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    args = parser.parse_args()
+    if args.merge:
+        return merge(args.merge, args.result)
+    print(f"tiedconv {tiedconv.__version__}, torch {torch.__version__}, calibrates: {calibrates()}")
+    bench = Bench(args)
+    for name in args.only:
+        try:
+            bench.method(name)
+        except SchemeError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Block-wise calibration without labels: a tied model is fitted to its original on a few images."""
+
+from __future__ import annotations
+
+from tiedconv.calibration.blockwise import fit_blocks
+from tiedconv.calibration.config import EFFORTS, CalibConfig, Effort
+from tiedconv.calibration.events import (
+    BlockwiseResult,
+    CalibEvent,
+    Fitted,
+    Fitting,
+    Joint,
+    OnCalibEvent,
+    SpanResult,
+)
+
+__all__ = [
+    "EFFORTS",
+    "BlockwiseResult",
+    "CalibConfig",
+    "CalibEvent",
+    "Effort",
+    "Fitted",
+    "Fitting",
+    "Joint",
+    "OnCalibEvent",
+    "SpanResult",
+    "fit_blocks",
+]

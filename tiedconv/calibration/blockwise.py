@@ -1,0 +1,318 @@
+"""Block-wise calibration: each block of a tied model is fitted to the original's, without labels.
+
+Span by span in order of execution, the compact network's output is brought close to the
+original's on calibration images. The compact span reads what the compact network so far gives,
+the original what the original gives, so that errors are mended rather than piled up.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tiedconv.binding import state_of, unfreeze
+from tiedconv.calibration.config import CalibConfig
+from tiedconv.calibration.events import (
+    BlockwiseResult,
+    Fitted,
+    Fitting,
+    Joint,
+    OnCalibEvent,
+    SpanResult,
+    ignore,
+)
+from tiedconv.calibration.fitting import Schedule, mean_error, minimise, split
+from tiedconv.calibration.objectives import JointObjective, SpanObjective
+from tiedconv.calibration.pair import Pair
+from tiedconv.calibration.state import checkpoint_path, foreign, identity_of, load_state, save_state
+from tiedconv.calibration.streams import Cache, Stream, read_images, release
+from tiedconv.calibration.units import Span
+from tiedconv.data import Loader
+from tiedconv.errors import UserError
+from tiedconv.training.batchnorm import modes_kept
+from tiedconv.training.device import Placement, pick_device
+from tiedconv.training.evaluation import EVENT_SECONDS
+
+
+def fit_blocks(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Dataset[Any],
+    config: CalibConfig | None = None,
+    *,
+    device: str | torch.device = "auto",
+    workers: int | None = None,
+    checkpoint_dir: Path | None = None,
+    resume: bool = False,
+    on_event: OnCalibEvent | None = None,
+) -> BlockwiseResult:
+    """Fits a tied model to its original, block by block, in place; both move to the device.
+
+    A tenth of the images is held out, and no fit is kept that makes the error on these worse.
+    On the CPU a calibration that was interrupted and resumed ends with the same bits as one that
+    was not. The teacher's tensors, both models' modes, hooks and `requires_grad` stay as they
+    were.
+
+    Args:
+        student: a tied model.
+        teacher: the model that it was converted from, of the same class and module names.
+        data: gives (image, label) in a form that `Loader` knows; labels are not used.
+        config: the options; the defaults if None.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        workers: processes that read images; None chooses.
+        checkpoint_dir: where to keep `calibration.safetensors`, written after each span.
+        resume: go on from that file; without the file, start at the beginning.
+        on_event: called with each event.
+
+    Returns:
+        errors before and after. The student's parameters keep their identity.
+
+    Raises:
+        UserError: the student isn't tied, the teacher is another model; a device or checkpoint
+            that doesn't fit.
+        DataError: no image can be read.
+        TrainingError: outputs that are not finite before any fit.
+    """
+    config = config or CalibConfig()
+    state_of(student)  # raises if it isn't tied
+    if resume and checkpoint_dir is None:
+        raise UserError("Nothing to resume from", remedy="Give the checkpoint folder as well")
+    if teacher is student:
+        raise UserError(
+            "Teacher and student are the same model",
+            "There is nothing to learn from",
+            "Convert a copy, as tiedconv.convert does without inplace",
+        )
+    path = None if checkpoint_dir is None else checkpoint_path(Path(checkpoint_dir))
+    unfreeze(student)
+    placement = Placement.choose(student, pick_device(device), config.amp)
+    for model in (student, teacher):
+        placement.place(model)
+    loader = Loader(data, config.batch_size, workers=workers, pin=placement.device.type == "cuda")
+    try:
+        with _ready(student, teacher), Cache(config.cache_bytes) as cache, closing(loader):
+            images, broken = read_images(loader, cache)
+            loader.close()
+            pair = Pair.probed(student, teacher, images, placement)
+            run = _Run(config, pair, images, cache, on_event or ignore)
+            run.path = path
+            return run.go(resume, broken)
+    finally:
+        placement.release(student, teacher)
+
+
+@contextmanager
+def _ready(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+    """Both models in evaluation mode, without gradients; as they were afterwards."""
+    flags = [(p, p.requires_grad) for m in (student, teacher) for p in m.parameters()]
+    with modes_kept(student), modes_kept(teacher):
+        try:
+            for model in (student, teacher):
+                model.eval()
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+
+
+@dataclass
+class _Progress:
+    """Where a calibration stands: plain data, kept in the checkpoint."""
+
+    fits: int = 0
+    joint: bool = False
+    seconds: float = 0.0
+    kl_before: float = math.nan
+    kl_after: float = math.nan
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any], path: Path) -> _Progress:
+        try:
+            return cls(**saved)
+        except TypeError as error:
+            raise foreign(path) from error
+
+
+class _Run:
+    """One call of `fit_blocks`."""
+
+    def __init__(
+        self, config: CalibConfig, pair: Pair, images: Tensor, cache: Cache, emit: OnCalibEvent
+    ) -> None:
+        self.config, self.pair, self.images, self.cache = config, pair, images, cache
+        self.emit = emit
+        self.train, self.held = split(len(images), config.seed)
+        self.at = _Progress()
+        self.path: Path | None = None
+        self.identity = identity_of(config, state_of(pair.student.model).plan, len(images))
+        self.streams: tuple[int, Stream, Stream] | None = None
+        self.start = time.perf_counter()
+
+    def go(self, resume: bool, broken: list[str]) -> BlockwiseResult:
+        """Calibrates from the beginning or from the checkpoint to the end."""
+        joint = self.joint_objective()
+        if resume and self.path is not None and self.path.exists():
+            saved = load_state(self.path, self.pair.student.model, self.identity)
+            self.at = _Progress.of(saved, self.path)
+        else:
+            self.at.kl_before = mean_error(joint, self.held, self.config.batch_size)
+        self.start -= self.at.seconds
+        spans = self.pair.spans
+        while self.at.fits < self.config.total_passes * len(spans):
+            self.fit_span(*divmod(self.at.fits, len(spans)))
+        if not self.at.joint:
+            self.fit_jointly(joint)
+        results = zip(spans, self.at.before, self.at.after, strict=False)
+        return BlockwiseResult(
+            spans=tuple(SpanResult(s.units, before, after) for s, before, after in results),
+            kl_before=self.at.kl_before,
+            kl_after=self.at.kl_after,
+            images=len(self.images),
+            held_out=len(self.held),
+            skipped=len(broken),
+            example_of_skipped=broken[0] if broken else None,
+            seconds=self.at.seconds,
+        )
+
+    def fit_span(self, number: int, index: int) -> None:
+        """Fits one span and saves."""
+        span, count = self.pair.spans[index], len(self.pair.spans)
+        objective = self.span_objective(index)
+        steps = self.config.span_steps(len(self.train))
+
+        def tell(step: int, loss: float) -> None:
+            error = _relative(loss, span)
+            self.emit(Fitting(span.units, index, count, number, step, steps, error))
+
+        schedule = self.schedule(steps, self.config.lr, number, index)
+        before, after = (
+            _relative(error, span)
+            for error in minimise(objective, self.train, self.held, schedule, _seldom(tell, steps))
+        )
+        self.at.fits += 1
+        if number == 0:
+            self.at.before.append(before)
+            self.at.after.append(after)
+        self.at.after[index] = after
+        self.save()
+        self.emit(Fitted(span.units, index, count, number, before, after))
+
+    def span_objective(self, index: int) -> SpanObjective:
+        """The objective of a span, with its streams."""
+        span, student, teacher = self.pair.spans[index], self.pair.student, self.pair.teacher
+        ours, theirs = self.streams_of(index)
+        objective = SpanObjective(
+            modules=student.modules(span),
+            parameters=self.pair.parameters(span.units),
+            student=student.outputs(span),
+            teacher=teacher.outputs(span),
+            student_stream=ours,
+            teacher_stream=theirs,
+            placement=student.placement,
+        )
+        objective.measure_energies(self.config.batch_size)
+        return objective
+
+    def streams_of(self, index: int) -> tuple[Stream, Stream]:
+        """What reaches a span in the student and in the teacher.
+
+        After a resume the streams are advanced from where they began, just as they would have
+        been, so that they have the same bits.
+        """
+        spans, size = self.pair.spans, self.config.batch_size
+        entry = spans[index].entry
+        if entry is None:
+            if self.streams is not None:
+                release(self.streams[1:], self.cache)
+            ours, theirs = (
+                side.stream(spans[index], self.images, size, self.cache)
+                for side in (self.pair.student, self.pair.teacher)
+            )
+        elif self.streams is not None and self.streams[0] == index - 1:
+            ours, theirs = (
+                side.advance(stream, spans[index - 1], entry, size, self.cache)
+                for side, stream in zip(
+                    (self.pair.student, self.pair.teacher), self.streams[1:], strict=True
+                )
+            )
+        else:
+            self.streams_of(index - 1)
+            return self.streams_of(index)
+        self.streams = index, ours, theirs
+        return ours, theirs
+
+    def joint_objective(self) -> JointObjective:
+        """The objective of the whole model, without the units' errors."""
+        student, teacher = self.pair.student, self.pair.teacher
+        return JointObjective(
+            model=student.model,
+            parameters=[p for p in student.model.parameters() if p.is_floating_point()],
+            units=[m for span in self.pair.spans for m in student.modules(span)],
+            teacher=teacher.model,
+            teacher_units=[m for span in self.pair.spans for m in teacher.modules(span)],
+            images=self.images,
+            placement=student.placement,
+        )
+
+    def fit_jointly(self, objective: JointObjective) -> None:
+        """Fits the whole model; without steps, estimates the batch norms' statistics alone."""
+        if self.streams is not None:
+            release(self.streams[1:], self.cache)
+            self.streams = None
+        steps = self.config.total_joint_steps(len(self.train))
+        if steps:
+            objective.measure_energies(self.config.batch_size)
+
+        def tell(step: int, loss: float) -> None:
+            self.emit(Joint(step, steps, loss))
+
+        schedule = self.schedule(steps, self.config.joint_lr, self.config.total_passes, 0)
+        _, self.at.kl_after = minimise(
+            objective, self.train, self.held, schedule, _seldom(tell, steps)
+        )
+        self.at.joint = True
+        self.save()
+
+    def schedule(self, steps: int, lr: float, number: int, index: int) -> Schedule:
+        """How a fit goes; its order of images depends on which fit it is."""
+        seed = (self.config.seed, 2, number, index)
+        return Schedule(steps, lr, self.config.clip, self.config.batch_size, seed)
+
+    def save(self) -> None:
+        """Writes the checkpoint, if there is a folder for it."""
+        self.at.seconds = time.perf_counter() - self.start
+        if self.path is not None:
+            save_state(self.path, self.pair.student.model, self.identity, asdict(self.at))
+
+
+def _relative(error: float, span: Span) -> float:
+    """The relative error of a mean unit from the sum of squared ones."""
+    return math.sqrt(error / len(span.units)) if error >= 0 else error
+
+
+def _seldom(tell: Callable[[int, float], None], steps: int) -> Callable[[int, float], None]:
+    """Tells of the last step, and of those before at most ten times a second."""
+    told = time.perf_counter()
+
+    def maybe(step: int, loss: float) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if step == steps or now - told >= EVENT_SECONDS:
+            told = now
+            tell(step, loss)
+
+    return maybe

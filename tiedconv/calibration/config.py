@@ -1,0 +1,126 @@
+"""How to calibrate: one frozen record, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tiedconv.errors import UserError
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What an effort stands for: epochs over the calibration images, bounded in steps.
+
+    Attributes:
+        passes: over all spans.
+        epochs: over the images, for each span.
+        least: steps for each span, at least.
+        most: steps for each span, at most.
+        joint_epochs: over the images, for the whole model at the end; 0 for none.
+        joint_most: steps for the whole model, at most.
+    """
+
+    passes: int
+    epochs: int
+    least: int
+    most: int
+    joint_epochs: int
+    joint_most: int
+
+
+EFFORTS = {
+    "fast": Effort(0, 0, 0, 0, 0, 0),
+    "normal": Effort(1, 10, 100, 300, 10, 600),
+    "thorough": Effort(2, 20, 200, 1000, 40, 3000),
+}
+
+
+@dataclass(frozen=True)
+class CalibConfig:
+    """The options of `fit_blocks`.
+
+    Attributes:
+        effort: "fast" only estimates the statistics of batch norms anew; "normal" fits block by
+            block, in minutes; "thorough" takes longer.
+        batch_size: images in a step.
+        lr: the highest learning rate of a fit, as a share of a tensor's root mean square, so
+            that a step changes each entry by about that share.
+        joint_lr: likewise, for the whole model at the end.
+        passes: over all spans; None leaves it to the effort, likewise below.
+        steps: for each span.
+        joint_steps: for the whole model at the end; 0 for none.
+        clip: largest norm of the gradient; 0 for no clipping.
+        seed: decides the order of images, and which are held out.
+        cache_bytes: activations and images kept in memory at most; what is beyond goes to a
+            temporary file.
+        amp: "auto" for bfloat16 autocast on CUDA, or "off".
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    effort: str = "normal"
+    batch_size: int = 64
+    lr: float = 0.02
+    joint_lr: float = 0.01
+    passes: int | None = None
+    steps: int | None = None
+    joint_steps: int | None = None
+    clip: float = 1.0
+    seed: int = 0
+    cache_bytes: int = 2 * 2**30
+    amp: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("effort", self.effort, tuple(EFFORTS))
+        _one_of("amp", self.amp, ("auto", "off"))
+        _at_least("batch_size", self.batch_size, 1)
+        for name in ("lr", "joint_lr"):
+            _at_least(name, getattr(self, name), 0, open_low=True)
+        for name in ("clip", "seed", "cache_bytes"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("passes", "steps", "joint_steps"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 0)
+
+    @property
+    def total_passes(self) -> int:
+        """Passes over all spans."""
+        if self.steps == 0:
+            return 0
+        return EFFORTS[self.effort].passes if self.passes is None else self.passes
+
+    def span_steps(self, images: int) -> int:
+        """Steps for each span, given the number of images that are fitted."""
+        if self.steps is not None:
+            return self.steps
+        # Passes asked for with the effort "fast" take the steps of "normal".
+        effort = EFFORTS[self.effort] if EFFORTS[self.effort].passes else EFFORTS["normal"]
+        return min(max(effort.epochs * self._batches(images), effort.least), effort.most)
+
+    def total_joint_steps(self, images: int) -> int:
+        """Steps for the whole model, given the number of images that are fitted."""
+        if self.joint_steps is not None:
+            return self.joint_steps
+        effort = EFFORTS[self.effort]
+        return min(effort.joint_epochs * self._batches(images), effort.joint_most)
+
+    def _batches(self, images: int) -> int:
+        return -(-images // self.batch_size)
+
+
+def _at_least(name: str, value: float, low: float, *, open_low: bool = False) -> None:
+    # Written so that NaN fails too.
+    if (low < value if open_low else low <= value) and value != math.inf:
+        return
+    rule = f"more than {low:g}" if open_low else f"{low:g} or more"
+    raise UserError(f"The calibration option {name} is {value}", remedy=f"Choose {rule}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(
+            f"The calibration option {name} is {value!r}",
+            remedy=f"Choose one of {', '.join(allowed)}",
+        )

@@ -1,0 +1,102 @@
+"""What block-wise calibration tells while it runs, and what it gives in the end.
+
+Errors are relative Frobenius errors of outputs: 0 is exact, 1 is as bad as a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A span is being fitted; told at most ten times a second.
+
+    Attributes:
+        units: names of the span's modules; "" is the whole model.
+        index: which span of the pass, from 0.
+        count: spans in a pass.
+        pass_index: which pass, from 0.
+        step: steps done.
+        steps: steps in all.
+        error: of the last few steps, on the images that are fitted.
+    """
+
+    units: tuple[str, ...]
+    index: int
+    count: int
+    pass_index: int
+    step: int
+    steps: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A span is done (and saved); the errors are those on held-out images."""
+
+    units: tuple[str, ...]
+    index: int
+    count: int
+    pass_index: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The whole model is being fitted; `loss` is that of the last few steps."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+CalibEvent = Fitting | Fitted | Joint
+
+OnCalibEvent = Callable[[CalibEvent], None]
+
+
+def ignore(event: CalibEvent) -> None:
+    """The listener of those who don't listen."""
+
+
+@dataclass(frozen=True)
+class SpanResult:
+    """What became of one span, over all passes.
+
+    Attributes:
+        units: names of its modules; "" is the whole model.
+        before: error on held-out images before its first fit.
+        after: error on held-out images after its last fit.
+    """
+
+    units: tuple[str, ...]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class BlockwiseResult:
+    """What a calibration did.
+
+    Attributes:
+        spans: in order of execution; empty if the effort is "fast".
+        kl_before: KL(teacher || student) of the outputs on held-out images, in nats.
+        kl_after: likewise, at the end.
+        images: number of images used, the held-out ones among them.
+        held_out: number of held-out images.
+        skipped: number of images that could not be read.
+        example_of_skipped: the first of them, or None.
+        seconds: time taken, over all resumed parts.
+    """
+
+    spans: tuple[SpanResult, ...]
+    kl_before: float
+    kl_after: float
+    images: int
+    held_out: int
+    skipped: int
+    example_of_skipped: str | None
+    seconds: float

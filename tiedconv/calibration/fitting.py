@@ -1,0 +1,283 @@
+"""The fit itself: minimise an objective over some tensors and keep the best held-out state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tiedconv.calibration.streams import chunks
+from tiedconv.errors import TrainingError
+
+WARMUP = 0.05
+"""Share of the steps in which the rate rises."""
+
+LAST_RATE = 0.01
+"""The rate of the last step, as a share of the highest."""
+
+CHECKS = 6
+"""Measurements on held-out images along a fit."""
+
+LEAST_SIZE = 0.01
+"""A tensor is taken to have at least this root mean square: a zero bias must move too."""
+
+
+class Objective(Protocol):
+    """What is to be made small. Indices are of images, on the CPU."""
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The student's modules that take part."""
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """What is fitted."""
+
+    def loss(self, index: Tensor) -> Tensor:
+        """A scalar with a gradient, the mean over these images."""
+
+    def error(self, index: Tensor) -> float:
+        """The mean over these images of what decides which state is kept."""
+
+    def run(self, index: Tensor) -> None:
+        """Runs the student's modules, for the sake of their batch norms."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to fit."""
+
+    steps: int
+    lr: float
+    clip: float
+    batch_size: int
+    seed: tuple[int, ...]
+
+
+def minimise(
+    objective: Objective,
+    train: Tensor,
+    held: Tensor,
+    schedule: Schedule,
+    on_step: Callable[[int, float], None],
+) -> tuple[float, float]:
+    """Fits the objective's parameters, in place.
+
+    Batch norms get their statistics measured over the training images before the fit. Where
+    that helps, they run with the statistics of the batch in the fit, and are measured again
+    before each measurement of the error; where it doesn't, they keep what they have. The state
+    with the smallest held-out error is kept, and the state at the start is one of them.
+
+    Args:
+        objective: its modules are in evaluation mode.
+        train: indices of the images to fit.
+        held: indices of the held-out images.
+        schedule: how long and how fast.
+        on_step: called with the number of steps done and the last loss that was read.
+
+    Returns:
+        the held-out error before and after.
+
+    Raises:
+        TrainingError: the error is not finite before any step.
+    """
+    best = _Best(objective, held, schedule.batch_size)
+    before = best.error
+    if not math.isfinite(before):
+        raise TrainingError(
+            "The model's outputs are NaN or infinite before any fit",
+            "There is nothing to fit",
+            "Check the original model and the images; with bfloat16, choose --amp off",
+        )
+    norms = batchnorms(objective.modules)
+    if norms:
+        estimate(norms, objective, train, schedule.batch_size)
+        if not best.consider():
+            # The original's own statistics are not those of these images.
+            best.restore()
+            norms = []
+    if schedule.steps and objective.parameters:
+        try:
+            _descend(objective, train, schedule, norms, best, on_step)
+        finally:
+            for parameter in objective.parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            best.restore()
+    else:
+        best.restore()
+    return before, best.error
+
+
+def _descend(
+    objective: Objective,
+    train: Tensor,
+    schedule: Schedule,
+    norms: Sequence[_BatchNorm],
+    best: _Best,
+    on_step: Callable[[int, float], None],
+) -> None:
+    for parameter in objective.parameters:
+        parameter.requires_grad_(True)
+    optimizer = _optimizer(objective.parameters)
+    base = [group["lr"] for group in optimizer.param_groups]
+    every = max(1, -(-schedule.steps // CHECKS))
+    told = 0.0
+    for step, index in enumerate(_batches(train, schedule), 1):
+        factor = _factor(step, schedule)
+        for group, size in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = schedule.lr * size * factor
+        with _batch_statistics(norms if len(index) > 1 else ()):
+            loss = objective.loss(index)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+        if schedule.clip:
+            nn.utils.clip_grad_norm_(objective.parameters, schedule.clip)
+        optimizer.step()
+        last = step == schedule.steps
+        # Reading a number waits for the device.
+        if step % 10 == 1 or last:
+            told = float(loss.detach())
+            if not math.isfinite(told):
+                return  # what was best so far is kept
+        on_step(step, told)
+        if last or step % every == 0:
+            if norms:
+                estimate(norms, objective, train, schedule.batch_size)
+            best.consider()
+
+
+def _optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam whose rate for each tensor is its size, to be multiplied by a relative rate."""
+    groups = [
+        {"params": [p], "lr": max(LEAST_SIZE, float(p.detach().float().square().mean().sqrt()))}
+        for p in parameters
+    ]
+    # Fits are short: a longer memory of squared gradients would outlast them.
+    return torch.optim.Adam(groups, betas=(0.9, 0.99))
+
+
+def _factor(step: int, schedule: Schedule) -> float:
+    """The rate of a step (from 1) as a share of the highest: warm-up, then half a cosine."""
+    warmup = WARMUP * schedule.steps
+    if step <= warmup:
+        return step / (warmup + 1)
+    done = (step - warmup) / max(1.0, schedule.steps - warmup)
+    return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _batches(train: Tensor, schedule: Schedule) -> Iterator[Tensor]:
+    """A batch for each step, of nearly equal sizes, epoch after epoch in a new order."""
+    random = np.random.default_rng(schedule.seed)
+    parts = -(-len(train) // schedule.batch_size)
+    step = 0
+    while True:
+        order = random.permutation(len(train))
+        for part in np.array_split(order, parts):
+            if step == schedule.steps:
+                return
+            step += 1
+            yield train[torch.from_numpy(part)]
+
+
+def split(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images to fit and of those held out, both sorted.
+
+    A tenth is held out, but at least 16 where that leaves half of them. A single image is both.
+    """
+    order = np.random.default_rng((seed, 1)).permutation(count)
+    held = max(count // 10, min(16, count // 2))
+    if not held:
+        return torch.arange(count), torch.arange(count)
+    return (
+        torch.from_numpy(np.sort(order[held:])),
+        torch.from_numpy(np.sort(order[:held])),
+    )
+
+
+class _Best:
+    """The state with the smallest held-out error so far."""
+
+    def __init__(self, objective: Objective, held: Tensor, batch_size: int) -> None:
+        self._objective, self._held, self._batch_size = objective, held, batch_size
+        buffers = [b for module in objective.modules for b in module.buffers()]
+        self._tensors: list[Tensor] = [*objective.parameters, *buffers]
+        self.error = self._measure()
+        self._state = self._copy()
+
+    def consider(self) -> bool:
+        """Measures the present state, keeps it if it is better, and says so."""
+        error = self._measure()
+        better = error < self.error  # false for NaN
+        if better:
+            self.error, self._state = error, self._copy()
+        return better
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the best state back."""
+        for tensor, value in zip(self._tensors, self._state, strict=True):
+            tensor.copy_(value)
+
+    def _measure(self) -> float:
+        return mean_error(self._objective, self._held, self._batch_size)
+
+    def _copy(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self._tensors]
+
+
+@torch.no_grad()
+def mean_error(objective: Objective, index: Tensor, batch_size: int) -> float:
+    """The objective's error over some images."""
+    parts = [index[at] for at in chunks(len(index), batch_size)]
+    return sum(objective.error(part) * len(part) for part in parts) / len(index)
+
+
+def batchnorms(modules: Sequence[nn.Module]) -> list[_BatchNorm]:
+    """The batch norms in some modules that keep statistics, each once."""
+    found = {
+        id(norm): norm
+        for module in modules
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats
+    }
+    return list(found.values())
+
+
+@torch.no_grad()
+def estimate(
+    norms: Sequence[_BatchNorm], objective: Objective, index: Tensor, batch_size: int
+) -> None:
+    """Replaces the statistics of batch norms by their plain average over some images."""
+    parts = [index[at] for at in chunks(len(index), batch_size) if len(at) > 1]
+    if not parts:  # one image has no variance
+        return
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's word for a cumulative average
+        with _batch_statistics(norms):
+            for part in parts:
+                objective.run(part)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+@contextmanager
+def _batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    try:
+        for norm in norms:
+            norm.training = True
+        yield
+    finally:
+        for norm in norms:
+            norm.training = False

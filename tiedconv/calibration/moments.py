@@ -1,0 +1,262 @@
+"""Second moments of what every weight reads and of the gradient of what it writes.
+
+Products with a weight are watched where they happen, below all modules: in the forward pass the
+other factor of a product is what the weight reads, in the backward pass it is the gradient of
+what the weight wrote. So fused projections, functional attention and convolutions are all seen,
+whatever module calls them. The loss is the model's own: the log-likelihood of a class drawn from
+its answer, so no label is needed, and the moments are those of the Fisher matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import Dataset
+
+from tiedconv.data import Loader
+from tiedconv.errors import DataError
+from tiedconv.metric import Metric, shrunk
+from tiedconv.training import logits_of, pick_device
+from tiedconv.training.batchnorm import modes_kept
+from tiedconv.training.device import Placement
+
+POSITIONS = 64
+"""Of an image's tokens or pixels, at most so many enter the moments, spread evenly."""
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What `gather_moments` found.
+
+    Args:
+        metrics: tensor name to metric, for every weight that took part.
+        ridges: tensor name to the ridges chosen for its two sides.
+        images: how many were read.
+        skipped: how many could not be read.
+    """
+
+    metrics: Mapping[str, Metric]
+    ridges: Mapping[str, tuple[float, float]]
+    images: int
+    skipped: int
+
+
+@dataclass
+class _Sums:
+    """Sums for one weight over the two halves of the images, float64."""
+
+    right: list[Tensor | None] = field(default_factory=lambda: [None, None])
+    left: list[Tensor | None] = field(default_factory=lambda: [None, None])
+    rows: list[int] = field(default_factory=lambda: [0, 0])
+
+
+def gather_moments(
+    model: nn.Module,
+    weights: Mapping[str, bool],
+    data: Dataset[Any],
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+    device: str = "auto",
+    workers: int | None = None,
+    on_images: Callable[[int, int], None] | None = None,
+) -> Moments:
+    """The metric of each weight of a model, from images without labels.
+
+    Memory is that of the moments, `in^2 + out^2` for each weight twice, and of one batch.
+
+    Args:
+        model: plain, not tied; its parameters and modes are left as they are.
+        weights: tensor names, and whether each is stored as `(in, out)`.
+        data: gives (image, label); labels are not looked at.
+        batch_size: images at a time.
+        seed: of the classes drawn.
+        device: `auto`, `cpu`, `cuda`, ...
+        workers: processes that decode images, None to choose.
+        on_images: called with (images done, images in all).
+
+    Raises:
+        DataError: no image could be read.
+    """
+    placement = Placement.choose(model, pick_device(device), "off")
+    placement.place(model)
+    loader = Loader(data, batch_size, workers=workers)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    watch = _Watch(model, weights)
+    counts, skipped = [0, 0], 0
+    try:
+        with modes_kept(model):
+            model.eval()
+            model.requires_grad_(False)
+            for batch in loader.epoch():
+                skipped += len(batch.broken)
+                if len(batch.images):
+                    counts[0] += (len(batch.images) + 1) // 2
+                    counts[1] += len(batch.images) // 2
+                    _one_batch(model, placement.images(batch.images), watch, generator)
+                if on_images is not None:
+                    on_images(sum(counts), loader.images)
+    finally:
+        loader.close()
+        placement.release(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+    if not sum(counts):
+        raise DataError(
+            "None of the calibration images could be read",
+            "Nothing can be measured",
+            "Check that the folder holds images",
+        )
+    return _finished(watch.sums, counts, skipped)
+
+
+def _one_batch(
+    model: nn.Module, images: Tensor, watch: _Watch, generator: torch.Generator
+) -> None:  # fmt: skip
+    # The images ask for a gradient, so that one reaches what every weight wrote.
+    images = images.detach().requires_grad_()
+    watch.batch = len(images)
+    with torch.enable_grad(), watch:
+        watch.backward = False
+        logits = logits_of(model(images)).float()
+        shares = logits.detach().softmax(-1).cpu().double()
+        drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
+        loss = -logits.log_softmax(-1).gather(-1, drawn).sum()
+        watch.backward = True
+        torch.autograd.grad(loss, images)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds the other factor of every product with a watched weight to its sums."""
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, bool]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        found = dict(model.named_parameters())
+        self._by_storage = {
+            found[name].untyped_storage().data_ptr(): (name, tuple(found[name].shape), transposed)
+            for name, transposed in weights.items()
+            if name in found
+        }
+        self.sums = {name: _Sums() for name in weights}
+        self.batch = 0
+        self.backward = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in _PRODUCTS:
+            self._product(*args[-2:])
+        elif name == "convolution" and not self.backward:
+            self._convolution(*args[:9])
+        elif name == "convolution_backward":
+            gradient, _, weight = args[:3]
+            if found := self._by_storage.get(_storage(weight)):
+                self._add(found[0], gradient.movedim(1, -1).flatten(0, -2), 0)
+        return out
+
+    def _product(self, a: Tensor, b: Tensor) -> None:
+        for weight, other in ((b, a), (a, b.mT)):
+            if found := self._by_storage.get(_storage(weight)):
+                name, shape, transposed = found
+                # A product may use some rows of the weight only, as of one of q, k, v.
+                offset = int(weight.storage_offset())
+                start = offset % shape[1] if transposed else offset // shape[1]
+                self._add(name, other.reshape(-1, other.shape[-1]), start)
+                return
+
+    def _convolution(
+        self, x: Tensor, weight: Tensor, _: Any, stride: Any, padding: Any, dilation: Any,
+        transposed: bool, __: Any, groups: int,
+    ) -> None:  # fmt: skip
+        found = self._by_storage.get(_storage(weight))
+        if found and not transposed and x.ndim == 4:
+            self._add(found[0], _patches(x, weight, stride, padding, dilation, groups), 0)
+
+    def _add(self, name: str, rows: Tensor, start: int) -> None:
+        """Add rows `(images * places, width)`, the images of a batch in two halves."""
+        sums = self.sums[name]
+        places = len(rows) // self.batch
+        each = rows.reshape(self.batch, places, -1) if places * self.batch == len(rows) else None
+        for half in (0, 1):
+            part = rows[half::2] if each is None else each[half::2].flatten(0, 1)
+            if not len(part):
+                continue
+            part, share = _some(part, len(part) // max(places, 1))
+            moment = (part.float().t() @ part.float()).double()
+            if self.backward:  # the gradients of all places add up to that of the image
+                sums.left[half] = _added(sums.left[half], moment * share, start)
+            else:
+                sums.right[half] = _added(sums.right[half], moment, 0)
+                sums.rows[half] += len(part)
+
+
+def _added(total: Tensor | None, moment: Tensor, start: int) -> Tensor:
+    """A total with a moment added along its diagonal from `start` on, larger if need be."""
+    stop = start + len(moment)
+    if total is None:
+        total = moment.new_zeros(stop, stop)
+    elif len(total) < stop:
+        total = nn.functional.pad(total, (0, stop - len(total), 0, stop - len(total)))
+    total[start:stop, start:stop] += moment
+    return total
+
+
+def _of(total: Tensor | None) -> Tensor:
+    assert total is not None
+    return total
+
+
+def _storage(tensor: Any) -> int:
+    return tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
+
+
+def _some(rows: Tensor, images: int) -> tuple[Tensor, float]:
+    """Some places of every image, and how many each stands for."""
+    places = len(rows) // images if images and len(rows) % images == 0 else 1
+    if places <= POSITIONS:
+        return rows, 1.0
+    kept = torch.linspace(0, places - 1, POSITIONS, device=rows.device).long()
+    return rows.reshape(images, places, -1)[:, kept].flatten(0, 1), places / POSITIONS
+
+
+def _patches(
+    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:  # fmt: skip
+    """What a convolution's matrix reads at each place, `(places, in * kh * kw)`."""
+    kernel = tuple(weight.shape[2:])
+    if kernel == (1, 1) and tuple(padding) == (0, 0):
+        columns = x[:, :, :: stride[0], :: stride[1]].flatten(2)
+    else:
+        columns = unfold(x, kernel, tuple(dilation), tuple(padding), tuple(stride))
+    n, _, places = columns.shape
+    # The groups of a grouped convolution read as many inputs each: one moment stands for all.
+    rows = columns.reshape(n, groups, -1, places).permute(0, 3, 1, 2)
+    return rows.flatten(0, 2)
+
+
+def _finished(sums: Mapping[str, _Sums], counts: list[int], skipped: int) -> Moments:
+    metrics: dict[str, Metric] = {}
+    ridges: dict[str, tuple[float, float]] = {}
+    for name, s in sums.items():
+        # Of one image alone, both halves are the same, and the ridge is the least there is.
+        halves = [h for h in (0, 1) if s.right[h] is not None and s.left[h] is not None]
+        if not halves:
+            continue  # never used on these images: all its errors count alike
+        rights = [_of(s.right[h]) / s.rows[h] for h in halves]
+        lefts = [_of(s.left[h]) / counts[h] for h in halves]
+        right, first = shrunk(rights[0], rights[-1])
+        left, second = shrunk(lefts[0], lefts[-1])
+        metrics[name] = Metric(left.cpu(), right.cpu())
+        ridges[name] = (first, second)
+    return Moments(metrics, ridges, sum(counts), skipped)

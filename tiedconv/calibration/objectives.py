@@ -1,0 +1,205 @@
+"""What is made small: the error of a span's outputs, or of the whole model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedconv.calibration.probing import Call
+from tiedconv.calibration.streams import Stream, chunks, run_tapped, take
+from tiedconv.training.device import Placement
+from tiedconv.training.losses import distillation_loss, logits_of
+
+Outputs = Callable[[list[Tensor]], list[Tensor]]
+"""From the per-image tensors of a batch to the outputs of a span's units."""
+
+
+def chain(modules: Sequence[nn.Module], calls: Sequence[Call], links: Sequence[object]) -> Outputs:
+    """Runs units that read one another's outputs."""
+
+    def outputs(tensors: list[Tensor]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for n, (module, call) in enumerate(zip(modules, calls, strict=True)):
+            output = call.run(module, tensors)
+            found.append(output.clone())  # the next unit may write into it
+            if n < len(links):
+                link = links[n]
+                assert isinstance(link, tuple)
+                tensors = [output if source < 0 else tensors[source] for source in link]
+        return found
+
+    return outputs
+
+
+def tapped(model: nn.Module, modules: Sequence[nn.Module]) -> Outputs:
+    """Runs a whole model on images, as far as its last unit."""
+
+    def outputs(tensors: list[Tensor]) -> list[Tensor]:
+        return run_tapped(lambda: model(tensors[0]), modules, stop=True)[0]
+
+    return outputs
+
+
+@dataclass
+class SpanObjective:
+    """The relative squared error of a span's outputs, summed over its units.
+
+    Args:
+        modules: the student's units.
+        parameters: what is fitted.
+        student: runs the student's units.
+        teacher: runs the teacher's units.
+        student_stream: what reaches the student's.
+        teacher_stream: what reaches the teacher's.
+        placement: of both.
+        energies: of the teacher's outputs, see `energies_of`.
+    """
+
+    modules: Sequence[nn.Module]
+    parameters: Sequence[nn.Parameter]
+    student: Outputs
+    teacher: Outputs
+    student_stream: Stream
+    teacher_stream: Stream
+    placement: Placement
+    energies: Sequence[float] = ()
+
+    def loss(self, index: Tensor) -> Tensor:
+        """The sum over units of the mean error over these images."""
+        with torch.no_grad(), self.placement.autocast():
+            targets = self.teacher(self.teacher_stream.take(index, self.placement))
+        with self.placement.autocast():
+            outputs = self.student(self.student_stream.take(index, self.placement))
+        return torch.stack(relative_errors(outputs, targets, self.energies)).sum()
+
+    def error(self, index: Tensor) -> float:
+        """The same, as a number."""
+        return float(self.loss(index))
+
+    def run(self, index: Tensor) -> None:
+        """Runs the student's units."""
+        with self.placement.autocast():
+            self.student(self.student_stream.take(index, self.placement))
+
+    @torch.no_grad()
+    def measure_energies(self, batch_size: int) -> None:
+        """Measures what errors are relative to, over all images."""
+
+        def batches() -> Iterable[list[Tensor]]:
+            for index in chunks(len(self.teacher_stream.tensors[0]), batch_size):
+                with self.placement.autocast():
+                    yield self.teacher(self.teacher_stream.take(index, self.placement))
+
+        self.energies = energies_of(batches())
+
+
+@dataclass
+class JointObjective:
+    """KL(teacher || student) of the outputs, plus the mean error of all units in the loss.
+
+    Args:
+        model: the student.
+        parameters: what is fitted.
+        units: the student's units.
+        teacher: the teacher.
+        teacher_units: the teacher's units.
+        images: all images.
+        placement: of both.
+        energies: of the teacher's outputs; empty leaves the units out of the loss.
+    """
+
+    model: nn.Module
+    parameters: Sequence[nn.Parameter]
+    units: Sequence[nn.Module]
+    teacher: nn.Module
+    teacher_units: Sequence[nn.Module]
+    images: Tensor
+    placement: Placement
+    energies: Sequence[float] = ()
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The whole model."""
+        return [self.model]
+
+    def loss(self, index: Tensor) -> Tensor:
+        """The loss of these images."""
+        taps = bool(self.energies)
+        with torch.no_grad():
+            targets, wanted = self._tapped(self.teacher, self.teacher_units if taps else (), index)
+        outputs, given = self._tapped(self.model, self.units if taps else (), index)
+        loss = distillation_loss(logits_of(given), logits_of(wanted), 1.0)
+        if taps:
+            loss = loss + torch.stack(relative_errors(outputs, targets, self.energies)).mean()
+        return loss
+
+    def error(self, index: Tensor) -> float:
+        """The KL of these images alone."""
+        _, wanted = self._tapped(self.teacher, (), index)
+        _, given = self._tapped(self.model, (), index)
+        return float(distillation_loss(logits_of(given), logits_of(wanted), 1.0))
+
+    def run(self, index: Tensor) -> None:
+        """Runs the student."""
+        self._tapped(self.model, (), index)
+
+    @torch.no_grad()
+    def measure_energies(self, batch_size: int) -> None:
+        """Measures what the units' errors are relative to, over all images."""
+
+        parts = chunks(len(self.images), batch_size)
+        self.energies = energies_of(
+            self._tapped(self.teacher, self.teacher_units, index)[0] for index in parts
+        )
+
+    def _tapped(
+        self, model: nn.Module, units: Sequence[nn.Module], index: Tensor
+    ) -> tuple[list[Tensor], Any]:
+        # Taken anew for each model, which may write into its input.
+        images = take(self.images, index, self.placement)
+        with self.placement.autocast():
+            return run_tapped(lambda: model(images), units, stop=False)
+
+
+def relative_errors(
+    outputs: Sequence[Tensor], targets: Sequence[Tensor], energies: Sequence[float]
+) -> list[Tensor]:
+    """||output - target||^2 of a mean image over the energy, for each unit."""
+    return [
+        (output.float() - target.float()).square().sum() / (len(output) * energy)
+        for output, target, energy in zip(outputs, targets, energies, strict=True)
+    ]
+
+
+def energies_of(batches: Iterable[Sequence[Tensor]]) -> list[float]:
+    """For each unit, the mean over images of ||output - mean over images||^2.
+
+    Args:
+        batches: outputs of the units, (B, ...) each, batch after batch.
+    """
+    sums: list[Tensor] = []
+    squares: list[Tensor] = []
+    count = 0
+    for outputs in batches:
+        exact = [_float64(output) for output in outputs]
+        parts = [output.sum(0) for output in exact]
+        powers = [output.square().sum() for output in exact]
+        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        squares = [a + b for a, b in zip(squares, powers, strict=True)] if squares else powers
+        count += len(outputs[0])
+    found: list[float] = []
+    for total, square in zip(sums, squares, strict=True):
+        power = float(square) / count
+        spread = power - float((total / count).square().sum())
+        # Outputs that are the same for all images would make any error infinite.
+        found.append(max(spread, 1e-6 * power, 1e-30))
+    return found
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    # Apple's GPU has no float64.
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
