@@ -26,13 +26,13 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["errors", "version"], 0),
     "expr": 1,
     **dict.fromkeys(["plan", "grouping"], 2),
-    **dict.fromkeys(["linalg", "gauge", "schemes", "families"], 3),
+    **dict.fromkeys(["linalg", "metric", "leastsquares", "gauge", "schemes", "families"], 3),
     **dict.fromkeys(
-        ["anatomy", "recipe", "budget", "planner", "files", "binding", "checkpoint"], 4
+        ["anatomy", "recipe", "budget", "search", "planner", "files", "binding", "checkpoint"], 4
     ),
-    **dict.fromkeys(["sources", "data", "training"], 5),
+    **dict.fromkeys(["sources", "data", "training", "calibration"], 5),
     **dict.fromkeys(
-        ["loading", "convert", "finetune", "evaluate", "report", "export", "verify", "demo"], 6
+        ["loading", "calibrate", "convert", "finetune", "evaluate", "report", "export", "verify", "demo"], 6
     ),
     "progressive": 6,
     **dict.fromkeys(["cli", "__main__"], 7),

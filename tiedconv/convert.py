@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import tiedconv.sources as sources
 from tiedconv.anatomy import Anatomy, examine
-from tiedconv.binding import is_tied, state_of, tie
+from tiedconv.binding import is_tied, set_state, state_of, tie
+from tiedconv.budget import Metrics
+from tiedconv.calibrate import Calibration, calibration_record
+from tiedconv.calibration import Moments
 from tiedconv.checkpoint import save
-from tiedconv.errors import UserError
+from tiedconv.errors import BudgetError, NothingToConvert, UserError
 from tiedconv.files import check_output
 from tiedconv.loading import is_compact, with_preprocess
 from tiedconv.plan import Plan
-from tiedconv.planner import fit_plan, make_plan, smaller_ways
+from tiedconv.planner import alternatives, fit_plan, make_plan, smaller_ways, weights_of
 from tiedconv.recipe import Recipe
 from tiedconv.sources import Preprocess, Source
 from tiedconv.version import __version__
@@ -85,6 +92,7 @@ def convert(
     model_args: Mapping[str, Any] | None = None,
     inplace: bool = False,
     seed: int = 0,
+    calib: str | Path | Dataset[Any] | Calibration | None = None,
     on_group: OnGroup | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -98,6 +106,8 @@ def convert(
         model_args: arguments of the model's constructor, for a spec.
         inplace: change the given model rather than a copy of it.
         seed: of random weights.
+        calib: images to convert by, without labels: a folder, a data set, or a `Calibration`
+            that says how many and with what effort. The model is left on the CPU.
         on_group: called with (groups fitted, groups in all).
         options: `params`, `include`, `exclude`, and the scheme's options.
 
@@ -115,7 +125,9 @@ def convert(
             raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
         source = Source("", weights="memory")
         model = model if inplace else copy.deepcopy(model)
-    return _convert(model, source, recipe, None, on_group)
+    if calib is not None and not isinstance(calib, Calibration):
+        calib = Calibration(calib)
+    return _convert(model, source, recipe, None, on_group, calib)
 
 
 def convert_file(
@@ -129,6 +141,7 @@ def convert_file(
     force: bool = False,
     seed: int = 0,
     command: str | None = None,
+    calib: Calibration | None = None,
     on_group: OnGroup | None = None,
 ) -> Conversion:
     """Convert a model and write the compact file; with no output, a dry run without weights.
@@ -143,6 +156,8 @@ def convert_file(
         force: replace an existing file.
         seed: of random weights.
         command: the command line, for the file's history.
+        calib: images to convert by; while it runs, `<output>.run/` holds the blocks done, and
+            the folder is removed when the file is written.
         on_group: called with (groups fitted, groups in all).
     """
     if is_compact(spec):
@@ -165,9 +180,18 @@ def convert_file(
     anatomy = examine(model)
     source = with_preprocess(source, preprocess)
     start = time.perf_counter()
-    _convert(model, source, recipe, command, on_group)
+    folder = output.with_name(output.name + ".run")
+    if calib is not None:
+        calib = dataclasses.replace(calib, run_dir=folder)
+    try:
+        _convert(model, source, recipe, command, on_group, calib)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where no block was finished, there is nothing to go on from
     seconds = time.perf_counter() - start
     size = save(model, output, force=force)
+    if calib is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     planned = state_of(model).plan
     ways = _ways(anatomy, recipe, planned)
     return Conversion(spec, planned, source.preprocess, output, size, seconds, ways)
@@ -179,26 +203,102 @@ def _convert(
     recipe: Recipe,
     command: str | None,
     on_group: OnGroup | None,
+    calib: Calibration | None = None,
 ) -> nn.Module:
+    data = None if calib is None else calib.open(source)
+    teacher = None if calib is None else copy.deepcopy(model)
+    fitted = _best_fit(model, recipe, on_group, calib, data)
+    own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    for name in fitted.plan.kept:
+        own[name].copy_(fitted.moved[name])
+    entry = {
+        "step": "convert",
+        "recipe": fitted.recipe.to_json(),
+        "command": command,
+        "original": fitted.plan.original,
+        "stored": fitted.plan.stored,
+        "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
+    }
+    tie(model, fitted.plan, fitted.factors, source=source.to_json())
+    if calib is not None and teacher is not None and data is not None:
+        assert fitted.moments is not None
+        result = calib.fit(model, teacher, data)
+        model.cpu()
+        entry["calibration"] = calibration_record(fitted.moments, result, calib)
+    set_state(model, history=(entry,))
+    return model
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A recipe carried out on a model's weights, before the model is tied."""
+
+    recipe: Recipe
+    plan: Plan
+    moved: dict[str, Tensor]
+    factors: dict[str, Tensor]
+    cost: float
+    moments: Moments | None
+
+
+def _best_fit(
+    model: nn.Module,
+    recipe: Recipe,
+    on_group: OnGroup | None,
+    calib: Calibration | None,
+    data: Dataset[Any] | None,
+) -> _Fitted:
+    """The fit of the recipe; of a scheme that wants others tried as well, the best of them."""
     anatomy = examine(model)
     own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     tensors = {name: own[name] for name in anatomy.shapes}
+    recipes = alternatives(recipe)
+    # With a single recipe the model's own tensors may be moved, which saves their size.
+    alone = len(recipes) == 1
+    best: _Fitted | None = None
+    for wanted in recipes:
+        try:
+            found = _fit(model, anatomy, wanted, tensors, alone, on_group, calib, data)
+        except (BudgetError, NothingToConvert):
+            if wanted is recipe:
+                raise
+            continue
+        if best is None or found.cost < best.cost:
+            best = found
+    assert best is not None
+    return best
+
+
+def _fit(
+    model: nn.Module,
+    anatomy: Anatomy,
+    recipe: Recipe,
+    tensors: Mapping[str, Tensor],
+    in_place: bool,
+    on_group: OnGroup | None,
+    calib: Calibration | None,
+    data: Dataset[Any] | None,
+) -> _Fitted:
+    moments: Moments | None = None
+
+    def measure(moved: Mapping[str, Tensor]) -> Metrics:
+        nonlocal moments
+        assert calib is not None
+        assert data is not None
+        # A copy, as placing a model on a device or in another layout gives it new tensors.
+        probe = copy.deepcopy(model)
+        probe.load_state_dict(moved, strict=False)
+        moments = calib.measure(probe, weights_of(anatomy, recipe), data)
+        return moments.metrics
+
     with torch.no_grad():
-        planned, moved = make_plan(anatomy, recipe, tensors, in_place=True)
-        planned, factors = fit_plan(planned, moved, on_group)
-        for name in planned.kept:
-            if moved[name] is not tensors[name]:
-                own[name].copy_(moved[name])
-    entry = {
-        "step": "convert",
-        "recipe": recipe.to_json(),
-        "command": command,
-        "original": planned.original,
-        "stored": planned.stored,
-        "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
-    }
-    tie(model, planned, factors, source=source.to_json(), history=(entry,))
-    return model
+        planned, moved = make_plan(
+            anatomy, recipe, tensors, in_place=in_place,
+            measure=measure if calib is not None else None,
+        )  # fmt: skip
+        metrics = moments.metrics if moments is not None else None
+        planned, factors, cost = fit_plan(planned, moved, on_group, metrics)
+    return _Fitted(recipe, planned, moved, factors, cost, moments)
 
 
 def _ways(anatomy: Anatomy, recipe: Recipe, planned: Plan) -> tuple[tuple[str, int], ...]:

@@ -18,7 +18,7 @@ from tiedconv.expr import Expr
 from tiedconv.families import all_families, find_blocks
 from tiedconv.gauge import Workbench
 from tiedconv.leastsquares import improve, total_cost
-from tiedconv.metric import IDENTITY, Metric
+from tiedconv.metric import IDENTITY
 from tiedconv.plan import Block, Group, Member, Plan, Slot, assemble, member_expr, stored_name
 from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import Draft, Scheme, all_schemes, make_scheme
@@ -142,7 +142,7 @@ def fit_plan(
     tensors: Mapping[str, Tensor],
     on_group: Callable[[int, int], None] | None = None,
     metrics: Metrics | None = None,
-) -> tuple[Plan, dict[str, Tensor]]:
+) -> tuple[Plan, dict[str, Tensor], float]:
     """The factors of every group, and the plan with the relative error of each fit.
 
     Args:
@@ -152,15 +152,17 @@ def fit_plan(
         metrics: what errors cost; the fit is improved in this metric and its error told in it.
 
     Returns:
-        the plan, and stored factor name to tensor, in the dtype of the weights they stand for.
+        the plan; stored factor name to tensor, in the dtype of the weights they stand for; and
+        the cost of all errors together.
     """
     factors: dict[str, Tensor] = {}
     groups: list[Group] = []
+    cost = 0.0
     for i, group in enumerate(plan.groups):
         dtype = tensors[group.members[0].slot.tensor].dtype
         matrices = [_working(m.matrix_of(tensors[m.slot.tensor])) for m in group.members]
         if group.scheme == KEPT:
-            fitted, error = {next(iter(group.factors)): matrices[0]}, 0.0
+            fitted, wrong, total = {next(iter(group.factors)): matrices[0]}, 0.0, 0.0
         else:
             scheme = make_scheme(group.scheme, group.options)
             measures = metrics_of(group.members, metrics or {})
@@ -168,7 +170,10 @@ def fit_plan(
             fitted = scheme.fit(matrices)
             if any(m is not IDENTITY for m in measures):
                 fitted = improve(weights, fitted, matrices, measures)
-            error = _error(weights, fitted, matrices, measures)
+            wrong = max(0.0, total_cost(weights, fitted, matrices, measures))
+            total = sum(m.cost(w) for w, m in zip(matrices, measures, strict=True))
+        cost += wrong
+        error = math.sqrt(wrong / total) if total > 0 else 0.0
         groups.append(dataclasses.replace(group, error=error))
         for name, value in fitted.items():
             # A factor has memory of its own: it is neither a weight itself nor part of one.
@@ -176,7 +181,30 @@ def fit_plan(
             factors[group.stored_name(name)] = own
         if on_group is not None:
             on_group(i + 1, len(plan.groups))
-    return dataclasses.replace(plan, groups=tuple(groups)), factors
+    return dataclasses.replace(plan, groups=tuple(groups)), factors, cost
+
+
+def weights_of(anatomy: Anatomy, recipe: Recipe) -> dict[str, bool]:
+    """The weights that a recipe governs, and whether each is stored as `(in, out)`."""
+    slots = (
+        slot
+        for task in draft(anatomy, recipe)
+        for block in task.blocks
+        for slot in block.slots.values()
+    )
+    return {slot.tensor: slot.transposed for slot in slots}
+
+
+def alternatives(recipe: Recipe) -> list[Recipe]:
+    """A recipe, and what else a scheme that chooses by size wants tried as a whole."""
+    found = [recipe]
+    for i, rule in enumerate(recipe.rules):
+        for other in make_scheme(rule.scheme, rule.options).alternatives():
+            options = {k: v for k, v in other.to_json().items() if v != ()}
+            changed = dataclasses.replace(rule, scheme=other.name, options=options)
+            rules = (*recipe.rules[:i], changed, *recipe.rules[i + 1 :])
+            found.append(Recipe(rules, recipe.budget or Budget(OPEN_BUDGET)))
+    return found
 
 
 def smaller_ways(anatomy: Anatomy, recipe: Recipe) -> list[tuple[str, int]]:
@@ -275,18 +303,6 @@ def _working(matrix: Tensor) -> Tensor:
 def _widened(tensor: Tensor) -> Tensor:
     half = tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.detach().float() if half else tensor
-
-
-def _error(
-    weights: Sequence[Expr],
-    factors: Mapping[str, Tensor],
-    matrices: Sequence[Tensor],
-    metrics: Sequence[Metric],
-) -> float:
-    """Relative error over all matrices of a group, in the metric: Frobenius without images."""
-    wrong = total_cost(weights, factors, matrices, metrics)
-    total = sum(metric.cost(matrix) for matrix, metric in zip(matrices, metrics, strict=True))
-    return math.sqrt(max(wrong, 0.0) / total) if total > 0 else 0.0
 
 
 def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToConvert:

@@ -13,6 +13,7 @@ from tiedconv.calibration.events import (
     OnCalibEvent,
     SpanResult,
 )
+from tiedconv.calibration.moments import Moments, gather_moments
 
 __all__ = [
     "EFFORTS",
@@ -23,7 +24,9 @@ __all__ = [
     "Fitted",
     "Fitting",
     "Joint",
+    "Moments",
     "OnCalibEvent",
     "SpanResult",
     "fit_blocks",
+    "gather_moments",
 ]

@@ -6,7 +6,7 @@ image is decoded.
 
 from __future__ import annotations
 
-from tiedconv.data.folders import Images, Split, find_images, find_split
+from tiedconv.data.folders import Images, Split, find_images, find_split, find_unlabelled
 from tiedconv.data.lists import Broken, ImageList, Sample, TensorList
 from tiedconv.data.loading import Batch, Loader, Ticket, default_workers
 from tiedconv.data.transforms import (
@@ -34,5 +34,6 @@ __all__ = [
     "eval_transform",
     "find_images",
     "find_split",
+    "find_unlabelled",
     "train_transform",
 ]

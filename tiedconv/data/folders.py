@@ -136,6 +136,36 @@ def find_images(root: str | Path, *, seed: int = 0, limit: int | None = None) ->
     return _Tree.scan(val_root or folder).limited(limit, seed).images()
 
 
+def find_unlabelled(root: str | Path, *, count: int, seed: int = 0) -> Images:
+    """Some images of a folder, whatever their classes: `train/` if there is one, else all.
+
+    Args:
+        root: the folder; images may lie at any depth, in class folders or not.
+        count: at most so many.
+        seed: decides which.
+
+    Returns:
+        the images in the order of their names, all with label 0.
+
+    Raises:
+        DataError: no images.
+        UserError: `count` below 2.
+    """
+    folder = _existing(root)
+    if count < 2:
+        raise UserError(f"{count} calibration images were asked for", remedy="Use 2 or more")
+    folder = folder / "train" if _is_part(folder / "train") else folder
+    names = _images_below(folder, "")
+    if not names:
+        raise DataError(
+            f"There are no images in {folder}",
+            "Nothing can be measured",
+            f"Give a folder that holds images ({', '.join(SUFFIXES)})",
+        )
+    chosen = sorted(_shuffled(len(names), seed, 0)[:count])
+    return Images(folder, tuple(names[i] for i in chosen), (0,) * len(chosen), ("",))
+
+
 @dataclass(frozen=True)
 class _Tree:
     """The image names of each class below one folder."""

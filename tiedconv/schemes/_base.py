@@ -138,6 +138,10 @@ class Scheme(ABC):
         """The schemes to choose from for each part of the model, when there is a budget."""
         return (self,)
 
+    def alternatives(self) -> tuple[Scheme, ...]:
+        """Schemes to try for the whole model beside this one; the better fit is taken."""
+        return ()
+
     def dials(self, shapes: Sequence[tuple[int, int]]) -> list[Dial | None]:
         """One for each matrix (None where it takes no rank), then one for the core."""
         takes = self.rank_slots(len(shapes))

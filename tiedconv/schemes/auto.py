@@ -38,8 +38,12 @@ class Auto(Scheme):
 
     def candidates(self) -> tuple[Scheme, ...]:
         alone = (LowRank(), LowRank(fused=False), Basis(), Basis(tie=True), Tied(core=0.5))
-        spanning = (Basis(groups="all"), Basis(groups="adjacent:2"), Lors(match=False, core=0.5))
+        spanning = (Basis(groups="all"), Basis(groups="adjacent:2"))
         return alone + spanning if self.share else alone
+
+    def alternatives(self) -> tuple[Scheme, ...]:
+        # A base for a whole stack wants its layers aligned, which the other forms can't share.
+        return (Lors(core=0.5),) if self.share else ()
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         return self.candidates()[0].drafts(blocks)

@@ -1,0 +1,121 @@
+"""Calibration of a conversion: what errors cost on images, and the fit of each block to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from tiedconv.calibration import (
+    BlockwiseResult,
+    CalibConfig,
+    CalibEvent,
+    Moments,
+    fit_blocks,
+    gather_moments,
+)
+from tiedconv.data import ImageList, eval_transform, find_unlabelled
+from tiedconv.sources import Preprocess, Source
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Moments are being measured: images done, images in all."""
+
+    images: int
+    total: int
+
+
+OnCalibration = Callable[[CalibEvent | Measuring], None]
+
+
+def _ignore(event: CalibEvent | Measuring) -> None:
+    """The listener of those who don't listen."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images to convert by; labels are never looked at.
+
+    Args:
+        data: a folder of images, or a data set of (image, anything), prepared as the model wants.
+        images: at most so many are used.
+        config: effort, seed and the rest.
+        device: `auto`, `cpu`, `cuda`, ...
+        workers: processes that decode images, None to choose.
+        strict: a broken image is an error rather than skipped.
+        run_dir: where an interrupted calibration is kept.
+        resume: go on with one.
+        on_event: called with progress.
+    """
+
+    data: str | Path | Dataset[Any]
+    images: int = 1024
+    config: CalibConfig = field(default_factory=CalibConfig)
+    device: str = "auto"
+    workers: int | None = None
+    strict: bool = False
+    run_dir: Path | None = None
+    resume: bool = False
+    on_event: OnCalibration = _ignore
+
+    def open(self, source: Source) -> Dataset[Any]:
+        """The images as the model wants them.
+
+        Raises:
+            DataError: a folder without images.
+        """
+        if not isinstance(self.data, str | Path):
+            return self.data
+        found = find_unlabelled(self.data, count=self.images, seed=self.config.seed)
+        wanted = source.preprocess or Preprocess(224)
+        return ImageList(found, eval_transform(wanted), strict=self.strict)
+
+    def measure(
+        self, model: nn.Module, weights: Mapping[str, bool], data: Dataset[Any]
+    ) -> Moments:  # fmt: skip
+        """What errors of these weights cost; see `tiedconv.metric`."""
+        return gather_moments(
+            model,
+            weights,
+            data,
+            seed=self.config.seed,
+            device=self.device,
+            workers=self.workers,
+            on_images=lambda done, total: self.on_event(Measuring(done, total)),
+        )
+
+    def fit(self, student: nn.Module, teacher: nn.Module, data: Dataset[Any]) -> BlockwiseResult:
+        """Fit each block of the student to the teacher's; see `calibration.fit_blocks`."""
+        return fit_blocks(
+            student,
+            teacher,
+            data,
+            self.config,
+            device=self.device,
+            workers=self.workers,
+            checkpoint_dir=self.run_dir,
+            resume=self.resume,
+            on_event=self.on_event,
+        )
+
+
+def calibration_record(
+    moments: Moments, result: BlockwiseResult, what: Calibration
+) -> dict[str, Any]:
+    """What a file's history says of a calibration."""
+    ridges = sorted(r for pair in moments.ridges.values() for r in pair)
+    return {
+        "images": result.images,
+        "skipped": result.skipped,
+        "effort": what.config.effort,
+        "seed": what.config.seed,
+        "ridge_median": ridges[len(ridges) // 2] if ridges else None,
+        "kl_before": result.kl_before,
+        "kl_after": result.kl_after,
+        "blocks": [[list(s.units), s.before, s.after] for s in result.spans],
+    }
