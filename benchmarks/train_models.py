@@ -81,7 +81,9 @@ def train(model: nn.Module, pixels: Pixels, args: argparse.Namespace, lr: float)
         if args.drop_patches and not convolutional:
             set_patch_drop(model, args.drop_patches if step < 0.75 * args.steps else 0.0)
         batch = pixels.take(index.to(pixels.labels.device))
-        images, labels = augmented(batch, generator, strong=args.strong, classes=model_classes(model))
+        images, labels = augmented(
+            batch, generator, strong=args.strong, classes=model_classes(model)
+        )
         with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
             scores = model(images.contiguous(memory_format=torch.channels_last))
             loss = nn.functional.cross_entropy(scores, labels, label_smoothing=0.1)

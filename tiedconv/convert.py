@@ -27,7 +27,7 @@ from tiedconv.errors import BudgetError, NothingToConvert, UserError
 from tiedconv.files import check_output
 from tiedconv.loading import is_compact, with_preprocess
 from tiedconv.plan import Plan
-from tiedconv.planner import alternatives, fit_plan, make_plan, smaller_ways, weights_of
+from tiedconv.planner import alternatives, first_plan, fit_plan, make_plan, smaller_ways, weights_of
 from tiedconv.recipe import Recipe
 from tiedconv.sources import Preprocess, Source
 from tiedconv.version import __version__
@@ -80,7 +80,7 @@ def plan(
     """
     if isinstance(model, str):
         model, _ = sources.describe(model, model_args)
-    return make_plan(examine(model), recipe or Recipe.of(scheme, **options))[0]
+    return first_plan(examine(model), recipe or Recipe.of(scheme, **options))
 
 
 def convert(
@@ -169,13 +169,13 @@ def convert_file(
     if output is None:
         skeleton, source = sources.describe(spec, model_args)
         anatomy = examine(skeleton)
-        planned = make_plan(anatomy, recipe)[0]
+        planned = first_plan(anatomy, recipe)
         ways = _ways(anatomy, recipe, planned)
         return Conversion(spec, planned, source.preprocess, None, 0, 0.0, ways)
     check_output(output, force=force)
     if weights == "default":
         # A plan that can't be is refused before weights are fetched.
-        make_plan(examine(sources.describe(spec, model_args)[0]), recipe)
+        first_plan(examine(sources.describe(spec, model_args)[0]), recipe)
     model, source = sources.open_source(spec, model_args, weights, seed=seed)
     anatomy = examine(model)
     source = with_preprocess(source, preprocess)
@@ -253,52 +253,68 @@ def _best_fit(
     own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     tensors = {name: own[name] for name in anatomy.shapes}
     recipes = alternatives(recipe)
-    # With a single recipe the model's own tensors may be moved, which saves their size.
-    alone = len(recipes) == 1
+    # With a single recipe the model's own tensors are moved, which saves their size.
+    trial = _Trial(model, anatomy, tensors, len(recipes) == 1, on_group, calib, data)
     best: _Fitted | None = None
+    refused: UserError | None = None
     for wanted in recipes:
         try:
-            found = _fit(model, anatomy, wanted, tensors, alone, on_group, calib, data)
-        except (BudgetError, NothingToConvert):
-            if wanted is recipe:
-                raise
+            found = trial.fit(wanted)
+        except (BudgetError, NothingToConvert) as error:
+            refused = refused or error
             continue
         if best is None or found.cost < best.cost:
             best = found
-    assert best is not None
+    if best is None:
+        assert refused is not None
+        raise refused
     return best
 
 
-def _fit(
-    model: nn.Module,
-    anatomy: Anatomy,
-    recipe: Recipe,
-    tensors: Mapping[str, Tensor],
-    in_place: bool,
-    on_group: OnGroup | None,
-    calib: Calibration | None,
-    data: Dataset[Any] | None,
-) -> _Fitted:
-    moments: Moments | None = None
+@dataclass
+class _Trial:
+    """What every recipe that is tried on a model has in common."""
 
-    def measure(moved: Mapping[str, Tensor]) -> Metrics:
-        nonlocal moments
-        assert calib is not None
-        assert data is not None
+    model: nn.Module
+    anatomy: Anatomy
+    tensors: Mapping[str, Tensor]
+    in_place: bool
+    on_group: OnGroup | None
+    calib: Calibration | None
+    data: Dataset[Any] | None
+    measured: list[tuple[Mapping[str, Tensor], Moments]] = dataclasses.field(default_factory=list)
+
+    def fit(self, recipe: Recipe) -> _Fitted:
+        """The recipe carried out; raises what the planner raises."""
+        moments: Moments | None = None
+
+        def measure(moved: Mapping[str, Tensor]) -> Metrics:
+            nonlocal moments
+            moments = self._moments(recipe, moved)
+            return moments.metrics
+
+        with torch.no_grad():
+            planned, moved = make_plan(
+                self.anatomy, recipe, self.tensors, in_place=self.in_place,
+                measure=measure if self.calib is not None else None,
+            )  # fmt: skip
+            metrics = moments.metrics if moments is not None else None
+            planned, factors, cost = fit_plan(planned, moved, self.on_group, metrics)
+        return _Fitted(recipe, planned, moved, factors, cost, moments)
+
+    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
+        """What errors cost with the weights so moved, measured once."""
+        for before, moments in self.measured:
+            if all(torch.equal(before[n], t) for n, t in moved.items()):
+                return moments
+        assert self.calib is not None
+        assert self.data is not None
         # A copy, as placing a model on a device or in another layout gives it new tensors.
-        probe = copy.deepcopy(model)
+        probe = copy.deepcopy(self.model)
         probe.load_state_dict(moved, strict=False)
-        moments = calib.measure(probe, weights_of(anatomy, recipe), data)
-        return moments.metrics
-
-    with torch.no_grad():
-        planned, moved = make_plan(
-            anatomy, recipe, tensors, in_place=in_place,
-            measure=measure if calib is not None else None,
-        )  # fmt: skip
-        metrics = moments.metrics if moments is not None else None
-        planned, factors, cost = fit_plan(planned, moved, on_group, metrics)
-    return _Fitted(recipe, planned, moved, factors, cost, moments)
+        moments = self.calib.measure(probe, weights_of(self.anatomy, recipe), self.data)
+        self.measured.append((moved, moments))
+        return moments
 
 
 def _ways(anatomy: Anatomy, recipe: Recipe, planned: Plan) -> tuple[tuple[str, int], ...]:

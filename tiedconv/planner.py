@@ -184,6 +184,22 @@ def fit_plan(
     return dataclasses.replace(plan, groups=tuple(groups)), factors, cost
 
 
+def first_plan(anatomy: Anatomy, recipe: Recipe) -> Plan:
+    """The plan of a recipe without weights: where there are alternatives, of the first that can be.
+
+    Raises:
+        NothingToConvert, BudgetError: as `make_plan`, for the recipe itself.
+    """
+    refused: BudgetError | None = None
+    for wanted in alternatives(recipe):
+        try:
+            return make_plan(anatomy, wanted)[0]
+        except BudgetError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
 def weights_of(anatomy: Anatomy, recipe: Recipe) -> dict[str, bool]:
     """The weights that a recipe governs, and whether each is stored as `(in, out)`."""
     slots = (
@@ -196,10 +212,13 @@ def weights_of(anatomy: Anatomy, recipe: Recipe) -> dict[str, bool]:
 
 
 def alternatives(recipe: Recipe) -> list[Recipe]:
-    """A recipe, and what else a scheme that chooses by size wants tried as a whole."""
+    """A recipe, and what else its schemes want tried at its budget; none without a budget."""
     found = [recipe]
+    schemes = [make_scheme(rule.scheme, rule.options) for rule in recipe.rules]
+    if recipe.budget is None and all(len(s.candidates()) == 1 for s in schemes):
+        return found
     for i, rule in enumerate(recipe.rules):
-        for other in make_scheme(rule.scheme, rule.options).alternatives():
+        for other in schemes[i].alternatives():
             options = {k: v for k, v in other.to_json().items() if v != ()}
             changed = dataclasses.replace(rule, scheme=other.name, options=options)
             rules = (*recipe.rules[:i], changed, *recipe.rules[i + 1 :])

@@ -139,7 +139,7 @@ class Scheme(ABC):
         return (self,)
 
     def alternatives(self) -> tuple[Scheme, ...]:
-        """Schemes to try for the whole model beside this one; the better fit is taken."""
+        """What to try beside this scheme when there is a budget; the best fit is taken."""
         return ()
 
     def dials(self, shapes: Sequence[tuple[int, int]]) -> list[Dial | None]:
@@ -207,7 +207,7 @@ class Cored(Scheme):
 
     Args:
         core: rank of the shared matrix: a number, or a share of its parameters (below 1); 0
-            stores it whole.
+            stores it whole. With a budget, both are tried.
     """
 
     core_name: ClassVar[str]
@@ -216,6 +216,10 @@ class Cored(Scheme):
 
     def with_core(self, rank: int) -> Scheme:
         return dataclasses.replace(self, core=rank) if self.core else self
+
+    def alternatives(self) -> tuple[Scheme, ...]:
+        # A budget turns the dial, whatever number it begins at.
+        return () if self.core else (dataclasses.replace(self, core=0.5),)
 
     def core_rank(self, shape: tuple[int, int]) -> int:
         """The rank that `core` means for a shared matrix of this shape."""

@@ -42,8 +42,9 @@ class Auto(Scheme):
         return alone + spanning if self.share else alone
 
     def alternatives(self) -> tuple[Scheme, ...]:
-        # A base for a whole stack wants its layers aligned, which the other forms can't share.
-        return (Lors(core=0.5),) if self.share else ()
+        # These fit better than their curves say, as a shared part and a private part make up for
+        # each other; and a base for a stack wants its layers aligned, in a way of its own.
+        return (Tied(core=0.5), Lors(core=0.5)) if self.share else (Tied(core=0.5),)
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         return self.candidates()[0].drafts(blocks)

@@ -26,7 +26,7 @@ from tiedconv.gauge import Workbench
 from tiedconv.linalg import base_and_residuals, bases_and_residuals
 from tiedconv.plan import Block
 from tiedconv.schemes._align import match_layers
-from tiedconv.schemes._base import Cored, Draft, Layout, Ranked, stacks, with_residual
+from tiedconv.schemes._base import Cored, Draft, Layout, Ranked, Scheme, stacks, with_residual
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Lors(Cored, Ranked):
                 f"bases={self.bases} with core={self.core} can't be done by scheme lors",
                 remedy="Use bases=1 or more, and core with one base only",
             )
+
+    def alternatives(self) -> tuple[Scheme, ...]:
+        return super().alternatives() if self.bases == 1 else ()
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         for name, members in stacks(blocks, self.groups, fused=self.fused):
