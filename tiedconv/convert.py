@@ -47,6 +47,7 @@ class Conversion:
         size: of the file, in bytes.
         seconds: time of the fit.
         ways: options and schemes that would store less, with their parameters.
+        calibration: what the images showed, if there were any; as in the file's history.
     """
 
     spec: str
@@ -56,6 +57,7 @@ class Conversion:
     size: int
     seconds: float
     ways: tuple[tuple[str, int], ...]
+    calibration: Mapping[str, Any] | None = None
 
 
 def plan(
@@ -192,9 +194,12 @@ def convert_file(
     size = save(model, output, force=force)
     if calib is not None:
         shutil.rmtree(folder, ignore_errors=True)
-    planned = state_of(model).plan
-    ways = _ways(anatomy, recipe, planned)
-    return Conversion(spec, planned, source.preprocess, output, size, seconds, ways)
+    state = state_of(model)
+    ways = _ways(anatomy, recipe, state.plan)
+    return Conversion(
+        spec, state.plan, source.preprocess, output, size, seconds, ways,
+        state.history[-1].get("calibration"),
+    )  # fmt: skip
 
 
 def _convert(

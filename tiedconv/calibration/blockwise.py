@@ -31,10 +31,11 @@ from tiedconv.calibration.events import (
     ignore,
 )
 from tiedconv.calibration.fitting import Schedule, mean_error, minimise, split
-from tiedconv.calibration.objectives import JointObjective, SpanObjective
+from tiedconv.calibration.lenses import Lens, measure_lenses
+from tiedconv.calibration.objectives import JointObjective, SpanObjective, seen
 from tiedconv.calibration.pair import Pair
 from tiedconv.calibration.state import checkpoint_path, foreign, identity_of, load_state, save_state
-from tiedconv.calibration.streams import Cache, Stream, read_images, release
+from tiedconv.calibration.streams import Cache, Stream, chunks, read_images, release, take
 from tiedconv.calibration.units import Span
 from tiedconv.data import Loader
 from tiedconv.errors import UserError
@@ -161,6 +162,7 @@ class _Run:
         self.identity = identity_of(config, state_of(pair.student.model).plan, len(images))
         self.streams: tuple[int, Stream, Stream] | None = None
         self.start = time.perf_counter()
+        self._lenses: dict[str, Lens | None] | None = None
 
     def go(self, resume: bool, broken: list[str]) -> BlockwiseResult:
         """Calibrates from the beginning or from the checkpoint to the end."""
@@ -215,17 +217,34 @@ class _Run:
         """The objective of a span, with its streams."""
         span, student, teacher = self.pair.spans[index], self.pair.student, self.pair.teacher
         ours, theirs = self.streams_of(index)
+        lenses = [self.lenses().get(unit) for unit in span.units]
         objective = SpanObjective(
             modules=student.modules(span),
             parameters=self.pair.parameters(span.units),
-            student=student.outputs(span),
-            teacher=teacher.outputs(span),
+            student=seen(student.outputs(span), lenses),
+            teacher=seen(teacher.outputs(span), lenses),
             student_stream=ours,
             teacher_stream=theirs,
             placement=student.placement,
         )
         objective.measure_energies(self.config.batch_size)
         return objective
+
+    def lenses(self) -> dict[str, Lens | None]:
+        """What of each unit's output matters, measured when first asked for."""
+        if self._lenses is None:
+            names = [unit for span in self.pair.spans for unit in span.units]
+            teacher = self.pair.teacher
+            batches = (
+                take(self.images, index, teacher.placement)
+                for index in chunks(len(self.images), self.config.batch_size)
+            )
+            units = [teacher.model.get_submodule(name) for name in names]
+            found = measure_lenses(
+                teacher.model, units, batches, teacher.placement, self.config.seed
+            )
+            self._lenses = dict(zip(names, found, strict=True))
+        return self._lenses
 
     def streams_of(self, index: int) -> tuple[Stream, Stream]:
         """What reaches a span in the student and in the teacher.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedconv.calibration.lenses import Lens
 from tiedconv.calibration.probing import Call
 from tiedconv.calibration.streams import Stream, chunks, run_tapped, take
 from tiedconv.training.device import Placement
@@ -42,6 +43,18 @@ def tapped(model: nn.Module, modules: Sequence[nn.Module]) -> Outputs:
         return run_tapped(lambda: model(tensors[0]), modules, stop=True)[0]
 
     return outputs
+
+
+def seen(outputs: Outputs, lenses: Sequence[Lens | None]) -> Outputs:
+    """The same outputs through lenses, where there are any."""
+
+    def through(tensors: list[Tensor]) -> list[Tensor]:
+        return [
+            output if lens is None else lens(output)
+            for output, lens in zip(outputs(tensors), lenses, strict=True)
+        ]
+
+    return through
 
 
 @dataclass

@@ -50,6 +50,17 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Workers = Annotated[
     int | None, typer.Option(help="Processes that decode images; chosen if not given.", min=0)
 ]
+Calib = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="IMAGES",
+        help="A folder of images, with or without classes: convert by what the model does to "
+        "them. No label is looked at.",
+    ),
+]
+CalibImages = Annotated[
+    int, typer.Option("-n", "--calib-images", help="At most so many of them.", min=2)
+]
 Limit = Annotated[
     int | None, typer.Option(help="At most so many images, spread evenly over the classes.")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from tiedconv.calibrate import Calibration
+from tiedconv.calibration import CalibConfig
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
-from tiedconv.cli.progress import Bar
+from tiedconv.cli.progress import ConvertBar
 from tiedconv.convert import Conversion, convert_file
 from tiedconv.errors import UserError
 from tiedconv.recipe import Budget, Recipe, Rule
@@ -79,34 +82,84 @@ def convert(
     mean: common.Mean = None,
     std: common.Std = None,
     interpolation: common.Interpolation = None,
-    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    calib: common.Calib = None,
+    calib_images: common.CalibImages = 1024,
+    effort: Annotated[
+        str,
+        typer.Option(
+            help="What is done with the images. [b]fast[/b]: fit in the metric they give. "
+            "[b]normal[/b]: then fit block by block, and the whole. [b]thorough[/b]: longer."
+        ),
+    ] = "normal",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted calibration.")
+    ] = False,
+    strict: common.Strict = False,
+    device: common.Device = "auto",
+    workers: common.Workers = None,
+    seed: Annotated[
+        int, typer.Option(help="Of random weights, and of which images are taken.")
+    ] = 0,
     force: common.Force = False,
     json_: common.Json = False,
 ) -> None:
     """Rewrite a pretrained model so that far fewer numbers are stored.
 
     It loads the model, plans what is shared, fits it to the weights, and writes one compact,
-    self-describing file. Heal it afterwards with [b]tiedconv finetune[/b].
+    self-describing file. With [b]--calib[/b] the result works at once; without images it may
+    not. Heal it afterwards with [b]tiedconv finetune[/b].
     """
     wanted = make_recipe(scheme, params, rank, option, include, exclude, recipe)
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
-    with Bar("fitting") as bar:
-        done = convert_file(
+    with ConvertBar("fitting") as bar:
+        given = _calibration(calib, calib_images, effort, resume, strict, device, workers, seed)
+        if given is not None:
+            given = dataclasses.replace(given, on_event=bar)
+        target = None if dry_run else (output or default_output(model, wanted))
+        done = _interruptible(
             model,
             wanted,
-            None if dry_run else (output or default_output(model, wanted)),
+            target,
             weights=weights,
             model_args=common.model_args(model_arg),
             preprocess=change,
             force=force,
             seed=seed,
             command=common.command_line(),
-            on_group=lambda i, n: bar.update(i, n),
+            calib=given,
+            on_group=bar.groups,
         )
     if json_:
         common.print_json(_figures(done))
     else:
         _show(done, each=all_groups)
+
+
+def _interruptible(model: str, recipe: Recipe, output: Path | None, **options: Any) -> Conversion:
+    """`convert_file`, with word of what an interruption leaves behind."""
+    try:
+        return convert_file(model, recipe, output, **options)
+    except KeyboardInterrupt:
+        if output is not None and output.with_name(output.name + ".run").is_dir():
+            hint("The blocks done are kept: the same command with --resume goes on.")
+        raise
+
+
+def _calibration(
+    folder: Path | None, images: int, effort: str, resume: bool, strict: bool, device: str,
+    workers: int | None, seed: int,
+) -> Calibration | None:  # fmt: skip
+    """What the options say about images; None without any."""
+    config = CalibConfig(effort=effort, seed=seed)
+    if folder is None:
+        if resume:
+            raise UserError(
+                "--resume was given without --calib",
+                "Only a calibration can be gone on with",
+                "Repeat the interrupted command, with --resume added",
+            )
+        return None
+    return Calibration(folder, images, config, device, workers, strict, resume=resume)
 
 
 def default_output(model: str, recipe: Recipe) -> Path:
@@ -182,6 +235,7 @@ def _figures(done: Conversion) -> dict[str, Any]:
         "ratio": done.plan.stored / done.plan.original,
         "file_bytes": done.size,
         "fit_seconds": round(done.seconds, 3),
+        "calibration": done.calibration,
         "groups": list(figures.groups),
         "smaller": [{"how": how, "stored": stored} for how, stored in done.ways],
     }
@@ -199,7 +253,9 @@ def _show(done: Conversion, *, each: bool) -> None:
     )
     say(render.LEGEND)
     if done.path:
-        say(render.FIT_ERROR)
+        say(render.FIT_ERROR_ON_IMAGES if done.calibration else render.FIT_ERROR)
+    if done.calibration:
+        say(render.calibrated(done.calibration))
     if done.ways:
         say("\nWhat would save more (the less is stored, the more healing it needs):")
         for how, stored in done.ways:

@@ -15,6 +15,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from tiedconv.calibrate import Measuring
+from tiedconv.calibration import CalibEvent, Fitted, Fitting, Joint
 from tiedconv.cli.common import err
 from tiedconv.cli.render import accuracy
 from tiedconv.training import (
@@ -67,6 +69,34 @@ class Bar:
     def line(self, text: str) -> None:
         """Print a line above the bar."""
         self._progress.console.print(Text(text), soft_wrap=True)
+
+
+class ConvertBar(Bar):
+    """A bar that listens to a conversion."""
+
+    def groups(self, done: int, total: int) -> None:
+        """Groups fitted."""
+        self.update(done, total, "", "fitting")
+
+    def __call__(self, event: CalibEvent | Measuring) -> None:
+        match event:
+            case Measuring(images, total):
+                self.update(images, total, "images", "measuring")
+            case Fitting(units, index, count, number, step, steps, error):
+                note = f"step {step}/{steps}  error {error:.3f}  {_span(units)}"
+                what = "blocks" if number == 0 else f"blocks, pass {number + 1}"
+                self.update(index, count, note, what)
+            case Fitted(units, index, count, _, before, after):
+                self.update(index + 1, count, "", "blocks")
+                self.line(f"{_span(units)}: relative error {before:.3f} -> {after:.3f}")
+            case Joint(step, steps, loss):
+                self.update(step, steps, f"loss {loss:.4f}", "whole model")
+
+
+def _span(units: tuple[str, ...]) -> str:
+    """Modules that are fitted together, in few words."""
+    names = [name or "the whole model" for name in units]
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 class TrainingBar(Bar):

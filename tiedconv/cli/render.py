@@ -33,6 +33,9 @@ LEGEND = (
     "arithmetic, which freeze() does once for inference."
 )
 FIT_ERROR = "The fit error is the relative distance from the original weights before fine-tuning."
+FIT_ERROR_ON_IMAGES = (
+    "The fit error is relative, in the measure that the images give: 0 changes no answer."
+)
 
 
 def table(columns: Sequence[str], rows: Sequence[Row], text: int = 1, total: bool = False) -> Table:
@@ -196,6 +199,19 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def calibrated(figures: Mapping[str, Any]) -> str:
+    """What images showed of a conversion."""
+    before, after = figures["kl_before"], figures["kl_after"]
+    text = (
+        f"Calibrated on {figures['images']:,} images without labels, effort {figures['effort']}: "
+        f"divergence from the original's answers {before:.4f}"
+    )
+    if after != before:
+        text += f", then {after:.4f}"
+    text += " nats, on images held out of the fit."
+    return text + (f" {skipped(figures['skipped'])}" if figures["skipped"] else "")
 
 
 def history_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,123 @@
+"""What of a unit's output matters to the answers: its error is measured in that direction.
+
+A plain distance counts all tokens and channels alike, though a classifier may read one token and
+a norm may drown most channels. So errors are weighted by the second moments of the gradient that
+comes back to the output: a weight for each place (token or pixel) and a matrix over channels. With
+the class drawn from the model's own answer this is a Kronecker form of the Fisher matrix there,
+as `moments` has it for weights, and again no label is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedconv.calibration.probing import first_tensor
+from tiedconv.training.device import Placement
+from tiedconv.training.losses import logits_of
+
+RIDGE = 0.1
+"""Share of plain distance that stays in each side: gradients are local, errors are not."""
+
+
+@dataclass(frozen=True)
+class Lens:
+    """A linear map of a unit's output, after which plain distance is what matters.
+
+    Args:
+        places: `(places, 1)`, a factor for each token or pixel.
+        channels: `(channels, channels)`.
+        first: whether channels are the first dimension after the batch, as in a feature map.
+    """
+
+    places: Tensor
+    channels: Tensor
+    first: bool
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """The output `(B, ...)` seen through the lens, `(B, places, channels)`."""
+        rows = _rows(output.float(), self.first)
+        return (rows * self.places) @ self.channels
+
+
+def measure_lenses(
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    batches: Iterable[Tensor],
+    placement: Placement,
+    seed: int,
+) -> list[Lens | None]:
+    """A lens for each unit of the original model; None where no gradient comes back.
+
+    Args:
+        model: in evaluation mode, its parameters without gradients.
+        units: modules of it, each called once.
+        batches: images, on the model's device.
+        placement: of the model.
+        seed: of the classes drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums: list[tuple[Tensor, Tensor] | None] = [None] * len(units)
+    first = [_is_map(unit) for unit in units]
+    for images in batches:
+        outputs: dict[int, Tensor] = {}
+
+        def hook(
+            module: nn.Module, args: Any, output: Any, outputs: dict[int, Tensor] = outputs
+        ) -> None:
+            tensor = first_tensor(output)
+            if tensor is not None and tensor.requires_grad:
+                outputs[id(module)] = tensor
+
+        handles = [unit.register_forward_hook(hook) for unit in units]
+        try:
+            with torch.enable_grad(), placement.autocast():
+                logits = logits_of(model(images.detach().requires_grad_())).float()
+        finally:
+            for handle in handles:
+                handle.remove()
+        shares = logits.detach().softmax(-1).cpu().double().flatten(0, -2)
+        drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
+        loss = -logits.log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
+        known = [i for i, unit in enumerate(units) if id(unit) in outputs]
+        if not known:
+            continue
+        wanted = [outputs[id(units[i])] for i in known]
+        for i, gradient in zip(
+            known, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                rows = _rows(gradient.float(), first[i])
+                part = rows.square().sum((0, 2)), torch.einsum("btc,btd->cd", rows, rows)
+                before = sums[i]
+                sums[i] = part if before is None else (before[0] + part[0], before[1] + part[1])
+    return [
+        None if total is None else _lens(*total, is_map)
+        for total, is_map in zip(sums, first, strict=True)
+    ]
+
+
+def _lens(places: Tensor, channels: Tensor, first: bool) -> Lens | None:
+    if not float(places.sum()) > 0 or not torch.isfinite(channels).all():
+        return None
+    weights = (1 - RIDGE) * places / places.mean() + RIDGE
+    moment = (1 - RIDGE) * channels.cpu().double() / float(channels.diagonal().mean())
+    moment.diagonal().add_(RIDGE)
+    root = torch.linalg.cholesky(moment).to(places.device, places.dtype)
+    return Lens(weights.sqrt().unsqueeze(1), root, first)
+
+
+def _rows(output: Tensor, first: bool) -> Tensor:
+    """`(B, places, channels)`."""
+    if first and output.ndim > 2:
+        output = output.movedim(1, -1)
+    return output.reshape(len(output), -1, output.shape[-1])
+
+
+def _is_map(unit: nn.Module) -> bool:
+    """Whether a unit gives feature maps `(B, C, H, W)`."""
+    return any(isinstance(m, nn.Conv2d) for m in unit.modules())

@@ -1,0 +1,442 @@
+"""The verb `plan`: what each scheme makes of a model at each budget, side by side.
+
+Without images it takes no weights: sizes follow from shapes. With images each cell is fitted in
+the metric they give (see `tiedconv.metric`), and what the fit leaves is an estimate of how far
+the converted model's answers stray from the original's, before any block-wise fit or healing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import tiedconv.sources as sources
+from tiedconv.anatomy import Anatomy, examine
+from tiedconv.binding import is_tied
+from tiedconv.budget import Metrics, has_dials, with_least
+from tiedconv.calibrate import Calibration
+from tiedconv.calibration import Moments
+from tiedconv.errors import NothingToConvert, RecipeError, UserError
+from tiedconv.loading import is_compact, with_preprocess
+from tiedconv.planner import alternatives, compile_plan, draft, fit_plan, make_plan, weights_of
+from tiedconv.recipe import Budget, Recipe, Rule
+from tiedconv.schemes import all_schemes, make_scheme
+from tiedconv.search import Part, least_size
+from tiedconv.sources import Preprocess, Source
+
+BUDGETS = ("70%", "50%", "30%")
+KEPT = 3
+"""Alignments whose moments are kept: auto, tied and lors together need so many."""
+
+OnFit = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A scheme with the options that differ from its defaults."""
+
+    scheme: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The scheme and its options in few words, such as `shared groups=all`."""
+        return " ".join([self.scheme, *self._settings()])
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """How `tiedconv convert` is asked for it."""
+        options = [word for setting in self._settings() for word in ("--option", setting)]
+        return ("--scheme", self.scheme, *options)
+
+    def _settings(self) -> list[str]:
+        return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in self.options.items()]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way at one budget.
+
+    Args:
+        budget: as it was asked for.
+        stored: parameters, None if the budget can't be met.
+        share: of the original's parameters, 0 to 1.
+        how: the way taken, which for small budgets may have an option of its own.
+        cost: estimated divergence from the original's answers, in nats for each image.
+        best: whether no other way at this budget has a lower cost.
+    """
+
+    budget: str
+    stored: int | None = None
+    share: float | None = None
+    how: Way | None = None
+    cost: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way at every budget.
+
+    Args:
+        way: as it was asked for.
+        smallest: the fewest parameters that it can store.
+        share: the same of the original's parameters.
+        cells: one for each budget.
+    """
+
+    way: Way
+    smallest: int
+    share: float
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A way that has one size, with no budget: parameters, their share, and the cost as `Cell`."""
+
+    way: Way
+    stored: int
+    share: float
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Args:
+        model: its spec.
+        original: its parameters.
+        budgets: as they were asked for.
+        rows: ways that a budget can dial.
+        fixed: ways that have one size.
+        unfit: schemes that find nothing to convert.
+        images: that the costs were measured on, None without any.
+        seconds: time taken.
+    """
+
+    model: str
+    original: int
+    budgets: tuple[str, ...]
+    rows: tuple[Row, ...]
+    fixed: tuple[Fixed, ...]
+    unfit: tuple[str, ...]
+    images: int | None
+    seconds: float
+
+
+def compare(
+    model: str | nn.Module,
+    budgets: Sequence[str] = BUDGETS,
+    *,
+    calib: str | Path | Dataset[Any] | Calibration | None = None,
+    weights: str | Path = "default",
+    model_args: Mapping[str, Any] | None = None,
+    preprocess: Callable[[Preprocess], Preprocess] | None = None,
+    seed: int = 0,
+    on_fit: OnFit | None = None,
+) -> Comparison:
+    """Every scheme at every budget: exact sizes, and with images what each would cost.
+
+    Args:
+        model: a model, which is left as it is, or its spec, such as `resnet50`.
+        budgets: shares of the original such as `50%`, or numbers of parameters such as `12M`.
+        calib: images without labels to estimate costs by: a folder, a data set, or a
+            `Calibration` that says how many.
+        weights: for a spec with images: `default`, `none`, or a file.
+        model_args: arguments of the model's constructor, for a spec.
+        preprocess: changes how images are prepared.
+        seed: of random weights.
+        on_fit: called with (fits done, fits in all, what comes next).
+
+    Raises:
+        RecipeError: a budget that is none.
+        NothingToConvert: no scheme finds anything in this model.
+        UserError: a model or folder that can't be used.
+    """
+    start = time.perf_counter()
+    wanted = _budgets(budgets)
+    if calib is not None and not isinstance(calib, Calibration):
+        calib = Calibration(calib, images=256)
+    spec = model if isinstance(model, str) else ""
+    network, source = _opened(model, weights if calib is not None else None, model_args, seed)
+    table = _Table(examine(network))
+    rows, fixed, unfit = _sizes(table, wanted)
+    if calib is not None:
+        data = calib.open(with_preprocess(source, preprocess))
+        pricer = _Pricer(network, table, calib, data, on_fit)
+        rows, fixed = pricer.priced(rows, fixed)
+        images: int | None = pricer.images
+    else:
+        images = None
+    seconds = time.perf_counter() - start
+    return Comparison(
+        spec, table.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, seconds
+    )
+
+
+def _budgets(texts: Sequence[str]) -> list[Budget]:
+    found = [Budget(text.strip()) for text in dict.fromkeys(texts) if text.strip()]
+    if not found:
+        raise RecipeError(
+            "No budget was given", "There is nothing to compare", "Write it as 70%,50%,30%"
+        )
+    return found
+
+
+def _opened(
+    model: str | nn.Module,
+    weights: str | Path | None,
+    model_args: Mapping[str, Any] | None,
+    seed: int,
+) -> tuple[nn.Module, Source]:
+    """The model, with weights unless they are None."""
+    if isinstance(model, nn.Module):
+        if is_tied(model):
+            raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
+        return model, Source("", weights="memory")
+    if is_compact(model):
+        raise UserError(
+            f"{model} is a compact file already",
+            "Schemes are for original models",
+            f"See what it stores: tiedconv report {model}",
+        )
+    if weights is None:
+        return sources.describe(model, model_args)
+    return sources.open_source(model, model_args, weights, seed=seed)
+
+
+class _Table:
+    """Sizes of recipes for one model, each found once."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.original = sum(math.prod(s) for s in anatomy.parameters.values())
+        self._smallest: dict[str, int | None] = {}
+
+    def smallest(self, recipe: Recipe) -> int | None:
+        """The fewest parameters that a recipe can store at any budget, None if it does nothing.
+
+        The same as a BudgetError tells, without the search for ways out that goes with it.
+        """
+        key = _key(dataclasses.replace(recipe, budget=None))
+        if key not in self._smallest:
+            self._smallest[key] = self._least(recipe)
+        return self._smallest[key]
+
+    def feasible(self, recipe: Recipe) -> list[Recipe]:
+        """Of a recipe with a budget and its alternatives, those that can meet it."""
+        assert recipe.budget is not None
+        budget = recipe.budget.resolve(self.original)
+        return [
+            wanted
+            for wanted in alternatives(recipe)
+            if (least := self.smallest(wanted)) is not None and least <= budget
+        ]
+
+    def _least(self, recipe: Recipe) -> int | None:
+        try:
+            tasks = draft(self.anatomy, recipe)
+        except NothingToConvert:
+            return None
+        governed = sum(s.numel for task in tasks for b in task.blocks for s in b.slots.values())
+        parts = [Part(task.scheme.candidates(), task.blocks) for task in tasks]
+        return self.original - governed + sum(least_size(part) for part in parts)
+
+
+def _sizes(
+    table: _Table, budgets: Sequence[Budget]
+) -> tuple[tuple[Row, ...], tuple[Fixed, ...], tuple[str, ...]]:
+    """All ways, without weights."""
+    rows: list[Row] = []
+    fixed: list[Fixed] = []
+    unfit: list[str] = []
+    refused: NothingToConvert | None = None
+    for scheme in all_schemes():
+        try:
+            dialled, size = _nature(table, scheme)
+        except NothingToConvert as error:
+            refused = error
+            unfit.append(scheme)
+            continue
+        if dialled:
+            rows.append(_row(table, Way(scheme), budgets))
+        if size:
+            fixed += _fixed(table, scheme)
+    if refused is not None and not rows and not fixed:
+        raise refused
+    return tuple(rows), tuple(fixed), tuple(unfit)
+
+
+def _nature(table: _Table, scheme: str) -> tuple[bool, bool]:
+    """Whether a budget can dial a scheme, and whether it has a size of its own without one."""
+    made = make_scheme(scheme, {})
+    drafts = [d for task in draft(table.anatomy, Recipe.of(scheme)) for d in task.drafts]
+    is_open = len(made.candidates()) > 1
+    dialled = is_open or bool(made.alternatives()) or any(map(has_dials, drafts))
+    if is_open:
+        return dialled, False
+    # Where the defaults spend nothing on ranks, what is stored is the scheme's own form.
+    bare = compile_plan(table.anatomy, with_least(drafts)).stored
+    return dialled, bare == compile_plan(table.anatomy, drafts).stored
+
+
+def _row(table: _Table, way: Way, budgets: Sequence[Budget]) -> Row:
+    cells: list[Cell] = []
+    for budget in budgets:
+        feasible = table.feasible(Recipe.of(way.scheme, params=budget.text))
+        if not feasible:
+            cells.append(Cell(budget.text))
+            continue
+        stored = make_plan(table.anatomy, feasible[0])[0].stored
+        cells.append(Cell(budget.text, stored, stored / table.original, _way(feasible[0])))
+    tried = alternatives(Recipe.of(way.scheme, params="100%"))
+    smallest = min(s for r in tried if (s := table.smallest(r)) is not None)
+    return Row(way, smallest, smallest / table.original, tuple(cells))
+
+
+def _fixed(table: _Table, scheme: str) -> list[Fixed]:
+    """A scheme at its defaults and at what takes it further down, each size once."""
+    found: dict[int, Fixed] = {}
+    for options in ({}, *all_schemes()[scheme].further):
+        stored = make_plan(table.anatomy, Recipe.of(scheme, **options))[0].stored
+        found.setdefault(stored, Fixed(Way(scheme, options), stored, stored / table.original))
+    return list(found.values())
+
+
+def _way(recipe: Recipe) -> Way:
+    rule: Rule = recipe.rules[0]
+    usual = make_scheme(rule.scheme, {}).to_json()
+    return Way(rule.scheme, {k: v for k, v in rule.options.items() if v != usual[k]})
+
+
+def _key(recipe: Recipe) -> str:
+    return json.dumps(recipe.to_json(), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class _Price:
+    """What a fit of a recipe stores, and the cost that it leaves."""
+
+    recipe: Recipe
+    stored: int
+    cost: float
+
+
+class _Pricer:
+    """Fits recipes to a model's weights in the metric of images, each recipe once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        table: _Table,
+        calib: Calibration,
+        data: Dataset[Any],
+        on_fit: OnFit | None,
+    ) -> None:
+        own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+        self._model, self._table, self._calib, self._data = model, table, calib, data
+        self._tensors = {name: own[name] for name in table.anatomy.shapes}
+        self._on_fit = on_fit
+        self._measured: list[tuple[Mapping[str, Tensor], Moments]] = []
+        self._prices: dict[str, _Price] = {}
+        self.images = 0
+
+    def priced(
+        self, rows: Sequence[Row], fixed: Sequence[Fixed]
+    ) -> tuple[tuple[Row, ...], tuple[Fixed, ...]]:
+        """The same with sizes as they are fitted, and costs."""
+        wanted = {_key(r): r for r in self._wanted(rows, fixed)}
+        for done, (key, recipe) in enumerate(wanted.items()):
+            if self._on_fit is not None:
+                budget = f" at {recipe.budget.text}" if recipe.budget else ""
+                self._on_fit(done, len(wanted), _way(recipe).name + budget)
+            self._prices[key] = self._fit(recipe)
+        self._measured.clear()
+        made = [self._row(row) for row in rows]
+        lowest = [
+            min((c.cost for c in column if c.cost is not None), default=None)
+            for column in zip(*(row.cells for row in made), strict=True)
+        ]
+        return (
+            tuple(_marked(row, lowest) for row in made),
+            tuple(
+                dataclasses.replace(f, cost=self._price(Recipe.of(f.way.scheme, **f.way.options)))
+                for f in fixed
+            ),
+        )
+
+    def _wanted(self, rows: Sequence[Row], fixed: Sequence[Fixed]) -> Iterator[Recipe]:
+        # Rows first: their few alignments follow each other, so that moments are found again.
+        for row in rows:
+            for cell in row.cells:
+                yield from self._table.feasible(Recipe.of(row.way.scheme, params=cell.budget))
+        for f in fixed:
+            yield Recipe.of(f.way.scheme, **f.way.options)
+
+    def _row(self, row: Row) -> Row:
+        cells: list[Cell] = []
+        for cell in row.cells:
+            recipes = self._table.feasible(Recipe.of(row.way.scheme, params=cell.budget))
+            prices = [self._prices[_key(r)] for r in recipes]
+            if prices:
+                best = min(prices, key=lambda p: p.cost)
+                share = best.stored / self._table.original
+                cell = Cell(cell.budget, best.stored, share, _way(best.recipe), best.cost)
+            cells.append(cell)
+        return dataclasses.replace(row, cells=tuple(cells))
+
+    def _price(self, recipe: Recipe) -> float:
+        return self._prices[_key(recipe)].cost
+
+    def _fit(self, recipe: Recipe) -> _Price:
+        metrics: Metrics = {}
+
+        def measure(moved: Mapping[str, Tensor]) -> Metrics:
+            nonlocal metrics
+            metrics = self._moments(recipe, moved).metrics
+            return metrics
+
+        with torch.no_grad():
+            planned, moved = make_plan(
+                self._table.anatomy, recipe, self._tensors, measure=measure
+            )  # fmt: skip
+            planned, _, cost = fit_plan(planned, moved, metrics=metrics)
+        return _Price(recipe, planned.stored, cost)
+
+    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
+        """What errors cost with the weights so moved, measured once while it is kept."""
+        for before, moments in self._measured:
+            if all(torch.equal(before[n], t) for n, t in moved.items()):
+                return moments
+        # A copy, as placing a model on a device or in another layout gives it new tensors.
+        probe = copy.deepcopy(self._model)
+        probe.load_state_dict(moved, strict=False)
+        weights = weights_of(self._table.anatomy, recipe)
+        moments = self._calib.measure(probe, weights, self._data)
+        self._measured = [*self._measured[-KEPT + 1 :], (moved, moments)]
+        self.images = moments.images
+        return moments
+
+
+def _marked(row: Row, lowest: Sequence[float | None]) -> Row:
+    """The row with the best cell of each column marked."""
+    return dataclasses.replace(
+        row,
+        cells=tuple(
+            dataclasses.replace(c, best=c.cost is not None and c.cost == low)
+            for c, low in zip(row.cells, lowest, strict=True)
+        ),
+    )
