@@ -34,7 +34,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         ["loading", "calibrate", "convert", "finetune", "evaluate", "report", "export", "verify", "demo"], 6
     ),
-    "progressive": 6,
+    **dict.fromkeys(["progressive", "compare", "sensitivity"], 6),
     **dict.fromkeys(["cli", "__main__"], 7),
 }
 TOP = 8  # the package's own __init__, which shows what the rest makes
@@ -47,7 +47,7 @@ ONLY = {
     "typer": {"cli"},
     "rich": {"cli"},
     "sklearn": {"demo"},
-    "matplotlib": {"demo"},
+    "matplotlib": {"demo", "sensitivity"},
 }
 # With the module ready to be imported by `sources.torchvision_compat`, these use it as well.
 COMPAT = {"data", "demo"}

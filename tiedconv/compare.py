@@ -29,7 +29,7 @@ from tiedconv.calibrate import Calibration
 from tiedconv.calibration import Moments
 from tiedconv.errors import NothingToConvert, RecipeError, UserError
 from tiedconv.loading import is_compact, with_preprocess
-from tiedconv.planner import alternatives, compile_plan, draft, fit_plan, make_plan, weights_of
+from tiedconv.planner import alternatives, draft, fit_plan, make_plan, weights_of
 from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import all_schemes, make_scheme
 from tiedconv.search import Part, least_size
@@ -60,8 +60,14 @@ class Way:
         options = [word for setting in self._settings() for word in ("--option", setting)]
         return ("--scheme", self.scheme, *options)
 
+    def recipe(self, budget: str | None = None) -> Recipe:
+        """Of one rule, with a budget or without."""
+        return Recipe((Rule(self.scheme, self.options),), Budget(budget) if budget else None)
+
     def _settings(self) -> list[str]:
-        return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in self.options.items()]
+        return [
+            f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in self.options.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -171,16 +177,15 @@ def compare(
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
     spec = model if isinstance(model, str) else ""
-    network, source = _opened(model, weights if calib is not None else None, model_args, seed)
+    network, source = opened(model, weights if calib is not None else None, model_args, seed)
     table = _Table(examine(network))
     rows, fixed, unfit = _sizes(table, wanted)
+    images: int | None = None
     if calib is not None:
         data = calib.open(with_preprocess(source, preprocess))
         pricer = _Pricer(network, table, calib, data, on_fit)
         rows, fixed = pricer.priced(rows, fixed)
-        images: int | None = pricer.images
-    else:
-        images = None
+        images = pricer.images
     seconds = time.perf_counter() - start
     return Comparison(
         spec, table.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, seconds
@@ -196,13 +201,23 @@ def _budgets(texts: Sequence[str]) -> list[Budget]:
     return found
 
 
-def _opened(
+def opened(
     model: str | nn.Module,
     weights: str | Path | None,
     model_args: Mapping[str, Any] | None,
     seed: int,
 ) -> tuple[nn.Module, Source]:
-    """The model, with weights unless they are None."""
+    """An original model that was given or named, and where it comes from.
+
+    Args:
+        model: a model, or its spec.
+        weights: for a spec: `default`, `none` (random), a file; None to do without any.
+        model_args: arguments of the model's constructor.
+        seed: of random weights.
+
+    Raises:
+        UserError: it is tied already, or can't be had.
+    """
     if isinstance(model, nn.Module):
         if is_tied(model):
             raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
@@ -210,50 +225,12 @@ def _opened(
     if is_compact(model):
         raise UserError(
             f"{model} is a compact file already",
-            "Schemes are for original models",
-            f"See what it stores: tiedconv report {model}",
+            "Only an original model can be looked at so",
+            f"See what it stores (tiedconv report {model}), or name the model it was made from",
         )
     if weights is None:
         return sources.describe(model, model_args)
     return sources.open_source(model, model_args, weights, seed=seed)
-
-
-class _Table:
-    """Sizes of recipes for one model, each found once."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.original = sum(math.prod(s) for s in anatomy.parameters.values())
-        self._smallest: dict[str, int | None] = {}
-
-    def smallest(self, recipe: Recipe) -> int | None:
-        """The fewest parameters that a recipe can store at any budget, None if it does nothing.
-
-        The same as a BudgetError tells, without the search for ways out that goes with it.
-        """
-        key = _key(dataclasses.replace(recipe, budget=None))
-        if key not in self._smallest:
-            self._smallest[key] = self._least(recipe)
-        return self._smallest[key]
-
-    def feasible(self, recipe: Recipe) -> list[Recipe]:
-        """Of a recipe with a budget and its alternatives, those that can meet it."""
-        assert recipe.budget is not None
-        budget = recipe.budget.resolve(self.original)
-        return [
-            wanted
-            for wanted in alternatives(recipe)
-            if (least := self.smallest(wanted)) is not None and least <= budget
-        ]
-
-    def _least(self, recipe: Recipe) -> int | None:
-        try:
-            tasks = draft(self.anatomy, recipe)
-        except NothingToConvert:
-            return None
-        governed = sum(s.numel for task in tasks for b in task.blocks for s in b.slots.values())
-        parts = [Part(task.scheme.candidates(), task.blocks) for task in tasks]
-        return self.original - governed + sum(least_size(part) for part in parts)
 
 
 def _sizes(
@@ -289,20 +266,20 @@ def _nature(table: _Table, scheme: str) -> tuple[bool, bool]:
     if is_open:
         return dialled, False
     # Where the defaults spend nothing on ranks, what is stored is the scheme's own form.
-    bare = compile_plan(table.anatomy, with_least(drafts)).stored
-    return dialled, bare == compile_plan(table.anatomy, drafts).stored
+    bare = [d.scheme.layout(d.shapes).factors for d in with_least(drafts)]
+    return dialled, bare == [d.scheme.layout(d.shapes).factors for d in drafts]
 
 
 def _row(table: _Table, way: Way, budgets: Sequence[Budget]) -> Row:
     cells: list[Cell] = []
     for budget in budgets:
-        feasible = table.feasible(Recipe.of(way.scheme, params=budget.text))
+        feasible = table.feasible(way.recipe(budget.text))
         if not feasible:
             cells.append(Cell(budget.text))
             continue
         stored = make_plan(table.anatomy, feasible[0])[0].stored
         cells.append(Cell(budget.text, stored, stored / table.original, _way(feasible[0])))
-    tried = alternatives(Recipe.of(way.scheme, params="100%"))
+    tried = alternatives(way.recipe("100%"))
     smallest = min(s for r in tried if (s := table.smallest(r)) is not None)
     return Row(way, smallest, smallest / table.original, tuple(cells))
 
@@ -311,132 +288,13 @@ def _fixed(table: _Table, scheme: str) -> list[Fixed]:
     """A scheme at its defaults and at what takes it further down, each size once."""
     found: dict[int, Fixed] = {}
     for options in ({}, *all_schemes()[scheme].further):
-        stored = make_plan(table.anatomy, Recipe.of(scheme, **options))[0].stored
-        found.setdefault(stored, Fixed(Way(scheme, options), stored, stored / table.original))
+        way = Way(scheme, options)
+        stored = make_plan(table.anatomy, way.recipe())[0].stored
+        found.setdefault(stored, Fixed(way, stored, stored / table.original))
     return list(found.values())
 
 
 def _way(recipe: Recipe) -> Way:
-    rule: Rule = recipe.rules[0]
+    rule = recipe.rules[0]
     usual = make_scheme(rule.scheme, {}).to_json()
     return Way(rule.scheme, {k: v for k, v in rule.options.items() if v != usual[k]})
-
-
-def _key(recipe: Recipe) -> str:
-    return json.dumps(recipe.to_json(), sort_keys=True)
-
-
-@dataclass(frozen=True)
-class _Price:
-    """What a fit of a recipe stores, and the cost that it leaves."""
-
-    recipe: Recipe
-    stored: int
-    cost: float
-
-
-class _Pricer:
-    """Fits recipes to a model's weights in the metric of images, each recipe once."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        table: _Table,
-        calib: Calibration,
-        data: Dataset[Any],
-        on_fit: OnFit | None,
-    ) -> None:
-        own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
-        self._model, self._table, self._calib, self._data = model, table, calib, data
-        self._tensors = {name: own[name] for name in table.anatomy.shapes}
-        self._on_fit = on_fit
-        self._measured: list[tuple[Mapping[str, Tensor], Moments]] = []
-        self._prices: dict[str, _Price] = {}
-        self.images = 0
-
-    def priced(
-        self, rows: Sequence[Row], fixed: Sequence[Fixed]
-    ) -> tuple[tuple[Row, ...], tuple[Fixed, ...]]:
-        """The same with sizes as they are fitted, and costs."""
-        wanted = {_key(r): r for r in self._wanted(rows, fixed)}
-        for done, (key, recipe) in enumerate(wanted.items()):
-            if self._on_fit is not None:
-                budget = f" at {recipe.budget.text}" if recipe.budget else ""
-                self._on_fit(done, len(wanted), _way(recipe).name + budget)
-            self._prices[key] = self._fit(recipe)
-        self._measured.clear()
-        made = [self._row(row) for row in rows]
-        lowest = [
-            min((c.cost for c in column if c.cost is not None), default=None)
-            for column in zip(*(row.cells for row in made), strict=True)
-        ]
-        return (
-            tuple(_marked(row, lowest) for row in made),
-            tuple(
-                dataclasses.replace(f, cost=self._price(Recipe.of(f.way.scheme, **f.way.options)))
-                for f in fixed
-            ),
-        )
-
-    def _wanted(self, rows: Sequence[Row], fixed: Sequence[Fixed]) -> Iterator[Recipe]:
-        # Rows first: their few alignments follow each other, so that moments are found again.
-        for row in rows:
-            for cell in row.cells:
-                yield from self._table.feasible(Recipe.of(row.way.scheme, params=cell.budget))
-        for f in fixed:
-            yield Recipe.of(f.way.scheme, **f.way.options)
-
-    def _row(self, row: Row) -> Row:
-        cells: list[Cell] = []
-        for cell in row.cells:
-            recipes = self._table.feasible(Recipe.of(row.way.scheme, params=cell.budget))
-            prices = [self._prices[_key(r)] for r in recipes]
-            if prices:
-                best = min(prices, key=lambda p: p.cost)
-                share = best.stored / self._table.original
-                cell = Cell(cell.budget, best.stored, share, _way(best.recipe), best.cost)
-            cells.append(cell)
-        return dataclasses.replace(row, cells=tuple(cells))
-
-    def _price(self, recipe: Recipe) -> float:
-        return self._prices[_key(recipe)].cost
-
-    def _fit(self, recipe: Recipe) -> _Price:
-        metrics: Metrics = {}
-
-        def measure(moved: Mapping[str, Tensor]) -> Metrics:
-            nonlocal metrics
-            metrics = self._moments(recipe, moved).metrics
-            return metrics
-
-        with torch.no_grad():
-            planned, moved = make_plan(
-                self._table.anatomy, recipe, self._tensors, measure=measure
-            )  # fmt: skip
-            planned, _, cost = fit_plan(planned, moved, metrics=metrics)
-        return _Price(recipe, planned.stored, cost)
-
-    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
-        """What errors cost with the weights so moved, measured once while it is kept."""
-        for before, moments in self._measured:
-            if all(torch.equal(before[n], t) for n, t in moved.items()):
-                return moments
-        # A copy, as placing a model on a device or in another layout gives it new tensors.
-        probe = copy.deepcopy(self._model)
-        probe.load_state_dict(moved, strict=False)
-        weights = weights_of(self._table.anatomy, recipe)
-        moments = self._calib.measure(probe, weights, self._data)
-        self._measured = [*self._measured[-KEPT + 1 :], (moved, moments)]
-        self.images = moments.images
-        return moments
-
-
-def _marked(row: Row, lowest: Sequence[float | None]) -> Row:
-    """The row with the best cell of each column marked."""
-    return dataclasses.replace(
-        row,
-        cells=tuple(
-            dataclasses.replace(c, best=c.cost is not None and c.cost == low)
-            for c, low in zip(row.cells, lowest, strict=True)
-        ),
-    )

@@ -99,7 +99,8 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
             return None
         return sum(w * s for w, s in known) * scale / total  # type: ignore[return-value]
 
-    return Metric(mean(lefts, total), mean(rights, 1.0))
+    left_mean = mean(lefts, total)
+    return Metric(left_mean, mean(rights, total if left_mean is None else 1.0))
 
 
 def shrunk(first: Tensor, second: Tensor) -> tuple[Tensor, float]:

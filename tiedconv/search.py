@@ -117,11 +117,8 @@ def _menus(part: Part, bench: Workbench, metrics: Metrics) -> list[Menu]:
     if len(part.candidates) == 1:  # nothing to choose but ranks
         drafts = with_least(list(part.candidates[0].drafts(part.blocks)))
         return [Menu(((_curve(drafts, part.blocks, bench, metrics),),))] if drafts else []
-    stacks: dict[str, list[Block]] = defaultdict(list)
-    for block in part.blocks:
-        stacks[block.stack].append(block)
     menus: list[Menu] = []
-    for blocks in stacks.values():
+    for blocks in _stacks(part.blocks):
         whole = tuple(_curves(part.candidates, blocks, bench, metrics))
         each = tuple(
             tuple(_curves(part.candidates, [b], bench, metrics, keep=True)) for b in blocks
@@ -133,11 +130,25 @@ def _menus(part: Part, bench: Workbench, metrics: Metrics) -> list[Menu]:
 def least_size(part: Part) -> int:
     """The fewest parameters that any mixture of the candidates stores for a part's blocks."""
     if len(part.candidates) == 1:
-        return _size(with_least(list(part.candidates[0].drafts(part.blocks))), part.blocks)
+        return _least_of(part.candidates, part.blocks)
     return sum(
-        min(_size(with_least(list(c.drafts([block]))), [block]) for c in part.candidates)
-        for block in part.blocks
+        min(
+            sum(_least_of(part.candidates, [block]) for block in blocks),
+            _least_of(part.candidates, blocks),
+        )
+        for blocks in _stacks(part.blocks)
     )
+
+
+def _least_of(candidates: Sequence[Scheme], blocks: Sequence[Block]) -> int:
+    return min(_size(with_least(list(c.drafts(blocks))), blocks) for c in candidates)
+
+
+def _stacks(blocks: Sequence[Block]) -> list[list[Block]]:
+    stacks: dict[str, list[Block]] = defaultdict(list)
+    for block in blocks:
+        stacks[block.stack].append(block)
+    return list(stacks.values())
 
 
 def _price(chosen: Callable[[float], list[Curve]], budget: int) -> float:

@@ -167,6 +167,7 @@ class _Run:
     def go(self, resume: bool, broken: list[str]) -> BlockwiseResult:
         """Calibrates from the beginning or from the checkpoint to the end."""
         joint = self.joint_objective()
+        start = [t.detach().clone() for t in self.state()]
         if resume and self.path is not None and self.path.exists():
             saved = load_state(self.path, self.pair.student.model, self.identity)
             self.at = _Progress.of(saved, self.path)
@@ -177,6 +178,7 @@ class _Run:
         while self.at.fits < self.config.total_passes * len(spans):
             self.fit_span(*divmod(self.at.fits, len(spans)))
         if not self.at.joint:
+            self.keep_better(start, joint)
             self.fit_jointly(joint)
         results = zip(spans, self.at.before, self.at.after, strict=False)
         return BlockwiseResult(
@@ -189,6 +191,20 @@ class _Run:
             example_of_skipped=broken[0] if broken else None,
             seconds=self.at.seconds,
         )
+
+    def state(self) -> list[Tensor]:
+        """All tensors of the student."""
+        model = self.pair.student.model
+        return [*model.parameters(), *model.buffers()]
+
+    @torch.no_grad()
+    def keep_better(self, start: list[Tensor], joint: JointObjective) -> None:
+        """Goes back to the start if the answers are worse for all that blocks became better."""
+        if not self.at.fits:
+            return
+        if mean_error(joint, self.held, self.config.batch_size) > self.at.kl_before:
+            for tensor, before in zip(self.state(), start, strict=True):
+                tensor.copy_(before)
 
     def fit_span(self, number: int, index: int) -> None:
         """Fits one span and saves."""

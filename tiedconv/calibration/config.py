@@ -31,8 +31,8 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(0, 0, 0, 0, 0, 0),
-    "normal": Effort(1, 7, 100, 300, 4, 200),
-    "thorough": Effort(2, 20, 200, 1000, 16, 1000),
+    "normal": Effort(1, 7, 100, 300, 10, 600),
+    "thorough": Effort(2, 20, 200, 1000, 40, 3000),
 }
 
 
@@ -62,8 +62,8 @@ class CalibConfig:
 
     effort: str = "normal"
     batch_size: int = 64
-    lr: float = 0.03
-    joint_lr: float = 0.01
+    lr: float = 0.02
+    joint_lr: float = 0.006
     passes: int | None = None
     steps: int | None = None
     joint_steps: int | None = None

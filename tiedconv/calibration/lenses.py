@@ -76,10 +76,13 @@ def measure_lenses(
         handles = [unit.register_forward_hook(hook) for unit in units]
         try:
             with torch.enable_grad(), placement.autocast():
-                logits = logits_of(model(images.detach().requires_grad_())).float()
+                logits = logits_of(model(followed(model, images))).float()
         finally:
             for handle in handles:
                 handle.remove()
+            model.requires_grad_(False)
+        if not torch.isfinite(logits).all():
+            return [None] * len(units)  # who fits will say so
         shares = logits.detach().softmax(-1).cpu().double().flatten(0, -2)
         drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
         loss = -logits.log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
@@ -99,6 +102,18 @@ def measure_lenses(
         None if total is None else _lens(*total, is_map)
         for total, is_map in zip(sums, first, strict=True)
     ]
+
+
+def followed(model: nn.Module, images: Tensor) -> Tensor:
+    """The images such that gradients reach all that a model makes of them.
+
+    Token ids can't ask for a gradient; then the model's parameters do.
+    """
+    if images.is_floating_point():
+        return images.detach().requires_grad_().clone()  # a model may write into its input
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return images
 
 
 def _lens(places: Tensor, channels: Tensor, first: bool) -> Lens | None:

@@ -19,6 +19,7 @@ from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
+from tiedconv.calibration.lenses import followed
 from tiedconv.data import Loader
 from tiedconv.errors import DataError
 from tiedconv.metric import Metric, shrunk
@@ -78,7 +79,7 @@ def gather_moments(
         weights: tensor names, and whether each is stored as `(in, out)`.
         data: gives (image, label); labels are not looked at.
         batch_size: images at a time.
-        seed: of the classes drawn.
+        seed: of the classes drawn, and of which images make up each half.
         device: `auto`, `cpu`, `cuda`, ...
         workers: processes that decode images, None to choose.
         on_images: called with (images done, images in all).
@@ -88,7 +89,11 @@ def gather_moments(
     """
     placement = Placement.choose(model, pick_device(device), "off")
     placement.place(model)
-    loader = Loader(data, batch_size, workers=workers)
+    # Alternate batches are the two halves. A batch can't be halved itself: nn.MultiheadAttention
+    # has tokens before images, so that nothing tells whose rows are whose.
+    count = len(data)  # type: ignore[arg-type]
+    batches = 2 * max(1, -(-count // (2 * batch_size)))
+    loader = Loader(data, -(-count // batches), shuffle=True, seed=seed, workers=workers)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     watch = _Watch(model, weights)
@@ -100,8 +105,8 @@ def gather_moments(
             for batch in loader.epoch():
                 skipped += len(batch.broken)
                 if len(batch.images):
-                    counts[0] += (len(batch.images) + 1) // 2
-                    counts[1] += len(batch.images) // 2
+                    watch.half = 1 - watch.half
+                    counts[watch.half] += len(batch.images)
                     _one_batch(model, placement.images(batch.images), watch, generator)
                 if on_images is not None:
                     on_images(sum(counts), loader.images)
@@ -123,7 +128,7 @@ def _one_batch(
     model: nn.Module, images: Tensor, watch: _Watch, generator: torch.Generator
 ) -> None:  # fmt: skip
     # The images ask for a gradient, so that one reaches what every weight wrote.
-    images = images.detach().requires_grad_()
+    images = followed(model, images)
     watch.batch = len(images)
     with torch.enable_grad(), watch:
         watch.backward = False
@@ -132,7 +137,8 @@ def _one_batch(
         drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
         loss = -logits.log_softmax(-1).gather(-1, drawn).sum()
         watch.backward = True
-        torch.autograd.grad(loss, images)
+        asking = [images] if images.requires_grad else [*model.parameters()]
+        torch.autograd.grad(loss, asking, allow_unused=True)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -146,7 +152,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for name, transposed in weights.items()
             if name in found
         }
+        self._outs = {name: shape[transposed] for name, shape, transposed in
+                      self._by_storage.values()}  # fmt: skip
         self.sums = {name: _Sums() for name in weights}
+        self.half = 1
         self.batch = 0
         self.backward = False
 
@@ -184,30 +193,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add(found[0], _patches(x, weight, stride, padding, dilation, groups), 0)
 
     def _add(self, name: str, rows: Tensor, start: int) -> None:
-        """Add rows `(images * places, width)`, the images of a batch in two halves."""
-        sums = self.sums[name]
-        places = len(rows) // self.batch
-        each = rows.reshape(self.batch, places, -1) if places * self.batch == len(rows) else None
-        for half in (0, 1):
-            part = rows[half::2] if each is None else each[half::2].flatten(0, 1)
-            if not len(part):
-                continue
-            part, share = _some(part, len(part) // max(places, 1))
-            moment = (part.float().t() @ part.float()).double()
-            if self.backward:  # the gradients of all places add up to that of the image
-                sums.left[half] = _added(sums.left[half], moment * share, start)
-            else:
-                sums.right[half] = _added(sums.right[half], moment, 0)
-                sums.rows[half] += len(part)
+        """Add rows `(images * places, width)`, of outputs from `start` on."""
+        sums, half = self.sums[name], self.half
+        rows, share = _some(rows, self.batch)
+        moment = (rows.float().t() @ rows.float()).double()
+        if self.backward:  # the gradients of all places add up to that of the image
+            sums.left[half] = _added(sums.left[half], moment * share, start, self._outs[name])
+        else:
+            sums.right[half] = _added(sums.right[half], moment, 0, len(moment))
+            sums.rows[half] += len(rows)
 
 
-def _added(total: Tensor | None, moment: Tensor, start: int) -> Tensor:
-    """A total with a moment added along its diagonal from `start` on, larger if need be."""
-    stop = start + len(moment)
+def _added(total: Tensor | None, moment: Tensor, start: int, size: int) -> Tensor:
+    """A total `(size, size)` with a moment added along its diagonal from `start` on."""
     if total is None:
-        total = moment.new_zeros(stop, stop)
-    elif len(total) < stop:
-        total = nn.functional.pad(total, (0, stop - len(total), 0, stop - len(total)))
+        total = moment.new_zeros(size, size)
+    stop = start + len(moment)
     total[start:stop, start:stop] += moment
     return total
 

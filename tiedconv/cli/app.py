@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tiedconv.cli import convert, demo, evaluate, export, finetune, report, verify
+from tiedconv.cli import convert, demo, evaluate, export, finetune, plan, report, verify
 from tiedconv.version import __version__
 
 app = typer.Typer(
@@ -35,5 +35,5 @@ def tiedconv(
     base for a stack of layers plus low-rank residuals."""
 
 
-for _module in (convert, finetune, evaluate, report, verify, export, demo):
+for _module in (plan, convert, finetune, evaluate, report, verify, export, demo):
     _module.register(app)

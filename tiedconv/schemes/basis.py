@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tiedconv.errors import SchemeError
 from tiedconv.expr import Expr, MatMul, Mul, Ref, Shape
 from tiedconv.grouping import partition
 from tiedconv.linalg import shared_with_scales, spectrum, truncate
@@ -56,7 +57,18 @@ class Basis(Cored):
     tie: bool = False
     owners: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.core:
+            raise SchemeError(
+                "core=0 leaves scheme basis no basis", remedy="Use 1 or more, or a share below 1"
+            )
+
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
+        if self.owners:
+            raise SchemeError(
+                "owners is no option of scheme basis to choose: plans hold it",
+                remedy="Use tie=true, which sets it",
+            )
         stacks: dict[tuple[str, int], dict[int, list[_Part]]] = defaultdict(dict)
         for block in blocks:
             for part in self._parts(block):
