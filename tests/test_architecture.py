@@ -34,7 +34,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         ["loading", "calibrate", "convert", "finetune", "evaluate", "report", "export", "verify", "demo"], 6
     ),
-    **dict.fromkeys(["progressive", "compare", "sensitivity"], 6),
+    **dict.fromkeys(["progressive", "pricing", "compare", "sensitivity"], 6),
     **dict.fromkeys(["cli", "__main__"], 7),
 }
 TOP = 8  # the package's own __init__, which shows what the rest makes

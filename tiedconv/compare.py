@@ -7,38 +7,32 @@ the converted model's answers stray from the original's, before any block-wise f
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 import tiedconv.sources as sources
-from tiedconv.anatomy import Anatomy, examine
+from tiedconv.anatomy import examine
 from tiedconv.binding import is_tied
-from tiedconv.budget import Metrics, has_dials, with_least
+from tiedconv.budget import has_dials, with_least
 from tiedconv.calibrate import Calibration
-from tiedconv.calibration import Moments
 from tiedconv.errors import NothingToConvert, RecipeError, UserError
 from tiedconv.loading import is_compact, with_preprocess
-from tiedconv.planner import alternatives, draft, fit_plan, make_plan, weights_of
+from tiedconv.planner import alternatives, draft, make_plan
+from tiedconv.pricing import Pricer, Sizes, key_of
 from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import all_schemes, make_scheme
-from tiedconv.search import Part, least_size
 from tiedconv.sources import Preprocess, Source
 
 BUDGETS = ("70%", "50%", "30%")
-KEPT = 3
-"""Alignments whose moments are kept: auto, tied and lors together need so many."""
-
 OnFit = Callable[[int, int, str], None]
 
 
@@ -178,17 +172,17 @@ def compare(
         calib = Calibration(calib, images=256)
     spec = model if isinstance(model, str) else ""
     network, source = opened(model, weights if calib is not None else None, model_args, seed)
-    table = _Table(examine(network))
-    rows, fixed, unfit = _sizes(table, wanted)
+    sizes = Sizes(examine(network))
+    rows, fixed, unfit = _sizes(sizes, wanted)
     images: int | None = None
     if calib is not None:
         data = calib.open(with_preprocess(source, preprocess))
-        pricer = _Pricer(network, table, calib, data, on_fit)
-        rows, fixed = pricer.priced(rows, fixed)
+        pricer = Pricer(network, sizes.anatomy, calib, data)
+        rows, fixed = _priced(sizes, pricer, rows, fixed, on_fit)
         images = pricer.images
     seconds = time.perf_counter() - start
     return Comparison(
-        spec, table.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, seconds
+        spec, sizes.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, seconds
     )
 
 
@@ -234,7 +228,7 @@ def opened(
 
 
 def _sizes(
-    table: _Table, budgets: Sequence[Budget]
+    sizes: Sizes, budgets: Sequence[Budget]
 ) -> tuple[tuple[Row, ...], tuple[Fixed, ...], tuple[str, ...]]:
     """All ways, without weights."""
     rows: list[Row] = []
@@ -243,24 +237,24 @@ def _sizes(
     refused: NothingToConvert | None = None
     for scheme in all_schemes():
         try:
-            dialled, size = _nature(table, scheme)
+            dialled, size = _nature(sizes, scheme)
         except NothingToConvert as error:
             refused = error
             unfit.append(scheme)
             continue
         if dialled:
-            rows.append(_row(table, Way(scheme), budgets))
+            rows.append(_row(sizes, Way(scheme), budgets))
         if size:
-            fixed += _fixed(table, scheme)
+            fixed += _fixed(sizes, scheme)
     if refused is not None and not rows and not fixed:
         raise refused
     return tuple(rows), tuple(fixed), tuple(unfit)
 
 
-def _nature(table: _Table, scheme: str) -> tuple[bool, bool]:
+def _nature(sizes: Sizes, scheme: str) -> tuple[bool, bool]:
     """Whether a budget can dial a scheme, and whether it has a size of its own without one."""
     made = make_scheme(scheme, {})
-    drafts = [d for task in draft(table.anatomy, Recipe.of(scheme)) for d in task.drafts]
+    drafts = [d for task in draft(sizes.anatomy, Recipe.of(scheme)) for d in task.drafts]
     is_open = len(made.candidates()) > 1
     dialled = is_open or bool(made.alternatives()) or any(map(has_dials, drafts))
     if is_open:
@@ -270,27 +264,27 @@ def _nature(table: _Table, scheme: str) -> tuple[bool, bool]:
     return dialled, bare == [d.scheme.layout(d.shapes).factors for d in drafts]
 
 
-def _row(table: _Table, way: Way, budgets: Sequence[Budget]) -> Row:
+def _row(sizes: Sizes, way: Way, budgets: Sequence[Budget]) -> Row:
     cells: list[Cell] = []
     for budget in budgets:
-        feasible = table.feasible(way.recipe(budget.text))
+        feasible = sizes.feasible(way.recipe(budget.text))
         if not feasible:
             cells.append(Cell(budget.text))
             continue
-        stored = make_plan(table.anatomy, feasible[0])[0].stored
-        cells.append(Cell(budget.text, stored, stored / table.original, _way(feasible[0])))
+        stored = make_plan(sizes.anatomy, feasible[0])[0].stored
+        cells.append(Cell(budget.text, stored, stored / sizes.original, _way(feasible[0])))
     tried = alternatives(way.recipe("100%"))
-    smallest = min(s for r in tried if (s := table.smallest(r)) is not None)
-    return Row(way, smallest, smallest / table.original, tuple(cells))
+    smallest = min(s for r in tried if (s := sizes.smallest(r)) is not None)
+    return Row(way, smallest, smallest / sizes.original, tuple(cells))
 
 
-def _fixed(table: _Table, scheme: str) -> list[Fixed]:
+def _fixed(sizes: Sizes, scheme: str) -> list[Fixed]:
     """A scheme at its defaults and at what takes it further down, each size once."""
     found: dict[int, Fixed] = {}
     for options in ({}, *all_schemes()[scheme].further):
         way = Way(scheme, options)
-        stored = make_plan(table.anatomy, way.recipe())[0].stored
-        found.setdefault(stored, Fixed(way, stored, stored / table.original))
+        stored = make_plan(sizes.anatomy, way.recipe())[0].stored
+        found.setdefault(stored, Fixed(way, stored, stored / sizes.original))
     return list(found.values())
 
 
@@ -298,3 +292,56 @@ def _way(recipe: Recipe) -> Way:
     rule = recipe.rules[0]
     usual = make_scheme(rule.scheme, {}).to_json()
     return Way(rule.scheme, {k: v for k, v in rule.options.items() if v != usual[k]})
+
+
+def _priced(
+    sizes: Sizes,
+    pricer: Pricer,
+    rows: Sequence[Row],
+    fixed: Sequence[Fixed],
+    on_fit: OnFit | None,
+) -> tuple[tuple[Row, ...], tuple[Fixed, ...]]:
+    """The same with sizes as they are fitted, and costs."""
+    # Rows first: their few alignments follow each other, so that moments are found again.
+    wanted = [
+        recipe
+        for row in rows
+        for cell in row.cells
+        for recipe in sizes.feasible(row.way.recipe(cell.budget))
+    ] + [f.way.recipe() for f in fixed]
+    each = {key_of(recipe): recipe for recipe in wanted}
+    for done, recipe in enumerate(each.values()):
+        if on_fit is not None:
+            budget = f" at {recipe.budget.text}" if recipe.budget else ""
+            on_fit(done, len(each), _way(recipe).name + budget)
+        pricer.price(recipe)
+    costs = [pricer.price(f.way.recipe()).cost for f in fixed]
+    return tuple(_marked([_priced_row(sizes, pricer, row) for row in rows])), tuple(
+        dataclasses.replace(f, cost=cost) for f, cost in zip(fixed, costs, strict=True)
+    )
+
+
+def _priced_row(sizes: Sizes, pricer: Pricer, row: Row) -> Row:
+    cells: list[Cell] = []
+    for cell in row.cells:
+        prices = [pricer.price(r) for r in sizes.feasible(row.way.recipe(cell.budget))]
+        if prices:
+            best = min(prices, key=lambda p: p.cost)
+            share = best.stored / sizes.original
+            cell = Cell(cell.budget, best.stored, share, _way(best.recipe), best.cost)
+        cells.append(cell)
+    return dataclasses.replace(row, cells=tuple(cells))
+
+
+def _marked(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the lowest cost of each budget marked."""
+    lowest: dict[str, float] = {}
+    for cell in (c for row in rows for c in row.cells):
+        if cell.cost is not None:
+            lowest[cell.budget] = min(cell.cost, lowest.get(cell.budget, math.inf))
+
+    def marked(cell: Cell) -> Cell:
+        best = cell.cost is not None and cell.cost == lowest[cell.budget]
+        return dataclasses.replace(cell, best=best)
+
+    return [dataclasses.replace(r, cells=tuple(map(marked, r.cells))) for r in rows]

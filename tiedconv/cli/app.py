@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from tiedconv.cli import convert, demo, evaluate, export, finetune, plan, report, verify
+from tiedconv.cli import (
+    convert,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    plan,
+    report,
+    sensitivity,
+    verify,
+)
 from tiedconv.version import __version__
 
 app = typer.Typer(
@@ -35,5 +45,5 @@ def tiedconv(
     base for a stack of layers plus low-rank residuals."""
 
 
-for _module in (plan, convert, finetune, evaluate, report, verify, export, demo):
+for _module in (plan, sensitivity, convert, finetune, evaluate, report, verify, export, demo):
     _module.register(app)

@@ -67,7 +67,8 @@ def plan(
     nats its answers would be from the original's, before healing.
     """
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
-    with PlanBar("fitting") as bar, _quick_start():
+    quick = contextlib.nullcontext() if calib else _quick_start()
+    with PlanBar("fitting") as bar, quick:
         given = None
         if calib is not None:
             config = CalibConfig(effort="fast", seed=seed)
