@@ -41,6 +41,9 @@ from tiedconv.training import logits_of, pick_device
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement
 
+DECADES = 3
+"""Costs that the colours of a picture span."""
+
 OnImages = Callable[[int, int], None]
 
 
@@ -375,6 +378,7 @@ def _heat(axis: Any, title: str, grid: Tensor, roles: Sequence[str]) -> None:
     """One panel; colours are logarithmic, as costs differ by orders of magnitude."""
     known = grid[grid > 0].log10()
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
+    low = max(low, high - DECADES)  # what costs less than that is all alike
     shown = (grid.log10().clamp(min=low) - low) / (high - low or 1.0)
     axis.imshow(shown.numpy(), aspect="auto", cmap="YlOrRd", vmin=0, vmax=1)
     for i, j in (~grid.isnan()).nonzero().tolist():

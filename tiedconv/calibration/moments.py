@@ -128,9 +128,9 @@ def _one_batch(
     model: nn.Module, images: Tensor, watch: _Watch, generator: torch.Generator
 ) -> None:  # fmt: skip
     # The images ask for a gradient, so that one reaches what every weight wrote.
-    images = followed(model, images)
     watch.batch = len(images)
     with torch.enable_grad(), watch:
+        images = followed(model, images)
         watch.backward = False
         logits = logits_of(model(images)).float()
         shares = logits.detach().softmax(-1).cpu().double()
