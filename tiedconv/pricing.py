@@ -1,0 +1,138 @@
+"""What a recipe stores at least, and what its fit costs on images; each found once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tiedconv.anatomy import Anatomy
+from tiedconv.budget import Metrics
+from tiedconv.calibrate import Calibration
+from tiedconv.calibration import Moments
+from tiedconv.errors import NothingToConvert
+from tiedconv.planner import alternatives, draft, fit_plan, make_plan, weights_of
+from tiedconv.recipe import Recipe
+from tiedconv.search import Part, least_size
+
+KEPT = 3
+"""Alignments whose moments are kept: auto, tied and lors together need so many."""
+
+
+def key_of(recipe: Recipe) -> str:
+    """The same for recipes that ask for the same."""
+    return json.dumps(recipe.to_json(), sort_keys=True)
+
+
+class Sizes:
+    """Sizes that recipes can reach on one model.
+
+    Args:
+        anatomy: of the model.
+    """
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.original = sum(math.prod(s) for s in anatomy.parameters.values())
+        self._smallest: dict[str, int | None] = {}
+
+    def smallest(self, recipe: Recipe) -> int | None:
+        """The fewest parameters that a recipe can store at any budget, None if it does nothing.
+
+        The same as a BudgetError tells, without the search for ways out that goes with it.
+        """
+        key = key_of(dataclasses.replace(recipe, budget=None))
+        if key not in self._smallest:
+            self._smallest[key] = self._least(recipe)
+        return self._smallest[key]
+
+    def feasible(self, recipe: Recipe) -> list[Recipe]:
+        """Of a recipe with a budget and its alternatives, those that can meet it."""
+        assert recipe.budget is not None
+        budget = recipe.budget.resolve(self.original)
+        return [
+            wanted
+            for wanted in alternatives(recipe)
+            if (least := self.smallest(wanted)) is not None and least <= budget
+        ]
+
+    def _least(self, recipe: Recipe) -> int | None:
+        try:
+            tasks = draft(self.anatomy, recipe)
+        except NothingToConvert:
+            return None
+        governed = sum(s.numel for task in tasks for b in task.blocks for s in b.slots.values())
+        parts = [Part(task.scheme.candidates(), task.blocks) for task in tasks]
+        return self.original - governed + sum(least_size(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class Price:
+    """What the fit of a recipe stores, and the cost that it leaves in nats for each image."""
+
+    recipe: Recipe
+    stored: int
+    cost: float
+
+
+class Pricer:
+    """Fits recipes to a model's weights in the metric of images.
+
+    Args:
+        model: which is left as it is.
+        anatomy: of the model.
+        calib: how the images are read.
+        data: the images.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, calib: Calibration, data: Dataset[Any]
+    ) -> None:
+        own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+        self._model, self._anatomy, self._calib, self._data = model, anatomy, calib, data
+        self._tensors = {name: own[name] for name in anatomy.shapes}
+        self._measured: list[tuple[Mapping[str, Tensor], Moments]] = []
+        self._prices: dict[str, Price] = {}
+        self.images = 0  # that were measured on
+
+    def price(self, recipe: Recipe) -> Price:
+        """The price of a recipe; raises what `make_plan` raises."""
+        key = key_of(recipe)
+        if key not in self._prices:
+            self._prices[key] = self._fit(recipe)
+        return self._prices[key]
+
+    def _fit(self, recipe: Recipe) -> Price:
+        metrics: Metrics = {}
+
+        def measure(moved: Mapping[str, Tensor]) -> Metrics:
+            nonlocal metrics
+            metrics = self._moments(recipe, moved).metrics
+            return metrics
+
+        with torch.no_grad():
+            planned, moved = make_plan(self._anatomy, recipe, self._tensors, measure=measure)
+            planned, _, cost = fit_plan(planned, moved, metrics=metrics)
+        return Price(recipe, planned.stored, cost)
+
+    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
+        """What errors cost with the weights so moved, measured once while it is kept."""
+        for before, moments in self._measured:
+            if all(torch.equal(before[n], t) for n, t in moved.items()):
+                return moments
+        # A copy, as placing a model on a device or in another layout gives it new tensors.
+        probe = copy.deepcopy(self._model)
+        probe.load_state_dict(moved, strict=False)
+        weights = weights_of(self._anatomy, recipe)
+        moments = self._calib.measure(probe, weights, self._data)
+        self._measured = [*self._measured[1 - KEPT :], (moved, moments)]
+        self.images = moments.images
+        return moments
