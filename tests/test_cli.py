@@ -70,6 +70,11 @@ def finetuned(world: World) -> Path:
         ("verify", "--trust-code --json"),
         ("export", "--output --to --trust-code --force --json"),
         ("demo", "--output --seed --quick --json"),
+        ("plan", "--params --calib --calib-images --weights --model-arg --image-size --resize "
+                 "--mean --std --interpolation --strict --device --workers --seed --json"),
+        ("sensitivity", "--calib --calib-images --keep --measure --sort --output --weights "
+                        "--model-arg --batch-size --image-size --resize --mean --std "
+                        "--interpolation --strict --device --workers --seed --force --json"),
     ],
 )  # fmt: skip
 def test_help_names_every_option(command: str, options: str) -> None:

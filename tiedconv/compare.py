@@ -302,7 +302,6 @@ def _priced(
     on_fit: OnFit | None,
 ) -> tuple[tuple[Row, ...], tuple[Fixed, ...]]:
     """The same with sizes as they are fitted, and costs."""
-    # Rows first: their few alignments follow each other, so that moments are found again.
     wanted = [
         recipe
         for row in rows
@@ -310,10 +309,11 @@ def _priced(
         for recipe in sizes.feasible(row.way.recipe(cell.budget))
     ] + [f.way.recipe() for f in fixed]
     each = {key_of(recipe): recipe for recipe in wanted}
-    for done, recipe in enumerate(each.values()):
-        if on_fit is not None:
-            budget = f" at {recipe.budget.text}" if recipe.budget else ""
-            on_fit(done, len(each), _way(recipe).name + budget)
+    tell = on_fit or _ignore
+    tell(0, len(each), "aligning")
+    for done, recipe in enumerate(sorted(each.values(), key=pricer.alignment)):
+        budget = f" at {recipe.budget.text}" if recipe.budget else ""
+        tell(done, len(each), _way(recipe).name + budget)
         pricer.price(recipe)
     costs = [pricer.price(f.way.recipe()).cost for f in fixed]
     return tuple(_marked([_priced_row(sizes, pricer, row) for row in rows])), tuple(
@@ -331,6 +331,10 @@ def _priced_row(sizes: Sizes, pricer: Pricer, row: Row) -> Row:
             cell = Cell(cell.budget, best.stored, share, _way(best.recipe), best.cost)
         cells.append(cell)
     return dataclasses.replace(row, cells=tuple(cells))
+
+
+def _ignore(done: int, total: int, what: str) -> None:
+    """The listener of those who don't listen."""
 
 
 def _marked(rows: Sequence[Row]) -> list[Row]:

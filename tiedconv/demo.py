@@ -1,8 +1,9 @@
 """The verb `demo`: the main job, offline, on an embedded real data set, in minutes.
 
 scikit-learn's 1,797 handwritten digits are written as images; a small ViT and a small bottleneck
-ResNet, of torchvision's own classes, are trained on them; each is converted, healed with the
-dense model as teacher, and measured, by the same verbs that a user calls.
+ResNet, of torchvision's own classes, are trained on them; each is converted by what it does to
+training images, healed with the dense model as teacher, and measured, by the same verbs that a
+user calls.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tiedconv.calibrate import Calibration
+from tiedconv.calibration import CalibConfig
 from tiedconv.convert import convert_file
 from tiedconv.data import ImageList, eval_transform, find_split, train_transform
 from tiedconv.errors import MissingExtra, OutputError
@@ -30,6 +33,7 @@ from tiedconv.training import TrainConfig, train
 
 PREPROCESS = Preprocess(32, None, (0.5,) * 3, (0.5,) * 3)
 EPOCHS = {"vit": (14, 5), "resnet": (6, 3)}  # of dense training, of healing
+CALIB_IMAGES = 512
 
 OnStage = Callable[[int, int, str], Any]
 
@@ -44,7 +48,7 @@ class Row:
         parameters: stored.
         ratio: of the dense model's parameters.
         file_bytes: size of the file.
-        converted: top-1 right after conversion, None for a dense model.
+        converted: top-1 right after conversion, without any training, None for a dense model.
         finetuned: top-1 at the end.
     """
 
@@ -96,14 +100,19 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Recipe]]] = {
     "vit": (
         digits_vit,
         "tiedconv.demo:digits_vit",
-        {"tied": Recipe.of("tied"), "lors": Recipe.of("lors", params="50%")},
+        {
+            "tied": Recipe.of("tied", params="50%"),
+            "lors": Recipe.of("lors", params="50%"),
+            "auto": Recipe.of("auto", params="25%"),
+        },
     ),
     "resnet": (
         digits_resnet,
         "tiedconv.demo:digits_resnet",
         {
             "tied": Recipe.of("tied", groups="all", first="expand", spatial=True),
-            "lors": Recipe.of("lors", params="60%"),
+            "lors": Recipe.of("lors", params="50%"),
+            "auto": Recipe.of("auto", params="25%"),
         },
     ),
 }
@@ -145,11 +154,13 @@ def run_demo(
         training, healing = (epochs * factor for epochs in EPOCHS[name])
         rows.append(_train_dense(name, build, data, dense, training, seed))
         for scheme, recipe in recipes.items():
-            stage(f"{name}: converting with {scheme}, then healing")
+            stage(f"{name}: converting with {scheme} by its images, then healing")
             config = TrainConfig(
                 epochs=healing, seed=seed, lr=1e-3, workers=0, augment="none"
             )  # fmt: skip
-            rows.append(_compact(f"{name}-{scheme}", spec, recipe, data, dense, config))
+            images = max(32, round(CALIB_IMAGES * factor))
+            label = f"{name}-{scheme}"
+            rows.append(_compact(label, spec, recipe, data, dense, config, images))
     picture = output / "demo.png"
     draw(rows, picture)
     return Demo(tuple(rows), picture, tests, time.perf_counter() - start)
@@ -214,11 +225,13 @@ def _compact(
     data: Path,
     dense: Path,
     config: TrainConfig,
+    images: int,
 ) -> Row:
     """The dense model converted and healed."""
     raw = dense.with_name(f"{name}-converted.safetensors")
     healed = dense.with_name(f"{name}.safetensors")
-    done = convert_file(spec, recipe, raw, weights=dense, force=True)
+    calib = Calibration(data, images, CalibConfig(seed=config.seed), device="cpu", workers=0)
+    done = convert_file(spec, recipe, raw, weights=dense, calib=calib, force=True)
     result = finetune(
         raw, data, healed, config, teacher=str(dense), device="cpu", force=True
     )  # fmt: skip
@@ -257,7 +270,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         right.text(end + 2, i, f"{end:.1f}", va="center", fontsize=9)
     for marker, colour, label in (
         ("D", "#4b5563", "dense"),
-        ("o", "#f59e0b", "converted, before any training"),
+        ("o", "#f59e0b", "converted by images, without labels or training"),
         ("D", "#0f766e", "healed"),
     ):
         right.scatter([], [], marker=marker, color=colour, label=label)

@@ -60,11 +60,14 @@ def improve(
     cost = total_cost(weights, found, matrices, metrics)
     # A lone pair has nothing to take turns with.
     for _ in range(sweeps if others or len(pairs) > len(weights) else 1):
+        start = dict(found)
         for b, a, j in pairs:
             _fit_pair(found, b, a, weights[j], matrices[j], metrics[j])
         for name in others:
             _descend(found, name, weights, matrices, metrics, steps)
         before, cost = cost, total_cost(weights, found, matrices, metrics)
+        if not cost <= before:  # rounding, where a metric is nearly singular
+            return start
         if before - cost <= 1e-3 * before:
             break
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -19,12 +20,9 @@ from tiedconv.budget import Metrics
 from tiedconv.calibrate import Calibration
 from tiedconv.calibration import Moments
 from tiedconv.errors import NothingToConvert
-from tiedconv.planner import alternatives, draft, fit_plan, make_plan, weights_of
+from tiedconv.planner import align, alternatives, draft, fit_plan, make_plan, weights_of
 from tiedconv.recipe import Recipe
 from tiedconv.search import Part, least_size
-
-KEPT = 3
-"""Alignments whose moments are kept: auto, tied and lors together need so many."""
 
 
 def key_of(recipe: Recipe) -> str:
@@ -99,9 +97,28 @@ class Pricer:
         own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
         self._model, self._anatomy, self._calib, self._data = model, anatomy, calib, data
         self._tensors = {name: own[name] for name in anatomy.shapes}
-        self._measured: list[tuple[Mapping[str, Tensor], Moments]] = []
+        self._alignments: dict[str, str] = {}
+        self._measured: tuple[str, Moments] | None = None
         self._prices: dict[str, Price] = {}
         self.images = 0  # that were measured on
+
+    @torch.no_grad()
+    def alignment(self, recipe: Recipe) -> str:
+        """The same for recipes that move the weights to the same place before they fit them.
+
+        Only the moments of the last place are kept, as they may take more memory than the model:
+        ask for the prices of one place after the other.
+        """
+        key = key_of(dataclasses.replace(recipe, budget=None))
+        if key not in self._alignments:
+            digest = hashlib.sha256()
+            for name, tensor in align(self._anatomy, recipe, self._tensors).items():
+                if tensor is not self._tensors[name]:
+                    digest.update(name.encode())
+                    raw = tensor.cpu().contiguous().flatten().view(torch.uint8)
+                    digest.update(raw.numpy().data)
+            self._alignments[key] = digest.hexdigest()
+        return self._alignments[key]
 
     def price(self, recipe: Recipe) -> Price:
         """The price of a recipe; raises what `make_plan` raises."""
@@ -124,15 +141,15 @@ class Pricer:
         return Price(recipe, planned.stored, cost)
 
     def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
-        """What errors cost with the weights so moved, measured once while it is kept."""
-        for before, moments in self._measured:
-            if all(torch.equal(before[n], t) for n, t in moved.items()):
-                return moments
+        """What errors cost with the weights so moved."""
+        place = self.alignment(recipe)
+        if self._measured is not None and self._measured[0] == place:
+            return self._measured[1]
+        self._measured = None  # its memory is needed
         # A copy, as placing a model on a device or in another layout gives it new tensors.
         probe = copy.deepcopy(self._model)
         probe.load_state_dict(moved, strict=False)
-        weights = weights_of(self._anatomy, recipe)
-        moments = self._calib.measure(probe, weights, self._data)
-        self._measured = [*self._measured[1 - KEPT :], (moved, moments)]
+        moments = self._calib.measure(probe, weights_of(self._anatomy, recipe), self._data)
+        self._measured = place, moments
         self.images = moments.images
         return moments

@@ -30,10 +30,10 @@ from tiedconv.compare import opened
 from tiedconv.data import Loader
 from tiedconv.errors import MissingExtra, NothingToConvert, OutputError, UserError
 from tiedconv.families import find_blocks
-from tiedconv.files import replacing
+from tiedconv.files import check_output, replacing
 from tiedconv.linalg import spectrum
 from tiedconv.loading import with_preprocess
-from tiedconv.metric import Metric
+from tiedconv.metric import IDENTITY, Metric
 from tiedconv.plan import Member, Slot
 from tiedconv.schemes._base import fuse
 from tiedconv.sources import Preprocess
@@ -180,11 +180,11 @@ def sensitivity(
     # A copy, as placing a model on a device or in another layout gives it new tensors.
     probe = copy.deepcopy(network).eval()
     moments = calib.measure(probe, {p.slot.tensor: p.slot.transposed for p in places}, data)
-    rows = [_predicted(place, tensors[place.slot.tensor], moments, keep) for place in places]
+    rows = [_predicted(p, _matrix(p, tensors), moments, keep) for p in places]
     if measure:
         probe.load_state_dict(tensors, strict=False)
         thin = [
-            _thin(p, tensors[p.slot.tensor], moments, r.rank)
+            (_metric(p, moments) or IDENTITY).truncate(_matrix(p, tensors), r.rank)
             for p, r in zip(places, rows, strict=True)
         ]
         meter = _Meter(probe, [p.slot for p in places], thin, calib)
@@ -236,30 +236,27 @@ def _split(name: str, stack: str) -> tuple[str, str]:
     return name.removesuffix(tail), f"{tail[1:]}."
 
 
+def _matrix(place: Place, tensors: Mapping[str, Tensor]) -> Tensor:
+    return place.slot.matrix_of(tensors[place.slot.tensor]).float()
+
+
 def _metric(place: Place, moments: Moments) -> Metric | None:
     known = place.slot.tensor in moments.metrics
     return metrics_of([Member(place.slot)], moments.metrics)[0] if known else None
 
 
-def _predicted(place: Place, tensor: Tensor, moments: Moments, keep: float) -> Sensed:
-    out, inputs = place.slot.matrix_shape
+def _predicted(place: Place, matrix: Tensor, moments: Moments, keep: float) -> Sensed:
+    out, inputs = matrix.shape
     rank = max(1, int(keep * out * inputs / (out + inputs)))
     metric = _metric(place, moments)
     cost = None
     if metric is not None:
-        values = spectrum(metric.whiten(place.slot.matrix_of(tensor).float()))
+        values = spectrum(metric.whiten(matrix))
         cost = 0.5 * float(values[rank:].square().sum())
     return Sensed(
         f"{place.layer}.{place.role}", place.layer, place.role, place.slot.tensor,
         out * inputs, rank, rank * (out + inputs), cost,
     )  # fmt: skip
-
-
-def _thin(
-    place: Place, tensor: Tensor, moments: Moments, rank: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    metric = _metric(place, moments) or Metric()
-    return metric.truncate(place.slot.matrix_of(tensor).float(), rank)
 
 
 class _Meter:
@@ -333,13 +330,14 @@ def draw(found: Sensitivity, path: Path, *, force: bool = False) -> None:
 
     Args:
         found: from `sensitivity`.
-        path: a picture, of a kind that its name says (.png, .svg, .pdf).
+        path: of the picture; its name says the kind: .png, .svg or .pdf.
         force: replace an existing file.
 
     Raises:
         MissingExtra: matplotlib is not installed.
         OutputError: the file can't be written.
     """
+    check_picture(path, force=force)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -357,11 +355,17 @@ def draw(found: Sensitivity, path: Path, *, force: bool = False) -> None:
         _heat(axis, title, _grid(found.rows, values, layers, roles), roles)
     axes[0].set_yticks(range(len(layers)), _short(layers), fontsize=8)
     figure.suptitle(f"{found.model}: one matrix at a time at {100 * found.keep:g} %", fontsize=10)
-    kind = path.suffix[1:].lower() or "png"
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise OutputError(f"{path} names no kind of picture", remedy="Use .png, .svg or .pdf")
     with replacing(path, force=force) as temporary:
-        figure.savefig(temporary, dpi=140, format=kind)
+        figure.savefig(temporary, dpi=140, format=path.suffix[1:].lower())
+
+
+def check_picture(path: Path, *, force: bool = False) -> None:
+    """Raise OutputError, before any work, if no picture can be written to `path`."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise OutputError(
+            f"{path} names no kind of picture", "Nothing was drawn", "Use .png, .svg or .pdf"
+        )
+    check_output(path, force=force)
 
 
 def _grid(

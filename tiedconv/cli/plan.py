@@ -81,9 +81,16 @@ def plan(
         common.print_json(found)
         return
     _show(found)
+    again = {
+        "--weights": None if weights == "default" else weights,
+        "--image-size": image_size,
+        "--resize": resize,
+        "--mean": mean,
+        "--std": std,
+        "--interpolation": interpolation,
+    }
     words = [w for pair in model_arg or [] for w in ("--model-arg", pair)]
-    if weights != "default":
-        words += ["--weights", weights]
+    words += [w for o, v in again.items() if v is not None for w in (o, str(v))]
     _show_next(found, words, calib)
 
 
@@ -132,10 +139,9 @@ def _show(found: Comparison) -> None:
         title = f"{found.model}, {found.original:,} parameters: stored at each budget"
         common.show_table(columns, rows, title)
     if found.fixed:
-        columns = ["at a size of its own", "stored", "share"]
-        common.show_table(
-            columns + ["nats"] * costs, [_fixed(f, costs) for f in found.fixed], "\n"
-        )  # fmt: skip
+        say("")
+        columns = ["at a size of its own", "stored", "share"] + ["nats"] * costs
+        common.show_table(columns, [_fixed(f, costs) for f in found.fixed])
     say("")
     for note in _notes(found):
         say(note)
@@ -181,7 +187,8 @@ def _notes(found: Comparison) -> list[str]:
         notes.append(
             f"nats: estimated divergence of the answers from the original's for each image, from "
             f"{found.images:,} images, before block-wise fitting and healing; * is the lowest at "
-            "its budget. Above 1 it only says that little is left."
+            "its budget. It ranks rather than foretells: what is measured is often twice as much, "
+            "and far more where much is lost."
         )
     return notes
 

@@ -14,8 +14,7 @@ from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
 from tiedconv.errors import UserError
-from tiedconv.files import check_output
-from tiedconv.sensitivity import Sensed, Sensitivity, draw
+from tiedconv.sensitivity import Sensed, Sensitivity, check_picture, draw
 from tiedconv.sensitivity import sensitivity as run
 
 NAMED = 3  # matrices that the summary names at either end
@@ -81,7 +80,7 @@ def sensitivity(
     if sort not in ("order", "cost"):
         raise UserError(f"--sort {sort} is unknown", remedy="Use order or cost")
     if output is not None:
-        check_output(output, force=force)
+        check_picture(output, force=force)
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with SensitivityBar("reading") as bar:
         config = CalibConfig(effort="fast", seed=seed)

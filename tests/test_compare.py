@@ -1,0 +1,266 @@
+"""`plan`: sizes as `convert --dry-run` tells them, costs as the metric of images gives them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_helpers import MODEL_ARGS, SPEC, World, figures, make_world, plain, refused, run
+from micro import all_micros
+from torch import Tensor, nn
+
+import tiedconv
+from tiedconv.calibrate import Calibration
+from tiedconv.calibration import CalibConfig, gather_moments
+from tiedconv.compare import Comparison, compare
+from tiedconv.data import TensorList
+from tiedconv.errors import NothingToConvert, RecipeError, UserError
+from tiedconv.schemes import all_schemes
+
+FAST = CalibConfig(effort="fast")
+HERE = ["--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def images(side: int = 16, count: int = 8) -> TensorList:
+    pixels = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(3))
+    return TensorList(pixels, torch.zeros(count, dtype=torch.int64))
+
+
+def calibration(side: int = 16, count: int = 8) -> Calibration:
+    return Calibration(images(side, count), count, FAST, "cpu", 0)
+
+
+@pytest.fixture(scope="module")
+def vit() -> nn.Module:
+    return all_micros()["timm-vit"].model()
+
+
+@dataclass(frozen=True)
+class Work:
+    """A comparison with costs, and what was done for it: models measured, fits announced."""
+
+    found: Comparison
+    measured: list[Tensor]
+    fits: list[str]
+
+
+@pytest.fixture(scope="module")
+def work(vit: nn.Module) -> Work:
+    measured: list[Tensor] = []
+    fits: list[str] = []
+    measure = Calibration.measure
+
+    def counted(self: Calibration, model: nn.Module, *rest: Any) -> Any:
+        measured.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        return measure(self, model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calibration, "measure", counted)
+        found = compare(
+            vit, ["60%", "30%"], calib=calibration(), on_fit=lambda i, n, what: fits.append(what)
+        )
+    return Work(found, measured, fits)
+
+
+@pytest.fixture(scope="module")
+def priced(work: Work) -> Comparison:
+    return work.found
+
+
+# Sizes
+
+
+def test_sizes_are_those_of_a_dry_run() -> None:
+    found = figures("plan", SPEC, *MODEL_ARGS, "--params", "80%,50%,25%,9000")
+    assert found["budgets"] == ["80%", "50%", "25%", "9000"]
+    met = missed = 0
+    for row in found["rows"]:
+        for cell in row["cells"]:
+            asked = ("convert", SPEC, *MODEL_ARGS, *row["way"]["flags"], "--dry-run",
+                     "--params", cell["budget"])  # fmt: skip
+            if cell["stored"] is None:
+                refused(*asked, words=["can't store less than"])
+                missed += 1
+            else:
+                assert figures(*asked)["stored"] == cell["stored"], (row["way"], cell)
+                assert cell["share"] == pytest.approx(cell["stored"] / found["original"])
+                assert cell["stored"] >= row["smallest"]
+                met += 1
+    assert met >= 10
+    assert missed >= 1
+    for fixed in found["fixed"]:
+        asked = ("convert", SPEC, *MODEL_ARGS, *fixed["way"]["flags"], "--dry-run")
+        assert figures(*asked)["stored"] == fixed["stored"], fixed["way"]
+
+
+def test_the_smallest_size_is_the_one_that_an_error_names() -> None:
+    rows = figures("plan", SPEC, *MODEL_ARGS, "--params", "7800")["rows"]
+    smallest = {row["way"]["name"]: row["smallest"] for row in rows}
+    for scheme in ("lowrank", "basis"):
+        refused(
+            "convert", SPEC, *MODEL_ARGS, "--scheme", scheme, "--params", 7800, "--dry-run",
+            words=[f"can't store less than {smallest[scheme]:,} "],
+        )  # fmt: skip
+
+
+def test_every_scheme_is_compared(vit: nn.Module) -> None:
+    found = compare(vit)
+    assert found.budgets == ("70%", "50%", "30%")
+    names = {row.way.scheme for row in found.rows} | {f.way.scheme for f in found.fixed}
+    assert names | set(found.unfit) == set(all_schemes())
+    assert found.images is None
+    assert {"tied", "tied groups=all", "shared"} <= {f.way.name for f in found.fixed}
+    sizes = [(f.way.scheme, f.stored) for f in found.fixed]
+    assert len(set(sizes)) == len(sizes)
+
+
+def test_small_budgets_are_met_by_an_alternative(vit: nn.Module) -> None:
+    row = next(r for r in compare(vit, ["30%"]).rows if r.way.name == "lors")
+    assert row.cells[0].how is not None
+    assert row.cells[0].how.name == "lors core=0.5"
+
+
+def test_a_scheme_that_finds_nothing_is_named() -> None:
+    found = compare(all_micros()["perceptron"].model(), ["80%"])
+    assert "tied" in found.unfit
+    assert {row.way.scheme for row in found.rows} >= {"lowrank", "lors"}
+
+
+def test_a_model_in_which_nothing_is_found() -> None:
+    with pytest.raises(NothingToConvert):
+        compare(nn.Linear(3, 4))
+
+
+# Costs
+
+
+def test_every_cell_that_can_be_has_a_cost_and_the_lowest_is_marked(priced: Comparison) -> None:
+    assert priced.images == 8
+    for i in range(len(priced.budgets)):
+        column = [row.cells[i] for row in priced.rows if row.cells[i].stored is not None]
+        costs = [cell.cost for cell in column if cell.cost is not None]
+        assert len(costs) == len(column) > 1
+        # Two schemes may try the same thing, and then both are marked.
+        assert {c.cost for c in column if c.best} == {min(costs)}
+    assert all(f.cost is not None and f.cost > 0 for f in priced.fixed)
+
+
+def test_less_room_costs_more(priced: Comparison) -> None:
+    for row in priced.rows:
+        costs = [cell.cost for cell in row.cells if cell.cost is not None]
+        assert costs == sorted(costs)
+
+
+def test_a_cost_is_what_the_metric_says_of_the_converted_weights(
+    vit: nn.Module, priced: Comparison
+) -> None:
+    row = next(r for r in priced.rows if r.way.name == "lowrank")
+    made = tiedconv.convert(vit, "lowrank", params="60%", calib=calibration())
+    assert sum(p.numel() for p in made.parameters()) == row.cells[0].stored
+    before, after = vit.state_dict(), tiedconv.untie(made).state_dict()
+    names = {n: False for n, t in before.items() if n.startswith("blocks.") and t.dim() == 2}
+    moments = gather_moments(copy.deepcopy(vit), names, images(), device="cpu", workers=0)
+    total = sum(moments.metrics[n].cost(before[n] - after[n]) for n in names)
+    assert row.cells[0].cost == pytest.approx(total, rel=1e-3)
+
+
+def test_moments_are_measured_once_for_each_alignment(work: Work) -> None:
+    seen = work.measured
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert work.fits[0] == "aligning"
+    assert len(work.fits) == len(set(work.fits)) > 2 * len(seen)
+
+
+def test_the_model_is_left_as_it_was(vit: nn.Module, priced: Comparison) -> None:
+    fresh = all_micros()["timm-vit"].model().state_dict()
+    assert all(torch.equal(t, fresh[n]) for n, t in vit.state_dict().items())
+
+
+def test_a_convolutional_model_has_costs_too() -> None:
+    found = compare(
+        all_micros()["torchvision-resnet"].model(), ["60%"], calib=calibration(32, 2)
+    )  # fmt: skip
+    assert any(row.cells[0].best for row in found.rows)
+
+
+# The command
+
+
+def test_what_is_printed(world: World) -> None:
+    result = run("plan", SPEC, *MODEL_ARGS, "--params", "60%, 20%")
+    text = plain(result.stdout)
+    assert text.splitlines()[1].split() == ["scheme", "60%", "20%"]
+    assert "– from" in text
+    assert "at a size of its own" in text
+    assert "lors at 60%: as lors core=0.5, which convert tries by itself." in text
+    assert "--scheme auto --params" in result.stderr
+    assert f"tiedconv plan {SPEC}" in result.stderr
+    assert gc.isenabled()
+
+
+def test_the_next_command_runs(world: World, tmp_path: Path) -> None:
+    said = run(
+        "plan", SPEC, *MODEL_ARGS, "--params", "60%", "--calib", world.data, "-n", 6, "--seed", 1,
+        "--weights", world.weights, "--mean", "0.5", "--std", "0.5", "--resize", 0, *HERE,
+    )  # fmt: skip
+    assert " *" in said.stdout
+    assert "from 6 images" in said.stdout
+    command = said.stderr.strip().removeprefix("Next: tiedconv ")
+    assert "--mean 0.5 --std 0.5" in command.replace("'", "")
+    run(
+        *shlex.split(command),
+        "-o",
+        tmp_path / "out.safetensors",
+        "--effort",
+        "fast",
+        *HERE,
+        "-n",
+        6,
+    )
+
+
+def test_figures_with_costs(world: World) -> None:
+    found = figures(
+        "plan", SPEC, *MODEL_ARGS, "--params", "60%", "--calib", world.data, "-n", 6,
+        "--weights", world.weights, *HERE,
+    )  # fmt: skip
+    assert found["images"] == 6
+    cells = [row["cells"][0] for row in found["rows"] if row["cells"][0]["stored"]]
+    least = min(cell["cost"] for cell in cells)
+    assert [c["best"] for c in cells] == [c["cost"] == least for c in cells]
+    assert all(cell["cost"] > 0 for cell in cells)
+
+
+# Refusals
+
+
+def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
+    refused("plan", "resnet5000", words=["resnet5000"])
+    refused("plan", SPEC, *MODEL_ARGS, "--params", "50%,half", words=["'half'", "50%"])
+    refused("plan", SPEC, *MODEL_ARGS, "--params", " , ", words=["No budget", "70%,50%,30%"])
+    refused("plan", SPEC, *MODEL_ARGS, "--params", "12,000", words=["'000'"])
+    refused("plan", world.tied, words=["compact file already", "tiedconv report"])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder in (empty, tmp_path / "missing"):
+        refused(
+            "plan", SPEC, *MODEL_ARGS, "--weights", "none", "--calib", folder, words=[folder.name]
+        )
+
+
+def test_mistakes_in_python(vit: nn.Module) -> None:
+    with pytest.raises(RecipeError, match="No budget"):
+        compare(vit, [])
+    with pytest.raises(UserError, match="tied already"):
+        compare(tiedconv.convert(vit, "tied"))

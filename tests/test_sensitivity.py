@@ -1,0 +1,244 @@
+"""`sensitivity`: exact predictions, measurements that leave the model whole, a picture."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import MODEL_ARGS, SPEC, World, figures, make_world, plain, refused, run
+from micro import all_micros
+from torch import Tensor, nn
+
+import tiedconv
+from tiedconv.anatomy import examine
+from tiedconv.calibrate import Calibration
+from tiedconv.calibration import CalibConfig, gather_moments
+from tiedconv.data import TensorList
+from tiedconv.errors import DataError, MissingExtra, NothingToConvert, OutputError, UserError
+from tiedconv.sensitivity import Sensed, Sensitivity, draw, matrices_of, sensitivity
+from tiedconv.training import logits_of
+
+FAST = CalibConfig(effort="fast")
+HERE = ["--workers", "0", "--device", "cpu"]
+SIDES = {"timm-vit": 16, "torchvision-vit": 16, "hf-vit": 16, "torchvision-resnet": 32,
+         "torchvision-resnext": 32, "convmixer": 16}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def pixels(side: int, count: int = 6) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(3))
+
+
+def calibration(images: Tensor) -> Calibration:
+    data = TensorList(images, torch.zeros(len(images), dtype=torch.int64))
+    return Calibration(data, len(images), FAST, "cpu", 0)
+
+
+def answers(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return logits_of(model.eval()(images)).double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_predictions_are_exact_and_measurements_true(name: str) -> None:
+    model, images = all_micros()[name].model(), pixels(SIDES[name])
+    before = copy.deepcopy(model.state_dict())
+    found = sensitivity(model, calibration(images), keep=0.3, measure=True, batch_size=4)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert (found.images, found.skipped) == (6, 0)
+    places = matrices_of(examine(model))
+    assert len(places) == len(found.rows) > 3
+    weights = {p.slot.tensor: p.slot.transposed for p in places}
+    moments = gather_moments(
+        copy.deepcopy(model), weights, calibration(images).open(None), device="cpu", workers=0
+    )  # type: ignore[arg-type]
+    right = answers(model, images)
+    for place, row in zip(places, found.rows, strict=True):
+        matrix = place.slot.matrix_of(before[row.tensor])
+        out, inputs = matrix.shape
+        assert row.parameters == matrix.numel()
+        assert row.stored == row.rank * (out + inputs)
+        assert row.rank == 1 or row.stored <= 0.3 * row.parameters
+        metric = moments.metrics[row.tensor]
+        b, a = metric.truncate(matrix, row.rank)
+        cost = metric.cost(matrix - b @ a)
+        assert row.predicted == pytest.approx(cost, rel=1e-2, abs=1e-7), row.name
+
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            place.slot.matrix_of(changed.get_parameter(row.tensor)).copy_(b @ a)
+        wrong = answers(changed, images)
+        kl = float((right.exp() * (right - wrong)).sum(-1).mean())
+        assert row.measured == pytest.approx(kl, rel=1e-2, abs=1e-6), row.name
+        assert row.changed == float((right.argmax(-1) != wrong.argmax(-1)).double().mean())
+
+
+def test_no_approximation_of_that_rank_costs_less() -> None:
+    model, images = all_micros()["timm-vit"].model(), pixels(16)
+    row = sensitivity(model, calibration(images)).rows[0]
+    data = calibration(images).data
+    moments = gather_moments(
+        copy.deepcopy(model), {row.tensor: False}, data, device="cpu", workers=0
+    )  # type: ignore[arg-type]
+    metric, matrix = moments.metrics[row.tensor], model.state_dict()[row.tensor]
+    b, a = metric.truncate(matrix, row.rank)
+    generator = torch.Generator().manual_seed(0)
+    assert row.predicted is not None
+    for scale in (1e-3, 1e-2, 0.1):
+        other = (b + scale * torch.randn(b.shape, generator=generator)) @ a
+        assert metric.cost(matrix - other) > 0.999 * row.predicted
+
+
+def test_matrices_stand_in_the_models_order_under_its_names() -> None:
+    def names(name: str) -> list[str]:
+        places = matrices_of(examine(all_micros()[name].model()))
+        return [f"{p.layer} {p.role}" for p in places]
+
+    assert names("timm-vit")[:5] == [
+        "blocks.0 attn.qkv", "blocks.0 attn.o", "blocks.0 mlp.up", "blocks.0 mlp.down",
+        "blocks.1 attn.qkv",
+    ]  # fmt: skip
+    assert names("torchvision-resnet")[:4] == [
+        "layer1.0 conv1", "layer1.0 conv2", "layer1.0 conv3", "layer1.1 conv1"
+    ]  # fmt: skip
+
+
+def test_what_more_is_kept_costs_less() -> None:
+    model, images = all_micros()["timm-vit"].model(), pixels(16)
+    some, more = (sensitivity(model, calibration(images), keep=k).rows for k in (0.2, 0.6))
+    for a, b in zip(some, more, strict=True):
+        assert a.predicted is not None
+        assert b.predicted is not None
+        assert a.predicted > b.predicted
+        assert a.stored < b.stored
+
+
+class Half(nn.Module):
+    """Numbered layers, the last of which is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48, 48) for _ in range(3))
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, 3, 4, 4)` to `(n, 5)`."""
+        x = x.flatten(1)
+        for layer in self.layers[:2]:
+            x = torch.relu(layer(x))
+        return self.head(x)
+
+
+def test_a_matrix_that_no_image_reaches_has_no_price() -> None:
+    torch.manual_seed(0)
+    found = sensitivity(Half(), calibration(pixels(4)), measure=True)
+    reached = {r.name: r.predicted is not None for r in found.rows}
+    assert list(reached.values()) == [True, True, False]
+    assert found.rows[2].measured == 0
+    assert found.rows[2].changed == 0
+
+
+def test_agreement_of_prediction_and_measurement() -> None:
+    def row(i: int, predicted: float, measured: float | None) -> Sensed:
+        return Sensed(f"m{i}", "m", str(i), "w", 1000, 1, 500, predicted, measured)
+
+    def result(*pairs: tuple[float, float | None]) -> Sensitivity:
+        return Sensitivity("", 0.5, 1, 0, tuple(row(i, *p) for i, p in enumerate(pairs)), 0.0)
+
+    same = result((1, 2), (2, 4), (3, 6), (4, 8))
+    assert same.rank_correlation == pytest.approx(1)
+    assert same.measured_to_predicted == 2
+    assert same.by_price == ("m0", "m1", "m2", "m3")
+    assert same.rows[0].per_million == pytest.approx(2 * 2000)
+    assert result((1, 9), (2, 5), (3, 1)).rank_correlation == pytest.approx(-1)
+    assert result((1, None), (2, None), (3, None)).rank_correlation is None
+    assert result((1, None)).measured_to_predicted is None
+
+
+# The command
+
+
+def test_what_is_printed_and_drawn(world: World, tmp_path: Path) -> None:
+    picture = tmp_path / "costs.png"
+    command = ("sensitivity", SPEC, *MODEL_ARGS, "--weights", world.weights, "--calib", world.data,
+               "-n", 6, *HERE)  # fmt: skip
+    result = run(*command, "--measure", "-o", picture)
+    text = plain(result.stdout)
+    assert "blocks.1.mlp.down" in text
+    assert "Cheapest for each parameter saved: " in text
+    assert "rank correlation" in text
+    assert "6 images" in text
+    assert result.stderr.endswith(f"Drew {picture}\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    refused(*command, "-o", picture, words=["exists already", "--force"])
+    run(*command, "-o", picture, "--force")
+    run(*command, "-o", tmp_path / "costs.svg")
+
+
+def test_sorting_and_figures(world: World) -> None:
+    command = ("sensitivity", SPEC, *MODEL_ARGS, "--weights", "none", "--calib", world.data,
+               "-n", 6, *HERE)  # fmt: skip
+    found = figures(*command, "--keep", "0.25")
+    assert found["keep"] == 0.25
+    assert [r["measured"] for r in found["rows"]] == [None] * 8
+    assert found["rank_correlation"] is None
+    dearest = max(found["rows"], key=lambda r: r["predicted"])["name"]
+    text = plain(run(*command, "--keep", "25%", "--sort", "cost").stdout)
+    assert text.splitlines()[3].startswith(dearest)
+    assert "rank correlation" not in text
+
+
+def test_without_matplotlib_the_table_still_prints(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    picture = tmp_path / "costs.png"
+    result = run(
+        "sensitivity", SPEC, *MODEL_ARGS, "--weights", "none", "--calib", world.data, "-n", 4,
+        *HERE, "-o", picture, code=2,
+    )  # fmt: skip
+    assert "blocks.0.attn.qkv" in result.stdout
+    assert "needs the package matplotlib" in result.stderr
+    assert "pip install 'tiedconv[demo]'" in result.stderr
+    assert not picture.exists()
+
+
+def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
+    def told(*options: object, words: list[str]) -> None:
+        refused("sensitivity", SPEC, *MODEL_ARGS, "--weights", "none", *options, words=words)
+
+    data = ("--calib", world.data, *HERE)
+    told(*data, "--keep", "150%", words=["150%", "50%"])
+    told(*data, "--keep", "half", words=["'half'"])
+    told(*data, "--sort", "name", words=["order or cost"])
+    told(*data, "-o", tmp_path / "costs.txt", words=["no kind of picture", ".png"])
+    told(*data, "-o", tmp_path / "no" / "costs.png", words=["does not exist"])
+    told("--calib", tmp_path / "missing", *HERE, words=["missing"])
+    refused("sensitivity", "resnet5000", *data, words=["resnet5000"])
+    refused("sensitivity", world.tied, *data, words=["compact file already"])
+
+
+def test_mistakes_in_python(tmp_path: Path) -> None:
+    model, images = all_micros()["timm-vit"].model(), pixels(16, 2)
+    with pytest.raises(UserError, match="no share"):
+        sensitivity(model, calibration(images), keep=1.0)
+    with pytest.raises(NothingToConvert, match="No block"):
+        sensitivity(nn.Linear(3, 4), calibration(images))
+    with pytest.raises(UserError, match="tied already"):
+        sensitivity(tiedconv.convert(model, "tied"), calibration(images))
+    with pytest.raises(DataError):
+        sensitivity(model, tmp_path)
+    found = sensitivity(model, calibration(images))
+    with pytest.raises(OutputError):
+        draw(found, tmp_path / "costs.bmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(MissingExtra):
+            draw(found, tmp_path / "costs.png")
