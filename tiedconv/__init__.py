@@ -9,6 +9,8 @@ low-rank residuals; each number is stored once, in one self-describing file.
 """
 
 from tiedconv.binding import freeze, tie, unfreeze, untie
+from tiedconv.calibrate import Calibration
+from tiedconv.calibration import CalibConfig
 from tiedconv.checkpoint import save
 from tiedconv.convert import convert, plan
 from tiedconv.errors import TiedconvError
@@ -24,6 +26,8 @@ from tiedconv.verify import verify
 from tiedconv.version import __version__
 
 __all__ = [
+    "CalibConfig",
+    "Calibration",
     "Plan",
     "Recipe",
     "TiedconvError",
