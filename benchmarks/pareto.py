@@ -1,4 +1,4 @@
-"""Draws the results of accuracy.py, and prints them as a table.
+"""Draws the results of accuracy.py; `scripts/results_docs.py` has them as tables.
 
     python benchmarks/pareto.py benchmarks/results/accuracy.json --out docs/pareto.png
 
@@ -29,7 +29,6 @@ LOOKS: dict[str, tuple[str, str]] = {
     "svd": ("#8c8c8c", "v"), "whitened-svd": ("#4d4d4d", "P"), "torch-pruning": ("#b07d62", "X"),
     "minivit": ("#5fa8b5", "<"), "half-width": ("#c9a227", ">"), "tied-scratch": ("#8fb3de", "s"),
 }  # fmt: skip
-STAGES = ("top1_converted", "top1_calibrated", "top1_finetuned")
 Runs = dict[tuple[str, str, float], list[dict[str, Any]]]
 
 
@@ -46,32 +45,9 @@ def main() -> None:
         model, method, budget, _ = key.split("/")
         runs.setdefault((model, method, float(budget)), []).append(run)
     models = list(dict.fromkeys(model for model, _, _ in runs))
-    print("\n\n".join(table(model, runs, store["dense"][model]) for model in models))
     if args.only:
         runs = {k: v for k, v in runs.items() if k[1] in {*args.only, "dense-more"}}
     draw(models, runs, store["dense"], args.out)
-
-
-def table(model: str, runs: Runs, dense: Mapping[str, Any]) -> str:
-    """A model's results in markdown, one line for each method and budget."""
-    lines = [
-        f"**{model}**: {dense['parameters']:,} parameters, top-1 {100 * dense['top1']:.2f} %", "",
-        "| method | budget | stored | kB | MFLOPs | converted | calibrated | fine-tuned |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]  # fmt: skip
-    for (_, method, budget), found in _of(model, runs):
-        done = [r for r in found if "infeasible" not in r]
-        start = f"| {method} | {budget:g} % |"
-        if not done:
-            lines.append(f"{start} not reached |  |  |  |  |  |")
-            continue
-        share = 100 * done[0]["parameters"] / dense["parameters"]
-        cells = [_spread([r[stage] for r in done]) for stage in STAGES]
-        lines.append(
-            f"{start} {share:.1f} % | {done[0]['bytes'] / 1e3:,.0f} | "
-            f"{done[0]['flops'] / 1e6:,.0f} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines)
 
 
 def _of(model: str, runs: Runs) -> list[tuple[tuple[str, str, float], list[dict[str, Any]]]]:
@@ -80,15 +56,6 @@ def _of(model: str, runs: Runs) -> list[tuple[tuple[str, str, float], list[dict[
     mine = [item for item in runs.items() if item[0][0] == model]
     place = {m: order.get(m, order.get(m.removesuffix("-datafree"), 99)) for _, m, _ in runs}
     return sorted(mine, key=lambda item: (place[item[0][1]], item[0][1], -item[0][2]))
-
-
-def _spread(scores: list[float | None]) -> str:
-    """Mean ± standard deviation in percent, the mean alone where the seed changes nothing."""
-    known = [100 * s for s in scores if s is not None]
-    if not known:
-        return "–"
-    text = f"{statistics.mean(known):.2f}"
-    return f"{text} ± {statistics.stdev(known):.2f}" if len(set(known)) > 1 else text
 
 
 def draw(models: list[str], runs: Runs, dense: Mapping[str, Any], out: Path) -> None:

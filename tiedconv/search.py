@@ -208,7 +208,7 @@ def _curve(
 def _floor(d: Draft, bench: Workbench, metrics: Metrics) -> float:
     """The cost that no rank removes: that of the scheme with every dial at its end."""
     matrices = [m.matrix_of(bench.tensors[m.slot.tensor]).float() for m in d.members]
-    ends = [min(d_.cost, 1 << 30) if d_ else 0 for d_ in d.scheme.dials(d.shapes)]
+    ends = [dial.full if dial else 0 for dial in d.scheme.dials(d.shapes)]
     scheme = d.scheme.turned(ends) if any(ends) else d.scheme
     factors = scheme.fit(matrices)
     weights = scheme.layout(d.shapes).weights

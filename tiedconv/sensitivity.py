@@ -302,9 +302,8 @@ class _Meter:
         for i, slot in enumerate(self._slots):
             with self._replaced(slot, self._thin[i]):
                 wrong = self._answers(images)
-            kl = (right.exp() * (right - wrong)).sum()
-            found[i, 0] = float(kl)
-            found[i, 1] = int((right.argmax(-1) != wrong.argmax(-1)).sum())
+            found[i, 0] = (right.exp() * (right - wrong)).sum()
+            found[i, 1] = (right.argmax(-1) != wrong.argmax(-1)).sum()
         return found
 
     def _answers(self, images: Tensor) -> Tensor:

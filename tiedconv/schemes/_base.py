@@ -43,17 +43,20 @@ class Dial:
         cost: parameters for each rank.
         least: the smallest rank that still gives a matrix.
         most: the rank above which two factors would be larger than their product.
+        full: the rank at which the product can be any matrix.
     """
 
     cost: int
     least: int
     most: int
+    full: int
 
     @classmethod
     def of(cls, shape: tuple[int, int], least: int) -> Dial:
         """The dial of a product of this shape."""
         out, inputs = shape
-        return cls(out + inputs, least, max(least, out * inputs // (out + inputs)))
+        most = max(least, out * inputs // (out + inputs))
+        return cls(out + inputs, least, most, min(out, inputs))
 
 
 @dataclass(frozen=True)
