@@ -32,7 +32,18 @@ LAYERS: dict[str, int] = {
     ),
     **dict.fromkeys(["sources", "data", "training", "calibration"], 5),
     **dict.fromkeys(
-        ["loading", "calibrate", "convert", "finetune", "evaluate", "report", "export", "verify", "demo"], 6
+        [
+            "loading",
+            "calibrate",
+            "convert",
+            "finetune",
+            "evaluate",
+            "report",
+            "export",
+            "verify",
+            "demo",
+        ],
+        6,
     ),
     **dict.fromkeys(["progressive", "pricing", "compare", "sensitivity"], 6),
     **dict.fromkeys(["cli", "__main__"], 7),

@@ -41,7 +41,7 @@ NOTHING = {("perceptron", "tied")}
 PLAIN = [(m, s) for m, s in itertools.product(all_micros(), all_schemes()) if (m, s) not in NOTHING]
 
 # A scheme that chooses by size is given one: not all of these models can be halved.
-OPTIONS: dict[str, dict[str, Any]] = {"auto": {"params": "70%"}}
+OPTIONS: dict[str, dict[str, Any]] = {"auto": {"params": "70%", "share": False}}
 # Schemes whose options make another form of them, each on one model of each kind.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "basis of two": ("basis", {"groups": "adjacent:2"}),
@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "basis, all of these": ("basis", {"groups": "all", "join": True, "tie": True}),
     "lors, bases": ("lors", {"bases": 2, "rank": 0.1, "groups": "adjacent:3"}),
     "lors, core": ("lors", {"core": 0.4}),
+    "auto, sharing": ("auto", {"params": "70%"}),
     "tied, core": ("tied", {"core": 0.5}),
     "tied, core and rank": ("tied", {"core": 0.4, "rank": 2}),
 }
@@ -157,7 +158,9 @@ def full_rank_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 options += [{"core": 10**6}]
             if name in EVERY_OPTION and scheme == "lors":
                 options += [{"groups": "adjacent:2"}, {"fused": False}, {"match": False}]
-                options += [{"bases": 2}, {"core": 3}]
+                options += [{"core": 3}]
+                # Two bases for two layers would be no fewer numbers, so nothing is converted.
+                options += [{"bases": 2}] if name != "torch-transformer" else []
             for option in options:
                 option.pop("rank", None)
             for i, option in enumerate(options):

@@ -12,6 +12,7 @@ from tiedconv.binding import freeze, tie, unfreeze, untie
 from tiedconv.calibrate import Calibration
 from tiedconv.calibration import CalibConfig
 from tiedconv.checkpoint import save
+from tiedconv.compare import compare
 from tiedconv.convert import convert, plan
 from tiedconv.errors import TiedconvError
 from tiedconv.evaluate import evaluate
@@ -21,6 +22,7 @@ from tiedconv.loading import load
 from tiedconv.plan import Plan
 from tiedconv.recipe import Recipe
 from tiedconv.report import report
+from tiedconv.sensitivity import sensitivity
 from tiedconv.training import TrainConfig
 from tiedconv.verify import verify
 from tiedconv.version import __version__
@@ -33,6 +35,7 @@ __all__ = [
     "TiedconvError",
     "TrainConfig",
     "__version__",
+    "compare",
     "convert",
     "evaluate",
     "export",
@@ -42,6 +45,7 @@ __all__ = [
     "plan",
     "report",
     "save",
+    "sensitivity",
     "tie",
     "unfreeze",
     "untie",

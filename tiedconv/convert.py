@@ -261,18 +261,21 @@ def _best_fit(
     # With a single recipe the model's own tensors are moved, which saves their size.
     trial = _Trial(model, anatomy, tensors, len(recipes) == 1, on_group, calib, data)
     best: _Fitted | None = None
-    refused: UserError | None = None
+    refused: list[BudgetError] = []
     for wanted in recipes:
         try:
             found = trial.fit(wanted)
-        except (BudgetError, NothingToConvert) as error:
-            refused = refused or error
+        except BudgetError as error:
+            refused.append(error)
+            continue
+        except NothingToConvert:
+            if wanted is recipe:
+                raise
             continue
         if best is None or found.cost < best.cost:
             best = found
     if best is None:
-        assert refused is not None
-        raise refused
+        raise min(refused, key=lambda error: error.smallest)
     return best
 
 

@@ -87,7 +87,17 @@ class NothingToConvert(UserError):
 
 
 class BudgetError(UserError):
-    """A parameter budget that no choice of ranks can meet."""
+    """A parameter budget that no choice of ranks can meet.
+
+    Args:
+        smallest: the fewest parameters that can be stored.
+    """
+
+    def __init__(
+        self, what: str, follows: str = "", remedy: str = "", *, smallest: int = 0
+    ) -> None:  # fmt: skip
+        super().__init__(what, follows, remedy)
+        self.smallest = smallest
 
 
 class PlanError(UserError):

@@ -281,7 +281,8 @@ class Plan:
 
     def validate(self) -> None:
         """Raise PlanError unless the plan hangs together (shapes, names, references)."""
-        for name, shape in self.factors.items():
+        factors = self.factors
+        for name, shape in factors.items():
             if not name.startswith(PREFIX) or "." in name or name in self.kept:
                 raise _bad(f"it stores a factor under the name {name!r} of shape {shape}")
         for name in self.weights:
@@ -293,7 +294,7 @@ class Plan:
             if alias in self.kept or not (name in self.kept or name in self.weights):
                 raise _bad(f"{alias} is a second name of {name}, which is not there")
         promised = {g.stored_name(f): s for g in self.groups for f, s in g.factors.items()}
-        if any(self.factors.get(n, s) != s for n, s in promised.items()):
+        if any(factors.get(n, s) != s for n, s in promised.items()):
             raise _bad("its groups and its expressions disagree about a factor's shape")
 
     def to_json(self) -> dict[str, Any]:

@@ -190,14 +190,13 @@ def first_plan(anatomy: Anatomy, recipe: Recipe) -> Plan:
     Raises:
         NothingToConvert, BudgetError: as `make_plan`, for the recipe itself.
     """
-    refused: BudgetError | None = None
+    refused: list[BudgetError] = []
     for wanted in alternatives(recipe):
         try:
             return make_plan(anatomy, wanted)[0]
         except BudgetError as error:
-            refused = refused or error
-    assert refused is not None
-    raise refused
+            refused.append(error)
+    raise min(refused, key=lambda error: error.smallest)
 
 
 def weights_of(anatomy: Anatomy, recipe: Recipe) -> dict[str, bool]:
@@ -305,6 +304,7 @@ def _too_small(
         f"{_share(smallest, original)}",
         "Nothing was written",
         f"Ask for that or more{', or choose another way: ' + what if what else ''}",
+        smallest=smallest,
     )
 
 

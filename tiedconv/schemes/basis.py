@@ -119,8 +119,10 @@ class Basis(Cored):
         return values * (costs / float(values.sum().clamp(min=1e-300)))
 
     def _parts(self, block: Block) -> Iterator[_Part]:
-        stem = block.stack[: block.stack.find("*") + 1] if self.join else block.stack
-        name = block.name[: block.name.rfind(".")] if self.join else block.name
+        stem, name = block.stack, block.name
+        if self.join:  # blocks.3.attn and blocks.3.mlp are both of blocks.3
+            start, star, part = stem.partition("*")
+            stem, name = start + star, name.removesuffix(part)
         for role, slot in (block.slots if self.tie else fuse(block.slots)).items():
             # What touches no stream (a 3x3 convolution) is on its own: plain low rank.
             label = "" if role in _READS | _WRITES else f".{role}"
