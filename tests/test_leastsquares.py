@@ -36,8 +36,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], Shapes]] = {
     "lors, core": ("lors", {"rank": 2, "core": 3}, [(8, 6)] * 3),
     "lors, bases": ("lors", {"rank": 1, "bases": 2}, [(8, 6)] * 3),
     "basis": ("basis", {"core": 3}, [(8, 6), (5, 6), (9, 6)]),
-    "basis, tied": ("basis", {"core": 3, "tie": True, "owners": [0, 0, 2]}, [(8, 6)] * 2 + [(9, 6)]),
-}  # fmt: skip
+    "basis, tied": ("basis", {"core": 3, "owners": [0, 0, 2]}, [(8, 6), (8, 6), (9, 6)]),
+}
 
 each_form = pytest.mark.parametrize("form", FORMS)
 

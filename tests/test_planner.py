@@ -37,6 +37,8 @@ from tiedconv.schemes import Draft, all_schemes
 from tiedconv.schemes._base import Ranked
 
 RANKED = [name for name, cls in all_schemes().items() if issubclass(cls, Ranked)]
+# A scheme that chooses by size is given one: not all of these models can be halved.
+OPTIONS: dict[str, dict[str, Any]] = {"auto": {"params": "90%"}}
 
 
 def model(name: str) -> nn.Module:
@@ -66,8 +68,9 @@ def test_an_include_that_takes_nothing_is_told_so() -> None:
 def test_include_and_exclude_decide_which_tensors_change(
     scheme: str, include: list[str], exclude: list[str]
 ) -> None:
-    plan = tiedconv.plan(model("timm-vit"), scheme, include=include, exclude=exclude)
-    everything = tiedconv.plan(model("timm-vit"), scheme)
+    options = OPTIONS.get(scheme, {})
+    plan = tiedconv.plan(model("timm-vit"), scheme, include=include, exclude=exclude, **options)
+    everything = tiedconv.plan(model("timm-vit"), scheme, **options)
     rule = Rule(scheme, {}, tuple(include) or ("*",), tuple(exclude))
     assert set(plan.weights) == {n for n in everything.weights if rule.takes(n)}
 
@@ -142,7 +145,7 @@ def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     ("scheme", "options", "reason"),
     [
         ("teid", {}, "Did you mean tied"),
-        ("LORS", {}, "Known: lors, lowrank, shared, tied"),
+        ("LORS", {}, "Known: auto, basis, lors, lowrank, shared, tied"),
         ("", {}, "Known"),
         ("tied", {"ranks": 3}, "no option 'ranks'"),
         ("shared", {"rank": 3}, "no option 'rank'"),
@@ -157,6 +160,15 @@ def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         ("lors", {"rank": [1, 2]}, "rank lists 2 numbers"),
         ("lors", {"k": [1, 2]}, "k lists 2 multipliers"),
         ("lors", {"k": [1, 2.5, 3]}, "wrong kind"),
+        ("lors", {"bases": 0}, "bases=0"),
+        ("lors", {"bases": 2, "core": 4}, "one base only"),
+        ("lors", {"core": -1}, "negative"),
+        ("tied", {"core": -0.5}, "negative"),
+        ("basis", {"core": 0}, "no basis"),
+        ("basis", {"core": -1}, "negative"),
+        ("basis", {"owners": [0, 0]}, "tie=true"),
+        ("basis", {"groups": "some"}, "adjacent:N"),
+        ("auto", {"rank": 3}, "no option 'rank'"),
         ("lors", {"rank": math.nan}, "no number"),
         ("lors", {"rank": math.inf}, "no number"),
     ],
@@ -196,22 +208,44 @@ def test_what_is_no_budget(text: str) -> None:
 def test_a_budget_out_of_reach_names_the_smallest_and_ways_that_reach_it() -> None:
     original = tiedconv.plan(model("timm-vit")).original
     for scheme in all_schemes():
-        share = 2 if scheme == "lowrank" else 40
+        # With a budget, all but this one may store what they share as a product of thin matrices.
+        share = 40 if scheme == "shared" else 15
         with pytest.raises(BudgetError) as caught:
             tiedconv.plan(model("timm-vit"), scheme, params=f"{share}%")
         message = str(caught.value)
         found = re.search(r"can't store less than ([\d,]+) \(", message)
         assert found is not None
         smallest = int(found[1].replace(",", ""))
-        if issubclass(all_schemes()[scheme], Ranked):
-            assert tiedconv.plan(model("timm-vit"), scheme, params=str(smallest)).stored == smallest
+        assert tiedconv.plan(model("timm-vit"), scheme, params=str(smallest)).stored == smallest
         with pytest.raises(BudgetError):
             tiedconv.plan(model("timm-vit"), scheme, params=str(smallest - 1))
         ways = list(named_ways(message))
-        assert ways or scheme == "lowrank"
+        assert ways or share == 15
         for other, options, size in ways:
             plan = tiedconv.plan(model("timm-vit"), other, **options)
             assert plan.stored == size <= share / 100 * original
+
+
+def test_a_model_that_cannot_be_halved_is_told_so_by_a_scheme_that_halves() -> None:
+    for name in ("torchvision-resnet", "timm-resnet"):
+        with pytest.raises(BudgetError, match=r"50% is [\d,]+ parameters, and .* can't store less"):
+            tiedconv.plan(model(name), "auto")
+        assert tiedconv.plan(model(name), "auto", params="70%").stored > 0
+
+
+def test_a_budget_out_of_reach_of_a_scheme_is_met_with_a_core() -> None:
+    for name, scheme in itertools.product(("timm-vit", "hf-imagegpt"), ("tied", "lors")):
+        whole = tiedconv.plan(model(name), scheme, rank=0)
+        budget = whole.stored - 1  # whatever ranks there are: W itself is too large
+        plan = tiedconv.plan(model(name), scheme, params=str(budget))
+        assert plan.stored <= budget
+        assert {g.scheme for g in plan.groups} == {scheme}
+        assert all(g.options["core"] for g in plan.groups)
+        tied = state_of(tiedconv.convert(model(name), scheme, params=str(budget))).plan
+        assert 0.97 * budget < tied.stored <= budget
+        assert all(g.options["core"] for g in tied.groups)
+        # Who asks for W whole with its ranks and no budget gets that.
+        assert not any(g.options["core"] for g in whole.groups)
 
 
 def named_ways(message: str) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -222,7 +256,9 @@ def named_ways(message: str) -> Iterator[tuple[str, dict[str, Any], int]]:
         values = {}
         for key, value in re.findall(r"--option (\w+)=(\S+)", options):
             plain = {"true": True, "false": False}
-            values[key] = plain.get(value, int(value) if value.isdecimal() else value)
+            number = re.fullmatch(r"\d+(\.\d+)?", value)
+            read = (float if "." in value else int)(value) if number else value
+            values[key] = plain.get(value, read)
         yield scheme, values, int(size.replace(",", ""))
 
 
@@ -405,7 +441,7 @@ def test_every_scheme_alone_finds_only_what_the_families_found(name: str) -> Non
     shapes = examine(model(name)).shapes
     for scheme in all_schemes():
         try:
-            plan = tiedconv.plan(model(name), scheme)
+            plan = tiedconv.plan(model(name), scheme, **OPTIONS.get(scheme, {}))
         except NothingToConvert:
             continue
         assert {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}} == shapes

@@ -1,0 +1,125 @@
+"""`convert --calib`, as a user types it, on a tiny model and a tiny folder of images."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from cli_helpers import (
+    MODEL_ARGS,
+    SPEC,
+    World,
+    figures,
+    files_of,
+    make_world,
+    plain,
+    refused,
+    run,
+    write_images,
+)
+
+import tiedconv
+from tiedconv.calibration import EFFORTS, Effort, config
+from tiedconv.cli import progress
+
+HERE = ["--workers", "0", "--device", "cpu", "-n", 16]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.EFFORTS, "normal", Effort(1, 1, 4, 4, 1, 2))
+
+
+def convert(world: World, output: Path, *more: object) -> list[object]:
+    return [
+        "convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "--calib", world.data,
+        "--params", "70%", "-o", output, *HERE, *more,
+    ]  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_file_and_the_words_tell_of_the_calibration(world: World, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    text = plain(run(*convert(world, output, "--scheme", "lowrank")).stdout)
+    assert "Calibrated on 16 images without labels, effort normal" in text
+    assert "in the measure that the images give" in text
+    record = tiedconv.report(output).history[0]["calibration"]
+    assert record["images"] == 16
+    assert record["effort"] == "normal"
+    assert record["kl_after"] <= record["kl_before"]
+    assert [names for names, _, _ in record["blocks"]] == [["blocks.0"], ["blocks.1"]]
+    assert files_of(tmp_path) == {"c.safetensors"}  # nothing of the run is left
+    assert all(check.passed for check in tiedconv.verify(output))
+
+
+def test_json_has_the_same_figures(world: World, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    told = figures(*convert(world, output, "--effort", "fast"))["calibration"]
+    assert told == dict(tiedconv.report(output).history[0]["calibration"])
+    assert told["blocks"] == []
+
+
+def test_auto_takes_images_that_lie_in_no_class(world: World, tmp_path: Path) -> None:
+    write_images(tmp_path / "classes")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate((tmp_path / "classes").rglob("*.png")):
+        path.rename(flat / f"{i}.png")
+    output = tmp_path / "auto.safetensors"
+    told = figures(
+        "convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "--calib", flat,
+        "--scheme", "auto", "--params", "60%", "--effort", "fast", "-o", output, *HERE,
+    )  # fmt: skip
+    assert told["ratio"] <= 0.6
+    assert "auto" not in {group["scheme"] for group in told["groups"]}
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_file(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    run(*convert(world, whole, "--scheme", "lowrank"))
+    tell = progress.ConvertBar.__call__
+
+    def interrupted(self: progress.ConvertBar, event: object) -> None:
+        tell(self, event)  # type: ignore[arg-type]
+        if isinstance(event, progress.Fitted) and event.index == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.ConvertBar, "__call__", interrupted)
+        result = run(*convert(world, cut, "--scheme", "lowrank"), code=130)
+    assert "--resume" in result.stderr
+    assert not cut.exists()
+    assert (tmp_path / "cut.safetensors.run").is_dir()
+    result = run(*convert(world, cut, "--scheme", "lowrank", "--resume"))
+    assert "blocks.0: relative" not in result.stderr  # it was not fitted again
+    assert tensors_of(cut) == tensors_of(whole)
+    assert files_of(tmp_path) == {"whole.safetensors", "cut.safetensors"}
+
+
+def tensors_of(path: Path) -> dict[str, bytes]:
+    from safetensors.numpy import load_file
+
+    return {name: array.tobytes() for name, array in load_file(path).items()}
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(world: World, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    base = ["convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", output, *HERE]
+    refused(*base, "--calib", empty, words=["no images", "empty"])
+    refused(*base, "--calib", tmp_path / "nowhere", words=["does not exist"])
+    refused(*base, "--calib", world.data, "--effort", "heroic", words=["heroic", *EFFORTS])
+    refused(*base, "--resume", words=["--resume", "--calib"])
+    assert files_of(tmp_path) == {"empty"}
