@@ -35,6 +35,7 @@ LAYERS: dict[str, int] = {
         [
             "loading",
             "calibrate",
+            "trials",
             "convert",
             "finetune",
             "evaluate",

@@ -314,7 +314,7 @@ def test_a_training_step_reaches_every_stored_tensor_and_keeps_ties(name: str, s
         assert factor.grad is not None, key
         assert factor.grad.shape == factor.shape
         assert torch.isfinite(factor.grad).all()
-    assert sum(float(f.grad.abs().sum()) for f in stored(tied).values() if f.grad is not None) > 0
+        assert bool(factor.grad.any()), key
     optimiser.step()
     assert_tied(tied)
     assert not torch.equal(micro.logits(tied), before)

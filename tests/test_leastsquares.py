@@ -89,7 +89,7 @@ def test_total_cost_is_the_sum_over_the_matrices(form: str) -> None:
 
 
 @each_form
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(
     seed=st.integers(0, 30),
     spread=st.floats(0, 8),

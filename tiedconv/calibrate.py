@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,11 @@ class Calibration:
     run_dir: Path | None = None
     resume: bool = False
     on_event: OnCalibration = _ignore
+
+    def part(self, index: int) -> Calibration:
+        """The same for one of several models, with a folder of its own for what is kept."""
+        place = None if self.run_dir is None else self.run_dir / str(index)
+        return dataclasses.replace(self, run_dir=place)
 
     def open(self, source: Source) -> Dataset[Any]:
         """The images as the model wants them.

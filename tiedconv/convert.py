@@ -13,26 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 import tiedconv.sources as sources
 from tiedconv.anatomy import Anatomy, examine
-from tiedconv.binding import is_tied, set_state, state_of, tie
-from tiedconv.budget import Metrics
-from tiedconv.calibrate import Calibration, calibration_record
-from tiedconv.calibration import Moments
+from tiedconv.binding import is_tied, set_state, state_of
+from tiedconv.calibrate import Calibration
 from tiedconv.checkpoint import save
-from tiedconv.errors import BudgetError, NothingToConvert, UserError
+from tiedconv.errors import UserError
 from tiedconv.files import check_output
 from tiedconv.loading import is_compact, with_preprocess
 from tiedconv.plan import Plan
-from tiedconv.planner import alternatives, first_plan, fit_plan, make_plan, smaller_ways, weights_of
+from tiedconv.planner import first_plan, smaller_ways
 from tiedconv.recipe import Recipe
 from tiedconv.sources import Preprocess, Source
+from tiedconv.trials import OnGroup, bind, calibrated, fits
 from tiedconv.version import __version__
-
-OnGroup = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -211,11 +208,15 @@ def _convert(
     calib: Calibration | None = None,
 ) -> nn.Module:
     data = None if calib is None else calib.open(source)
-    teacher = None if calib is None else copy.deepcopy(model)
-    fitted = _best_fit(model, recipe, on_group, calib, data)
-    own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
-    for name in fitted.plan.kept:
-        own[name].copy_(fitted.moved[name])
+    record = source.to_json()
+    if calib is None or data is None:
+        fitted = fits(model, recipe, on_group)[0]
+        bind(model, fitted, record)
+        extra: dict[str, Any] = {}
+    else:
+        teacher = copy.deepcopy(model)  # before the fits, which may move the model's tensors
+        found = fits(model, recipe, on_group, calib, data)
+        fitted, extra = calibrated(model, teacher, found, calib, data, record)
     entry = {
         "step": "convert",
         "recipe": fitted.recipe.to_json(),
@@ -223,106 +224,10 @@ def _convert(
         "original": fitted.plan.original,
         "stored": fitted.plan.stored,
         "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
+        **extra,
     }
-    tie(model, fitted.plan, fitted.factors, source=source.to_json())
-    if calib is not None and teacher is not None and data is not None:
-        assert fitted.moments is not None
-        result = calib.fit(model, teacher, data)
-        model.cpu()
-        entry["calibration"] = calibration_record(fitted.moments, result, calib)
     set_state(model, history=(entry,))
     return model
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """A recipe carried out on a model's weights, before the model is tied."""
-
-    recipe: Recipe
-    plan: Plan
-    moved: dict[str, Tensor]
-    factors: dict[str, Tensor]
-    cost: float
-    moments: Moments | None
-
-
-def _best_fit(
-    model: nn.Module,
-    recipe: Recipe,
-    on_group: OnGroup | None,
-    calib: Calibration | None,
-    data: Dataset[Any] | None,
-) -> _Fitted:
-    """The fit of the recipe; of a scheme that wants others tried as well, the best of them."""
-    anatomy = examine(model)
-    own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
-    tensors = {name: own[name] for name in anatomy.shapes}
-    recipes = alternatives(recipe)
-    # With a single recipe the model's own tensors are moved, which saves their size.
-    trial = _Trial(model, anatomy, tensors, len(recipes) == 1, on_group, calib, data)
-    best: _Fitted | None = None
-    refused: list[BudgetError] = []
-    for wanted in recipes:
-        try:
-            found = trial.fit(wanted)
-        except BudgetError as error:
-            refused.append(error)
-            continue
-        except NothingToConvert:
-            if wanted is recipe:
-                raise
-            continue
-        if best is None or found.cost < best.cost:
-            best = found
-    if best is None:
-        raise min(refused, key=lambda error: error.smallest)
-    return best
-
-
-@dataclass
-class _Trial:
-    """What every recipe that is tried on a model has in common."""
-
-    model: nn.Module
-    anatomy: Anatomy
-    tensors: Mapping[str, Tensor]
-    in_place: bool
-    on_group: OnGroup | None
-    calib: Calibration | None
-    data: Dataset[Any] | None
-    measured: list[tuple[Mapping[str, Tensor], Moments]] = dataclasses.field(default_factory=list)
-
-    def fit(self, recipe: Recipe) -> _Fitted:
-        """The recipe carried out; raises what the planner raises."""
-        moments: Moments | None = None
-
-        def measure(moved: Mapping[str, Tensor]) -> Metrics:
-            nonlocal moments
-            moments = self._moments(recipe, moved)
-            return moments.metrics
-
-        with torch.no_grad():
-            planned, moved = make_plan(
-                self.anatomy, recipe, self.tensors, in_place=self.in_place,
-                measure=measure if self.calib is not None else None,
-            )  # fmt: skip
-            metrics = moments.metrics if moments is not None else None
-            planned, factors, cost = fit_plan(planned, moved, self.on_group, metrics)
-        return _Fitted(recipe, planned, moved, factors, cost, moments)
-
-    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
-        """What errors cost with the weights so moved, measured once."""
-        for before, moments in self.measured:
-            if all(torch.equal(before[n], t) for n, t in moved.items()):
-                return moments
-        assert self.calib is not None
-        assert self.data is not None
-        # A copy, as placing a model on a device or in another layout gives it new tensors.
-        probe = copy.deepcopy(self.model)
-        probe.load_state_dict(moved, strict=False)
-        moments = self.calib.measure(probe, weights_of(self.anatomy, recipe), self.data)
-        self.measured.append((moved, moments))
-        return moments
 
 
 def _ways(anatomy: Anatomy, recipe: Recipe, planned: Plan) -> tuple[tuple[str, int], ...]:

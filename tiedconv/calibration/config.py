@@ -91,6 +91,11 @@ class CalibConfig:
             return 0
         return EFFORTS[self.effort].passes if self.passes is None else self.passes
 
+    @property
+    def fits(self) -> bool:
+        """Whether anything is fitted, beyond the statistics of batch norms."""
+        return self.total_passes > 0 or self.total_joint_steps(1) > 0
+
     def span_steps(self, images: int) -> int:
         """Steps for each span, given the number of images that are fitted."""
         if self.steps is not None:

@@ -1,0 +1,326 @@
+"""Conversion by images: from a model and unlabelled images to a compact file."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from micro import all_micros
+from PIL import Image
+from test_moments import Images, images_of
+from torch import Tensor, nn
+
+import tiedconv
+from tiedconv import Recipe
+from tiedconv.anatomy import examine
+from tiedconv.binding import dense_state_dict, is_tied, state_of
+from tiedconv.calibrate import Calibration, Measuring
+from tiedconv.calibration import CalibConfig, Joint, gather_moments
+from tiedconv.errors import BudgetError, DataError, UserError
+from tiedconv.metric import Metric
+from tiedconv.planner import alternatives, fit_plan, make_plan, weights_of
+
+MICROS = all_micros()
+PARAMS = {"timm-vit": "50%", "torchvision-vit": "50%", "torchvision-resnet": "70%"}
+QUICK = CalibConfig(steps=8, passes=1, joint_steps=10, batch_size=8)
+
+
+def calib_for(name: str, count: int = 24, **options: Any) -> Calibration:
+    """A short calibration of a micro model."""
+    data = Images(images_of(name, count))
+    return Calibration(data, **{"config": QUICK, "device": "cpu", **options})
+
+
+def converted(name: str, scheme: str = "auto") -> nn.Module:
+    return copy.deepcopy(_converted(name, scheme))
+
+
+@functools.cache
+def _converted(name: str, scheme: str) -> nn.Module:
+    return tiedconv.convert(
+        MICROS[name].model(), scheme, params=PARAMS[name], calib=calib_for(name)
+    )
+
+
+def divergence(model: nn.Module, name: str, x: Tensor) -> float:
+    """The mean divergence, in nats, of a model's answers from those of the original."""
+    with torch.no_grad():
+        before = MICROS[name].model()(x).log_softmax(-1)
+        after = model.eval()(x).log_softmax(-1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+each_case = pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("timm-vit", "auto"),
+        ("timm-vit", "tied"),
+        ("timm-vit", "basis"),
+        ("torchvision-vit", "lors"),
+        ("torchvision-resnet", "auto"),
+        ("torchvision-resnet", "lowrank"),
+    ],
+)
+
+
+@each_case
+def test_the_budget_is_kept_and_the_history_tells_of_the_calibration(
+    name: str, scheme: str
+) -> None:
+    tied = converted(name, scheme)
+    assert is_tied(tied)
+    state = state_of(tied)
+    budget = state.plan.original * int(PARAMS[name][:-1]) // 100
+    assert 0.95 * budget < state.plan.stored <= budget
+    assert sum(p.numel() for p in tied.parameters()) == state.plan.stored
+    (entry,) = state.history
+    assert entry["step"] == "convert"
+    assert entry["stored"] == state.plan.stored
+    record = entry["calibration"]
+    assert (record["images"], record["skipped"], record["seed"]) == (24, 0, 0)
+    assert record["effort"] == "normal"
+    assert 1e-4 <= record["ridge_median"] <= 1
+    assert 0 <= record["kl_after"] <= record["kl_before"]
+    assert record["blocks"]
+    assert all(after <= before for _, before, after in record["blocks"])
+    assert all(group.error is not None and 0 <= group.error < 1.01 for group in state.plan.groups)
+
+
+@each_case
+def test_images_bring_the_answers_nearer(name: str, scheme: str) -> None:
+    """On images that the calibration never saw."""
+    fresh = images_of(name, 60)[24:]
+    blind = tiedconv.convert(MICROS[name].model(), scheme, params=PARAMS[name])
+    assert divergence(converted(name, scheme), name, fresh) < 0.6 * divergence(blind, name, fresh)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet"])
+def test_the_given_model_stays_and_the_seed_decides_the_rest(name: str) -> None:
+    given = MICROS[name].model().train()
+    before = {n: t.clone() for n, t in given.state_dict().items()}
+    torch.manual_seed(99)  # nothing may depend on the global generator
+    again = tiedconv.convert(given, "auto", params=PARAMS[name], calib=calib_for(name))
+    assert given.training
+    assert not is_tied(given)
+    assert all(torch.equal(before[n], t) for n, t in given.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in given.parameters())
+    first, second = converted(name).state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n], t) for n, t in second.items())
+    assert state_of(converted(name)).plan == state_of(again).plan
+    assert state_of(converted(name)).history == state_of(again).history
+
+
+def test_another_seed_gives_other_numbers() -> None:
+    name = "timm-vit"
+    other = CalibConfig(steps=8, passes=1, joint_steps=10, batch_size=8, seed=1)
+    made = tiedconv.convert(
+        MICROS[name].model(), "auto", params=PARAMS[name], calib=calib_for(name, config=other)
+    )
+    x = images_of(name, 2)
+    with torch.no_grad():
+        assert not torch.equal(made(x), converted(name)(x))
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet"])
+def test_the_file_gives_the_same_model_back(name: str, tmp_path: Path) -> None:
+    tied = converted(name)
+    path = tmp_path / "m.safetensors"
+    size = tiedconv.save(tied, path)
+    assert size < 4 * state_of(tied).plan.original + 200_000
+    loaded = tiedconv.load(path, model=MICROS[name].build())
+    x = images_of(name, 4)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x), tied.eval()(x))
+    assert state_of(loaded).plan == state_of(tied).plan
+    assert state_of(loaded).history[0]["calibration"] == state_of(tied).history[0]["calibration"]
+    # A dense copy is the original's class with the same answers.
+    plain = MICROS[name].build()
+    plain.load_state_dict(dense_state_dict(tied))
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(x), tied(x), atol=1e-5)
+
+
+TIMM = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "num_classes": 5}
+
+
+def folder_of(path: Path, count: int = 12) -> Path:
+    """A folder of images, some in folders within it, and a file that is none."""
+    (path / "more" / "deeper").mkdir(parents=True)
+    for i in range(count):
+        at = path / ("more/deeper" if i % 3 == 0 else ".") / f"{i}.png"
+        pixels = torch.randint(0, 256, (40, 48, 3), generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(at)
+    (path / "notes.txt").write_text("no image")
+    return path
+
+
+def test_a_folder_of_images_without_classes_is_enough(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "images")
+    calib = Calibration(folder, images=8, config=QUICK, device="cpu", workers=0)
+    tied = tiedconv.convert(
+        "timm:vit_tiny_patch16_224", "auto", params="60%", weights="none", model_args=TIMM,
+        calib=calib,
+    )  # fmt: skip
+    record = state_of(tied).history[0]["calibration"]
+    assert (record["images"], record["skipped"]) == (8, 0)
+    tiedconv.save(tied, tmp_path / "m.safetensors")
+    loaded = tiedconv.load(tmp_path / "m.safetensors")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), tied(x))
+
+
+def test_a_broken_image_is_left_out_and_told(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "images")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    calib = Calibration(folder, config=QUICK, device="cpu", workers=0)
+    arguments: dict[str, Any] = {
+        "params": "60%", "weights": "none", "model_args": TIMM,
+    }  # fmt: skip
+    spec = "timm:vit_tiny_patch16_224"
+    tied = tiedconv.convert(spec, "lowrank", calib=calib, **arguments)
+    record = state_of(tied).history[0]["calibration"]
+    assert (record["images"], record["skipped"]) == (12, 1)
+    strict = Calibration(folder, config=QUICK, device="cpu", workers=0, strict=True)
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        tiedconv.convert(spec, "lowrank", calib=strict, **arguments)
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError):
+            tiedconv.convert(MICROS["timm-vit"].model(), "auto", params="50%", calib=folder)
+    data = Images(torch.zeros(0, 3, 16, 16))
+    with pytest.raises(DataError, match="empty"):
+        tiedconv.convert(MICROS["timm-vit"].model(), "auto", params="50%", calib=data)
+
+
+def test_progress_is_told_from_the_first_image_to_the_last_step() -> None:
+    events: list[Any] = []
+    calib = calib_for("timm-vit", on_event=events.append)
+    tiedconv.convert(MICROS["timm-vit"].model(), "lowrank", params="50%", calib=calib)
+    measuring = [e for e in events if isinstance(e, Measuring)]
+    assert measuring
+    assert (measuring[-1].images, measuring[-1].total) == (24, 24)
+    assert events.index(measuring[-1]) < min(
+        i for i, e in enumerate(events) if not isinstance(e, Measuring)
+    )
+    assert any(isinstance(e, Joint) for e in events)
+
+
+def cost_of(name: str, recipe: Recipe, x: Tensor) -> float:
+    """The predicted cost of a recipe as it is, none of its alternatives."""
+    anatomy = examine(MICROS[name].model())
+    own = MICROS[name].model().state_dict()
+    found: dict[str, Metric] = {}
+
+    def measure(moved: Mapping[str, Tensor]) -> dict[str, Metric]:
+        model = MICROS[name].model()
+        model.load_state_dict(moved, strict=False)
+        weights = weights_of(anatomy, recipe)
+        found.update(gather_moments(model, weights, Images(x), device="cpu").metrics)
+        return found
+
+    with torch.no_grad():
+        tensors = {n: own[n] for n in anatomy.shapes}
+        plan, moved = make_plan(anatomy, recipe, tensors, measure=measure)
+        return fit_plan(plan, moved, None, found)[2]
+
+
+def best_cost(name: str, recipe: Recipe, x: Tensor) -> tuple[float, Recipe]:
+    """The least predicted cost of a recipe and its alternatives, and which has it."""
+    costs: list[tuple[float, Recipe]] = []
+    for wanted in alternatives(recipe):
+        try:
+            costs.append((cost_of(name, wanted, x), wanted))
+        except BudgetError:
+            continue
+    return min(costs, key=lambda pair: pair[0])
+
+
+@pytest.mark.parametrize(("name", "params"), [("timm-vit", "40%"), ("torchvision-resnet", "70%")])
+def test_auto_costs_no_more_than_what_it_tries(name: str, params: str) -> None:
+    x = images_of(name, 24)
+    auto, _ = best_cost(name, Recipe.of("auto", params=params), x)
+    others = {"tied": {"core": 0.5}, "lors": {"core": 0.5}}
+    for scheme, options in others.items():
+        try:
+            other = cost_of(name, Recipe.of(scheme, params=params, **options), x)
+        except BudgetError:
+            continue
+        assert auto <= other * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("params", ["30%", "90%"])
+def test_auto_costs_about_as_little_as_any_scheme_alone(params: str) -> None:
+    """A basis' curve is an estimate, so that a choice by curves may lose a little."""
+    x = images_of("timm-vit", 24)
+    auto, _ = best_cost("timm-vit", Recipe.of("auto", params=params), x)
+    for scheme in ("lowrank", "basis", "tied", "lors"):
+        other, _ = best_cost("timm-vit", Recipe.of(scheme, params=params), x)
+        assert auto <= 1.1 * other
+
+
+@pytest.mark.parametrize("scheme", ["auto", "tied", "lors"])
+def test_of_a_recipe_and_its_alternatives_the_cheapest_is_carried_out(scheme: str) -> None:
+    name, x = "timm-vit", images_of("timm-vit", 24)
+    recipe = Recipe.of(scheme, params="50%")
+    _, best = best_cost(name, recipe, x)
+    calib = calib_for(name, config=CalibConfig(effort="fast"))
+    made = tiedconv.convert(MICROS[name].model(), recipe=recipe, calib=calib)
+    assert state_of(made).history[0]["recipe"] == best.to_json()
+
+
+@pytest.mark.parametrize("scheme", ["tied", "lors"])
+def test_a_budget_that_needs_a_core_is_met_with_images_too(scheme: str) -> None:
+    name, params = "timm-vit", "35%"
+    with pytest.raises(BudgetError):
+        cost_of(name, Recipe.of(scheme, params=params), images_of(name, 4))
+    budget = tiedconv.plan(MICROS[name].model(), scheme, params=params)
+    made = tiedconv.convert(
+        MICROS[name].model(), scheme, params=params,
+        calib=calib_for(name, config=CalibConfig(effort="fast")),
+    )  # fmt: skip
+    assert budget.stored <= budget.original * 0.35
+    assert state_of(made).plan.stored <= budget.original * 0.35
+    assert state_of(made).history[0]["recipe"]["rules"][0]["core"] == 0.5
+    assert all(g.options["core"] > 0 for g in state_of(made).plan.groups)
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_measured() -> None:
+    events: list[Any] = []
+    calib = calib_for("timm-vit", on_event=events.append)
+    model = MICROS["timm-vit"].model()
+    with pytest.raises(BudgetError, match="can't store less"):
+        tiedconv.convert(model, "tied", params="2%", calib=calib)
+    assert not events
+    assert not is_tied(model)
+
+
+def test_a_conversion_in_place_by_images_changes_the_model_itself() -> None:
+    given = MICROS["timm-vit"].model()
+    made = tiedconv.convert(
+        given, "lowrank", params="50%", calib=calib_for("timm-vit"), inplace=True
+    )
+    assert made is given
+    apart = tiedconv.convert(
+        MICROS["timm-vit"].model(), "lowrank", params="50%", calib=calib_for("timm-vit")
+    )
+    mine, other = made.state_dict(), apart.state_dict()
+    assert all(torch.equal(mine[n], t) for n, t in other.items())
+
+
+def test_without_a_budget_images_improve_the_fit_that_was_asked_for() -> None:
+    name = "timm-vit"
+    fresh = images_of(name, 60)[24:]
+    blind = tiedconv.convert(MICROS[name].model(), "tied")
+    made = tiedconv.convert(MICROS[name].model(), "tied", calib=calib_for(name))
+    assert state_of(made).plan.stored == state_of(blind).plan.stored
+    assert dict(state_of(made).plan.weights) == dict(state_of(blind).plan.weights)
+    assert divergence(made, name, fresh) < 0.6 * divergence(blind, name, fresh)

@@ -1,0 +1,175 @@
+"""Carrying recipes out on a model: each is planned and fitted, and the best is kept."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tiedconv.anatomy import Anatomy, examine
+from tiedconv.binding import tie
+from tiedconv.budget import Metrics
+from tiedconv.calibrate import Calibration, calibration_record
+from tiedconv.calibration import Moments
+from tiedconv.errors import BudgetError, NothingToConvert
+from tiedconv.plan import Plan
+from tiedconv.planner import alternatives, fit_plan, make_plan, weights_of
+from tiedconv.recipe import Recipe
+
+FINALISTS = 2
+CLOSE = 1.5
+"""A fit that costs more than so many times the best is not calibrated."""
+
+OnGroup = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A recipe carried out on a model's weights, before the model is tied."""
+
+    recipe: Recipe
+    plan: Plan
+    moved: dict[str, Tensor]
+    factors: dict[str, Tensor]
+    cost: float
+    moments: Moments | None
+
+
+def fits(
+    model: nn.Module,
+    recipe: Recipe,
+    on_group: OnGroup | None = None,
+    calib: Calibration | None = None,
+    data: Dataset[Any] | None = None,
+) -> list[Fitted]:
+    """The fits of a recipe and of what its scheme wants tried beside it, least cost first.
+
+    Args:
+        model: plain; with a single recipe its own tensors are moved, which saves their size.
+        recipe: what is wanted.
+        on_group: called with (groups fitted, groups in all).
+        calib, data: images, if there are any.
+
+    Raises:
+        NothingToConvert, BudgetError: no recipe can be carried out.
+    """
+    anatomy = examine(model)
+    own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    tensors = {name: own[name] for name in anatomy.shapes}
+    recipes = alternatives(recipe)
+    trial = _Trial(model, anatomy, tensors, len(recipes) == 1, on_group, calib, data)
+    found: list[Fitted] = []
+    refused: list[BudgetError] = []
+    for wanted in recipes:
+        try:
+            found.append(trial.fit(wanted))
+        except BudgetError as error:
+            refused.append(error)
+        except NothingToConvert:
+            if wanted is recipe:
+                raise
+    if not found:
+        raise min(refused, key=lambda error: error.smallest)
+    return sorted(found, key=lambda fit: fit.cost)
+
+
+def bind(model: nn.Module, fitted: Fitted, source: Mapping[str, Any]) -> None:
+    """Make a model the tied one of a fit, in place."""
+    own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    for name in fitted.plan.kept:
+        own[name].copy_(fitted.moved[name])
+    tie(model, fitted.plan, fitted.factors, source=source)
+
+
+def calibrated(
+    model: nn.Module,
+    teacher: nn.Module,
+    found: Sequence[Fitted],
+    calib: Calibration,
+    data: Dataset[Any],
+    source: Mapping[str, Any],
+) -> tuple[Fitted, dict[str, Any]]:
+    """Tie a model by the best of its fits and fit its blocks, in place.
+
+    Costs are predictions, good for small errors. Where blocks are fitted too, the two best fits
+    go through it, unless one is far ahead, and what diverges less in the end is kept.
+
+    Args:
+        model: of the fits.
+        teacher: the original, copied before the fits, which may move the model's tensors.
+        found: from `fits`.
+        calib, data: images.
+        source: where the model came from.
+
+    Returns:
+        the fit that was kept, and what the history says of the calibration.
+    """
+    near = [fit for fit in found if fit.cost <= CLOSE * found[0].cost]
+    finalists = near[:FINALISTS] if calib.config.fits else near[:1]
+    results: list[tuple[float, Fitted, nn.Module, dict[str, Any]]] = []
+    for i, fitted in enumerate(finalists):
+        student = model if len(finalists) == 1 else copy.deepcopy(model)
+        bind(student, fitted, source)
+        own = calib if len(finalists) == 1 else calib.part(i)
+        result = own.fit(student, teacher, data)
+        student.cpu()
+        assert fitted.moments is not None
+        record = calibration_record(fitted.moments, result, calib)
+        results.append((result.kl_after, fitted, student, record))
+    _, fitted, student, record = min(results, key=lambda r: r[0])
+    if student is not model:
+        bind(model, fitted, source)
+        model.load_state_dict(student.state_dict())
+    return fitted, {"calibration": record}
+
+
+@dataclass
+class _Trial:
+    """What every recipe that is tried on a model has in common."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    tensors: Mapping[str, Tensor]
+    in_place: bool
+    on_group: OnGroup | None
+    calib: Calibration | None
+    data: Dataset[Any] | None
+    measured: list[tuple[Mapping[str, Tensor], Moments]] = dataclasses.field(default_factory=list)
+
+    def fit(self, recipe: Recipe) -> Fitted:
+        """The recipe carried out; raises what the planner raises."""
+        moments: Moments | None = None
+
+        def measure(moved: Mapping[str, Tensor]) -> Metrics:
+            nonlocal moments
+            moments = self._moments(recipe, moved)
+            return moments.metrics
+
+        with torch.no_grad():
+            planned, moved = make_plan(
+                self.anatomy, recipe, self.tensors, in_place=self.in_place,
+                measure=measure if self.calib is not None else None,
+            )  # fmt: skip
+            metrics = moments.metrics if moments is not None else None
+            planned, factors, cost = fit_plan(planned, moved, self.on_group, metrics)
+        return Fitted(recipe, planned, moved, factors, cost, moments)
+
+    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
+        """What errors cost with the weights so moved, measured once."""
+        for before, moments in self.measured:
+            if all(torch.equal(before[n], t) for n, t in moved.items()):
+                return moments
+        assert self.calib is not None
+        assert self.data is not None
+        # A copy, as placing a model on a device or in another layout gives it new tensors.
+        probe = copy.deepcopy(self.model)
+        probe.load_state_dict(moved, strict=False)
+        moments = self.calib.measure(probe, weights_of(self.anatomy, recipe), self.data)
+        self.measured.append((moved, moments))
+        return moments
