@@ -35,6 +35,11 @@ class Metric:
     left: Tensor | None = None
     right: Tensor | None = None
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is more to it than plain distance."""
+        return self.left is not None or self.right is not None
+
     def flipped(self) -> Metric:
         """The metric of the transposed matrix."""
         return Metric(self.right, self.left)

@@ -18,7 +18,6 @@ from tiedconv.expr import Expr
 from tiedconv.families import all_families, find_blocks
 from tiedconv.gauge import Workbench
 from tiedconv.leastsquares import improve, total_cost
-from tiedconv.metric import IDENTITY
 from tiedconv.plan import Block, Group, Member, Plan, Slot, assemble, member_expr, stored_name
 from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import Draft, Scheme, all_schemes, make_scheme
@@ -166,9 +165,11 @@ def fit_plan(
         else:
             scheme = make_scheme(group.scheme, group.options)
             measures = metrics_of(group.members, metrics or {})
-            weights = scheme.layout([(m.shape[0], m.shape[1]) for m in matrices]).weights
             fitted = scheme.fit(matrices)
-            if any(m is not IDENTITY for m in measures):
+            shapes = [(m.shape[0], m.shape[1]) for m in matrices]
+            weights = scheme.layout(shapes).weights
+            # Without images only a product that several matrices share is not at its best yet.
+            if scheme.core_shape(shapes) is not None or any(m.measured for m in measures):
                 fitted = improve(weights, fitted, matrices, measures)
             wrong = max(0.0, total_cost(weights, fitted, matrices, measures))
             total = sum(m.cost(w) for w, m in zip(matrices, measures, strict=True))
@@ -243,11 +244,12 @@ def smaller_ways(anatomy: Anatomy, recipe: Recipe) -> list[tuple[str, int]]:
 
 
 def _size(anatomy: Anatomy, recipe: Recipe) -> int:
-    """Parameters stored, 0 if the recipe converts nothing."""
+    """Parameters stored without a budget, 0 if the recipe converts nothing."""
     try:
-        return make_plan(anatomy, dataclasses.replace(recipe, budget=None))[0].stored
+        drafts = [d for task in draft(anatomy, recipe) for d in task.drafts]
     except NothingToConvert:
         return 0
+    return compile_plan(anatomy, drafts).stored
 
 
 def _plain(value: object) -> str:

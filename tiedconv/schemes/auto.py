@@ -44,7 +44,8 @@ class Auto(Scheme):
     def alternatives(self) -> tuple[Scheme, ...]:
         # These fit better than their curves say, as a shared part and a private part make up for
         # each other; and a base for a stack wants its layers aligned, in a way of its own.
-        return (Tied(core=0.5), Lors(core=0.5)) if self.share else (Tied(core=0.5),)
+        alone = (LowRank(), Tied(core=0.5))
+        return (*alone, Lors(core=0.5), Lors()) if self.share else alone
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         return self.candidates()[0].drafts(blocks)
