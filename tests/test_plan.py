@@ -135,7 +135,8 @@ def test_a_malformed_slot_is_refused(data: Any) -> None:
 @pytest.mark.parametrize("scheme", all_schemes())
 def test_a_plan_survives_json(scheme: str) -> None:
     for name in ("timm-vit", "hf-imagegpt", "torchvision-resnet", "aliased"):
-        plan = tiedconv.plan(all_micros()[name].model(), scheme)
+        budget = {"params": "70%"} if scheme == "auto" else {}  # not every model can be halved
+        plan = tiedconv.plan(all_micros()[name].model(), scheme, **budget)
         again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
         assert again == plan
         assert again.to_json() == plan.to_json()

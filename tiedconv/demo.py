@@ -112,7 +112,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Recipe]]] = {
         {
             "tied": Recipe.of("tied", groups="all", first="expand", spatial=True),
             "lors": Recipe.of("lors", params="50%"),
-            "auto": Recipe.of("auto", params="25%"),
+            "auto": Recipe.of("auto", params="40%"),
         },
     ),
 }

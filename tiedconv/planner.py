@@ -219,7 +219,8 @@ def alternatives(recipe: Recipe) -> list[Recipe]:
         return found
     for i, rule in enumerate(recipe.rules):
         for other in schemes[i].alternatives():
-            options = {k: v for k, v in other.to_json().items() if v != ()}
+            usual = type(other)().to_json()
+            options = {k: v for k, v in other.to_json().items() if v != usual[k]}
             changed = dataclasses.replace(rule, scheme=other.name, options=options)
             rules = (*recipe.rules[:i], changed, *recipe.rules[i + 1 :])
             found.append(Recipe(rules, recipe.budget or Budget(OPEN_BUDGET)))
