@@ -231,6 +231,7 @@ class Bench:
 
     def choose(self, name: str, budgets: list[float]) -> dict[str, Any] | None:
         """Learning rate and variant; None if no budget can be met."""
+        name = "auto" if name in OURS else name  # ours share one choice of the learning rate
         known = self.store.setdefault("select", {})
         key = f"{self.args.model}/{name}"
         if key in known:

@@ -167,7 +167,7 @@ class _Run:
     def go(self, resume: bool, broken: list[str]) -> BlockwiseResult:
         """Calibrates from the beginning or from the checkpoint to the end."""
         joint = self.joint_objective()
-        start = [t.detach().clone() for t in self.state()]
+        start = [t.detach().clone() for t in self.state()] if self.config.total_passes else []
         if resume and self.path is not None and self.path.exists():
             saved = load_state(self.path, self.pair.student.model, self.identity)
             self.at = _Progress.of(saved, self.path)
