@@ -43,12 +43,6 @@ RATES = (3e-4, 1e-3, 3e-3)
 CALIB_IMAGES = 1024
 BUDGETS = (50.0, 30.0, 20.0, 10.0)
 RESULT = Path(__file__).parent / "results" / "accuracy.json"
-# Options of a scheme for a model at a budget, where the mildest that meet it are not the best.
-# Chosen by the cost on calibration images, never by accuracy on the test part.
-OPTIONS: dict[tuple[str, str, float], dict[str, Any]] = {
-    **{("vit-real", scheme, b): {"core": 0.5} for scheme in ("tied", "lors") for b in BUDGETS},
-    **{("vit-d128", scheme, b): {"core": 0.5} for scheme in ("tied", "lors") for b in BUDGETS},
-}
 
 
 @dataclass(frozen=True)
@@ -111,8 +105,6 @@ def _options(
     if scheme == "tied":
         ways += [{"groups": "adjacent:2"}, {"groups": "adjacent:4"}]
     ways += all_schemes()[scheme].further
-    if (ctx.name, scheme, budget) in OPTIONS:
-        ways = [OPTIONS[ctx.name, scheme, budget]]
     for way in ways:
         try:
             tiedconv.plan(model, scheme, params=f"{budget}%", **{**way, **fixed})

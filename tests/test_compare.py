@@ -61,9 +61,12 @@ def work(vit: nn.Module) -> Work:
     fits: list[str] = []
     measure = Calibration.measure
 
-    def counted(self: Calibration, model: nn.Module, *rest: Any) -> Any:
-        measured.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        return measure(self, model, *rest)
+    def counted(
+        self: Calibration, model: nn.Module, weights: Any, data: Any, moved: dict[str, Tensor]
+    ) -> Any:  # fmt: skip
+        tensors = {**model.state_dict(), **moved}.values()
+        measured.append(torch.cat([t.detach().flatten() for t in tensors]))
+        return measure(self, model, weights, data, moved)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Calibration, "measure", counted)

@@ -12,15 +12,19 @@ import torch
 from micro import all_micros, settle
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax, pad, scaled_dot_product_attention
+from torch.nn.grad import conv2d_weight
 from torch.utils.data import Dataset
 
 from tiedconv.anatomy import examine
+from tiedconv.budget import metrics_of
 from tiedconv.calibration import Moments, gather_moments, moments
 from tiedconv.data import Broken
 from tiedconv.errors import DataError, TiedconvError
 from tiedconv.metric import Metric, shrunk
+from tiedconv.plan import Member
 from tiedconv.planner import weights_of
 from tiedconv.recipe import Recipe
+from tiedconv.sensitivity import matrices_of
 
 MICROS = all_micros()
 QUANTILE = 0.37  # of a class in the cumulated probabilities, where classes are not drawn
@@ -113,8 +117,22 @@ def by_hooks(model: nn.Module, modules: list[str], x: Tensor) -> dict[str, tuple
         pulls = [y.grad for _, y in uses]
         writes = torch.cat([rows_written(module, g).flatten(0, 1) for g in pulls if g is not None])
         g = writes.double().t() @ writes.double() / len(x)
-        found[name] = reads.t() @ reads / len(reads), g
+        c = reads.t() @ reads / len(reads)
+        if isinstance(module, nn.Conv2d):
+            energy = sum(energy_of(module, x, y.grad) for x, y in uses if y.grad is not None)
+            g *= energy / len(x) / float(g.trace() * c.trace())
+        found[name] = c, g
     return found
+
+
+def energy_of(module: nn.Conv2d, x: Tensor, pulls: Tensor) -> float:
+    """The squared norms of the weight's gradients of all images."""
+    how = module.stride, module.padding, module.dilation, module.groups
+    grads = [
+        conv2d_weight(a[None], module.weight.shape, g[None], *how)
+        for a, g in zip(x, pulls, strict=True)
+    ]
+    return sum(float(g.double().square().sum()) for g in grads)
 
 
 def assert_close(metric: Metric, right: Tensor, left: Tensor) -> None:
@@ -319,14 +337,16 @@ def measured(name: str) -> tuple[Moments, Tensor]:
     return gather(model, weights, x, batch_size=64), x
 
 
-# In a convolution, places are taken to be independent (as K-FAC does), which they are not.
 @pytest.mark.parametrize(
     ("name", "factor", "mean"),
     [
         ("timm-vit", 2.0, 1.5),
         ("torchvision-vit", 2.5, 1.5),
         ("perceptron", 2.0, 1.5),
-        ("hf-resnet", 20.0, 8.0),
+        ("hf-resnet", 3.5, 1.5),
+        ("torchvision-resnet", 3.5, 1.5),
+        ("timm-resnet", 3.5, 1.5),
+        ("torchvision-resnext", 5.0, 1.5),
     ],
 )
 def test_the_cost_of_a_small_error_is_the_divergence_that_it_makes(
@@ -411,7 +431,7 @@ def test_a_seed_decides_all_and_nothing_else_does() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_weight_that_takes_no_part_has_no_metric() -> None:
+def test_a_weight_that_takes_no_part_is_as_cheap_as_the_cheapest() -> None:
     """A decoder's queries don't depend on the image, nor does its first self-attention."""
     model, x = MICROS["torch-transformer"].model(), images_of("torch-transformer", 4)
     weights = weights_of(examine(model), Recipe.of("lowrank"))
@@ -419,6 +439,13 @@ def test_a_weight_that_takes_no_part_has_no_metric() -> None:
     left_out = {n for n in weights if n.startswith("transformer.decoder.layers.0.self_attn")}
     assert left_out
     assert weights.keys() - found.metrics.keys() == left_out
+    least = min(m.weight for m in found.metrics.values())
+    for slot in (p.slot for p in matrices_of(examine(model)) if p.slot.tensor in left_out):
+        metric = metrics_of([Member(slot)], found.metrics)[0]
+        assert metric.cost(torch.ones(slot.matrix_shape)) == pytest.approx(
+            least / 2 * slot.rows * slot.columns, rel=1e-4
+        )
+        assert not metrics_of([Member(slot)], {})[0].measured
     assert all(bool(torch.isfinite(r).all()) for m in found.metrics.values() for r in sides(m))
 
 

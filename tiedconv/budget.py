@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiedconv.gauge import Workbench
 from tiedconv.metric import IDENTITY, Metric
-from tiedconv.plan import Member
+from tiedconv.plan import Member, Slot
 from tiedconv.schemes import Dial, Draft
 
 Metrics = Mapping[str, Metric]
@@ -21,13 +21,23 @@ Place = tuple[int, int]
 
 
 def metrics_of(members: Sequence[Member], metrics: Metrics) -> list[Metric]:
-    """The metric of each matrix as it takes part; the identity where none was measured."""
+    """The metric of each matrix as it takes part; the identity where none was measured.
+
+    Where some were, a matrix without one reaches no answer on these images: errors of it count as
+    little as those of the matrix that matters least, but not as nothing, as others may be shown.
+    """
     found: list[Metric] = []
     for member in members:
-        whole = metrics.get(member.slot.tensor, IDENTITY)
+        whole = metrics.get(member.slot.tensor) or _unseen(member.slot, metrics)
         part = whole.part(member.slot.start, member.slot.stop)
         found.append(part.flipped() if member.flip else part)
     return found
+
+
+def _unseen(slot: Slot, metrics: Metrics) -> Metric:
+    if not metrics:
+        return IDENTITY
+    return Metric(torch.eye(slot.stop) * min(m.weight for m in metrics.values()))
 
 
 def gains_of(d: Draft, bench: Workbench, metrics: Metrics) -> list[Tensor | None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.calibration import (
@@ -82,11 +83,25 @@ class Calibration:
         return ImageList(found, eval_transform(wanted), strict=self.strict)
 
     def measure(
-        self, model: nn.Module, weights: Mapping[str, bool], data: Dataset[Any]
-    ) -> Moments:  # fmt: skip
-        """What errors of these weights cost; see `tiedconv.metric`."""
+        self,
+        model: nn.Module,
+        weights: Mapping[str, bool],
+        data: Dataset[Any],
+        moved: Mapping[str, Tensor] | None = None,
+    ) -> Moments:
+        """What errors of these weights cost; see `tiedconv.metric`. The model stays as it is.
+
+        Args:
+            model: plain.
+            weights: tensor names, and whether each is stored as `(in, out)`.
+            data: from `open`.
+            moved: tensors to measure with in place of the model's own.
+        """
+        # A copy, as placing a model on a device or in another layout gives it new tensors.
+        probe = copy.deepcopy(model)
+        probe.load_state_dict(moved or {}, strict=False)
         return gather_moments(
-            model,
+            probe,
             weights,
             data,
             seed=self.config.seed,

@@ -289,9 +289,7 @@ def _fixed(sizes: Sizes, scheme: str) -> list[Fixed]:
 
 
 def _way(recipe: Recipe) -> Way:
-    rule = recipe.rules[0]
-    usual = make_scheme(rule.scheme, {}).to_json()
-    return Way(rule.scheme, {k: v for k, v in rule.options.items() if v != usual[k]})
+    return Way(recipe.rules[0].scheme, recipe.rules[0].options)
 
 
 def _priced(

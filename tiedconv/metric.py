@@ -40,6 +40,11 @@ class Metric:
         """Whether there is more to it than plain distance."""
         return self.left is not None or self.right is not None
 
+    @property
+    def weight(self) -> float:
+        """The mean over entries of twice the cost of an error of 1 in that entry."""
+        return _trace(self.left) * _trace(self.right)
+
     def flipped(self) -> Metric:
         """The metric of the transposed matrix."""
         return Metric(self.right, self.left)
@@ -93,7 +98,7 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
     lefts, rights, weights = [], [], []
     for metric in metrics:
         left, right = _trace(metric.left), _trace(metric.right)
-        weights.append(left * right)
+        weights.append(metric.weight)
         lefts.append(None if metric.left is None else metric.left / left)
         rights.append(None if metric.right is None else metric.right / right)
     total = sum(weights)

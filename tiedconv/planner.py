@@ -276,16 +276,15 @@ def _within(
 ) -> list[Draft]:
     """The groups with schemes and ranks that fill the budget, if there is one, and keep to it."""
     drafts = [d for task in tasks for d in task.drafts]
-    parts = [Part(task.scheme.candidates(), task.blocks) for task in tasks]
+    parts = parts_of(tasks)
     is_open = any(len(part.candidates) > 1 for part in parts)
     wanted = recipe.budget or (Budget(OPEN_BUDGET) if is_open else None)
     if wanted is None:
         return drafts
-    original = sum(math.prod(s) for s in anatomy.parameters.values())
+    original = parameters_of(anatomy)
     budget = wanted.resolve(original)
-    governed = sum(s.numel for task in tasks for b in task.blocks for s in b.slots.values())
-    rest = original - governed
-    smallest = rest + sum(least_size(part) for part in parts)
+    rest = original - governed_by(parts)
+    smallest = least_stored(anatomy, tasks)
     if smallest > budget:
         raise _too_small(recipe, wanted, anatomy, smallest, budget, original)
     if bench is None:
@@ -295,6 +294,27 @@ def _within(
         return choose(parts, budget - rest, bench, metrics)
     least = with_least(drafts)
     return allocate(least, budget - compile_plan(anatomy, least).stored, bench, metrics)
+
+
+def parts_of(tasks: Sequence[Task]) -> list[Part]:
+    """What each task may choose from, for which blocks."""
+    return [Part(task.scheme.candidates(), task.blocks) for task in tasks]
+
+
+def governed_by(parts: Sequence[Part]) -> int:
+    """Parameters of the original's matrices in these parts."""
+    return sum(s.numel for part in parts for b in part.blocks for s in b.slots.values())
+
+
+def parameters_of(anatomy: Anatomy) -> int:
+    """Parameters of the original."""
+    return sum(math.prod(s) for s in anatomy.parameters.values())
+
+
+def least_stored(anatomy: Anatomy, tasks: Sequence[Task]) -> int:
+    """The fewest parameters that the tasks can store, of the whole model."""
+    parts = parts_of(tasks)
+    return parameters_of(anatomy) - governed_by(parts) + sum(map(least_size, parts))
 
 
 def _too_small(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +18,17 @@ from tiedconv.budget import Metrics
 from tiedconv.calibrate import Calibration
 from tiedconv.calibration import Moments
 from tiedconv.errors import NothingToConvert
-from tiedconv.planner import align, alternatives, draft, fit_plan, make_plan, weights_of
+from tiedconv.planner import (
+    align,
+    alternatives,
+    draft,
+    fit_plan,
+    least_stored,
+    make_plan,
+    parameters_of,
+    weights_of,
+)
 from tiedconv.recipe import Recipe
-from tiedconv.search import Part, least_size
 
 
 def key_of(recipe: Recipe) -> str:
@@ -39,7 +45,7 @@ class Sizes:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
-        self.original = sum(math.prod(s) for s in anatomy.parameters.values())
+        self.original = parameters_of(anatomy)
         self._smallest: dict[str, int | None] = {}
 
     def smallest(self, recipe: Recipe) -> int | None:
@@ -64,12 +70,9 @@ class Sizes:
 
     def _least(self, recipe: Recipe) -> int | None:
         try:
-            tasks = draft(self.anatomy, recipe)
+            return least_stored(self.anatomy, draft(self.anatomy, recipe))
         except NothingToConvert:
             return None
-        governed = sum(s.numel for task in tasks for b in task.blocks for s in b.slots.values())
-        parts = [Part(task.scheme.candidates(), task.blocks) for task in tasks]
-        return self.original - governed + sum(least_size(part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -146,10 +149,9 @@ class Pricer:
         if self._measured is not None and self._measured[0] == place:
             return self._measured[1]
         self._measured = None  # its memory is needed
-        # A copy, as placing a model on a device or in another layout gives it new tensors.
-        probe = copy.deepcopy(self._model)
-        probe.load_state_dict(moved, strict=False)
-        moments = self._calib.measure(probe, weights_of(self._anatomy, recipe), self._data)
+        moments = self._calib.measure(
+            self._model, weights_of(self._anatomy, recipe), self._data, moved
+        )
         self._measured = place, moments
         self.images = moments.images
         return moments

@@ -177,17 +177,14 @@ def sensitivity(
     anatomy = examine(network)
     places = matrices_of(anatomy)
     tensors = {n: t.detach() for n, t in network.state_dict(keep_vars=True).items()}
-    # A copy, as placing a model on a device or in another layout gives it new tensors.
-    probe = copy.deepcopy(network).eval()
-    moments = calib.measure(probe, {p.slot.tensor: p.slot.transposed for p in places}, data)
+    moments = calib.measure(network, {p.slot.tensor: p.slot.transposed for p in places}, data)
     rows = [_predicted(p, _matrix(p, tensors), moments, keep) for p in places]
     if measure:
-        probe.load_state_dict(tensors, strict=False)
         thin = [
             (_metric(p, moments) or IDENTITY).truncate(_matrix(p, tensors), r.rank)
             for p, r in zip(places, rows, strict=True)
         ]
-        meter = _Meter(probe, [p.slot for p in places], thin, calib)
+        meter = _Meter(copy.deepcopy(network), [p.slot for p in places], thin, calib)
         found = meter.run(data, batch_size, on_measured)
         rows = [
             dataclasses.replace(r, measured=kl, changed=changed)

@@ -83,9 +83,7 @@ def measure_lenses(
             model.requires_grad_(False)
         if not torch.isfinite(logits).all():
             return [None] * len(units)  # who fits will say so
-        shares = logits.detach().softmax(-1).cpu().double().flatten(0, -2)
-        drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
-        loss = -logits.log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
+        loss = drawn_loss(logits, generator)
         known = [i for i, unit in enumerate(units) if id(unit) in outputs]
         if not known:
             continue
@@ -102,6 +100,13 @@ def measure_lenses(
         None if total is None else _lens(*total, is_map)
         for total, is_map in zip(sums, first, strict=True)
     ]
+
+
+def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Minus the log-likelihood of a class drawn from each answer, summed: the model's own loss."""
+    shares = logits.detach().softmax(-1).cpu().double().flatten(0, -2)
+    drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
+    return -logits.log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
 
 
 def followed(model: nn.Module, images: Tensor) -> Tensor:

@@ -31,6 +31,14 @@ TrustCode = Annotated[
         "--trust-code", help="Let the file name a package.module:function that builds its model."
     ),
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="resnet50, vit_b_16, ... of torchvision; timm:NAME; hf:NAME or hf:FOLDER; "
+        "package.module:function."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of random weights, and of which images are taken.")]
 ModelArg = Annotated[
     list[str] | None,
     typer.Option(

@@ -28,13 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="resnet50, vit_b_16, ... of torchvision; timm:NAME; hf:NAME or hf:FOLDER; "
-            "package.module:function."
-        ),
-    ],
+    model: common.Model,
     scheme: Annotated[
         str | None, typer.Option(help=f"{', '.join(all_schemes())}; tied if not given.")
     ] = None,
@@ -97,9 +91,7 @@ def convert(
     strict: common.Strict = False,
     device: common.Device = "auto",
     workers: common.Workers = None,
-    seed: Annotated[
-        int, typer.Option(help="Of random weights, and of which images are taken.")
-    ] = 0,
+    seed: common.Seed = 0,
     force: common.Force = False,
     json_: common.Json = False,
 ) -> None:

@@ -26,13 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="resnet50, vit_b_16, ... of torchvision; timm:NAME; hf:NAME or hf:FOLDER; "
-            "package.module:function."
-        ),
-    ],
+    model: common.Model,
     params: Annotated[
         str,
         typer.Option(metavar="BUDGETS", help="Budgets to compare, such as 70%,50%,30% or 40M,20M."),
@@ -56,9 +50,7 @@ def plan(
     strict: common.Strict = False,
     device: common.Device = "auto",
     workers: common.Workers = None,
-    seed: Annotated[
-        int, typer.Option(help="Of random weights, and of which images are taken.")
-    ] = 0,
+    seed: common.Seed = 0,
     json_: common.Json = False,
 ) -> None:
     """Compare what every scheme stores at each budget, before anything is converted.

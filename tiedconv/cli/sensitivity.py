@@ -26,13 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sensitivity(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="resnet50, vit_b_16, ... of torchvision; timm:NAME; hf:NAME or hf:FOLDER; "
-            "package.module:function."
-        ),
-    ],
+    model: common.Model,
     calib: Annotated[
         Path,
         typer.Option(
@@ -65,9 +59,7 @@ def sensitivity(
     strict: common.Strict = False,
     device: common.Device = "auto",
     workers: common.Workers = None,
-    seed: Annotated[
-        int, typer.Option(help="Of random weights, and of which images are taken.")
-    ] = 0,
+    seed: common.Seed = 0,
     force: common.Force = False,
     json_: common.Json = False,
 ) -> None:
