@@ -1,0 +1,134 @@
+"""A model's ONNX graph with the plan's factors in place of its weights.
+
+The graph is traced from the plain model, so nothing of a tie disturbs the exporter. Then every
+use of a converted weight is replaced: by its factors applied one by one, or by the expression
+that gives the weight. Either way each stored tensor is one initializer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedconv.errors import UserError
+from tiedconv.training import logits_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+IMAGES, LOGITS = "images", "logits"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place of the graph where a weight is used.
+
+    Args:
+        kind: `linear` (`x W^T`), `turned` (`x W`), `conv`, or `other`.
+        node: that makes the result; its outputs are to be given by something else.
+        x: what the weight is applied to, None if `other`.
+        bias: added to the result, or None.
+        weight: the weight's value.
+    """
+
+    kind: str
+    node: ir.Node
+    x: ir.Value | None
+    bias: ir.Value | None
+    weight: ir.Value
+
+
+class _Logits(nn.Module):
+    """A model from images to logits, whatever it wraps them in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.model(images))
+
+
+def trace(model: nn.Module, images: Tensor, opset: int | None = None) -> ir.Model:
+    """The graph of a plain model, its initializers under the names of its state dict.
+
+    Args:
+        model: in evaluation mode.
+        images: an example `(2 or more, C, H, W)`; any number of images can be given later.
+        opset: of ONNX; None for the exporter's own choice.
+
+    Raises:
+        UserError: torch can't export this model.
+    """
+    wrapped = _Logits(model).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        try:
+            program = torch.onnx.export(
+                wrapped, (images,), dynamo=True, optimize=False, opset_version=opset,
+                input_names=[IMAGES], output_names=[LOGITS], verbose=False,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            raise UserError(
+                f"torch can't export this model to ONNX ({str(error).splitlines()[0]})",
+                "Nothing was written",
+                "Export it with --to pt2 or --to dense",
+            ) from None
+    assert program is not None
+    found = program.model
+    for name in list(found.graph.initializers):
+        value = found.graph.initializers[name]
+        value.name = name.removeprefix("model.")
+    return found
+
+
+def sites_of(weight: ir.Value) -> list[Site]:
+    """Where a weight is used; one of `other` uses makes all of them `other`."""
+    found: list[Site] = []
+    for node, index in list(weight.uses()):
+        found += _sites(weight, node, index)
+    return found
+
+
+def _sites(weight: ir.Value, node: ir.Node, index: int) -> list[Site]:
+    other = [Site("other", node, None, None, weight)]
+    if node.op_type == "Transpose" and _ints(node, "perm") in ([1, 0], None):
+        users = list(node.outputs[0].uses())
+        if users and all(u.op_type == "MatMul" and i == 1 for u, i in users):
+            return [Site("linear", u, u.inputs[0], None, weight) for u, _ in users]
+        return other
+    if index != 1:
+        return other
+    if node.op_type == "MatMul":
+        return [Site("turned", node, node.inputs[0], None, weight)]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if node.op_type == "Gemm" and _plain_gemm(node):
+        kind = "linear" if _int(node, "transB", 0) else "turned"
+        return [Site(kind, node, node.inputs[0], bias, weight)]
+    if node.op_type == "Conv" and _int(node, "group", 1) == 1:
+        return [Site("conv", node, node.inputs[0], bias, weight)]
+    return other
+
+
+def _plain_gemm(node: ir.Node) -> bool:
+    numbers = [node.attributes[n].as_float() for n in ("alpha", "beta") if n in node.attributes]
+    return all(n == 1.0 for n in numbers) and not _int(node, "transA", 0)
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else default
+
+
+def _ints(node: ir.Node, name: str) -> list[int] | None:
+    return list(node.attributes[name].as_ints()) if name in node.attributes else None
+
+
+def attributes_of(node: ir.Node) -> Mapping[str, Any]:
+    """A node's attributes, to make another node like it."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
