@@ -21,7 +21,13 @@ from tiedconv.exporting.onnx_apply import (
     Pixels,
 )
 from tiedconv.exporting.onnx_factors import Factors, array_of, emit, numbers
-from tiedconv.exporting.onnx_graph import Site, attributes_of, sites_of, trace
+from tiedconv.exporting.onnx_graph import (
+    Site,
+    attributes_of,
+    drop_zero_biases,
+    sites_of,
+    trace,
+)
 from tiedconv.expr import Expr
 from tiedconv.plan import Plan
 
@@ -65,6 +71,8 @@ def onnx_graph(
     plan = state_of(model).plan
     tensors = {n: p.detach() for n, p in model.named_parameters() if n in plan.factors}
     graph = trace(untie(model), images, opset)
+    _simplify(graph)
+    drop_zero_biases(graph.graph)
     return graph, put_factors(graph, plan, tensors, lower)
 
 
@@ -110,7 +118,6 @@ def put_factors(
         common.ClearMetadataAndDocStringPass(),
     )  # fmt: skip
     cleaning(model)
-    _simplify(model)
     return Lowered(tuple(sorted(applied)), tuple(sorted(plan.weights.keys() - applied)))
 
 
@@ -157,15 +164,22 @@ def _apply(expr: Expr, site: Site, factors: Factors) -> None:
         found = apply(matrix_of(expr), site.x, linear, turned=site.kind == "turned")
     assert found is not None
     if site.bias is not None:
-        found = tape.op("Add", [found, _as_added(site, tape)])
+        found = _biased(found, site, tape)
     _replace(site.node, found, tape)
 
 
-def _as_added(site: Site, tape: Tape) -> ir.Value:
+def _biased(made: ir.Value, site: Site, tape: Tape) -> ir.Value:
+    """A result with the bias added, by the node that makes it if that can."""
     assert site.bias is not None
-    if site.kind != "conv":
-        return site.bias
-    return tape.op("Reshape", [site.bias, numbers(tape, [1, -1, 1, 1])])
+    last = made.producer()
+    if last is not None and last.op_type in ("Conv", "ConvTranspose", "Gemm"):
+        last.resize_inputs(3)
+        last.replace_input_with(2, site.bias)
+        return made
+    bias = site.bias
+    if site.kind == "conv":
+        bias = tape.op("Reshape", [bias, numbers(tape, [1, -1, 1, 1])])
+    return tape.op("Add", [made, bias])
 
 
 def _replace(node: ir.Node, by: ir.Value, tape: Tape) -> None:
@@ -234,7 +248,8 @@ def _simplify(model: ir.Model) -> None:
     from onnxscript import optimizer
 
     def should_fold(node: ir.Node) -> bool | None:
-        return False if any(v is not None and v.is_initializer() for v in node.inputs) else None
+        reads_stored = any(v is not None and v.is_initializer() for v in node.inputs)
+        return False if reads_stored and node.op_type != "Shape" else None
 
     optimizer.optimize_ir(model, should_fold=should_fold)
 

@@ -108,12 +108,37 @@ def _sites(weight: ir.Value, node: ir.Node, index: int) -> list[Site]:
     if node.op_type == "MatMul":
         return [Site("turned", node, node.inputs[0], None, weight)]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = None if bias is None or _is_zero(bias) else bias
     if node.op_type == "Gemm" and _plain_gemm(node):
         kind = "linear" if _int(node, "transB", 0) else "turned"
         return [Site(kind, node, node.inputs[0], bias, weight)]
     if node.op_type == "Conv" and _int(node, "group", 1) == 1:
         return [Site("conv", node, node.inputs[0], bias, weight)]
     return other
+
+
+def _is_zero(value: ir.Value) -> bool:
+    """Whether a value is nothing but zeros: the bias that the exporter gives to each Conv."""
+    from onnx_ir.convenience import get_const_tensor
+
+    stored = get_const_tensor(value)
+    if stored is not None:
+        return not stored.numpy().any()
+    node = value.producer()
+    return (
+        node is not None
+        and node.op_type in ("Expand", "CastLike", "Cast", "Reshape")
+        and node.inputs[0] is not None
+        and _is_zero(node.inputs[0])
+    )
+
+
+def drop_zero_biases(graph: ir.Graph) -> None:
+    """Let a Conv that has no bias have none."""
+    for node in graph:
+        bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) > 2 else None
+        if bias is not None and _is_zero(bias):
+            node.resize_inputs(2)
 
 
 def _plain_gemm(node: ir.Node) -> bool:
