@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import tiedconv
+from tiedconv.exporting import all_formats
 from tiedconv.families import Family, all_families
 from tiedconv.schemes import Scheme, all_schemes
 
@@ -25,10 +26,23 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: dict[str, int] = {
     **dict.fromkeys(["errors", "version"], 0),
     "expr": 1,
-    **dict.fromkeys(["plan", "grouping"], 2),
-    **dict.fromkeys(["linalg", "metric", "leastsquares", "gauge", "schemes", "families"], 3),
+    **dict.fromkeys(["plan", "grouping", "applied"], 2),
+    **dict.fromkeys(["limits", "linalg", "metric", "leastsquares", "gauge", "schemes", "families"], 3),
     **dict.fromkeys(
-        ["anatomy", "recipe", "budget", "search", "planner", "files", "binding", "checkpoint"], 4
+        [
+            "anatomy",
+            "recipe",
+            "budget",
+            "search",
+            "planner",
+            "files",
+            "binding",
+            "applying",
+            "checkpoint",
+            "scratch",
+            "writing",
+        ],
+        4,
     ),
     **dict.fromkeys(["sources", "data", "training", "calibration"], 5),
     **dict.fromkeys(
@@ -36,10 +50,15 @@ LAYERS: dict[str, int] = {
             "loading",
             "calibrate",
             "trials",
+            "streaming",
             "convert",
             "finetune",
             "evaluate",
             "report",
+            "exporting",
+            "contender",
+            "against",
+            "bench",
             "export",
             "verify",
             "demo",
@@ -59,7 +78,7 @@ ONLY = {
     "typer": {"cli"},
     "rich": {"cli"},
     "sklearn": {"demo"},
-    "matplotlib": {"demo", "sensitivity"},
+    "matplotlib": {"demo", "pictures"},
 }
 # With the module ready to be imported by `sources.torchvision_compat`, these use it as well.
 COMPAT = {"data", "demo"}
@@ -151,7 +170,10 @@ def test_nothing_prints_and_nothing_is_caught_blindly(path: Path) -> None:
             assert (node.value.id, node.attr) not in {("pickle", "load"), ("pickle", "loads")}
 
 
-@pytest.mark.parametrize(("folder", "kind"), [("schemes", "SCHEME"), ("families", "FAMILY")])
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("schemes", "SCHEME"), ("families", "FAMILY"), ("exporting", "FORMAT")],
+)
 def test_each_file_of_a_folder_holds_exactly_one(folder: str, kind: str) -> None:
     package = import_module(f"tiedconv.{folder}")
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
@@ -165,7 +187,7 @@ def test_each_file_of_a_folder_holds_exactly_one(folder: str, kind: str) -> None
             if isinstance(target, ast.Name) and target.id.isupper() and target.id[0] != "_"
         ]
         assert defined == [kind], path.name
-    found = all_schemes() if folder == "schemes" else all_families()
+    found = {"schemes": all_schemes, "families": all_families, "exporting": all_formats}[folder]()
     assert len(found) == len(names)
 
 

@@ -118,15 +118,27 @@ def multiplications(expr: Expr) -> int | None:
     return counter.total
 
 
+def is_turned(expr: Expr) -> bool:
+    """Whether `apply` reads a stored matrix the other way round, as `x M`.
+
+    Raises:
+        CantApplyError: the expression has to be made.
+    """
+    counter = _Counter()
+    apply(matrix_of(expr), expr.shape[1], counter)
+    return counter.turned
+
+
 class _Counter:
     """Operations on the number of features."""
 
     def __init__(self) -> None:
-        self.total = 0
+        self.total, self.turned = 0, False
 
     def product(self, x: int, matrix: Expr, turned: bool) -> int:
         del x
         self.total += math.prod(matrix.shape)
+        self.turned |= turned
         return matrix.shape[1 if turned else 0]
 
     def scaled(self, x: int, vector: Expr) -> int:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import tiedconv.sources as sources
 from tiedconv.checkpoint import Checkpoint, install, read
 from tiedconv.errors import CheckpointError
+from tiedconv.files import TensorFile
 from tiedconv.sources import Preprocess, Source
+from tiedconv.sources.bounded import bounded
 
 
 def load(
@@ -34,12 +36,22 @@ def load(
     checkpoint = read(path)
     if model is None:
         model = skeleton_of(checkpoint, trust_code=trust_code)
-    return install(checkpoint, model)
+    return widened(install(checkpoint, model), checkpoint)
+
+
+def widened(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """Numbers stored in half precision to save bytes compute in what the file says."""
+    narrowed = any(step.get("computes_in") == "float32" for step in checkpoint.history)
+    return model.float() if narrowed else model
 
 
 def skeleton_of(checkpoint: Checkpoint, *, trust_code: bool = False) -> nn.Module:
     """A model of the class that a file was made from, with no weights of meaning."""
-    return sources.skeleton(source_of(checkpoint.source), trust_code=trust_code)
+    source = source_of(checkpoint.source)
+    plan = checkpoint.plan
+    shapes = [*plan.kept.values(), *(expr.shape for expr in plan.weights.values())]
+    with bounded(sum(map(math.prod, shapes)), len(shapes)):
+        return sources.skeleton(source, trust_code=trust_code)
 
 
 def source_of(record: Mapping[str, Any] | None) -> Source:
@@ -63,7 +75,7 @@ def with_preprocess(source: Source, change: Callable[[Preprocess], Preprocess] |
 def is_compact(path: str | Path) -> bool:
     """Whether this is a file that tiedconv wrote, by its head."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return "tiedconv" in (file.metadata() or {})
-    except (SafetensorError, OSError):
+        file = TensorFile(Path(path))
+        return "tiedconv" in file.metadata and bool(file.shapes)
+    except CheckpointError:
         return False

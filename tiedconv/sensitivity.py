@@ -28,12 +28,12 @@ from tiedconv.calibrate import Calibration
 from tiedconv.calibration import Moments
 from tiedconv.compare import opened
 from tiedconv.data import Loader
-from tiedconv.errors import MissingExtra, NothingToConvert, OutputError, UserError
+from tiedconv.errors import NothingToConvert, UserError
 from tiedconv.families import find_blocks
-from tiedconv.files import check_output, replacing
 from tiedconv.linalg import spectrum
 from tiedconv.loading import with_preprocess
 from tiedconv.metric import IDENTITY, Metric
+from tiedconv.pictures import check_picture, new_figure, write_figure
 from tiedconv.plan import Member, Slot
 from tiedconv.schemes._base import fuse
 from tiedconv.sources import Preprocess
@@ -334,10 +334,6 @@ def draw(found: Sensitivity, path: Path, *, force: bool = False) -> None:
         OutputError: the file can't be written.
     """
     check_picture(path, force=force)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra.of("matplotlib", "demo", "The picture") from None
     panels = {"predicted, nats for each image": [r.predicted for r in found.rows]}
     if any(r.measured is not None for r in found.rows):
         panels["measured, nats for each image"] = [r.measured for r in found.rows]
@@ -345,23 +341,13 @@ def draw(found: Sensitivity, path: Path, *, force: bool = False) -> None:
     layers = list(dict.fromkeys(r.layer for r in found.rows))
     roles = list(dict.fromkeys(r.role for r in found.rows))
     width, height = max(2.6, 0.85 * len(roles)), max(2.0, 0.32 * len(layers))
-    figure = Figure(figsize=(1.8 + len(panels) * width, 2.0 + height), layout="constrained")
+    figure = new_figure(1.8 + len(panels) * width, 2.0 + height)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         _heat(axis, title, _grid(found.rows, values, layers, roles), roles)
     axes[0].set_yticks(range(len(layers)), _short(layers), fontsize=8)
     figure.suptitle(f"{found.model}: one matrix at a time at {100 * found.keep:g} %", fontsize=10)
-    with replacing(path, force=force) as temporary:
-        figure.savefig(temporary, dpi=140, format=path.suffix[1:].lower())
-
-
-def check_picture(path: Path, *, force: bool = False) -> None:
-    """Raise OutputError, before any work, if no picture can be written to `path`."""
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise OutputError(
-            f"{path} names no kind of picture", "Nothing was drawn", "Use .png, .svg or .pdf"
-        )
-    check_output(path, force=force)
+    write_figure(figure, path, force=force)
 
 
 def _grid(

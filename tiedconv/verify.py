@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tiedconv.against import Check, compare
 from tiedconv.binding import freeze, state_of, untie
+from tiedconv.calibrate import Calibration
 from tiedconv.checkpoint import Checkpoint, install, read
+from tiedconv.data import Loader
 from tiedconv.errors import CheckpointError, SourceError, VerifyError
-from tiedconv.loading import skeleton_of, source_of
-from tiedconv.sources import Preprocess
+from tiedconv.export import TOLERANCE, apart, images_for
+from tiedconv.loading import skeleton_of, source_of, widened
 from tiedconv.training import logits_of
 
-TOLERANCE = 1e-4
 
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at.
-
-    Args:
-        name: what.
-        detail: what was found.
-        passed: None if it could not be done here; `detail` says why.
-    """
-
-    name: str
-    detail: str
-    passed: bool | None = True
-
-
-def verify(file: str | Path, *, trust_code: bool = False) -> list[Check]:
+def verify(
+    file: str | Path,
+    *,
+    against: str | Path | None = None,
+    images: str | Path | None = None,
+    count: int = 16,
+    trust_code: bool = False,
+) -> list[Check]:
     """Check a compact file from its bytes to its outputs.
 
     Args:
         file: a compact file.
+        against: an exported file that should be the same model: `.onnx`, `.pt2`, `.xml`, or a
+            dense state dict; its tensors, bytes and logits are compared.
+        images: a folder of images to compare with, besides random ones.
+        count: how many of them.
         trust_code: allow the file to name a function that builds the model.
 
     Returns:
@@ -57,16 +53,36 @@ def verify(file: str | Path, *, trust_code: bool = False) -> list[Check]:
     count = sum(1 for _ in checkpoint.tensors())
     checks.append(Check("bytes", f"SHA-256 of {count} tensors and of the plan agree"))
     try:
-        model = install(checkpoint, skeleton_of(checkpoint, trust_code=trust_code))
+        skeleton = skeleton_of(checkpoint, trust_code=trust_code)
+        model = widened(install(checkpoint, skeleton), checkpoint)
     except (SourceError, CheckpointError) as error:
         if isinstance(error, CheckpointError) and checkpoint.source is not None:
+            raise
+        if against is not None:
             raise
         checks.append(Check("model", str(error), passed=None))
         return checks
     checks.append(Check("model", f"builds as {type(model).__name__}, names and shapes agree"))
     checks.append(_ties(model, checkpoint))
-    checks.append(_outputs(model, checkpoint))
+    shown = {"random": images_for(model)}
+    if images is not None:
+        shown["given"] = _given(images, model, count)
+    checks += [_outputs(model, x) for x in shown.values()]
+    if against is not None:
+        checks += compare(Path(against), model, shown)
     return checks
+
+
+def _given(folder: str | Path, model: nn.Module, count: int) -> Tensor:
+    """Some images of a folder, prepared as the file says, `(n, C, H, W)`."""
+    source = source_of(state_of(model).source)
+    data = Calibration(folder, images=max(2, count)).open(source)
+    loader = Loader(data, max(2, count), shuffle=False, workers=0)
+    try:
+        batch = next(iter(loader.epoch()))
+    finally:
+        loader.close()
+    return batch.images
 
 
 def _ties(model: nn.Module, checkpoint: Checkpoint) -> Check:
@@ -83,26 +99,21 @@ def _ties(model: nn.Module, checkpoint: Checkpoint) -> Check:
     return Check("ties", f"{held:,} parameters in {stored} tensors, each one storage")
 
 
-def _outputs(model: nn.Module, checkpoint: Checkpoint) -> Check:
+def _outputs(model: nn.Module, images: Tensor) -> Check:
     """The tied, the frozen and the dense form must give one answer."""
-    preprocess = source_of(checkpoint.source).preprocess or Preprocess(224)
-    generator = torch.Generator().manual_seed(0)
-    channels = len(preprocess.mean)
-    image = torch.randn(2, channels, preprocess.size, preprocess.size, generator=generator)
     with torch.no_grad():
         try:
-            tied = logits_of(model(image))
+            tied = logits_of(model(images))
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return Check("outputs", f"not compared: the model takes no image ({reason})", None)
-        frozen = logits_of(freeze(copy.deepcopy(model))(image))
-        dense = logits_of(untie(model)(image))
-    scale = float(dense.abs().max().clamp(min=1.0))
-    apart = max(float((tied - dense).abs().max()), float((frozen - dense).abs().max())) / scale
-    if not apart <= TOLERANCE:
+        frozen = logits_of(freeze(copy.deepcopy(model))(images))
+        dense = logits_of(untie(copy.deepcopy(model))(images))
+    off = max(apart(tied, dense), apart(frozen, dense))
+    if not off <= TOLERANCE:
         raise VerifyError(
-            f"{checkpoint.path}: tied and dense outputs differ by {apart:.2g} of the largest",
+            f"Tied and dense outputs differ by {off:.2g} of the largest",
             "The file does not give what it promises",
             "Report this as a bug, with the file",
         )
-    return Check("outputs", f"tied, frozen and dense logits agree to {apart:.1e}")
+    return Check("outputs", f"tied, frozen and dense logits agree to {off:.1e}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import (
+    bench,
     convert,
     demo,
     evaluate,
@@ -45,5 +46,16 @@ def tiedconv(
     base for a stack of layers plus low-rank residuals."""
 
 
-for _module in (plan, sensitivity, convert, finetune, evaluate, report, verify, export, demo):
+for _module in (
+    plan,
+    sensitivity,
+    convert,
+    finetune,
+    evaluate,
+    report,
+    verify,
+    export,
+    bench,
+    demo,
+):
     _module.register(app)

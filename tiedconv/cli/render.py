@@ -237,6 +237,8 @@ def _history_line(entry: Mapping[str, Any]) -> str:
             f"{accuracy(entry.get('top1_before'))} before, {accuracy(entry.get('top1'))} after, on "
             f"{entry.get('val_images'):,} {'held-out ' if entry.get('held_out') else ''}images"
         )
+    if entry.get("step") == "export":
+        return f"stored as {entry.get('dtype')}, computes in {entry.get('computes_in')}"
     return str(entry.get("step"))
 
 

@@ -14,7 +14,8 @@ from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
 from tiedconv.errors import UserError
-from tiedconv.sensitivity import Sensed, Sensitivity, check_picture, draw
+from tiedconv.pictures import check_picture
+from tiedconv.sensitivity import Sensed, Sensitivity, draw
 from tiedconv.sensitivity import sensitivity as run
 
 NAMED = 3  # matrices that the summary names at either end

@@ -22,15 +22,28 @@ def register(app: typer.Typer) -> None:
 
 def verify(
     file: Annotated[Path, typer.Argument(help="A compact file.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An exported file to compare with: .onnx, .pt2, .xml, or a dense state dict.",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Images to compare with, besides random ones."),
+    ] = None,
+    count: Annotated[int, typer.Option("-n", "--count", help="How many of them.", min=2)] = 16,
     trust_code: common.TrustCode = False,
     json_: common.Json = False,
 ) -> None:
     """Check a compact file from its bytes to its outputs.
 
     Hashes, references and shapes; the model builds and holds each number once; its outputs agree
-    with those of the dense form. Exit code 0 means all of it, 2 a damaged file.
+    with those of the dense form. With --against, an exported file holds each number once too and
+    gives the same logits. Exit code 0 means all of it, 1 a broken promise, 2 a damaged file.
     """
-    checks = run(file, trust_code=trust_code)
+    checks = run(file, against=against, images=images, count=count, trust_code=trust_code)
     if json_:
         common.print_json({"file": file, "checks": checks})
         return

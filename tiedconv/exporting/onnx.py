@@ -1,261 +1,109 @@
-"""Export to ONNX with one initializer for each stored tensor."""
+"""ONNX, with one initializer for each stored tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tiedconv.applied import CantApplyError, apply, matrix_of, multiplications
-from tiedconv.binding import state_of, untie
-from tiedconv.errors import UserError
-from tiedconv.exporting.onnx_apply import (
-    Kernel,
-    NoteKernel,
-    NoteLinear,
-    OnnxKernel,
-    OnnxLinear,
-    Pixels,
-)
-from tiedconv.exporting.onnx_factors import Factors, array_of, emit, numbers
-from tiedconv.exporting.onnx_graph import (
-    Site,
-    attributes_of,
-    drop_zero_biases,
-    sites_of,
-    trace,
-)
-from tiedconv.expr import Expr
-from tiedconv.plan import Plan
+from tiedconv.binding import state_of
+from tiedconv.errors import CheckpointError
+from tiedconv.exporting._format import Format, Job, Written
+from tiedconv.exporting._onnx_graph import IMAGES
+from tiedconv.exporting._onnx_lower import dense_graph, onnx_graph
+from tiedconv.exporting._onnx_store import narrowed
+from tiedconv.version import __version__
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-    from onnx_ir.tape import Tape
-
-LOWERINGS = ("auto", "always", "never")
-DEARER = 1.05
-"""With `auto`, factors are applied where they take at most so many times the weight's products."""
+EXTERNAL_ABOVE = 1_900_000_000
+"""Bytes of tensors from which they go into a file of their own: a protobuf ends at 2 GB."""
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """How the converted weights are computed in a graph.
+class Onnx(Format):
+    """For ONNX Runtime and all that reads ONNX; any number of images is taken."""
+
+    name: ClassVar = "onnx"
+    endings: ClassVar = (".onnx",)
+    dtypes: ClassVar = ("float32", "float16", "int8")
+    packages: ClassVar = ("onnx", "onnxscript", "onnx_ir")
+    extra: ClassVar = "onnx"
+
+    def write(self, job: Job) -> Written:
+        """By torch's exporter, the plan's factors in place of weights."""
+        import onnx_ir as ir
+
+        plan = state_of(job.model).plan
+        graph, lowered = onnx_graph(job.model, job.images, lower=job.lower, opset=job.opset)
+        if job.dtype != "float32":
+            narrowed(graph, job.dtype)
+        facts = {
+            "applied": len(lowered.applied),
+            "made": len(lowered.made),
+            "opset": graph.opset_imports[""],
+            "one_copy": lowered.one_copy,
+        }
+        about = {"version": __version__, "stored": plan.stored, "original": plan.original}
+        graph.metadata_props["tiedconv"] = json.dumps({**about, **facts}, sort_keys=True)
+        held = [v.const_value for v in graph.graph.initializers.values() if v.const_value]
+        size = sum(t.nbytes for t in held)
+        data = f"{job.name}.data" if size > EXTERNAL_ABOVE else None
+        ir.save(graph, job.path, external_data=data)
+        return Written(len(held), sum(t.size for t in held), size, facts)
+
+    def tensors(self, path: Path) -> dict[str, Tensor]:
+        """The initializers."""
+        import onnx_ir as ir
+
+        self.check()
+        try:
+            graph = ir.load(path).graph
+            return {
+                name: torch.from_numpy(value.const_value.numpy().copy())
+                for name, value in graph.initializers.items()
+                if value.const_value is not None
+            }
+        except Exception as error:  # protobuf's errors have no common base
+            raise CheckpointError(
+                f"{path} is no ONNX file that can be read",
+                str(error).splitlines()[0] if str(error) else type(error).__name__,
+                "Export it again",
+            ) from None
+
+    def run(self, path: Path, images: Tensor) -> Tensor | None:
+        """By ONNX Runtime, if it is installed."""
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            return None
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has no common base of its errors
+            raise CheckpointError(
+                f"{path} is no model that ONNX Runtime can load",
+                str(error).splitlines()[0],
+                "Export it again",
+            ) from None
+        (found,) = session.run(None, {IMAGES: images.numpy()})
+        return torch.from_numpy(found)
+
+
+def write_dense(model: nn.Module, images: Tensor, path: Path) -> None:
+    """Write a plain model as ONNX, to compare with: its weights stored as a runtime reads them.
 
     Args:
-        applied: weights whose factors are applied one by one; they are never made.
-        made: weights that the graph computes from factors, once, as it is loaded.
-    """
-
-    applied: tuple[str, ...]
-    made: tuple[str, ...]
-
-
-def onnx_graph(
-    model: nn.Module, images: Tensor, *, lower: str = "auto", opset: int | None = None
-) -> tuple[ir.Model, Lowered]:
-    """The graph of a tied model, each stored tensor in it once.
-
-    Args:
-        model: tied; it is untied here, so give a copy.
+        model: plain, in evaluation mode.
         images: an example `(n, C, H, W)`, n at least 2.
-        lower: where factors are applied rather than joined to weights: `auto`, `always` where
-            that can be done, or `never`.
-        opset: of ONNX, None to choose.
-
-    Raises:
-        UserError: the model can't be exported.
+        path: the file.
     """
-    plan = state_of(model).plan
-    tensors = {n: p.detach() for n, p in model.named_parameters() if n in plan.factors}
-    graph = trace(untie(model), images, opset)
-    _simplify(graph)
-    drop_zero_biases(graph.graph)
-    return graph, put_factors(graph, plan, tensors, lower)
-
-
-def put_factors(
-    model: ir.Model, plan: Plan, tensors: Mapping[str, Tensor], lower: str
-) -> Lowered:  # fmt: skip
-    """Replace every converted weight of a graph by its factors, in place.
-
-    Raises:
-        UserError: a converted weight is not to be found in the graph.
-    """
-    from onnx_ir import passes
-    from onnx_ir.passes import common
-
-    graph = model.graph
-    factors = Factors(dict(tensors), lambda name, t: _initializer(graph, name, t))
-    sites: dict[str, list[Site]] = {}
-    for name in plan.weights:
-        if name not in graph.initializers:
-            raise UserError(
-                f"The exported graph has no weight {name}",
-                "Its factors have no place to go: the model computes without it",
-                "Export with --to pt2 or --to dense, and report this with the model's name",
-            )
-        sites[name] = sites_of(graph.initializers[name])
-    applied = {n for n, e in plan.weights.items() if _is_applied(e, sites[n], lower)}
-    for name, expr in plan.weights.items():
-        if name in applied:
-            for site in sites[name]:
-                _note(expr, site, factors)
-        else:
-            for factor in expr.refs:
-                factors.note(factor, "whole")
-    for name, expr in plan.weights.items():
-        if name in applied:
-            for site in sites[name]:
-                _apply(expr, site, factors)
-        else:
-            _make(expr, graph.initializers[name], factors, graph)
-    _store_transposed(graph, plan)
-    cleaning = passes.Sequential(
-        common.RemoveUnusedNodesPass(), common.TopologicalSortPass(),
-        common.ClearMetadataAndDocStringPass(),
-    )  # fmt: skip
-    cleaning(model)
-    return Lowered(tuple(sorted(applied)), tuple(sorted(plan.weights.keys() - applied)))
-
-
-def _is_applied(expr: Expr, sites: list[Site], lower: str) -> bool:
-    if lower == "never" or any(site.kind == "other" for site in sites):
-        return False
-    scratch = Factors({}, lambda name, t: None)  # type: ignore[arg-type,return-value]
-    try:
-        for site in sites:
-            _note(expr, site, scratch)
-    except CantApplyError:
-        return False
-    cost = multiplications(expr)
-    return lower == "always" or (cost is not None and cost <= DEARER * expr_size(expr))
-
-
-def expr_size(expr: Expr) -> int:
-    """Numbers in the weight."""
-    return int(torch.Size(expr.shape).numel())
-
-
-def _kernel(expr: Expr, site: Site) -> Kernel:
-    return Kernel(tuple(expr.shape[2:]), dict(attributes_of(site.node)))
-
-
-def _note(expr: Expr, site: Site, factors: Factors) -> None:
-    if site.kind == "conv":
-        apply(matrix_of(expr), Pixels(None, fresh=True), NoteKernel(factors, _kernel(expr, site)))
-    else:
-        apply(matrix_of(expr), None, NoteLinear(factors), turned=site.kind == "turned")
-
-
-def _apply(expr: Expr, site: Site, factors: Factors) -> None:
-    from onnx_ir.tape import Tape
-
-    tape = Tape()
-    assert site.x is not None
-    if site.kind == "conv":
-        on = OnnxKernel(factors, tape, _kernel(expr, site))
-        found = apply(matrix_of(expr), Pixels(site.x, fresh=True), on).value
-    else:
-        assert site.x.shape is not None
-        linear = OnnxLinear(factors, tape, len(site.x.shape))
-        found = apply(matrix_of(expr), site.x, linear, turned=site.kind == "turned")
-    assert found is not None
-    if site.bias is not None:
-        found = _biased(found, site, tape)
-    _replace(site.node, found, tape)
-
-
-def _biased(made: ir.Value, site: Site, tape: Tape) -> ir.Value:
-    """A result with the bias added, by the node that makes it if that can."""
-    assert site.bias is not None
-    last = made.producer()
-    if last is not None and last.op_type in ("Conv", "ConvTranspose", "Gemm"):
-        last.resize_inputs(3)
-        last.replace_input_with(2, site.bias)
-        return made
-    bias = site.bias
-    if site.kind == "conv":
-        bias = tape.op("Reshape", [bias, numbers(tape, [1, -1, 1, 1])])
-    return tape.op("Add", [made, bias])
-
-
-def _replace(node: ir.Node, by: ir.Value, tape: Tape) -> None:
-    """Let nodes stand for one node."""
     import onnx_ir as ir
 
-    graph = node.graph
-    assert graph is not None
-    graph.insert_before(node, tape.nodes)
-    old = node.outputs[0]
-    by.shape, by.type = old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, by, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    graph = dense_graph(model, images)
+    size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value)
+    ir.save(graph, path, external_data=f"{path.name}.data" if size > EXTERNAL_ABOVE else None)
 
 
-def _make(expr: Expr, weight: ir.Value, factors: Factors, graph: ir.Graph) -> None:
-    """Compute a weight from its factors at the head of the graph."""
-    import onnx_ir as ir
-    from onnx_ir.tape import Tape
-
-    tape = Tape()
-    made = emit(expr, factors, tape)
-    if tape.nodes:
-        graph.insert_before(graph[0], tape.nodes)
-    ir.convenience.replace_all_uses_with(weight, made)
-    del graph.initializers[weight.name]
-
-
-def _initializer(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
-    import onnx_ir as ir
-
-    stored = ir.Tensor(array_of(tensor), name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(stored.dtype), shape=stored.shape, const_value=stored
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def _store_transposed(graph: ir.Graph, plan: Plan) -> None:
-    """Matrices that are only read transposed are stored so: a runtime need not do it."""
-    import onnx_ir as ir
-
-    for name, value in list(graph.initializers.items()):
-        if name in plan.weights:  # its uses are replaced
-            if not value.uses():
-                del graph.initializers[name]
-            continue
-        nodes = [node for node, _ in value.uses()]
-        stored = value.const_value
-        if not nodes or stored is None or len(stored.shape) != 2:
-            continue
-        turns = all(n.op_type == "Transpose" for n in nodes)
-        if not turns or value in graph.outputs:
-            continue
-        array = stored.numpy().T.copy()
-        value.const_value = ir.Tensor(array, name=name)
-        value.shape = ir.Shape(array.shape)
-        for node in nodes:
-            ir.convenience.replace_all_uses_with(node.outputs[0], value)
-            graph.remove(node, safe=True)
-
-
-def _simplify(model: ir.Model) -> None:
-    """Fold what the exporter left unfolded, but nothing that reads a stored tensor."""
-    from onnxscript import optimizer
-
-    def should_fold(node: ir.Node) -> bool | None:
-        reads_stored = any(v is not None and v.is_initializer() for v in node.inputs)
-        return False if reads_stored and node.op_type != "Shape" else None
-
-    optimizer.optimize_ir(model, should_fold=should_fold)
-
-
-def metadata(facts: Mapping[str, Any]) -> dict[str, str]:
-    """What an exported file says of itself, as ONNX metadata."""
-    import json
-
-    return {"tiedconv": json.dumps(facts, sort_keys=True)}
+FORMAT = Onnx()

@@ -43,7 +43,7 @@ class Site:
     weight: ir.Value
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """A model from images to logits, whatever it wraps them in."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,6 +51,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
+        """`(n, C, H, W)` to `(n, classes)`."""
         return logits_of(self.model(images))
 
 
@@ -65,7 +66,7 @@ def trace(model: nn.Module, images: Tensor, opset: int | None = None) -> ir.Mode
     Raises:
         UserError: torch can't export this model.
     """
-    wrapped = _Logits(model).eval()
+    wrapped = Logits(model).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         try:

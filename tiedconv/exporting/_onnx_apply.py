@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tiedconv.applied import CantApplyError
-from tiedconv.exporting.onnx_factors import Factors, emit, kernel_use, numbers
+from tiedconv.exporting._onnx_factors import Factors, emit, kernel_use, numbers
 from tiedconv.expr import Expr, Ref, Reshape, Shape
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class OnnxKernel:
     def _made(
         self, op: str, inputs: list[ir.Value | None], attributes: dict[str, object]
     ) -> Pixels:  # fmt: skip
-        return Pixels(self.tape.op(op, inputs, attributes), fresh=False)  # type: ignore[arg-type]
+        return Pixels(self.tape.op(op, inputs, attributes), fresh=False)
 
     def scaled(self, x: Pixels, vector: Expr) -> Pixels:
         scale = self.linear.vector(vector)

@@ -1,0 +1,179 @@
+"""Factors applied one by one give what the weight gives."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from micro import all_micros
+from torch import Tensor, nn
+
+import tiedconv
+from tiedconv.applied import CantApplyError, apply, is_turned, matrix_of, multiplications
+from tiedconv.applying import _Features, apply_factors, make_weights, making
+from tiedconv.binding import freeze, state_of, tied_weights
+from tiedconv.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, transpose
+
+SIZES = st.integers(1, 4)
+
+
+class Grower:
+    """Draws expressions of a wanted shape, over tensors that it keeps."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        self.draw = draw
+        self.tensors: dict[str, Tensor] = {}
+
+    def ref(self, rows: int, columns: int) -> Ref:
+        name = f"t{len(self.tensors)}"
+        generator = torch.Generator().manual_seed(len(self.tensors))
+        shape = (rows, columns)
+        self.tensors[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return Ref(name, shape)
+
+    def matrix(self, rows: int, columns: int, depth: int) -> Expr:
+        kinds = ["ref", "slice"]
+        if depth:
+            kinds += ["turn", "product", "sum", "rows", "columns", "number", "cat0", "cat1"]
+        inner = depth - 1
+        match self.draw(st.sampled_from(kinds)):
+            case "slice":
+                return Slice(self.ref(rows + 2, columns), 0, 1, 1 + rows)
+            case "turn":
+                return transpose(self.matrix(columns, rows, inner))
+            case "product":
+                rank = self.draw(SIZES)
+                return MatMul(self.matrix(rows, rank, inner), self.matrix(rank, columns, inner))
+            case "sum":
+                return Add(self.matrix(rows, columns, inner), self.matrix(rows, columns, inner))
+            case "rows":
+                return Mul(self.matrix(rows, columns, inner), self.ref(rows, 1))
+            case "columns":
+                return Mul(self.matrix(rows, columns, inner), self.ref(1, columns))
+            case "number":
+                return Mul(self.matrix(rows, columns, inner), self.ref(1, 1))
+            case "cat0":
+                parts = (self.matrix(1, columns, inner), self.matrix(rows, columns, inner))
+                return (
+                    Slice(self.ref(rows, columns), 0, 0, rows)
+                    if rows == 1
+                    else Cat((parts[0], self.matrix(rows - 1, columns, inner)), 0)
+                )
+            case "cat1" if columns > 1:
+                return Cat((self.matrix(rows, 1, inner), self.matrix(rows, columns - 1, inner)), 1)
+        return self.ref(rows, columns)
+
+
+@st.composite
+def expressions(draw: st.DrawFn) -> tuple[Expr, dict[str, Tensor]]:
+    grower = Grower(draw)
+    return grower.matrix(draw(SIZES), draw(SIZES), draw(st.integers(0, 3))), grower.tensors
+
+
+@given(expressions(), st.booleans())
+def test_applying_is_multiplying_with_the_matrix(
+    made: tuple[Expr, dict[str, Tensor]], turned: bool
+) -> None:
+    expr, tensors = made
+    whole = expr.evaluate(tensors.__getitem__)
+    x = torch.randn(3, whole.shape[0 if turned else 1], dtype=torch.float64)
+    features = _Features(lambda e: e.evaluate(tensors.__getitem__))
+    found = apply(expr, x, features, turned)
+    expected = x @ whole if turned else x @ whole.t()
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert (multiplications(expr) or 0) >= 1
+
+
+def test_a_kernel_that_is_no_matrix_in_another_shape_has_to_be_made() -> None:
+    with pytest.raises(CantApplyError):
+        matrix_of(Reshape(transpose(Ref("w", (6, 4))), (2, 3, 2, 2)))
+    assert multiplications(Add(Ref("w", (3, 4)), Ref("v", (1, 4)))) is None
+    assert matrix_of(Ref("w", (2, 3, 2, 2))).shape == (2, 12)
+
+
+def test_products_are_counted() -> None:
+    b, a, base = Ref("b", (6, 2)), Ref("a", (2, 8)), Ref("base", (6, 8))
+    assert multiplications(MatMul(b, a)) == 6 * 2 + 2 * 8
+    assert multiplications(Add(base, MatMul(b, a))) == 6 * 8 + 6 * 2 + 2 * 8
+    assert multiplications(Mul(transpose(base), Ref("s", (8, 1)))) == 6 * 8 + 8
+    assert making(Add(base, MatMul(b, a))) == 6 * 2 * 8 + 6 * 8
+    assert is_turned(transpose(base))
+    assert not is_turned(base)
+
+
+WAYS = [
+    ("timm-vit", "tied", {}),
+    ("timm-vit", "tied", {"params": "60%"}),
+    ("timm-vit", "lors", {"rank": 2}),
+    ("timm-vit", "lors", {"bases": 2, "rank": 0.1, "groups": "adjacent:3"}),
+    ("timm-vit", "basis", {"params": "70%", "tie": True}),
+    ("torchvision-vit", "lowrank", {"params": "60%"}),
+    ("hf-vit", "basis", {"params": "70%"}),
+    ("perceptron", "lowrank", {"rank": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "scheme", "options"), WAYS)
+def test_a_model_by_its_factors_answers_as_with_its_weights(
+    name: str, scheme: str, options: dict[str, object]
+) -> None:
+    micro = all_micros()[name]
+    model = tiedconv.convert(micro.model(), scheme, **options)
+    expected = micro.logits(model)
+    applied = apply_factors(model)
+    linear = {
+        n for n, module, attribute, expr in tied_weights(model)
+        if isinstance(module, nn.Linear) and attribute == "weight" and not expr.is_view
+    }  # fmt: skip
+    assert set(applied) == linear
+    assert applied
+    for other in (model, copy.deepcopy(model)):
+        assert torch.allclose(micro.logits(other), expected, rtol=1e-4, atol=1e-5)
+    make_weights(model)
+    assert torch.equal(micro.logits(model), expected)
+
+
+def test_the_weights_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    micro = all_micros()["timm-vit"]
+    model = tiedconv.convert(micro.model(), "lowrank", rank=2)
+    apply_factors(model)
+
+    def forbidden(self: MatMul, lookup: object) -> Tensor:
+        raise AssertionError("a weight was made")
+
+    monkeypatch.setattr(MatMul, "evaluate", forbidden)
+    micro.logits(model)
+
+
+def test_training_and_frozen_models_use_weights_as_before() -> None:
+    micro = all_micros()["timm-vit"]
+    model = tiedconv.convert(micro.model(), "lors", rank=2)
+    plain = copy.deepcopy(model)
+    apply_factors(model)
+    x = micro.input()
+    for one in (model, plain):
+        one.train()
+        one(x).square().sum().backward()
+    for name in state_of(model).plan.factors:
+        mine, other = model.get_parameter(name).grad, plain.get_parameter(name).grad
+        assert mine is not None
+        assert other is not None
+        assert torch.equal(mine, other)
+    assert torch.equal(micro.logits(freeze(model)), micro.logits(freeze(plain)))
+
+
+def test_with_few_rows_factors_are_applied_where_that_takes_less_time() -> None:
+    model = tiedconv.convert(all_micros()["timm-vit"].model(), "lors", rank=2)
+    weights = {n: e for n, _, _, e in tied_weights(model)}
+    few = apply_factors(copy.deepcopy(model), rows=1)
+    many = apply_factors(copy.deepcopy(model), rows=10**6)
+    assert set(few) == set(weights)  # making a weight costs more than one row's products
+    assert not many  # a base and a residual take more products than the weight
+    low = tiedconv.convert(all_micros()["timm-vit"].model(), "lowrank", rank=2)
+    for name, _, _, expr in tied_weights(low):
+        cheaper = (multiplications(expr) or math.inf) < math.prod(expr.shape)
+        assert (name in apply_factors(copy.deepcopy(low), rows=10**6)) == cheaper

@@ -1,0 +1,365 @@
+"""Exports stay as small as the compact file, and say what it says."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from cli_helpers import figures, files_of, refused, run
+from micro import Micro, all_micros
+from torch import Tensor, nn
+
+import tiedconv
+from tiedconv import exporting
+from tiedconv.binding import dense_state_dict, state_of
+from tiedconv.errors import CheckpointError, MissingExtra, UserError, VerifyError
+from tiedconv.exporting import Job, _onnx_lower, all_formats
+from tiedconv.exporting._format import stored_bytes
+from tiedconv.exporting._onnx_lower import onnx_graph
+
+WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tied": ("timm-vit", "tied", {}),
+    "tied over a core": ("timm-vit", "tied", {"core": 0.5}),
+    "attention in one": ("torchvision-vit", "tied", {}),
+    "lors": ("timm-vit", "lors", {"rank": 2}),
+    "lors, bases": ("timm-vit", "lors", {"bases": 2, "rank": 0.1, "groups": "adjacent:3"}),
+    "basis, tied": ("hf-vit", "basis", {"tie": True, "params": "75%"}),
+    "lowrank": ("torchvision-vit", "lowrank", {"rank": 3}),
+    "shared": ("timm-vit", "shared", {}),
+    "(in, out)": ("hf-imagegpt", "tied", {}),
+    "kernels tied": ("torchvision-resnet", "tied", {}),
+    "kernels low rank": ("timm-resnet", "lowrank", {"rank": 3}),
+    "kernels lors": ("torchvision-resnet", "lors", {"rank": 2}),
+    "grouped kernels": ("torchvision-resnext", "lowrank", {"rank": 2}),
+    "kernels of a basis": ("torchvision-resnet", "basis", {"params": "85%"}),
+}
+IMAGES = {k: v for k, v in WAYS.items() if v[0] != "hf-imagegpt"}
+
+
+def images_of(micro: Micro, count: int = 2) -> Tensor:
+    shape = micro.input().shape[1:]
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(3))
+
+
+def made(way: str) -> tuple[Micro, nn.Module]:
+    name, scheme, options = WAYS[way]
+    micro = all_micros()[name]
+    return micro, tiedconv.convert(micro.model(), scheme, **options).eval()
+
+
+def session(path: Path, **options: Any) -> ort.InferenceSession:
+    chosen = ort.SessionOptions()
+    chosen.log_severity_level = 3
+    for name, value in options.items():
+        setattr(chosen, name, value)
+    return ort.InferenceSession(path, chosen, providers=["CPUExecutionProvider"])
+
+
+def initializers(graph: ir.Graph) -> dict[str, np.ndarray]:
+    return {n: v.const_value.numpy() for n, v in graph.initializers.items()}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("way", IMAGES)
+def test_onnx_holds_each_stored_tensor_once_and_gives_the_same_logits(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    micro, model = made(way)
+    plan = state_of(model).plan
+    traced: list[ir.Model] = []
+    trace = _onnx_lower.trace
+
+    def once(*given: Any) -> ir.Model:  # the slow part, alike for both ways to lower
+        if not traced:
+            traced.append(trace(*given))
+        return traced[0].clone()
+
+    monkeypatch.setattr(_onnx_lower, "trace", once)
+    for lower in ("always", "never"):
+        graph, lowered = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
+        assert set(lowered.applied) | set(lowered.made) == plan.weights.keys()
+        assert not (lower == "never" and lowered.applied)
+        held = initializers(graph.graph)
+        assert plan.factors.keys() <= held.keys()
+        assert not plan.weights.keys() & held.keys()
+        for name in plan.factors:
+            mine, stored = held[name], model.get_parameter(name).detach().numpy()
+            assert np.array_equal(np.sort(mine.ravel()), np.sort(stored.ravel()))
+        assert sum(a.nbytes for a in held.values()) <= stored_bytes(model, "float32") + 1024
+        ir.save(graph, tmp_path / "m.onnx")
+        for count in (2, 3):  # any number of images
+            x = images_of(micro, count)
+            (found,) = session(tmp_path / "m.onnx").run(None, {"images": x.numpy()})
+            with torch.no_grad():
+                expected = micro.forward(model, x)
+            assert torch.allclose(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["tied", "lors", "basis, tied"])
+def test_with_factors_applied_nothing_is_left_for_onnx_runtime_to_double(
+    way: str, tmp_path: Path
+) -> None:
+    """Its optimised model holds what it keeps in memory."""
+    micro, model = made(way)
+    sizes = {}
+    for lower in ("always", "never"):
+        graph, _ = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
+        ir.save(graph, tmp_path / "m.onnx")
+        session(tmp_path / "m.onnx", optimized_model_filepath=str(tmp_path / "o.onnx"))
+        held = initializers(ir.load(tmp_path / "o.onnx").graph)
+        sizes[lower] = sum(a.nbytes for n, a in held.items() if a.ndim >= 2)
+    stored = sum(t.nbytes for t in model.state_dict().values())
+    assert sizes["always"] <= 1.02 * stored
+    assert sizes["never"] > 1.1 * stored
+
+
+def test_auto_applies_where_it_is_no_dearer() -> None:
+    expected = {"tied": True, "lowrank": True, "lors": False, "kernels tied": False,
+                "kernels low rank": True}  # fmt: skip
+    for way, applied in expected.items():
+        micro, model = made(way)
+        _, lowered = onnx_graph(model, images_of(micro), lower="auto")
+        assert bool(lowered.applied) == applied, way
+        assert lowered.one_copy == (way == "tied")
+
+
+# Files
+
+
+SPEC = "timm:vit_tiny_patch16_224"
+MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3,
+              "num_classes": 5}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compact file of a tied ViT."""
+    path = tmp_path_factory.mktemp("export") / "m.safetensors"
+    model = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none")
+    tiedconv.save(_with_size(model), path)
+    return path
+
+
+def _with_size(model: nn.Module) -> nn.Module:
+    """The source of a model of 16 pixels says so."""
+    source = dict(state_of(model).source or {})
+    source["preprocess"] = {**source["preprocess"], "size": 16, "resize": None}
+    from tiedconv.binding import set_state
+
+    set_state(model, source=source)
+    return model
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_each_format_of_the_folder_writes_checks_and_tells(compact: Path, here: Path) -> None:
+    stored = stored_bytes(tiedconv.load(compact), "float32")
+    for name, form in all_formats().items():
+        try:
+            form.check()
+        except MissingExtra:
+            continue  # its package is not among those of the tests
+        output = f"{name}{form.endings[0]}"
+        wrote = figures("export", compact, "-o", output, "--to", name)
+        assert wrote["format"] == name
+        assert wrote["size"] == Path(output).stat().st_size
+        assert form.compact == (wrote["weight_bytes"] <= 1.02 * stored)
+        if name != "dense":
+            assert wrote["difference"] < 1e-4
+        found = form.tensors(Path(output))
+        assert found is None or sum(t.nbytes for t in found.values()) == wrote["weight_bytes"]
+    # Nothing else is left beside them.
+    assert all(not f.startswith(".") for f in files_of(here))
+
+
+@pytest.mark.parametrize(
+    ("output", "dtype", "share", "off"),
+    [("m.onnx", "float16", 0.5, 2e-2), ("m.onnx", "int8", 0.3, 0.1),
+     ("m.safetensors", "float16", 0.5, 2e-2), ("m.safetensors", "bfloat16", 0.5, 5e-2)],
+)  # fmt: skip
+def test_narrower_weights_keep_the_ties(
+    compact: Path, here: Path, output: str, dtype: str, share: float, off: float
+) -> None:
+    to = ["--to", "compact"] if output.endswith("safetensors") else []
+    wrote = figures("export", compact, "-o", output, "--dtype", dtype, *to)
+    whole = stored_bytes(tiedconv.load(compact), "float32")
+    assert wrote["weight_bytes"] <= 1.02 * stored_bytes(tiedconv.load(compact), dtype)
+    assert wrote["weight_bytes"] < (share + 0.12) * whole  # norms and biases stay wide
+    assert 0 < wrote["difference"] < off
+    run("verify", compact if output.endswith("onnx") else output,
+        *(["--against", output] if output.endswith("onnx") else []))  # fmt: skip
+
+
+def test_a_half_precision_file_loads_to_float32(compact: Path, here: Path) -> None:
+    tiedconv.export(compact, "h.safetensors", "compact", dtype="float16")
+    model = tiedconv.load("h.safetensors")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    whole = tiedconv.load(compact)
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, whole.state_dict()[name], rtol=1e-3, atol=1e-6)
+    assert "float16" in run("report", "h.safetensors").stdout
+
+
+READER = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"tiedconv", "timm", "transformers", "torchvision"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+"""
+READERS = {
+    "m.pt2": "import torch\nx, y = torch.load('xy.pt')\n"
+    "found = torch.export.load('m.pt2').module()(x)\n",
+    "m.onnx": "import torch, onnxruntime\nx, y = torch.load('xy.pt')\n"
+    "found = torch.from_numpy(onnxruntime.InferenceSession('m.onnx')"
+    ".run(None, {'images': x.numpy()})[0])\n",
+}
+
+
+@pytest.mark.parametrize("output", READERS)
+def test_files_run_where_there_is_no_tiedconv(compact: Path, here: Path, output: str) -> None:
+    tiedconv.export(compact, output)
+    x = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        torch.save((x, tiedconv.load(compact)(x)), "xy.pt")
+    code = f"{READER}{READERS[output]}assert torch.allclose(found, y, atol=1e-4), (found, y)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
+    assert done.returncode == 0, done.stderr
+
+
+def test_large_models_keep_their_tensors_beside(
+    compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiedconv.exporting.onnx.EXTERNAL_ABOVE", 1000)
+    wrote = figures("export", compact, "-o", "m.onnx")
+    assert files_of(here) == {"m.onnx", "m.onnx.data"}
+    assert wrote["difference"] < 1e-4
+    assert wrote["size"] == sum(f.stat().st_size for f in here.iterdir())
+    run("verify", compact, "--against", "m.onnx")
+
+
+# What is wrong is told
+
+
+def test_what_can_not_be_exported_is_refused(compact: Path, here: Path) -> None:
+    refused("export", compact, "-o", "m.bin", words=["m.bin", ".onnx", "--to"])
+    refused("export", compact, "-o", "m.onnx", "--to", "tflite", words=["'tflite'", "dense"])
+    refused("export", compact, "-o", "m.pth", "--to", "onnx", words=["m.pth", ".onnx"])
+    refused("export", compact, "-o", "m.pt2", "--dtype", "int8", words=["int8", "float32"])
+    refused("export", compact, "-o", "m.onnx", "--dtype", "int4", words=["int4", "int8"])
+    refused("export", compact, "-o", "m.onnx", "--lower", "some", words=["some", "always"])
+    assert not files_of(here)
+
+
+def test_a_missing_package_is_named(
+    compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused("export", compact, "-o", "m.onnx", words=["onnx", "pip install 'tiedconv[onnx]'"])
+
+
+def test_a_lost_tie_or_other_logits_leave_no_file(
+    compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pt2 = all_formats()["pt2"]
+    write = type(pt2).write
+
+    def doubled(self: Any, job: Job) -> exporting.Written:
+        wrote = write(self, job)
+        return exporting.Written(wrote.tensors, wrote.parameters, 2 * wrote.weight_bytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pt2), "write", doubled)
+        refused("export", compact, "-o", "m.pt2", words=["tie was lost"], code=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pt2), "run", lambda self, path, images: torch.ones(2, 5))
+        refused("export", compact, "-o", "m.pt2", words=["logits", "not written"], code=1)
+    assert not files_of(here)
+
+
+def test_numbers_too_large_for_half_are_named(here: Path) -> None:
+    model = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none")
+    with torch.no_grad():
+        model.get_parameter("head.weight")[0, 0] = 1e6
+    tiedconv.save(_with_size(model), "m.safetensors")
+    for output, to in (("h.safetensors", "compact"), ("h.onnx", "onnx")):
+        with pytest.raises(UserError, match=r"head.weight has numbers that float16 can't hold"):
+            tiedconv.export("m.safetensors", output, to, dtype="float16")
+    tiedconv.export("m.safetensors", "b.safetensors", "compact", dtype="bfloat16")
+    assert files_of(here) == {"m.safetensors", "b.safetensors"}
+
+
+def test_an_interrupted_export_leaves_what_was_there(
+    compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        Path(next(here.glob(".m.onnx*")), "half").write_text("half")
+        raise KeyboardInterrupt
+
+    Path("m.onnx").write_text("mine")
+    monkeypatch.setattr("onnx_ir.save", interrupted)
+    assert run("export", compact, "-o", "m.onnx", "--force", code=130).stderr.startswith("Interr")
+    assert files_of(here) == {"m.onnx"}
+    assert Path("m.onnx").read_text() == "mine"
+
+
+# verify --against
+
+
+def test_verify_tells_an_export_from_another(compact: Path, here: Path) -> None:
+    other = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none", seed=1)
+    tiedconv.save(_with_size(other), "other.safetensors")
+    for output in ("m.onnx", "m.pt2", "m.pth"):
+        tiedconv.export(compact, output)
+        checks = figures("verify", compact, "--against", output)["checks"]
+        assert all(c["passed"] for c in checks)
+        names = [c["name"] for c in checks]
+        assert names[-1] == ("against" if output == "m.pth" else "memory")
+        refused("verify", "other.safetensors", "--against", output, words=[output], code=1)
+    with pytest.raises(CheckpointError, match="There is no file"):
+        tiedconv.verify(compact, against="gone.onnx")
+    for name in ("m.onnx", "m.pt2", "m.pth"):
+        Path(name).write_bytes(Path(name).read_bytes()[:5000])
+        refused("verify", compact, "--against", name, words=[name, "Export it again"])
+
+
+def test_verify_finds_a_tensor_that_is_held_twice(compact: Path, here: Path) -> None:
+    tiedconv.export(compact, "m.onnx")
+    model = ir.load("m.onnx")
+    name, value = max(
+        model.graph.initializers.items(),
+        key=lambda kv: kv[1].const_value.nbytes,  # type: ignore[union-attr]
+    )
+    twin = ir.Value(name="twin", type=value.type, const_value=ir.Tensor(
+        value.const_value.numpy().T.copy()  # type: ignore[union-attr]
+    ))  # fmt: skip
+    twin.shape = ir.Shape(twin.const_value.shape)  # type: ignore[union-attr]
+    model.graph.register_initializer(twin)
+    ir.save(model, "m.onnx")
+    with pytest.raises(VerifyError, match=f"twice, as .*{name}|twice, as .*twin"):
+        tiedconv.verify(compact, against="m.onnx")
+
+
+def test_a_changed_number_of_a_dense_file_is_found(compact: Path, here: Path) -> None:
+    state = dense_state_dict(tiedconv.load(compact))
+    state["head.bias"] = state["head.bias"] + 1e-6
+    torch.save(state, "m.pth")
+    with pytest.raises(VerifyError, match=r"head.bias is not the compact file's"):
+        tiedconv.verify(compact, against="m.pth")
+    del state["head.bias"]
+    torch.save(state, "m.pth")
+    with pytest.raises(VerifyError, match=r"head.bias is missing"):
+        tiedconv.verify(compact, against="m.pth")

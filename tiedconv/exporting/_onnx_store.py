@@ -1,0 +1,85 @@
+"""Narrower initializers: the graph widens them before use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiedconv.errors import MissingExtra, UserError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def narrowed(model: ir.Model, dtype: str) -> None:
+    """Store matrices and kernels as float16 or int8, in place; ties stay, as each is one tensor.
+
+    Raises:
+        UserError: numbers that float16 can't hold.
+        MissingExtra: int8 without ONNX Runtime, whose quantiser it is.
+    """
+    for name, value in list(model.graph.initializers.items()):
+        stored = value.const_value
+        is_matrix = name.startswith("tied/") or name.endswith("weight")
+        if stored is None or not is_matrix or sum(n > 1 for n in stored.shape) < 2:
+            continue
+        array = stored.numpy()
+        if array.dtype == np.float32:
+            (_halved if dtype == "float16" else _quantised)(model.graph, value, array)
+
+
+def _halved(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
+    if np.abs(array).max() > np.finfo(np.float16).max:
+        raise UserError(
+            f"{value.name} has numbers that float16 can't hold",
+            "Nothing was written",
+            "Store it as float32",
+        )
+    _widen(graph, value, [array.astype(np.float16)], "Cast", {"to": 1})
+
+
+def _quantised(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
+    """Rows with a scale each, symmetric."""
+    try:
+        import onnx
+        from onnxruntime.quantization.quant_utils import compute_data_quant_params, quantize_nparray
+    except ImportError:
+        raise MissingExtra.of("onnxruntime", "onnx", "Storing int8") from None
+    kind = onnx.TensorProto.INT8
+    rows, scales = [], []
+    for row in array.reshape(len(array), -1):
+        zero, scale = compute_data_quant_params(row, kind, symmetric=True)
+        rows.append(quantize_nparray(kind, row, scale, zero))
+        scales.append(scale)
+    numbers = np.stack(rows).reshape(array.shape).astype(np.int8)
+    scale = np.array(scales, dtype=np.float32).reshape(-1)
+    _widen(graph, value, [numbers, scale], "DequantizeLinear", {"axis": 0})
+
+
+def _widen(
+    graph: ir.Graph, value: ir.Value, arrays: list[np.ndarray], op: str, how: dict[str, int]
+) -> None:
+    """Let a node give what an initializer gave."""
+    import onnx_ir as ir
+    from onnx_ir.tape import Tape
+
+    name = value.name
+    assert name is not None
+    uses = list(value.uses())
+    del graph.initializers[name]
+    inputs = []
+    for suffix, array in zip(("", "/scale"), arrays, strict=False):
+        stored = ir.Tensor(array, name=name + suffix)
+        made = ir.Value(
+            name=name + suffix, type=ir.TensorType(stored.dtype), shape=stored.shape,
+            const_value=stored,
+        )  # fmt: skip
+        graph.register_initializer(made)
+        inputs.append(made)
+    tape = Tape()
+    wide = tape.op(op, inputs, how)
+    wide.type, wide.shape = value.type, value.shape
+    graph.insert_before(graph[0], tape.nodes)
+    for node, index in uses:
+        node.replace_input_with(index, wide)
