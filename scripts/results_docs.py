@@ -94,6 +94,49 @@ over the size of the dense checkpoint.
 """
 
 
+EXPORT = """## Exported files in ONNX Runtime
+
+Random weights; ONNX Runtime {ort}, one thread, each form in a process of its own, in turns, {rounds} turns.
+*File* is the ONNX file over the bytes of the stored tensors. *Held* is the memory that the loaded model
+takes, *load* the time until it is ready and *batch* the time of a run, each as a share of the dense
+model's ONNX; in brackets the middle 80 % of turns. *Off* is the largest difference of a logit from PyTorch's,
+as a share of the largest. *One copy* is with `session.disable_prepacking`.
+
+    python benchmarks/export.py
+
+{table}
+"""
+
+
+def export(data: dict[str, Any]) -> str:
+    rows: list[Sequence[str]] = []
+    batches: list[str] = []
+    for model, schemes in data["models"].items():
+        for scheme, found in schemes.items():
+            share = f"{100 * found['stored'] / found['parameters']:.1f} %"
+            for way, run in found["runs"].items():
+                if way == "dense":
+                    continue
+                file = found["files"][way.split(",")[0]]
+                batches = list(run["latency"])
+                times = [
+                    f"{t['ratio']:.2f} ({t['low']:.2f} to {t['high']:.2f})"
+                    for t in run["latency"].values()
+                ]
+                rows.append(
+                    (
+                        model, f"`{scheme}`, {share}", way, f"{file['to_stored']:.3f}",
+                        f"{run['held_ratio']:.2f}", f"{run['load_ratio']:.2f}", *times,
+                        f"{file['off']:.0e}",
+                    )
+                )  # fmt: skip
+    columns = ("model", "scheme", "lower", "file", "held", "load",
+               *(f"batch {b}" for b in batches), "off")  # fmt: skip
+    return EXPORT.format(
+        ort=data["versions"]["onnxruntime"], rounds=data["rounds"], table=table(columns, rows, 3)
+    )
+
+
 def main() -> None:
     parts = [HEAD]
     for name, section in (
@@ -101,6 +144,7 @@ def main() -> None:
         ("ablation", ablation),
         ("datafree", datafree),
         ("speed", speed),
+        ("export", export),
         ("conversion", conversion),
     ):
         path = RESULTS / f"{name}.json"

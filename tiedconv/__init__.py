@@ -8,6 +8,8 @@ low-rank residuals; each number is stored once, in one self-describing file.
     >>> tiedconv.save(model, "resnet50-tied.safetensors")       # doctest: +SKIP
 """
 
+from tiedconv.applying import apply_factors
+from tiedconv.bench import bench
 from tiedconv.binding import freeze, tie, unfreeze, untie
 from tiedconv.calibrate import Calibration
 from tiedconv.calibration import CalibConfig
@@ -35,6 +37,8 @@ __all__ = [
     "TiedconvError",
     "TrainConfig",
     "__version__",
+    "apply_factors",
+    "bench",
     "compare",
     "convert",
     "evaluate",
