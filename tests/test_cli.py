@@ -67,8 +67,9 @@ def finetuned(world: World) -> Path:
                      "--mean --std --interpolation --device --workers --strict --trust-code "
                      "--json"),
         ("report", "--format --all-groups --json"),
-        ("verify", "--trust-code --json"),
-        ("export", "--output --to --trust-code --force --json"),
+        ("verify", "--against --images --count --trust-code --json"),
+        ("bench", "--runtime --batch --rounds --threads --output --trust-code --force --json"),
+        ("export", "--output --to --dtype --lower --opset --trust-code --force --json"),
         ("demo", "--output --seed --quick --json"),
         ("plan", "--params --calib --calib-images --weights --model-arg --image-size --resize "
                  "--mean --std --interpolation --strict --device --workers --seed --json"),
@@ -86,7 +87,7 @@ def test_help_names_every_option(command: str, options: str) -> None:
 
 def test_help_lists_the_commands_and_where_to_begin() -> None:
     text = plain(run("--help").stdout)
-    for name in ("convert", "finetune", "evaluate", "report", "verify", "export", "demo"):
+    for name in ("convert", "finetune", "evaluate", "report", "verify", "export", "bench", "demo"):
         assert f" {name} " in text
     assert "tiedconv demo" in text
 

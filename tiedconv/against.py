@@ -14,14 +14,10 @@ from torch import Tensor, nn
 from tiedconv.binding import dense_state_dict
 from tiedconv.contender import Contender, Process
 from tiedconv.errors import CheckpointError, VerifyError
-from tiedconv.export import GROWTH, TOLERANCE, apart
+from tiedconv.export import GROWTH, TOLERANCE, WIDE_TOLERANCE, apart
 from tiedconv.exporting import Format, choose_format
 from tiedconv.exporting._format import stored_bytes
 from tiedconv.training import logits_of
-
-WIDE_TOLERANCE = 0.05
-"""Of the largest logit: how far logits may be off where weights are stored as less than float32."""
-
 
 @dataclass(frozen=True)
 class Check:

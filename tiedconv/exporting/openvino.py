@@ -26,10 +26,11 @@ class OpenVino(Format):
         """The tensors' file is measured: OpenVINO may store what it has folded."""
         import openvino as ov
 
-        between = dataclasses.replace(job, name=f"{job.path.stem}.onnx", dtype="float32")
+        between = dataclasses.replace(job, name=f"{job.path.stem}.onnx")
         written = ONNX.write(between)
-        model = ov.convert_model(between.path)
-        ov.save_model(model, job.path, compress_to_fp16=job.dtype == "float16")
+        # Not convert_model: its transformations store the transpose of a tied matrix as well.
+        model = ov.Core().read_model(between.path)
+        ov.save_model(model, job.path, compress_to_fp16=False)
         between.path.unlink()
         size = job.path.with_suffix(".bin").stat().st_size
         return dataclasses.replace(written, weight_bytes=size)
