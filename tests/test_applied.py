@@ -177,3 +177,14 @@ def test_with_few_rows_factors_are_applied_where_that_takes_less_time() -> None:
     for name, _, _, expr in tied_weights(low):
         cheaper = (multiplications(expr) or math.inf) < math.prod(expr.shape)
         assert (name in apply_factors(copy.deepcopy(low), rows=10**6)) == cheaper
+
+
+def test_a_report_says_what_applying_takes() -> None:
+    model = tiedconv.convert(all_micros()["timm-vit"].model(), "lowrank", rank=2)
+    weights = {n: e for n, _, _, e in tied_weights(model)}
+    taken = sum(multiplications(e) or 0 for e in weights.values())
+    whole = sum(math.prod(e.shape) for e in weights.values())
+    assert tiedconv.report(model).applied == pytest.approx(taken / whole)
+    assert tiedconv.report(tiedconv.convert(nn.Sequential(
+        *(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))), "shared",
+    )).applied == 1.0  # fmt: skip

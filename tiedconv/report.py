@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tiedconv.applied import multiplications
 from tiedconv.binding import state_of
 from tiedconv.checkpoint import Checkpoint, read
 from tiedconv.plan import Group, Plan
@@ -63,6 +64,8 @@ class Report:
         file_bytes: size of the file, 0 for a model in memory.
         history: what was done, oldest first.
         source: as recorded.
+        applied: multiplications of the converted layers with factors applied one by one (see
+            `tiedconv.applied`), as a share of those with their weights.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Report:
     file_bytes: int
     history: tuple[Mapping[str, Any], ...]
     source: Mapping[str, Any] | None
+    applied: float
 
     @property
     def ratio(self) -> float:
@@ -146,7 +150,14 @@ def _report(
         file_bytes=file_bytes,
         history=history,
         source=source,
+        applied=_applied(plan),
     )
+
+
+def _applied(plan: Plan) -> float:
+    made = {name: math.prod(expr.shape) for name, expr in plan.weights.items()}
+    applied = sum(multiplications(e) or made[name] for name, e in plan.weights.items())
+    return applied / max(1, sum(made.values()))
 
 
 def _group(group: Group, views: Mapping[str, bool], sizes: Mapping[str, int]) -> GroupReport:

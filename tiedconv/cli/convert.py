@@ -241,7 +241,7 @@ def _show(done: Conversion, *, each: bool) -> None:
     say(
         f"{done.spec}: {figures.original:,} parameters become {figures.stored:,} "
         f"({render.percent(figures.ratio)}), which saves {render.percent(saved)}. "
-        "FLOPs are unchanged: every weight keeps its shape when it is used."
+        f"{render.work(figures)}"
     )
     say(render.LEGEND)
     if done.path:

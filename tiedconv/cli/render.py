@@ -201,6 +201,17 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def work(found: Report) -> str:
+    """What the converted layers take to run."""
+    text = "FLOPs are unchanged: every weight keeps its shape when it is used."
+    if abs(found.applied - 1) > 0.05:
+        text += (
+            f" Applied factor by factor, for the least memory, converted layers take "
+            f"{found.applied:.2f} times as many multiplications."
+        )
+    return text
+
+
 def calibrated(figures: Mapping[str, Any]) -> str:
     """What images showed of a conversion."""
     before, after = figures["kl_before"], figures["kl_after"]

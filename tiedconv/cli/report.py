@@ -85,8 +85,7 @@ def _show(one: Report, *, each: bool) -> None:
     common.show_groups(_rows(one, each=each), title)
     say(
         f"{one.original:,} parameters became {one.stored:,} ({render.percent(one.ratio)}); the "
-        f"file has {render.size(one.file_bytes)}. FLOPs are unchanged: every weight keeps its "
-        "shape when it is used."
+        f"file has {render.size(one.file_bytes)}. {render.work(one)}"
     )
     say(render.LEGEND)
     say(render.FIT_ERROR)
