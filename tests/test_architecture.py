@@ -27,7 +27,8 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["errors", "version"], 0),
     "expr": 1,
     **dict.fromkeys(["plan", "grouping", "applied"], 2),
-    **dict.fromkeys(["limits", "linalg", "metric", "leastsquares", "gauge", "schemes", "families"], 3),
+    **dict.fromkeys(["linalg", "metric", "leastsquares", "gauge", "schemes", "families"], 3),
+    "limits": 3,
     **dict.fromkeys(
         [
             "anatomy",
@@ -38,6 +39,7 @@ LAYERS: dict[str, int] = {
             "files",
             "binding",
             "applying",
+            "pictures",
             "checkpoint",
             "scratch",
             "writing",

@@ -19,6 +19,7 @@ from tiedconv.exporting import Format, choose_format
 from tiedconv.exporting._format import stored_bytes
 from tiedconv.training import logits_of
 
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was looked at.

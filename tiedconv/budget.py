@@ -44,7 +44,7 @@ def gains_of(d: Draft, bench: Workbench, metrics: Metrics) -> list[Tensor | None
     """For each dial of a draft, the cost that each further rank removes."""
     if not has_dials(d):
         return [None] * (len(d.members) + 1)
-    matrices = [m.matrix_of(bench.tensors[m.slot.tensor]).float() for m in d.members]
+    matrices = bench.matrices(d.members)
     return d.scheme.gains(matrices, metrics_of(d.members, metrics))
 
 

@@ -6,8 +6,10 @@ Kept tensors stand under their original names, factors as `tied/...`. The metada
 - `source`: how to build the model's class;
 - `digest`: SHA-256 of the two above.
 
-Everything is checked before a tensor is used: every reference exists, every stored tensor is
-used, shapes agree, bytes are those that were written.
+Everything is checked before a tensor is used: the plan is small and well-formed, every reference
+exists, every stored tensor is used, shapes agree, bytes are those that were written. The hashes
+say that a file is whole; that it is honest, nobody can know, so it is believed in nothing that
+could hurt its reader. docs/format.md has all of it.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,11 +30,12 @@ from tiedconv.anatomy import examine
 from tiedconv.binding import state_of, tie
 from tiedconv.errors import CheckpointError, PlanError
 from tiedconv.expr import Shape
-from tiedconv.files import replacing
+from tiedconv.files import DTYPES, TensorFile, replacing, strict_json
+from tiedconv.limits import check_plan, checked_history, checked_source
 from tiedconv.plan import Plan
 
 FORMAT = 1
-MAX_METADATA = 32 * 2**20
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _AGAIN = "Copy it again from where it came, or convert the model again"
 
 
@@ -49,6 +52,7 @@ class Checkpoint:
         shapes: tensor name to shape.
         dtypes: tensor name to safetensors' name of its dtype.
         size: of the file, in bytes.
+        file: the open file. Whatever takes its place later, tensors are read from this one.
     """
 
     path: Path
@@ -59,6 +63,7 @@ class Checkpoint:
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, str]
     size: int
+    file: TensorFile = field(repr=False, compare=False)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor, its bytes checked against the hash.
@@ -66,16 +71,15 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor's bytes are not those that were written.
         """
-        with _opened(self.path) as file:
-            for name in self.shapes:
-                tensor = file.get_tensor(name)
-                if _hash(tensor) != self.hashes.get(name):
-                    raise CheckpointError(
-                        f"{self.path}: the tensor {name} is not what was written (SHA-256 differs)",
-                        "The file is damaged and was not used",
-                        _AGAIN,
-                    )
-                yield name, tensor
+        for name in self.shapes:
+            tensor = self.file.tensor(name)
+            if _hash(tensor) != self.hashes.get(name):
+                raise CheckpointError(
+                    f"{self.path}: the tensor {name} is not what was written (SHA-256 differs)",
+                    "The file is damaged and was not used",
+                    _AGAIN,
+                )
+            yield name, tensor
 
 
 def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
@@ -90,8 +94,10 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
 
     Raises:
         OutputError: the file can't be written.
+        PlanError: the file would be beyond the limits of what is read again.
     """
     state = state_of(model)
+    check_plan(state.plan)
     names = [*state.plan.kept, *state.plan.factors]
     own = model.state_dict()
     tensors = {name: own[name].detach().cpu().contiguous() for name in names}
@@ -109,7 +115,16 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
         except SafetensorError as error:  # a full disk, which `replacing` tells of
             raise OSError(str(error)) from None
         _sort_metadata(part)
-        return part.stat().st_size
+        try:
+            written = read(part)  # what is written can be read
+        except CheckpointError as error:
+            raise PlanError(
+                f"{path} could not be read again: {error.what.removeprefix(f'{part} ')}",
+                "It was not written",
+                "Report this as a bug, with the model and recipe",
+            ) from None
+        written.file.close()
+        return written.size
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -118,12 +133,8 @@ def read(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, damaged, not one of ours, or of a newer format.
     """
-    path = Path(path)
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-        dtypes = {name: str(s.get_dtype()) for name, s in slices.items()}
+    file = TensorFile(Path(path))
+    metadata, shapes = file.metadata, file.shapes  # first of all, it is a whole file
     if "tiedconv" not in metadata:
         raise CheckpointError(
             f"{path} is a safetensors file, but not one of tiedconv's",
@@ -136,11 +147,11 @@ def read(path: str | Path) -> Checkpoint:
             _AGAIN,
         )
     try:
-        record, source = _parse(metadata["tiedconv"]), _parse(metadata.get("source", "null"))
-        checkpoint = _checked(path, record, source, shapes, dtypes)
-    except (PlanError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be used: {error}", remedy=_AGAIN) from None
-    return checkpoint
+        record = strict_json(metadata["tiedconv"])
+        return _checked(file, shapes, record, strict_json(metadata.get("source", "null")))
+    except (PlanError, ValueError) as error:
+        what = error.what if isinstance(error, PlanError) else error
+        raise CheckpointError(f"{path} can't be used: {what}", remedy=_AGAIN) from None
 
 
 def install(checkpoint: Checkpoint, skeleton: nn.Module) -> nn.Module:
@@ -150,19 +161,18 @@ def install(checkpoint: Checkpoint, skeleton: nn.Module) -> nn.Module:
         CheckpointError: the model has other tensors than the file, or a tensor is damaged.
     """
     _same_names(checkpoint, skeleton)
-    factors: dict[str, Tensor] = {}
-    for name, tensor in checkpoint.tensors():
-        if name in checkpoint.plan.kept:
-            _put(skeleton, name, tensor)
-        else:
-            factors[name] = tensor
+    # All of them are read and checked before the first is put in: a model that the caller gave
+    # is not left half changed.
+    tensors = dict(checkpoint.tensors())
+    for name in checkpoint.plan.kept:
+        _put(skeleton, name, tensors.pop(name))
     for alias, name in checkpoint.plan.aliases.items():
         if name in checkpoint.plan.kept:
             _alias(skeleton, alias, name)
     tie(
         skeleton,
         checkpoint.plan,
-        factors,
+        tensors,
         source=checkpoint.source,
         history=checkpoint.history,
     )
@@ -174,6 +184,7 @@ def _same_names(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
     plan = checkpoint.plan
     expected = {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}}
     if dict(anatomy.shapes) == expected and dict(anatomy.aliases) == dict(plan.aliases):
+        _same_kinds(checkpoint, skeleton)
         return
     differing = [
         f"{n} is {expected.get(n, 'missing')} in the file, {anatomy.shapes.get(n, 'missing')} in "
@@ -186,6 +197,28 @@ def _same_names(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
         "It was not loaded",
         "Use the library versions that the file names (tiedconv report FILE), or the right model",
     )
+
+
+def _same_kinds(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
+    """Refuse whole numbers where the model has fractions, and the reverse."""
+    own = skeleton.state_dict()
+    for name in checkpoint.plan.kept:
+        here, there = own[name].dtype, DTYPES[checkpoint.dtypes[name]]
+        if here != there and not (here.is_floating_point and there.is_floating_point):
+            raise CheckpointError(
+                f"{checkpoint.path} is for another model: {name} is {there} in the file, {here} "
+                "in the model",
+                "It was not loaded",
+                "Use the right model, or convert it again",
+            )
+    buffers = {name for name, _ in skeleton.named_buffers(remove_duplicate=False)}
+    if computed := sorted(buffers & checkpoint.plan.weights.keys()):
+        raise CheckpointError(
+            f"{checkpoint.path} is for another model: it computes {computed[0]}, which is no "
+            "parameter of the model",
+            "It was not loaded",
+            "Use the right model, or convert it again",
+        )
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -211,20 +244,25 @@ def _alias(model: nn.Module, alias: str, name: str) -> None:
             table[attribute] = other[source_attribute]  # type: ignore[assignment]
 
 
-def _checked(
-    path: Path, record: Any, source: Any, shapes: dict[str, Shape], dtypes: dict[str, str]
-) -> Checkpoint:
+def _checked(file: TensorFile, shapes: dict[str, Shape], record: Any, source: Any) -> Checkpoint:
     match record:
         case {"format": int(version)} if version > FORMAT:
-            raise ValueError(f"it is of format {version}, newer than this tiedconv reads")
-        case {"format": 1, "plan": plan_data, "sha256": dict(hashes), "history": [*history]}:
-            plan = Plan.from_json(plan_data)
+            raise CheckpointError(
+                f"{file.path} is of format {version}, newer than this tiedconv reads",
+                "It was not used",
+                "Install a newer tiedconv",
+            )
+        case {
+            "format": int(version),
+            "plan": data,
+            "sha256": dict(hashes),
+            "history": [*entries],
+        } if version == FORMAT and version is not True:
+            plan = Plan.from_json(data)
         case _:
             raise ValueError("its metadata lacks a part")
-    if not all(isinstance(e, dict) and _is_number(e.get("top1")) for e in history):
-        raise ValueError("its history is malformed")
-    if not (source is None or isinstance(source, dict)):
-        raise ValueError("its source is malformed")
+    check_plan(plan)
+    history = checked_history(entries)
     expected = {**plan.kept, **plan.factors}
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
@@ -232,29 +270,27 @@ def _checked(
             raise ValueError(f"the tensor {name} is {got}, and by the plan {want}")
     if hashes.keys() != shapes.keys():
         raise ValueError("its list of hashes does not name its tensors")
+    mixed = any(step.get("computes_in") == "float32" for step in history)
+    _check_dtypes(plan, file.dtypes, mixed)
     return Checkpoint(
-        path, plan, source, tuple(history), hashes, shapes, dtypes, path.stat().st_size
+        file.path,
+        plan,
+        checked_source(source),
+        history,
+        hashes,
+        shapes,
+        file.dtypes,
+        file.size,
+        file,
     )
 
 
-def _is_number(value: object) -> bool:
-    return value is None or type(value) in (int, float)
-
-
-def _opened(path: Path) -> Any:
-    if not path.is_file():
-        raise CheckpointError(
-            f"There is no file {path}", remedy="Check the path, or make it with tiedconv convert"
-        )
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        raise CheckpointError(
-            f"{path} is no whole safetensors file ({reason})",
-            "It was not used",
-            _AGAIN,
-        ) from None
+def _check_dtypes(plan: Plan, dtypes: Mapping[str, str], mixed: bool) -> None:
+    """Only floats of one kind can be multiplied, unless all of them are widened first."""
+    for name, expr in plan.weights.items():
+        kinds = {dtypes[ref] for ref in expr.refs}
+        if not kinds <= _FLOATS or (len(kinds) > 1 and not mixed):
+            raise ValueError(f"{name} would be computed from {' and '.join(sorted(kinds))}")
 
 
 def _hash(tensor: Tensor) -> str:
@@ -287,9 +323,3 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= length:
             file.seek(8)
             file.write(text.ljust(length))
-
-
-def _parse(text: str) -> Any:
-    if len(text) > MAX_METADATA:
-        raise ValueError("its metadata is too large to be a plan")
-    return json.loads(text)

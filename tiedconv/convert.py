@@ -27,9 +27,11 @@ from tiedconv.loading import is_compact, with_preprocess
 from tiedconv.plan import Plan
 from tiedconv.planner import first_plan, smaller_ways
 from tiedconv.recipe import Recipe
-from tiedconv.sources import Preprocess, Source
+from tiedconv.sources import LazyWeights, Preprocess, Source
+from tiedconv.streaming import streamed
 from tiedconv.trials import OnGroup, bind, calibrated, fits
 from tiedconv.version import __version__
+from tiedconv.writing import write_compact
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def plan(
         UserError: unknown model or scheme, nothing to convert, a budget that can't be met.
     """
     if isinstance(model, str):
-        model, _ = sources.describe(model, model_args)
+        model, _ = sources.outline(model, model_args)
     return first_plan(examine(model), recipe or Recipe.of(scheme, **options))
 
 
@@ -145,11 +147,14 @@ def convert_file(
 ) -> Conversion:
     """Convert a model and write the compact file; with no output, a dry run without weights.
 
+    Without images, weights of a safetensors file (or of shards) are read and written tensor by
+    tensor, so that the model may be larger than the memory (docs/streaming.md).
+
     Args:
         spec: the model.
         recipe: what is wanted.
         output: the file to write, None to plan only.
-        weights: `default`, `none`, or a file.
+        weights: `default`, `none`, a file, an index of shards, or a folder with one of these.
         model_args: arguments of the model's constructor.
         preprocess: changes how images are prepared, as the file will say.
         force: replace an existing file.
@@ -166,15 +171,20 @@ def convert_file(
             "Convert the original model with other options, or heal this one: tiedconv finetune",
         )
     if output is None:
-        skeleton, source = sources.describe(spec, model_args)
+        skeleton, source = sources.outline(spec, model_args)
         anatomy = examine(skeleton)
         planned = first_plan(anatomy, recipe)
         ways = _ways(anatomy, recipe, planned)
         return Conversion(spec, planned, source.preprocess, None, 0, 0.0, ways)
     check_output(output, force=force)
+    lazy = sources.open_lazily(spec, model_args, weights) if calib is None else None
+    if lazy is not None:
+        model, source, tensors = lazy
+        source = with_preprocess(source, preprocess)
+        return _stream(spec, model, source, tensors, recipe, output, force, command, on_group)
     if weights == "default":
         # A plan that can't be is refused before weights are fetched.
-        first_plan(examine(sources.describe(spec, model_args)[0]), recipe)
+        first_plan(examine(sources.outline(spec, model_args)[0]), recipe)
     model, source = sources.open_source(spec, model_args, weights, seed=seed)
     anatomy = examine(model)
     source = with_preprocess(source, preprocess)
@@ -199,6 +209,23 @@ def convert_file(
     )  # fmt: skip
 
 
+def _stream(
+    spec: str, model: nn.Module, source: Source, tensors: LazyWeights, recipe: Recipe,
+    output: Path, force: bool, command: str | None, on_group: OnGroup | None,
+) -> Conversion:  # fmt: skip
+    """Convert weights that are read and written tensor by tensor."""
+    anatomy = examine(model)
+    start = time.perf_counter()
+    with streamed(model, anatomy, tensors, recipe, output, on_group) as best:
+        seconds = time.perf_counter() - start
+        history = (_entry(best.recipe, best.plan, command),)
+        size = write_compact(
+            output, best.plan, source.to_json(), history, best.tensor, force=force
+        )  # fmt: skip
+    ways = _ways(anatomy, recipe, best.plan)
+    return Conversion(spec, best.plan, source.preprocess, output, size, seconds, ways)
+
+
 def _convert(
     model: nn.Module,
     source: Source,
@@ -217,17 +244,21 @@ def _convert(
         teacher = copy.deepcopy(model)  # before the fits, which may move the model's tensors
         found = fits(model, recipe, on_group, calib, data)
         fitted, extra = calibrated(model, teacher, found, calib, data, record)
-    entry = {
-        "step": "convert",
-        "recipe": fitted.recipe.to_json(),
-        "command": command,
-        "original": fitted.plan.original,
-        "stored": fitted.plan.stored,
-        "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
-        **extra,
-    }
-    set_state(model, history=(entry,))
+    entry = _entry(fitted.recipe, fitted.plan, command)
+    set_state(model, history=({**entry, **extra},))
     return model
+
+
+def _entry(recipe: Recipe, planned: Plan, command: str | None) -> dict[str, Any]:
+    """What a file's history says of a conversion."""
+    return {
+        "step": "convert",
+        "recipe": recipe.to_json(),
+        "command": command,
+        "original": planned.original,
+        "stored": planned.stored,
+        "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
+    }
 
 
 def _ways(anatomy: Anatomy, recipe: Recipe, planned: Plan) -> tuple[tuple[str, int], ...]:

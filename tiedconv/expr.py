@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,7 +31,9 @@ Lookup = Callable[[str], Tensor]
 # Far above what any scheme builds, far below what could hurt a reader of an untrusted file.
 MAX_DEPTH = 24
 MAX_NODES = 512
+MAX_NODES_IN_ALL = 30_000  # of a plan
 MAX_ELEMENTS = 2**40
+MAX_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -255,10 +257,12 @@ class _Binary(Expr):
         return [self.tag, self.a.to_json(), self.b.to_json()]
 
     def _broadcast(self) -> Shape:
-        try:
-            return tuple(torch.broadcast_shapes(self.a.shape, self.b.shape))  # type: ignore[no-untyped-call]
-        except RuntimeError:
-            raise _mismatch(f"{self.tag} of {self.a.shape} and {self.b.shape}") from None
+        a, b = self.a.shape, self.b.shape
+        count = max(len(a), len(b))
+        pairs = list(zip((1,) * (count - len(a)) + a, (1,) * (count - len(b)) + b, strict=True))
+        if any(m != n and 1 not in (m, n) for m, n in pairs):
+            raise _mismatch(f"{self.tag} of {a} and {b}")
+        return tuple(max(pair) for pair in pairs)
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ class Add(_Binary):
         return self._broadcast()
 
     def evaluate(self, lookup: Lookup) -> Tensor:
-        if isinstance(self.b, MatMul) and len(self.a.shape) == 2:
+        if isinstance(self.b, MatMul) and len(self.a.shape) == 2 and self.b.shape == self.shape:
             # base + B A in one pass over memory: the product is never a tensor of its own.
             base, product = self.a.evaluate(lookup), self.b
             return torch.addmm(base, product.a.evaluate(lookup), product.b.evaluate(lookup))
@@ -332,16 +336,39 @@ def from_json(data: object) -> Expr:
     Raises:
         PlanError: unknown tag, wrong arguments, shapes that don't fit, too deep or too large.
     """
-    budget = [MAX_NODES]
-    return _parse(data, 0, budget)
+    return _parse(data, 0, [MAX_NODES])
+
+
+def check_size(exprs: Iterable[Expr]) -> None:
+    """Raise PlanError if these have more nodes than would be read again."""
+    if sum(1 for expr in exprs for _ in expr.walk()) > MAX_NODES_IN_ALL:
+        raise _mismatch(f"the plan has more than {MAX_NODES_IN_ALL:,} nodes")
+
+
+def all_from_json(data: Mapping[str, object]) -> dict[str, Expr]:
+    """Named expressions, likewise, of bounded size in all."""
+    left, found = MAX_NODES_IN_ALL, {}
+    for name, one in data.items():
+        budget = [min(MAX_NODES, left)]
+        before = budget[0]
+        found[name] = _parse(one, 0, budget)
+        left -= before - budget[0]
+    return found
+
+
+def is_name(text: object) -> bool:
+    """Whether this can be the name of a tensor or group: a printable text of bounded length."""
+    return isinstance(text, str) and 0 < len(text) <= MAX_NAME and text.isprintable()
 
 
 def _parse(data: object, depth: int, budget: list[int]) -> Expr:
     budget[0] -= 1
     if depth > MAX_DEPTH or budget[0] < 0:
-        raise _mismatch(f"more than {MAX_DEPTH} levels or {MAX_NODES} nodes")
+        raise _mismatch(
+            f"more than {MAX_DEPTH} levels, or {MAX_NODES} nodes, or {MAX_NODES_IN_ALL:,} in all"
+        )
     match data:
-        case ["ref", str(name), list(shape)]:
+        case ["ref", str(name), list(shape)] if is_name(name):
             return Ref(name, _ints(shape))
         case ["permute", x, list(dims)]:
             return Permute(_parse(x, depth + 1, budget), _ints(dims))
@@ -365,7 +392,7 @@ def _ints(values: list[object]) -> tuple[int, ...]:
 
 def _mismatch(what: str) -> PlanError:
     return PlanError(
-        f"A weight's expression is malformed: {what}",
+        f"A weight's expression is malformed: {what[:300]}",
         "The weight can't be computed",
         "If this came from a file, it is damaged or forged: convert the model again",
     )

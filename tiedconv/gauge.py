@@ -9,12 +9,12 @@ The moves edit a `Workbench`; a block that isn't `free` is never touched by thos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tiedconv.plan import Block, Slot, Span
+from tiedconv.plan import Block, Member, Slot, Span
 
 
 class Workbench:
@@ -26,12 +26,16 @@ class Workbench:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
-        self.tensors = dict(tensors)
+        self.tensors: MutableMapping[str, Tensor] = dict(tensors)
         self._own = {n for n, t in tensors.items() if in_place and t.is_contiguous()}
 
     def matrix(self, slot: Slot) -> Tensor:
         """The `(out, in)` matrix of a slot, to read."""
         return slot.matrix_of(self.tensors[slot.tensor])
+
+    def matrices(self, members: Sequence[Member]) -> Sequence[Tensor]:
+        """The matrices of a group, float32, to read."""
+        return [m.matrix_of(self.tensors[m.slot.tensor]).float() for m in members]
 
     def edit(self, place: Slot | Span) -> Tensor:
         """A writable view: the `(out, in)` matrix of a slot, or the entries of a span."""

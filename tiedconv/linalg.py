@@ -109,7 +109,8 @@ def base_and_residuals(
         moved = _mean(left, len(matrices))
         change = torch.linalg.vector_norm(moved - base)
         base = moved
-        factors = [refine(w - base, a) for w, (_, a) in zip(matrices, factors, strict=True)]
+        for i, w in enumerate(matrices):  # in place: two lists of them would be twice the memory
+            factors[i] = refine(w - base, factors[i][1])
         if change <= 1e-3 * torch.linalg.vector_norm(base):
             break
     return base, factors
@@ -250,6 +251,6 @@ def match(similarity: Tensor) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment  # half a second that few commands need
 
-    # Negated here, in place of maximize=True, which would copy the costs once more.
-    _, order = linear_sum_assignment(-similarity.numpy())
+    # Negated and widened in one copy: scipy would make one for each.
+    _, order = linear_sum_assignment(similarity.to(torch.float64, copy=True).neg_().numpy())
     return torch.from_numpy(order)

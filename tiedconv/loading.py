@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -75,7 +76,7 @@ def with_preprocess(source: Source, change: Callable[[Preprocess], Preprocess] |
 def is_compact(path: str | Path) -> bool:
     """Whether this is a file that tiedconv wrote, by its head."""
     try:
-        file = TensorFile(Path(path))
-        return "tiedconv" in file.metadata and bool(file.shapes)
+        with contextlib.closing(TensorFile(Path(path))) as file:
+            return "tiedconv" in file.metadata and bool(file.shapes)
     except CheckpointError:
         return False

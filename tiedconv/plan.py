@@ -12,6 +12,7 @@ Three nouns describe the model as it was, one what becomes of it:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
+import tiedconv.expr as algebra
 from tiedconv.errors import PlanError
-from tiedconv.expr import Cat, Expr, Ref, Shape, from_json, reshape, transpose
+from tiedconv.expr import Cat, Expr, Ref, Shape, all_from_json, is_name, reshape, transpose
 
 PREFIX = "tied/"
 
@@ -83,9 +85,11 @@ class Slot:
     def from_json(cls, data: Any) -> Slot:
         """The slot of a list made by `to_json`; raises PlanError if it is malformed."""
         match data:
-            case [str(tensor), [*shape], int(start), int(stop), bool(transposed)] if (
-                2 <= len(shape) <= 6
-                and all(type(n) is int and n > 0 for n in shape)
+            case [str(tensor), [*shape], start, stop, bool(transposed)] if (
+                is_name(tensor)
+                and 2 <= len(shape) <= 6
+                and all(type(n) is int and n > 0 for n in [*shape, stop])
+                and type(start) is int
                 and 0 <= start < stop <= (shape[1] if transposed else shape[0])
             ):
                 return cls(tensor, tuple(shape), start, stop, transposed)
@@ -219,13 +223,13 @@ class Group:
                 "members": [*members],
                 "factors": dict(factors),
                 "error": None | float() | int() as error,
-            } if len(data) == 6:
+            } if len(data) == 6 and error is not True and error is not False:
                 return cls(
-                    name,
-                    scheme,
+                    _name(name),
+                    _name(scheme),
                     options,
-                    tuple(Member(Slot.from_json(s), flip is True) for s, flip in _pairs(members)),
-                    {str(k): _shape(v) for k, v in factors.items()},
+                    tuple(Member(Slot.from_json(s), flip) for s, flip in _pairs(members)),
+                    {_name(k): _shape(v) for k, v in factors.items()},
                     error,
                 )
         raise PlanError("The plan holds a malformed group", remedy="Convert the model again")
@@ -252,7 +256,7 @@ class Plan:
     def __deepcopy__(self, memo: object) -> Plan:
         return self  # immutable
 
-    @property
+    @functools.cached_property
     def factors(self) -> dict[str, Shape]:
         """Stored tensors that expressions read: name to shape."""
         found: dict[str, Shape] = {}
@@ -282,6 +286,7 @@ class Plan:
     def validate(self) -> None:
         """Raise PlanError unless the plan hangs together (shapes, names, references)."""
         factors = self.factors
+        algebra.check_size(self.weights.values())
         for name, shape in factors.items():
             if not name.startswith(PREFIX) or "." in name or name in self.kept:
                 raise _bad(f"it stores a factor under the name {name!r} of shape {shape}")
@@ -319,11 +324,11 @@ class Plan:
                 "aliases": dict(aliases),
             } if len(data) == 5:
                 plan = cls(
-                    {str(n): from_json(e) for n, e in weights.items()},
+                    {_name(n): e for n, e in all_from_json(weights).items()},
                     tuple(Group.from_json(g) for g in groups),
-                    {str(n): _shape(s) for n, s in kept.items()},
-                    frozenset(str(b) for b in buffers),
-                    {str(a): str(n) for a, n in aliases.items()},
+                    {_name(n): _shape(s) for n, s in kept.items()},
+                    frozenset(map(_name, buffers)),
+                    {_name(a): _name(n) for a, n in aliases.items()},
                 )
                 plan.validate()
                 return plan
@@ -378,11 +383,17 @@ def member_expr(member: Member, expr: Expr) -> Expr:
     return transpose(expr) if member.flip else expr
 
 
-def _pairs(members: list[Any]) -> Iterable[tuple[Any, Any]]:
+def _pairs(members: list[Any]) -> Iterable[tuple[Any, bool]]:
     for member in members:
-        if not isinstance(member, list) or len(member) != 2:
+        if not isinstance(member, list) or len(member) != 2 or not isinstance(member[1], bool):
             raise _bad("a group's member is malformed")
         yield member[0], member[1]
+
+
+def _name(value: Any) -> str:
+    if is_name(value):
+        return str(value)
+    raise _bad(f"{reprlib.repr(value)} stands where a name belongs")
 
 
 def _shape(value: Any) -> Shape:

@@ -57,12 +57,10 @@ def make_plan(
         NothingToConvert: no tensor matches; the message lists what was looked for.
         BudgetError: the budget can't be met; the message names the smallest size that can.
     """
-    tasks = draft(anatomy, recipe)
-    # What can't be is refused here, before any weight is moved.
-    plan = compile_plan(anatomy, _within(recipe, anatomy, tasks, None, {}))
+    tasks, plan = _outline(anatomy, recipe)
     if tensors is None:
         return plan, {}
-    bench = _aligned(tasks, tensors, in_place=in_place)
+    bench = _aligned(tasks, _bench(tensors, in_place=in_place))
     moved = {
         n: t if bench.tensors[n] is t else bench.tensors[n].to(t.dtype) for n, t in tensors.items()
     }
@@ -70,19 +68,40 @@ def make_plan(
     return compile_plan(anatomy, _within(recipe, anatomy, tasks, bench, metrics)), moved
 
 
+def plan_on(anatomy: Anatomy, recipe: Recipe, bench: Workbench) -> Plan:
+    """The plan for weights on a workbench, moved there to where the schemes fit best.
+
+    Args:
+        anatomy: of the model.
+        recipe: what is wanted.
+        bench: the weights, each as `widened` gives it.
+
+    Raises:
+        NothingToConvert, BudgetError: as `make_plan`, before any weight is moved.
+    """
+    tasks, _ = _outline(anatomy, recipe)
+    return compile_plan(anatomy, _within(recipe, anatomy, tasks, _aligned(tasks, bench), {}))
+
+
 def align(
     anatomy: Anatomy, recipe: Recipe, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:  # fmt: skip
     """The weights where a recipe's schemes fit best: the same function in other numbers."""
-    bench = _aligned(draft(anatomy, recipe), tensors, in_place=False)
+    bench = _aligned(draft(anatomy, recipe), _bench(tensors, in_place=False))
     return {n: bench.tensors[n].to(t.dtype) for n, t in tensors.items()}
 
 
-def _aligned(
-    tasks: Sequence[Task], tensors: Mapping[str, Tensor], *, in_place: bool
-) -> Workbench:  # fmt: skip
-    # Moves are made in float32 at least, whatever the weights are in.
-    bench = Workbench({n: _widened(t) for n, t in tensors.items()}, in_place=in_place)
+def _outline(anatomy: Anatomy, recipe: Recipe) -> tuple[list[Task], Plan]:
+    """The tasks of a recipe, and its plan without weights: what can't be is refused here."""
+    tasks = draft(anatomy, recipe)
+    return tasks, compile_plan(anatomy, _within(recipe, anatomy, tasks, None, {}))
+
+
+def _bench(tensors: Mapping[str, Tensor], *, in_place: bool) -> Workbench:
+    return Workbench({n: widened(t) for n, t in tensors.items()}, in_place=in_place)
+
+
+def _aligned(tasks: Sequence[Task], bench: Workbench) -> Workbench:
     for task in tasks:
         task.scheme.align(task.blocks, bench)
     return bench
@@ -159,23 +178,10 @@ def fit_plan(
     cost = 0.0
     for i, group in enumerate(plan.groups):
         dtype = tensors[group.members[0].slot.tensor].dtype
-        matrices = [_working(m.matrix_of(tensors[m.slot.tensor])) for m in group.members]
-        if group.scheme == KEPT:
-            fitted, wrong, total = {next(iter(group.factors)): matrices[0]}, 0.0, 0.0
-        else:
-            scheme = make_scheme(group.scheme, group.options)
-            measures = metrics_of(group.members, metrics or {})
-            fitted = scheme.fit(matrices)
-            shapes = [(m.shape[0], m.shape[1]) for m in matrices]
-            weights = scheme.layout(shapes).weights
-            # Without images only a product that several matrices share is not at its best yet.
-            if scheme.core_shape(shapes) is not None or any(m.measured for m in measures):
-                fitted = improve(weights, fitted, matrices, measures)
-            wrong = max(0.0, total_cost(weights, fitted, matrices, measures))
-            total = sum(m.cost(w) for w, m in zip(matrices, measures, strict=True))
+        matrices = [working(m.matrix_of(tensors[m.slot.tensor])) for m in group.members]
+        done, fitted, wrong = fit_group(group, matrices, metrics)
         cost += wrong
-        error = math.sqrt(wrong / total) if total > 0 else 0.0
-        groups.append(dataclasses.replace(group, error=error))
+        groups.append(done)
         for name, value in fitted.items():
             # A factor has memory of its own: it is neither a weight itself nor part of one.
             own = value.to(dtype).clone(memory_format=torch.contiguous_format)
@@ -183,6 +189,37 @@ def fit_plan(
         if on_group is not None:
             on_group(i + 1, len(plan.groups))
     return dataclasses.replace(plan, groups=tuple(groups)), factors, cost
+
+
+def fit_group(
+    group: Group, matrices: Sequence[Tensor], metrics: Metrics | None = None
+) -> tuple[Group, dict[str, Tensor], float]:
+    """The factors of one group.
+
+    Args:
+        group: of a plan.
+        matrices: of its members, each as `working` gives it.
+        metrics: what errors cost.
+
+    Returns:
+        the group with the relative error of its fit; local factor name to tensor, in the
+        precision of the matrices; and the cost of its errors.
+    """
+    if group.scheme == KEPT:
+        fitted, wrong, total = {next(iter(group.factors)): matrices[0]}, 0.0, 0.0
+    else:
+        scheme = make_scheme(group.scheme, group.options)
+        measures = metrics_of(group.members, metrics or {})
+        fitted = scheme.fit(matrices)
+        shapes = [m.shape for m in group.members]
+        weights = scheme.layout(shapes).weights
+        # Without images only a product that several matrices share is not at its best yet.
+        if scheme.core_shape(shapes) is not None or any(m.measured for m in measures):
+            fitted = improve(weights, fitted, matrices, measures)
+        wrong = max(0.0, total_cost(weights, fitted, matrices, measures))
+        total = sum(m.cost(w) for w, m in zip(matrices, measures, strict=True))
+    error = math.sqrt(wrong / total) if total > 0 else 0.0
+    return dataclasses.replace(group, error=error), fitted, wrong
 
 
 def first_plan(anatomy: Anatomy, recipe: Recipe) -> Plan:
@@ -335,14 +372,15 @@ def _share(count: int, original: int) -> str:
     return f"{count:,} ({100 * count / original:.1f} %)"
 
 
-def _working(matrix: Tensor) -> Tensor:
+def working(matrix: Tensor) -> Tensor:
     """A matrix in the precision that fits work in: float32, or float64 if it is that."""
     matrix = matrix.detach()
     # Contiguous, as a fit passes over it many times.
     return (matrix if matrix.dtype == torch.float64 else matrix.float()).contiguous()
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in the precision that moves are made in: float32 at least."""
     half = tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.detach().float() if half else tensor
 

@@ -207,7 +207,7 @@ def _curve(
 
 def _floor(d: Draft, bench: Workbench, metrics: Metrics) -> float:
     """The cost that no rank removes: that of the scheme with every dial at its end."""
-    matrices = [m.matrix_of(bench.tensors[m.slot.tensor]).float() for m in d.members]
+    matrices = bench.matrices(d.members)
     ends = [dial.full if dial else 0 for dial in d.scheme.dials(d.shapes)]
     scheme = d.scheme.turned(ends) if any(ends) else d.scheme
     factors = scheme.fit(matrices)

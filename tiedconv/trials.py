@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ FINALISTS = 2
 CLOSE = 1.5
 """A fit that costs more than so many times the best is not calibrated."""
 
+T = TypeVar("T")
 OnGroup = Callable[[int, int], None]
 
 
@@ -64,19 +65,34 @@ def fits(
     tensors = {name: own[name] for name in anatomy.shapes}
     recipes = alternatives(recipe)
     trial = _Trial(model, anatomy, tensors, len(recipes) == 1, on_group, calib, data)
-    found: list[Fitted] = []
+    return sorted(tried(recipes, trial.fit), key=lambda fit: fit.cost)
+
+
+def tried(recipes: Sequence[Recipe], fit: Callable[[Recipe], T]) -> Iterator[T]:
+    """What a recipe and its alternatives give, one after the other, of those that can be.
+
+    Args:
+        recipes: from `alternatives`, the recipe itself first.
+        fit: carries one out; raises what the planner raises.
+
+    Raises:
+        NothingToConvert, BudgetError: no recipe can be carried out.
+    """
+    none = True
     refused: list[BudgetError] = []
     for wanted in recipes:
         try:
-            found.append(trial.fit(wanted))
+            found = fit(wanted)
         except BudgetError as error:
             refused.append(error)
         except NothingToConvert:
-            if wanted is recipe:
+            if wanted is recipes[0]:
                 raise
-    if not found:
+        else:
+            none = False
+            yield found
+    if none:
         raise min(refused, key=lambda error: error.smallest)
-    return sorted(found, key=lambda fit: fit.cost)
 
 
 def bind(model: nn.Module, fitted: Fitted, source: Mapping[str, Any]) -> None:

@@ -51,7 +51,7 @@ Weights = Annotated[
     str,
     typer.Option(
         help="[b]default[/b] (the published ones), [b]none[/b] (random), or a file: "
-        ".safetensors, or a .pth that holds tensors alone.",
+        ".safetensors, .safetensors.index.json, or a .pth that holds tensors alone.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]

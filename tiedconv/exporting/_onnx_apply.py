@@ -27,11 +27,13 @@ class NoteLinear:
         self.factors = factors
 
     def product(self, x: None, matrix: Expr, turned: bool) -> None:
+        """`x M^T`, or `x M` if turned."""
         for name in matrix.refs:
             plain = isinstance(matrix, Ref)
             self.factors.note(name, ("along" if turned else "across") if plain else "whole")
 
     def scaled(self, x: None, vector: Expr) -> None:
+        """Each feature times its number."""
         for name in vector.refs:
             self.factors.note(name, "vector" if isinstance(vector, Ref) else "whole")
 
@@ -42,6 +44,7 @@ class NoteLinear:
         """Nothing to note."""
 
     def parted(self, x: None, sizes: Sequence[int]) -> list[None]:
+        """Features in groups."""
         return [None] * len(sizes)
 
 
@@ -54,6 +57,7 @@ class OnnxLinear:
         self.factors, self.tape, self.rank = factors, tape, rank
 
     def product(self, x: ir.Value, matrix: Expr, turned: bool) -> ir.Value:
+        """`x M^T`, or `x M` if turned."""
         if not isinstance(matrix, Ref):
             whole = emit(matrix, self.factors, self.tape)
             return self._along(x, whole) if turned else self._across(x, whole, matrix.shape)
@@ -76,6 +80,7 @@ class OnnxLinear:
         return self.tape.op("Reshape", [made, whole])
 
     def scaled(self, x: ir.Value, vector: Expr) -> ir.Value:
+        """Each feature times its number."""
         return self.tape.op("Mul", [x, self.vector(vector)])
 
     def vector(self, vector: Expr) -> ir.Value:
@@ -88,12 +93,15 @@ class OnnxLinear:
         return self.tape.op("Reshape", [whole, numbers(self.tape, [-1])])
 
     def added(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The sum."""
         return self.tape.op("Add", [a, b])
 
     def joined(self, parts: Sequence[ir.Value]) -> ir.Value:
+        """Features one after another."""
         return self.tape.op("Concat", list(parts), {"axis": self.axis})
 
     def parted(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
+        """Features in groups."""
         split = numbers(self.tape, list(sizes))
         return list(
             self.tape.op_multi_out("Split", [x, split], {"axis": self.axis}, num_outputs=len(sizes))
@@ -131,6 +139,7 @@ class NoteKernel:
         self.factors, self.kernel = factors, kernel
 
     def product(self, x: Pixels, matrix: Expr, turned: bool) -> Pixels:
+        """`x M^T`, or `x M` if turned."""
         is_point = not x.fresh or self.kernel.is_point
         if not isinstance(matrix, Ref) or (turned and not is_point):
             raise CantApplyError
@@ -139,18 +148,22 @@ class NoteKernel:
         return Pixels(None, fresh=False)
 
     def scaled(self, x: Pixels, vector: Expr) -> Pixels:
+        """Each feature times its number."""
         self._check(x)
         NoteLinear(self.factors).scaled(None, vector)
         return x
 
     def added(self, a: Pixels, b: Pixels) -> Pixels:
+        """The sum."""
         del b
         return a
 
     def joined(self, parts: Sequence[Pixels]) -> Pixels:
+        """Features one after another."""
         return parts[0]
 
     def parted(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
+        """Features in groups."""
         self._check(x)
         return [x] * len(sizes)
 
@@ -168,6 +181,7 @@ class OnnxKernel:
         self.linear.axis = 1
 
     def product(self, x: Pixels, matrix: Expr, turned: bool) -> Pixels:
+        """`x M^T`, or `x M` if turned."""
         assert isinstance(matrix, Ref)
         size = self.kernel.size if x.fresh else (1, 1)
         shape = (matrix.shape[0], matrix.shape[1] // (size[0] * size[1]), *size)
@@ -185,18 +199,22 @@ class OnnxKernel:
         return Pixels(self.tape.op(op, inputs, attributes), fresh=False)
 
     def scaled(self, x: Pixels, vector: Expr) -> Pixels:
+        """Each feature times its number."""
         scale = self.linear.vector(vector)
         size = numbers(self.tape, [1, -1, 1, 1])
         scale = self.tape.op("Reshape", [scale, size])
         return Pixels(self.tape.op("Mul", [x.value, scale]), x.fresh)
 
     def added(self, a: Pixels, b: Pixels) -> Pixels:
+        """The sum."""
         return Pixels(self.tape.op("Add", [a.value, b.value]), fresh=False)
 
     def joined(self, parts: Sequence[Pixels]) -> Pixels:
+        """Features one after another."""
         return Pixels(self.linear.joined([_of(p) for p in parts]), fresh=False)
 
     def parted(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
+        """Features in groups."""
         return [Pixels(v, x.fresh) for v in self.linear.parted(_of(x), sizes)]
 
 

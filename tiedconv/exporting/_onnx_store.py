@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+EXTERNAL_ABOVE = 1_900_000_000
+"""Bytes of tensors from which they go into a file of their own: a protobuf ends at 2 GB."""
+
+
 def narrowed(model: ir.Model, dtype: str) -> None:
     """Store matrices and kernels as float16 or int8, in place; ties stay, as each is one tensor.
 

@@ -14,11 +14,8 @@ from tiedconv.errors import CheckpointError
 from tiedconv.exporting._format import Format, Job, Written
 from tiedconv.exporting._onnx_graph import IMAGES
 from tiedconv.exporting._onnx_lower import dense_graph, onnx_graph
-from tiedconv.exporting._onnx_store import narrowed
+from tiedconv.exporting._onnx_store import EXTERNAL_ABOVE, narrowed
 from tiedconv.version import __version__
-
-EXTERNAL_ABOVE = 1_900_000_000
-"""Bytes of tensors from which they go into a file of their own: a protobuf ends at 2 GB."""
 
 
 class Onnx(Format):

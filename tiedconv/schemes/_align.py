@@ -95,8 +95,9 @@ def _match_heads(layers: Sequence[Block], bench: Workbench) -> None:
         # How much two heads have in common whatever their bases: the norm of their product.
         likeness = torch.zeros(len(total[0]), len(total[0]), dtype=torch.float64)
         for a, b in zip(total, mine, strict=True):
-            products = a.unsqueeze(1) @ b.mT.unsqueeze(0)
-            likeness += products.square().sum((-2, -1)).double()
+            products = a.flatten(0, 1) @ b.flatten(0, 1).t()
+            products = products.reshape(len(a), a.shape[1], len(b), b.shape[1])
+            likeness += products.square().sum((1, 3)).double()
         permute_heads(bench, block, match(likeness))
         qk, vo = (
             procrustes(b @ a.mT) for a, b in zip(total, _heads(block, bench), strict=True)

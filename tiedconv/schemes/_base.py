@@ -6,7 +6,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -103,7 +103,7 @@ class Scheme(ABC):
     def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
         """The factors that come closest to the matrices: factor name to tensor."""
 
-    def residuals(self, matrices: Sequence[Tensor]) -> list[Tensor | None]:
+    def residuals(self, matrices: Sequence[Tensor]) -> Iterable[Tensor | None]:
         """For each matrix, what its rank is spent on; None where it takes no rank."""
         return [None] * len(matrices)
 

@@ -93,16 +93,16 @@ class Lors(Cored, Ranked):
                 factors |= {f"B{j}": b, f"A{j}": a}
         return factors
 
-    def residuals(self, matrices: Sequence[Tensor]) -> list[Tensor | None]:
+    def residuals(self, matrices: Sequence[Tensor]) -> Iterator[Tensor | None]:
         none = [0] * len(matrices)
         if self.bases == 1:
             base, _ = base_and_residuals(matrices, none)
-            return [m - base for m in matrices]
+            for m in matrices:
+                yield m - base
+            return
         bases, mix, _ = bases_and_residuals(matrices, none, self.bases)
-        return [
-            m - sum(c * b for c, b in zip(row, bases, strict=True))
-            for m, row in zip(matrices, mix, strict=True)
-        ]
+        for m, row in zip(matrices, mix, strict=True):
+            yield m - sum(c * b for c, b in zip(row, bases, strict=True))
 
     def _bases(self, factors: dict[str, Shape], shape: tuple[int, int], count: int) -> list[Expr]:
         """What stands for the base of each layer; adds what it stores."""

@@ -115,13 +115,12 @@ class Tied(Cored, Ranked):
                 factors |= {f"s{j}": s, f"t{j}": t}
         return {**self.stored(w), **factors}
 
-    def residuals(self, matrices: Sequence[Tensor]) -> list[Tensor | None]:
+    def residuals(self, matrices: Sequence[Tensor]) -> Iterator[Tensor | None]:
         _, scales = self._scales(matrices)
         first = matrices[0]
-        found: list[Tensor | None] = [None]
+        yield None
         for m, (s, t) in zip(matrices[1:], scales[1:], strict=True):
-            found.append(m - s * first[:, : m.shape[1]] * t)
-        return found
+            yield m - s * first[:, : m.shape[1]] * t
 
     def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
         super().align(blocks, bench)

@@ -20,22 +20,34 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import SourceError
+from ..errors import SourceError, WeightsError
 from .arguments import JSON, is_json, parse_model_args
 from .building import Provider
-from .init import seeded, skip_init
+from .init import seeded, skip_init, skip_memory
+from .lazy import LazyWeights, loads_plainly
+from .shards import DTYPES, places, weights_file
 from .source import Preprocess, Source
-from .weights import fit_to, load_into, read_weights, sha256_of_file
+from .weights import (
+    fit_to,
+    is_safetensors,
+    load_into,
+    read_weights,
+    sha256_of_file,
+    sha256_of_weights,
+)
 
 __all__ = [
     "JSON",
     "TRUSTED",
+    "LazyWeights",
     "Preprocess",
     "Source",
     "describe",
     "fit_to",
     "load_into",
+    "open_lazily",
     "open_source",
+    "outline",
     "parse_model_args",
     "read_weights",
     "sha256_of_file",
@@ -59,7 +71,8 @@ def open_source(
     Args:
         spec: the model, in one of the forms above.
         kwargs: arguments of its constructor (for Hugging Face: values of its configuration).
-        weights: "default" for the published ones, "none" for random ones, or a file's path.
+        weights: "default" for the published ones, "none" for random ones, or the path of a
+            file, of an index of shards, or of a folder that holds one of these.
         seed: of all that is random in it; torch's own random state is left as it was.
 
     Returns:
@@ -81,17 +94,77 @@ def open_source(
             model = provider.pretrained()
         kind = "default"
     else:
-        path = Path(weights).expanduser()
+        path = weights_file(weights)
         name, kind = path.name, "file"
         # Hashing lets other threads run, so it costs no time of its own.
         with ThreadPoolExecutor(1) as pool:
             tensors = read_weights(path)
-            digest = pool.submit(sha256_of_file, path)
+            digest = pool.submit(sha256_of_weights, path)
             with skip_init():
                 model = provider.build()
             provider.load(model, tensors)
             sha256 = digest.result()
     return model.eval(), _source(spec, provider, model, kind, sha256, name)
+
+
+def open_lazily(
+    spec: str, kwargs: Mapping[str, JSON] | None = None, weights: str | Path = "default"
+) -> tuple[nn.Module, Source, LazyWeights] | None:
+    """A model whose weights lie in safetensors files, without reading them.
+
+    Args:
+        spec: the model, in one of the forms above.
+        kwargs: arguments of its constructor.
+        weights: as for `open_source`.
+
+    Returns:
+        The model, its parameters on the meta device; where it came from; and what `open_source`
+        would put into them, to be read tensor by tensor. None where only `open_source` can tell,
+        or would tell better what is wrong.
+
+    Raises:
+        SourceError, WeightsError, MissingExtra: as for `open_source`.
+    """
+    path = _weights_of(spec, weights)
+    if path is None:
+        return None
+    provider = _provider(spec, kwargs or {}, network=True)
+    try:
+        found = places(path)
+    except WeightsError:
+        if weights == "default":  # its own library may read it
+            return None
+        raise
+    try:
+        with skip_memory():
+            model = provider.build()
+    except SourceError:  # a constructor may need its parameters' numbers
+        return None
+    if not loads_plainly(model) or any(place.dtype not in DTYPES for place in found.values()):
+        return None
+    try:
+        tensors = LazyWeights(model, found)
+    except WeightsError:
+        if _prefix(spec) == "hf":  # transformers may know the file's names
+            return None
+        raise
+    if weights == "default":
+        # Only what has its own name is sure to be taken as it is.
+        own = all(name in found for name in tensors)
+        return (model.eval(), _source(spec, provider, model, "default"), tensors) if own else None
+    digest = sha256_of_weights(path)
+    return model.eval(), _source(spec, provider, model, "file", digest, path.name), tensors
+
+
+def outline(spec: str, kwargs: Mapping[str, JSON] | None = None) -> tuple[nn.Module, Source]:
+    """As `describe`, with parameters that take no memory, if the constructor can do without."""
+    provider = _provider(spec, kwargs or {}, network=False)
+    try:
+        with skip_memory():
+            model = provider.build()
+    except SourceError:  # it may need its parameters' numbers, or be wrong
+        return describe(spec, kwargs)
+    return model.eval(), _source(spec, provider, model, "none")
 
 
 def describe(spec: str, kwargs: Mapping[str, JSON] | None = None) -> tuple[nn.Module, Source]:
@@ -158,6 +231,23 @@ def skeleton(source: Source, *, trust_code: bool = False) -> nn.Module:
 def _prefix(spec: str) -> str:
     start, colon, _ = spec.partition(":")
     return start if colon and start in ("timm", "hf") else ""
+
+
+def _weights_of(spec: str, weights: str | Path) -> Path | None:
+    """The safetensors file, or index of shards, that weights lie in; None if it is no such."""
+    if weights == "none":
+        return None
+    if weights == "default":
+        folder = Path(spec.removeprefix("hf:")).expanduser()
+        if _prefix(spec) != "hf" or not folder.is_dir():
+            return None
+        try:
+            path = weights_file(folder)
+        except WeightsError:
+            return None
+    else:
+        path = weights_file(weights)
+    return path if is_safetensors(path) else None
 
 
 def _provider(

@@ -78,7 +78,7 @@ def construct(spec: str, kwargs: Mapping[str, JSON], constructor: Callable[[], A
 def _refused(spec: str, kwargs: Mapping[str, JSON], error: Exception) -> SourceError:
     given = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
     return SourceError(
-        f"{spec} can't be built with {given or 'no arguments'} "
+        f"{spec} can't be built with {given[: 5 * _LONGEST] or 'no arguments'} "
         f"({type(error).__name__}: {first_line(error)})",
         remedy="Check the model arguments against the library's documentation",
     )

@@ -70,8 +70,10 @@ def _fill_in(fitted: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
             fitted[name] = fitted[twin]
 
 
-def _place(value: Tensor) -> tuple[int, Shape, Shape]:
-    return value.data_ptr(), tuple(value.shape), tuple(value.stride())
+def _place(value: Tensor) -> tuple[int, int, Shape, Shape]:
+    # By the storage, not its address: tensors on the meta device have none.
+    storage = int(value.untyped_storage()._cdata)
+    return storage, int(value.storage_offset()), tuple(value.shape), tuple(value.stride())
 
 
 def _drop_recomputed(

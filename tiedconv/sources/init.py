@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Methods of a tensor, and the functions of torch.nn.init that announce themselves to a mode as a
 # whole (what they do inside is then hidden from it). By name, as transformers puts functions of
@@ -63,6 +65,34 @@ def skip_init() -> Iterator[None]:
     """
     with _SkipInit():
         yield
+
+
+@contextmanager
+def skip_memory() -> Iterator[None]:
+    """Within it, models are built whose parameters have shapes, but no numbers and no memory.
+
+    Each parameter is put on the meta device when a module takes it. Those that modules share stay
+    shared, and all buffers come out as always. It holds for all threads.
+
+    A constructor that looks at a parameter's numbers fails in it.
+    """
+    made = WeakIdKeyDictionary()
+
+    def replace(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if type(parameter) is not nn.Parameter or parameter.is_meta:
+            return None
+        if parameter not in made:
+            made[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        found: nn.Parameter = made[parameter]
+        return found
+
+    # torch's annotation forgets that a hook may return a parameter.
+    handle = register_module_parameter_registration_hook(replace)  # type: ignore[arg-type]
+    try:
+        with skip_init():
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

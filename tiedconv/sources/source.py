@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -64,16 +65,18 @@ class Preprocess:
         items = _object_with(cls, data, what, PlanError)
         sizes = [items["size"]] if items["resize"] is None else [items["size"], items["resize"]]
         if not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sizes):
-            raise PlanError(f"{what} has a size that is not from 1 to {_LARGEST_SIDE}: {sizes}")
+            raise PlanError(
+                f"{what} has a size that is not from 1 to {_LARGEST_SIDE}: {reprlib.repr(sizes)}"
+            )
         mean, std = _numbers(items["mean"]), _numbers(items["std"])
         if not mean or not std or len(mean) != len(std) or min(std) <= 0:
             raise PlanError(
                 f"{what} needs as many means as positive standard deviations, "
-                f"not {items['mean']} and {items['std']}"
+                f"not {reprlib.repr(items['mean'])} and {reprlib.repr(items['std'])}"
             )
         if items["interpolation"] not in _INTERPOLATIONS:
             raise PlanError(
-                f"{what} has the unknown interpolation {items['interpolation']!r}",
+                f"{what} has the unknown interpolation {reprlib.repr(items['interpolation'])}",
                 remedy=f"Known are {' and '.join(_INTERPOLATIONS)}",
             )
         return cls(items["size"], items["resize"], mean, std, items["interpolation"])
@@ -138,7 +141,8 @@ class Source:
         }
         for key, sound in checks.items():
             if not sound:
-                raise CheckpointError(f"The model source has a malformed {key!r}: {items[key]!r}")
+                told = reprlib.repr(items[key])
+                raise CheckpointError(f"The model source has a malformed {key!r}: {told}")
         if preprocess is not None:
             try:
                 items["preprocess"] = Preprocess.from_json(preprocess)
@@ -171,7 +175,7 @@ def _object_with(
         raise error(f"{what} is not a JSON object but {type(data).__name__}")
     names = {item.name for item in fields(cls)}
     if unknown := sorted(str(key) for key in set(data) - names):
-        raise error(f"{what} has the unknown key {unknown[0]!r}", "It can't be trusted")
+        raise error(f"{what} has the unknown key {reprlib.repr(unknown[0])}", "It can't be trusted")
     if missing := sorted(names - set(data)):
         raise error(f"{what} lacks the key {missing[0]!r}", "It can't be used")
     return dict(data)

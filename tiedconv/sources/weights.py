@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import WeightsError
 from .fitting import fit_to, load_into
+from .shards import NOT_WEIGHTS, damaged, is_index, opened, places, shards, weights_file
 
-__all__ = ["fit_to", "load_into", "read_weights", "sha256_of_file"]
+__all__ = ["fit_to", "load_into", "read_weights", "sha256_of_file", "sha256_of_weights"]
 
 # Where training programs put the weights inside what they save, in the order of preference.
 _CONTAINERS = (
@@ -41,14 +41,14 @@ _CONTAINERS = (
 # How torch says that a pickle asks for a class or function, or for instructions that torch.save
 # never writes.
 _MORE_THAN_TENSORS = ("GLOBAL", "Unsupported operand", "Unsupported class")
-_NOT_WEIGHTS = "Give a .safetensors file or a state dict that torch.save wrote"
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Reads the tensors of a safetensors file or of a PyTorch pickle, on the CPU.
 
     Args:
-        path: the file; what it is shows in its content, not in its name.
+        path: the file; what it is shows in its content, not in its name. Or an index of shards
+            (`.json`), or a folder that holds one of these.
 
     Returns:
         The tensors by name, in the file's own types. Containers such as `state_dict` or
@@ -57,7 +57,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is missing, damaged, no weights file, or has code in it.
     """
-    path = Path(path)
+    path = weights_file(path)
+    if is_index(path):
+        return _read_shards(path)
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -70,21 +72,32 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return _read_pickle(path)
     if head[8:] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path)
-    raise WeightsError(f"{path} is not a weights file", remedy=_NOT_WEIGHTS)
+    raise WeightsError(f"{path} is not a weights file", remedy=NOT_WEIGHTS)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is an index of shards or, by its first bytes, a safetensors file."""
+    if is_index(path):
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError:
+        return False
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            if "tiedconv" in (file.metadata() or {}):
-                raise WeightsError(
-                    f"{path} is a compact file of tiedconv, not the weights of a plain model",
-                    "Its tensors have other names and shapes",
-                    "Pass it as the model, or expand it first with: tiedconv export --to dense",
-                )
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise _damaged(path, error) from error
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places(index)  # the checks
+    tensors: dict[str, Tensor] = {}
+    for shard, names in shards(index).items():
+        with opened(index.parent / shard) as file:
+            tensors |= {name: file.get_tensor(name) for name in names}
+    return tensors
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -99,17 +112,17 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             )
     except pickle.UnpicklingError as error:
         if not any(sign in str(error) for sign in _MORE_THAN_TENSORS):
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         raise WeightsError(
             f"{path} was refused, as it is a pickle with more in it than tensors",
             "Loading it would run code that the file names",
             "Save the weights alone: safetensors, or torch.save(model.state_dict(), path)",
         ) from error
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     tensors = _unwrap(content)
     if not tensors:
-        raise WeightsError(f"There are no named tensors in {path}", remedy=_NOT_WEIGHTS)
+        raise WeightsError(f"There are no named tensors in {path}", remedy=NOT_WEIGHTS)
     return tensors
 
 
@@ -126,17 +139,16 @@ def _unwrap(content: object) -> dict[str, Tensor]:
     }
 
 
-def _damaged(path: Path, error: Exception) -> WeightsError:
-    told = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-    reason = (told.strip().splitlines() or [type(error).__name__])[0]
-    return WeightsError(
-        f"{path} is damaged, cut short or not a weights file ({reason[:120]})",
-        "No weights were read",
-        "Copy or download it again. " + _NOT_WEIGHTS,
-    )
-
-
 def sha256_of_file(path: str | Path) -> str:
     """The SHA-256 of a file in hexadecimal, read in pieces."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_weights(path: str | Path) -> str:
+    """The SHA-256 of a weights file; of shards, that of the list of their names and hashes."""
+    path = weights_file(path)
+    if not is_index(path):
+        return sha256_of_file(path)
+    lines = (f"{sha256_of_file(path.parent / shard)}  {shard}" for shard in sorted(shards(path)))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,81 @@
+"""Weights of a model that are read one tensor at a time, when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .fitting import fit_to
+from .shards import DTYPES, Place
+
+# Modules whose loaders may put new names for old ones, but copy what has the right name.
+_COPIES = (
+    "torch.nn.",
+    "torchvision.models.vision_transformer",
+    "torchvision.ops.misc",
+    "timm.layers.norm_act",
+)
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """What a model's tensors would be after loading a file, without loading it.
+
+    Each is read anew whenever it is asked for, and belongs to who asked.
+
+    Args:
+        model: for names, shapes and types; its parameters may be on the meta device.
+        found: where the file's tensors lie, by the file's names.
+
+    Raises:
+        WeightsError: they don't fit, as `fit_to` says.
+    """
+
+    def __init__(self, model: nn.Module, found: Mapping[str, Place]) -> None:
+        stand_ins = {
+            name: torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
+            for name, place in found.items()
+        }
+        place_of = {id(stand_ins[name]): place for name, place in found.items()}
+        fitted = fit_to(model, stand_ins)
+        first: dict[int, str] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._sources: dict[str, Place | Tensor] = {}
+        for name, own in model.state_dict(keep_vars=True).items():
+            # A tensor with several names is given by the last, as when a state dict is loaded.
+            name_of_all = first.setdefault(id(own), name)
+            given = fitted[name]
+            self.dtypes[name_of_all] = own.dtype
+            self._sources[name_of_all] = place_of.get(id(given), given)
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self._sources[name]
+        tensor = source.read() if isinstance(source, Place) else source.clone()
+        return tensor.to(self.dtypes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def loads_plainly(model: nn.Module) -> bool:
+    """Whether loading a state dict into a model copies each tensor, and does nothing else.
+
+    Some modules change what they are given, or lay it out in another way, or share memory; then
+    only loading itself tells what the weights will be.
+    """
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    if not all(isinstance(t, Tensor) and t.is_contiguous() for t in tensors.values()):
+        return False
+    filled = [t.untyped_storage()._cdata for t in tensors.values() if t.numel()]
+    return len(set(filled)) == len(filled) and all(map(_is_plain, model.modules()))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    loader = type(module)._load_from_state_dict
+    return loader.__module__.startswith(_COPIES) and not (
+        module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
+    )
