@@ -137,6 +137,56 @@ def export(data: dict[str, Any]) -> str:
     )
 
 
+FUZZ = """## Files that were tampered with
+
+{count:,} mutations of {files} valid files: bits flipped, bytes cut and moved, tensors swapped, and plans,
+histories, sources and headers forged with right hashes. Each is given to `load`, `report` and `verify`.
+
+    python benchmarks/fuzz.py --count {count}
+
+{table}
+
+Slowest: {seconds:.2f} s. Most memory beyond a valid file's: {megabytes:.0f} MB. Loaded with other weights under the
+same digest, or ended otherwise than by one of tiedconv's own errors: {wrong}.
+"""
+
+STREAMING = """## Conversion of a model larger than the memory
+
+A random checkpoint of {size:.2f} GB ({depth} layers of width {width}), converted by the command line, one thread. Peak memory
+of the process, Python and torch included ({imports:.0f} MB before any work).
+
+    python benchmarks/streaming.py
+
+{table}
+
+`lors` shares one base among all {depth} layers, and keeps the factors of one role in all of them at once: it stays just
+above a gigabyte here.
+"""
+
+
+def fuzz(data: dict[str, Any]) -> str:
+    return FUZZ.format(
+        count=data["mutations"], files=len(data["of"]), wrong=len(data["wrong"]),
+        seconds=data["slowest"]["seconds"], megabytes=data["memory"]["megabytes"],
+        table=table(("outcome", "files"), [(k, f"{v:,}") for k, v in data["outcomes"].items()]),
+    )  # fmt: skip
+
+
+def streaming(data: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"`{r['case']}`", f"{100 * r['ratio']:.1f} %", f"{r['peak_rss'] / 1e6:,.0f} MB",
+            f"{r['rss_anon'] / 1e6:,.0f} MB", f"{r['seconds']:,.0f}",
+        )
+        for r in data["rows"]
+    ]  # fmt: skip
+    return STREAMING.format(
+        size=data["dense_bytes"] / 1e9, depth=data["depth"], width=data["width"],
+        imports=data["imports"]["tiedconv.cli"]["peak_rss"] / 1e6,
+        table=table(("scheme", "stored", "peak", "of it anonymous", "seconds"), rows),
+    )  # fmt: skip
+
+
 def main() -> None:
     parts = [HEAD]
     for name, section in (
@@ -146,6 +196,8 @@ def main() -> None:
         ("speed", speed),
         ("export", export),
         ("conversion", conversion),
+        ("streaming", streaming),
+        ("fuzz", fuzz),
     ):
         path = RESULTS / f"{name}.json"
         if path.is_file():
