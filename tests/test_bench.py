@@ -66,6 +66,18 @@ def test_memory_is_what_the_weights_take(found: dict[str, Any]) -> None:
         assert rows[lean]["held_bytes"] < 0.8 * rows[runtime, "dense"]["held_bytes"]
 
 
+def test_compiled_forms_are_compared_with_the_compiled_dense_one(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    model = tiedconv.convert(SPEC, "tied", model_args={**MODEL_ARGS, "depth": 1}, weights="none")
+    tiedconv.save(_with_size(model), path)
+    made = figures("bench", path, "--runtime", "compiled", "--rounds", 3, "--batch", "1")
+    assert [(row["runtime"], row["model"]) for row in made["rows"]] == [
+        ("compiled", "dense"), ("compiled", "compact"),
+    ]  # fmt: skip
+    assert made["rows"][1]["timings"][0]["ratio"] > 0
+    assert not made["left_out"]
+
+
 def made_up() -> Bench:
     timing = Timing(1, 0.5, 0.9, 0.8, 1.2)
     dense = Measured("onnx", "dense", 400, 0.2, 1000, (Timing(1, 0.6, None, None, None),))

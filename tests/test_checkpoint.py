@@ -458,7 +458,7 @@ def test_of_many_writers_without_force_one_wins_and_the_others_are_told(tmp_path
 
 
 WRITER = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from micro import all_micros
 import tiedconv
@@ -466,6 +466,7 @@ from tiedconv.files import TensorFile
 
 path = Path(sys.argv[1])
 model = tiedconv.convert(all_micros()["timm-vit"].model(), "lors")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 print("ready", flush=True)
 turn = 0
 while True:
@@ -497,8 +498,12 @@ def test_interrupted_writers_leave_whole_files_and_nothing_else(tmp_path: Path) 
                 time.sleep(0.003 + 0.0007 * i)
                 writer.send_signal(signal.SIGINT)
                 # Python drops an interrupt that comes while it frees an object: then once more.
-                while not select.select([writer.stdout], [], [], 5)[0]:
+                for _ in range(12):
+                    if select.select([writer.stdout], [], [], 5)[0]:
+                        break
                     writer.send_signal(signal.SIGINT)
+                else:
+                    pytest.fail("an interrupt was not heard")
                 assert json.loads(writer.stdout.readline()) == [True, []]
         finally:
             writer.kill()  # as nobody can clean up after this, a .part may stay, and does no harm

@@ -141,8 +141,9 @@ class _Work:
             groups.append(done)
             cost += wrong
             dtype = self.tensors.dtypes[group.members[0].slot.tensor]
-            for name, value in fitted.items():
-                factors[group.stored_name(name)] = scratch.put(value.to(dtype))
+            for name in list(fitted):  # each is freed once written: the next group needs the room
+                spot = scratch.put(fitted.pop(name).to(dtype))
+                factors[group.stored_name(name)] = spot
             if self.on_group is not None:
                 self.on_group(i + 1, len(plan.groups))
         plan = dataclasses.replace(plan, groups=tuple(groups))
