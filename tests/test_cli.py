@@ -332,17 +332,21 @@ def test_an_interrupted_run_goes_on(
         )  # fmt: skip
 
     run(*command(whole))
-    original = engine._Run.take_step
+    original = engine._Run.take
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         if self.at.epoch == 2:
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    monkeypatch.setattr(engine._Run, "take_step", interrupted)
+    monkeypatch.setattr(engine._Run, "take", interrupted)
     result = run(*command(parts), code=130)
     assert "--resume" in result.stderr
-    assert files_of(tmp_path) == {whole.name, f"{parts.name}.run", f"{parts.name}.run/last.pt"}
+    assert files_of(tmp_path) == {
+        whole.name,
+        f"{parts.name}.run",
+        f"{parts.name}.run/step-000000003.pt",
+    }
     monkeypatch.undo()
     resumed = run(*command(parts), "--resume")
     assert "resumed after epoch 1" in resumed.stderr

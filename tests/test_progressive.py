@@ -520,14 +520,14 @@ def test_an_interrupted_command_goes_on(
 
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     run(*command(world, whole, "--epochs", 3))
-    original = engine._Run.take_step
+    original = engine._Run.take
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         if self.at.epoch == 2:
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    monkeypatch.setattr(engine._Run, "take_step", interrupted)
+    monkeypatch.setattr(engine._Run, "take", interrupted)
     run(*command(world, parts, "--epochs", 3), code=130)
     monkeypatch.undo()
     run(*command(world, parts, "--epochs", 3), "--resume")

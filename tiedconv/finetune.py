@@ -22,7 +22,7 @@ from tiedconv.files import check_output
 from tiedconv.loading import load, source_of, with_preprocess
 from tiedconv.progressive import OriginalFading
 from tiedconv.sources import Preprocess
-from tiedconv.training import OnEvent, TrainConfig, TrainResult, train
+from tiedconv.training import FREE_TO_CHANGE, OnEvent, TrainConfig, TrainResult, joined, train
 from tiedconv.version import __version__
 
 
@@ -68,8 +68,10 @@ def finetune(
 ) -> Finetuned:
     """Train a compact model on images, with the original as teacher, and write the result.
 
-    While it runs, `<output>.run/` holds the state of the last whole epoch; `resume` goes on from
-    there, and the folder is removed when the result is written.
+    While it runs, `<output>.run/` holds its newest states; `resume` goes on from there, to the
+    very result of an uninterrupted run, and the folder is removed when the result is written.
+    Started by `torchrun` or `accelerate launch`, the processes share the work and the first one
+    writes.
 
     Args:
         file: a compact file.
@@ -106,26 +108,30 @@ def finetune(
     fading = OriginalFading(model, master) if config.progressive > 0 else None
     wanted = source.preprocess or Preprocess(224)
     folder = output.with_name(output.name + ".run")
-    try:
-        result = train(
-            model,
-            ImageList(split.train, train_transform(wanted, config.augment), strict=strict),
-            ImageList(split.val, eval_transform(wanted), strict=strict),
-            config,
-            teacher=master,
-            fading=fading,
-            device=device,
-            checkpoint_dir=folder,
-            resume=resume,
-            on_event=on_event,
-        )
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # where no epoch was finished, there is nothing to go on from
-    entry = _entry(Path(data).name, split, name, config, result, command)
-    set_state(model, source=source.to_json(), history=(*state_of(model).history, entry))
-    size = save(model.cpu(), output, force=force)
-    shutil.rmtree(folder, ignore_errors=True)
+    with joined(device) as (processes, place):
+        try:
+            result = train(
+                model,
+                ImageList(split.train, train_transform(wanted, config.augment), strict=strict),
+                ImageList(split.val, eval_transform(wanted), strict=strict),
+                config,
+                teacher=master,
+                fading=fading,
+                device=place,
+                checkpoint_dir=folder,
+                resume=resume,
+                on_event=on_event,
+            )
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where no state was written, there is nothing to go on from
+        entry = _entry(Path(data).name, split, name, config, result, command, processes.count)
+        set_state(model, source=source.to_json(), history=(*state_of(model).history, entry))
+        if processes.first:
+            save(model.cpu(), output, force=force)
+            shutil.rmtree(folder, ignore_errors=True)
+        processes.wait()
+    size = output.stat().st_size
     return Finetuned(
         output, size, name, len(split.train), len(split.val), split.held_out, result
     )  # fmt: skip
@@ -138,9 +144,11 @@ def _entry(
     config: TrainConfig,
     result: TrainResult,
     command: str | None,
+    processes: int,
 ) -> Mapping[str, Any]:
     """What the file's history says of this run. Figures that are no number are left out."""
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"}
+    # What does not change the result is left out: a resumed run ends with the same bytes.
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
     return {
         "step": "finetune",
         "data": data,
@@ -157,6 +165,7 @@ def _entry(
         "top1": _finite(result.top1),
         "top5": _finite(result.top5),
         "skipped": result.skipped,
+        "processes": processes,
         "command": command,
         "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
     }

@@ -35,7 +35,8 @@ def checkpoint_path(folder: Path) -> Path:
     Raises:
         OutputError: it can't be made or written to.
     """
-    return prepare_folder(folder).with_name(FILE_NAME)
+    prepare_folder(folder)
+    return folder / FILE_NAME
 
 
 def identity_of(config: CalibConfig, plan: Plan, images: int) -> dict[str, Any]:

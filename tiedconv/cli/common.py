@@ -7,7 +7,9 @@ import functools
 import json
 import math
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
@@ -18,8 +20,9 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from tiedconv.cli import render
-from tiedconv.errors import TiedconvError, UserError
+from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError
 from tiedconv.sources import Preprocess, parse_model_args
+from tiedconv.training import rank_in_environment
 
 P = ParamSpec("P")
 
@@ -100,19 +103,29 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except TiedconvError as error:
-            # Through typer.echo rather than Rich: one line, neither wrapped nor marked up.
-            typer.echo(f"error: {error}", err=True)
+            # Of several processes all find what is wrong with a command, and one says it.
+            rank = rank_in_environment()
+            if rank == 0 or not isinstance(error, UserError | CheckpointError | OutputError):
+                who = f" (process {rank})" if rank else ""
+                # Through typer.echo rather than Rich: one line, neither wrapped nor marked up.
+                typer.echo(f"error{who}: {error}", err=True)
+            else:
+                time.sleep(2)  # a launcher ends all when one ends, so let the first say it
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            typer.echo("Interrupted. Nothing half-written was left behind.", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as interrupt:
+            if rank_in_environment() == 0:
+                typer.echo("Interrupted. Nothing half-written was left behind.", err=True)
+            raise typer.Exit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None
 
     return run
 
 
 def command_line() -> str:
-    """The command as the user typed it, for a file's history."""
-    return shlex.join(["tiedconv", *sys.argv[1:]])
+    """The command as the user typed it, for a file's history.
+
+    Without --resume: a resumed run ends with the bytes of one that was not interrupted.
+    """
+    return shlex.join(["tiedconv", *(word for word in sys.argv[1:] if word != "--resume")])
 
 
 def say(text: str) -> None:

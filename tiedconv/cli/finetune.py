@@ -12,7 +12,7 @@ from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import TrainingBar
 from tiedconv.errors import UserError
 from tiedconv.finetune import finetune as run
-from tiedconv.training import TrainConfig
+from tiedconv.training import TrainConfig, rank_in_environment
 
 
 def register(app: typer.Typer) -> None:
@@ -70,6 +70,17 @@ def finetune(
     mean: common.Mean = None,
     std: common.Std = None,
     interpolation: common.Interpolation = None,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a step's images pass the model, for memory.")
+    ] = 1,
+    amp: Annotated[str, typer.Option(help="auto, off, bf16 or fp16.")] = "auto",
+    sharding: Annotated[
+        str, typer.Option(help="What each of several processes has: ddp (all) or fsdp (a part).")
+    ] = "ddp",
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Time between two states that --resume can go on from.")
+    ] = 10.0,
+    keep: Annotated[int, typer.Option(help="So many of the newest states are kept.")] = 2,
     device: common.Device = "auto",
     workers: common.Workers = None,
     seed: Annotated[int, typer.Option(help="Of order, augmentation and the held-out part.")] = 0,
@@ -84,7 +95,7 @@ def finetune(
     """Heal a compact model by a short training, with the original model as teacher.
 
     Stored tensors are trained, so ties hold by construction. An interrupted run goes on with
-    [b]--resume[/b].
+    [b]--resume[/b]. On several GPUs: torchrun --nproc-per-node 8 -m tiedconv finetune ...
     """
     if epochs is not None and steps is not None:
         raise UserError("--epochs and --steps were both given", remedy="Give one of them")
@@ -94,6 +105,8 @@ def finetune(
         weight_decay=weight_decay, warmup=warmup, temperature=temperature,
         distill_weight=distill, label_smoothing=label_smoothing, clip=clip, augment=augment,
         progressive=progressive, bn_recalibrate=bn_batches, seed=seed, workers=workers,
+        accumulate=accumulate, amp=amp, sharding=sharding,
+        checkpoint_minutes=checkpoint_minutes, keep=keep,
     )  # fmt: skip
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with TrainingBar() as bar:
@@ -105,8 +118,10 @@ def finetune(
             )  # fmt: skip
         except KeyboardInterrupt:
             if output.with_name(output.name + ".run").is_dir():
-                hint("The last whole epoch is kept: the same command with --resume goes on.")
+                hint("Its state is kept: the same command with --resume goes on from there.")
             raise
+    if rank_in_environment() > 0:
+        return
     if json_:
         common.print_json(done)
         return

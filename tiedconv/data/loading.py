@@ -57,6 +57,8 @@ class Loader:
         seed: decides order and augmentation, together with the epoch.
         workers: reading processes; 0 reads in this one; None chooses.
         pin: whether to put batches in page-locked memory, for a CUDA device.
+        part: (rank, count) of several processes that share the work: each batch is divided
+            evenly between them, so one process has a part of each, which may be empty.
 
     Raises:
         DataError: an empty data set; or, while reading, what the data set raises.
@@ -71,12 +73,13 @@ class Loader:
         seed: int = 0,
         workers: int | None = None,
         pin: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         count = len(data)  # type: ignore[arg-type]
         if count == 0:
             raise DataError("The data set is empty", remedy="Give at least one image")
         self.images = count
-        self._sampler = _EpochBatches(count, batch_size, shuffle, seed)
+        self._sampler = _EpochBatches(count, batch_size, shuffle, seed, part)
         # A data set with few batches has no use for more readers than batches.
         workers = min(default_workers(data) if workers is None else workers, len(self._sampler))
         self._data, self._workers, self._pin = data, workers, pin
@@ -86,9 +89,13 @@ class Loader:
         """Batches in an epoch."""
         return len(self._sampler)
 
-    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch; may be left early."""
-        self._sampler.epoch = epoch
+    def size(self, index: int) -> int:
+        """Images that the batch of this number has in all processes together."""
+        return self._sampler.size(index)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from number `start` on; may be left early."""
+        self._sampler.epoch, self._sampler.start = epoch, start
         if self._loader is None:
             self._loader = self._open()
         for batch in self._loader:
@@ -124,12 +131,21 @@ class Loader:
 class _EpochBatches(Sampler[list[Ticket]]):
     """Lists of tickets for one epoch after another."""
 
-    def __init__(self, count: int, batch_size: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, count: int, batch_size: int, shuffle: bool, seed: int, part: tuple[int, int]
+    ) -> None:
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
-        self.epoch = 0
+        self.part = part
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
+
+    def size(self, index: int) -> int:
+        if self.shuffle:  # as array_split does it
+            whole, more = divmod(self.count, len(self))
+            return whole + (index < more)
+        return min(self.batch_size, self.count - index * self.batch_size)
 
     def __iter__(self) -> Iterator[list[Ticket]]:
         seeds = sample_seeds(self.seed, self.epoch, self.count)
@@ -140,8 +156,10 @@ class _EpochBatches(Sampler[list[Ticket]]):
             groups = np.split(
                 np.arange(self.count), np.arange(self.batch_size, self.count, self.batch_size)
             )
-        for group in groups:
-            yield list(zip(group.tolist(), seeds[group].tolist(), strict=True))
+        rank, parts = self.part
+        for group in groups[self.start :]:
+            own = np.array_split(group, parts)[rank]
+            yield list(zip(own.tolist(), seeds[own].tolist(), strict=True))
 
 
 class _Tickets(Dataset[Batch]):

@@ -24,11 +24,15 @@ from tiedconv.training.events import (
     Step,
 )
 from tiedconv.training.fading import Fading, share_left
+from tiedconv.training.interrupts import Interrupted
 from tiedconv.training.losses import distillation_loss, logits_of
 from tiedconv.training.optim import learning_rate, parameter_groups
+from tiedconv.training.processes import Processes, joined, rank_in_environment
 from tiedconv.training.results import TrainResult
+from tiedconv.training.state import FREE_TO_CHANGE
 
 __all__ = [
+    "FREE_TO_CHANGE",
     "Baseline",
     "Checkpointed",
     "EpochEnd",
@@ -36,7 +40,9 @@ __all__ = [
     "EvalStep",
     "Event",
     "Fading",
+    "Interrupted",
     "OnEvent",
+    "Processes",
     "Resumed",
     "Skipped",
     "Start",
@@ -46,10 +52,12 @@ __all__ = [
     "distillation_loss",
     "evaluate_model",
     "has_batchnorm",
+    "joined",
     "learning_rate",
     "logits_of",
     "parameter_groups",
     "pick_device",
+    "rank_in_environment",
     "recalibrate_batchnorm",
     "share_left",
     "train",

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tiedconv.data import Batch
 from tiedconv.training.device import Placement
+from tiedconv.training.processes import ALONE, Processes, SpareImage
 
 
 def has_batchnorm(model: nn.Module) -> bool:
@@ -22,11 +23,17 @@ def has_batchnorm(model: nn.Module) -> bool:
     return bool(_batchnorms(model))
 
 
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], placement: Placement) -> int:
+def recalibrate_batchnorm(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    placement: Placement,
+    processes: Processes = ALONE,
+) -> int:
     """Replaces the statistics of all batch norms by their plain average over `batches`.
 
     Only the batch norms are in training mode meanwhile; dropout stays off and no weight changes.
-    All modules get their mode back.
+    All modules get their mode back. Of several processes each gives its part of the batches,
+    and all get the average.
 
     Returns:
         The number of batches used; 0 leaves the statistics as they were.
@@ -34,6 +41,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], placement:
     norms = _batchnorms(model)
     momenta = [norm.momentum for norm in norms]
     used = 0
+    spare = SpareImage(processes)
     with modes_kept(model), torch.no_grad():
         model.eval()
         for norm in norms:
@@ -41,14 +49,21 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], placement:
             norm.momentum = None  # torch's word for a cumulative average
         try:
             for batch in batches:
-                if len(batch.images) < 2:  # one image has no variance
-                    continue
+                images = spare.instead_of_none(batch.images)
+                if images is None or len(images) < 2:  # one image has no variance
+                    if images is None or not processes.several:
+                        continue
+                    images = images.expand(2, -1, -1, -1)
                 if not used:
                     for norm in norms:
                         norm.reset_running_stats()
                 used += 1
                 with placement.autocast():
-                    model(placement.images(batch.images))
+                    model(placement.images(images))
+            for norm in norms if used else ():
+                for statistic in (norm.running_mean, norm.running_var):
+                    if statistic is not None and processes.several:
+                        processes.sum(statistic).div_(processes.count)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

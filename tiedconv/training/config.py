@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
+from tiedconv.training.device import AMPS
 
 OPTIMIZERS = ("adamw", "sgd")
+SHARDINGS = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,19 @@ class TrainConfig:
             along half a cosine; 0 for none. Needs a `Fading`, which `tiedconv.finetune` makes.
         bn_recalibrate: training batches from which to estimate the statistics of batch norms
             before an evaluation; 0 to leave the running averages as they are.
-        amp: "auto" for bfloat16 autocast on CUDA, or "off".
+        amp: number format of autocast: "bf16", "fp16" (with a scale for the gradients), "off", or
+            "auto": on CUDA the first of these that the card can do.
         channels_last: "auto" for convolutional networks, "on" or "off".
         seed: decides order, augmentation and dropout.
         eval_every_epoch: evaluate after each epoch, not only before and at the end.
         workers: processes that read images; None chooses.
+        accumulate: parts in which a step's images are passed through the model, for memory.
+        sharding: what several processes have of the model: "ddp" all of it, "fsdp" a part each.
+        compile: whether to let `torch.compile` make the training step.
+        checkpoint_minutes: time between two checkpoints within an epoch.
+        keep: checkpoints that are kept.
+        time_budget: seconds that the whole run may take; the steps follow from how fast the
+            first ones are. Instead of epochs and steps.
 
     Raises:
         UserError: a value out of range.
@@ -64,10 +74,18 @@ class TrainConfig:
     seed: int = 0
     eval_every_epoch: bool = True
     workers: int | None = None
+    accumulate: int = 1
+    sharding: str = "ddp"
+    compile: bool = False
+    checkpoint_minutes: float = 10.0
+    keep: int = 2
+    time_budget: float | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs is None and self.steps is None:
+        if self.epochs is None and self.steps is None and self.time_budget is None:
             raise UserError("Neither epochs nor steps are given", remedy="Give one of them")
+        if self.time_budget is not None:
+            _between("time_budget", self.time_budget, 0, math.inf, open_low=True)
         if self.epochs is not None and self.steps is None:
             _between("epochs", self.epochs, 0, math.inf, open_low=True)
         if self.steps is not None:
@@ -77,21 +95,24 @@ class TrainConfig:
         _between("temperature", self.temperature, 0, math.inf, open_low=True)
         for name in ("warmup", "min_lr", "distill_weight", "label_smoothing", "progressive"):
             _between(name, getattr(self, name), 0, 1)
-        for name in ("weight_decay", "clip", "bn_recalibrate"):
+        for name in ("accumulate", "keep"):
+            _between(name, getattr(self, name), 1, math.inf)
+        for name in ("weight_decay", "clip", "bn_recalibrate", "checkpoint_minutes"):
             _between(name, getattr(self, name), 0, math.inf)
         if self.workers is not None:
             _between("workers", self.workers, 0, math.inf)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("augment", self.augment, AUGMENTS)
-        _one_of("amp", self.amp, ("auto", "off"))
+        _one_of("amp", self.amp, AMPS)
+        _one_of("sharding", self.sharding, SHARDINGS)
         _one_of("channels_last", self.channels_last, ("auto", "on", "off"))
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimiser steps in all; at least one."""
+        """Optimiser steps in all, at least one; one epoch's while a time budget is unmeasured."""
         if self.steps is not None:
             return self.steps
-        assert self.epochs is not None  # checked when made
-        return max(1, round(self.epochs * steps_per_epoch))
+        epochs = 1.0 if self.epochs is None else self.epochs
+        return max(1, round(epochs * steps_per_epoch))
 
 
 def _between(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:

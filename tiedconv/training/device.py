@@ -46,23 +46,34 @@ def _mps() -> bool:
     return torch.backends.mps.is_available()
 
 
+AMPS = ("auto", "off", "bf16", "fp16")
+
+
 @dataclass(frozen=True)
 class Placement:
-    """How images reach the model: device, bfloat16 autocast, channels-last layout."""
+    """How images reach the model: device, number format of autocast, channels-last layout."""
 
     device: torch.device
-    autocast_bf16: bool = False
+    autocast_in: torch.dtype | None = None
     channels_last: bool = False
+
+    @property
+    def scales(self) -> bool:
+        """Whether gradients need a scale so as not to vanish."""
+        return self.autocast_in == torch.float16
 
     @classmethod
     def choose(
         cls, model: nn.Module, device: torch.device, amp: str = "auto", channels_last: str = "auto"
     ) -> Placement:
         """Decides what "auto" means for this model on this device."""
-        cuda = device.type == "cuda"
+        if amp == "auto":
+            amp = "off"
+            if device.type == "cuda":
+                amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         return cls(
             device,
-            autocast_bf16=amp == "auto" and cuda and torch.cuda.is_bf16_supported(),
+            autocast_in={"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp),
             channels_last=channels_last == "on"
             or (channels_last == "auto" and is_convolutional(model)),
         )
@@ -86,8 +97,8 @@ class Placement:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context to run the model in."""
-        if self.autocast_bf16:
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        if self.autocast_in is not None:
+            return torch.autocast(self.device.type, dtype=self.autocast_in)
         return nullcontext()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
@@ -15,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from tiedconv.data import Batch, Loader
-from tiedconv.data.seeds import epoch_seed
 from tiedconv.errors import TrainingError, UserError
 from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_batchnorm
+from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
-from tiedconv.training.device import Placement, pick_device
+from tiedconv.training.device import Placement
 from tiedconv.training.evaluation import (
     EVENT_SECONDS,
     EvalResult,
-    check_labels,
     class_count,
     require_some,
     score,
@@ -36,6 +36,8 @@ from tiedconv.training.events import (
     Baseline,
     Checkpointed,
     EpochEnd,
+    EvalStep,
+    Event,
     OnEvent,
     Resumed,
     Skipped,
@@ -44,10 +46,14 @@ from tiedconv.training.events import (
     ignore,
 )
 from tiedconv.training.fading import Fading, check_fading, share_left
-from tiedconv.training.losses import LossMeter, diverged, logits_of, training_loss
+from tiedconv.training.interrupts import Interrupted, Interrupts
+from tiedconv.training.losses import LossMeter, diverged
 from tiedconv.training.optim import learning_rate, make_optimizer
+from tiedconv.training.parallel import make_learner
+from tiedconv.training.processes import Processes, SpareImage, check_shares, joined
 from tiedconv.training.results import Progress, TrainResult
-from tiedconv.training.state import identity_of, load_state, prepare_folder, save_state
+from tiedconv.training.state import StateFolder, identity_of
+from tiedconv.training.update import Updater
 
 READ_SECONDS = 0.5
 """The longest time that a loss stays unread on the device, if steps are slow."""
@@ -72,7 +78,8 @@ def train(
     """Trains a classifier in place; model and teacher are moved to the device and stay there.
 
     On the CPU a run that was interrupted and resumed ends with the same bits as one that was
-    not. torch's global generators are left as they were.
+    not, wherever it was interrupted. torch's global generators are left as they were. Started by
+    `torchrun`, the processes share each batch; only the first of them tells and writes.
 
     Args:
         model: returns logits (B, classes) in any form that `logits_of` knows.
@@ -83,33 +90,31 @@ def train(
         fading: what is there at the start and faded out over the first `config.progressive` of
             the steps; evaluations are made without it.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        checkpoint_dir: where to keep `last.pt`, written after each epoch.
-        resume: go on from that file; without the file, start at the beginning.
+        checkpoint_dir: where to keep the newest states, written after each epoch, every
+            `config.checkpoint_minutes`, and when SIGINT or SIGTERM asks the run to stop.
+        resume: go on from the newest of them; where there is none, start at the beginning.
         on_event: called with each event.
 
     Raises:
         UserError: options, device or checkpoint that don't fit.
         DataError: no image can be read, or labels that the model has no output for.
         TrainingError: the loss is no longer a finite number.
+        Interrupted: a signal asked for it; the state was saved if there is a checkpoint_dir.
     """
     if resume and checkpoint_dir is None:
         raise UserError("Nothing to resume from", remedy="Give the checkpoint folder as well")
     config = config or TrainConfig()
     check_fading(config, fading)
-    place = pick_device(device)
-    with torch.random.fork_rng([place] if place.type == "cuda" else []):
-        run = _Run(model, train_data, val_data, config, teacher, place)
-        run.emit = on_event or ignore
-        run.fading = fading if config.progressive > 0 else None
-        if checkpoint_dir is not None:
-            run.checkpoint = prepare_folder(Path(checkpoint_dir))
-        with modes_kept(model), closing(run.loader), closing(run.val_loader):
-            try:
-                return run.go(resume)
-            finally:
-                if run.fading is not None:
-                    run.fading.set(0.0)
-                run.placement.release(model, teacher)
+    with joined(device) as (processes, place):
+        images = min(len(train_data), len(val_data))  # type: ignore[arg-type]
+        check_shares(processes, config.batch_size, images)
+        with torch.random.fork_rng([place] if place.type == "cuda" else []):
+            run = _Run(model, train_data, val_data, config, teacher, place, processes)
+            run.listener = on_event if on_event is not None and processes.first else ignore
+            run.fading = fading if config.progressive > 0 else None
+            if checkpoint_dir is not None:
+                run.folder = StateFolder(Path(checkpoint_dir), config.keep)
+            return run.whole(resume)
 
 
 class _Run:
@@ -123,37 +128,68 @@ class _Run:
         config: TrainConfig,
         teacher: nn.Module | None,
         device: torch.device,
+        processes: Processes,
     ) -> None:
-        self.model, self.teacher, self.config = model, teacher, config
+        self.given, self.teacher, self.config, self.processes = model, teacher, config, processes
         size, seed, pin = config.batch_size, config.seed, device.type == "cuda"
+        part = processes.rank, processes.count
         self.loader = Loader(
-            train_data, size, shuffle=True, seed=seed, workers=config.workers, pin=pin
+            train_data, size, shuffle=True, seed=seed, workers=config.workers, pin=pin, part=part
         )
-        self.val_loader = Loader(val_data, size, seed=seed, workers=config.workers, pin=pin)
-        self.classes = class_count(train_data), class_count(val_data)
+        self.val_loader = Loader(
+            val_data, size, seed=seed, workers=config.workers, pin=pin, part=part
+        )
+        self.val_classes = class_count(val_data)
         self.placement = Placement.choose(model, device, config.amp, config.channels_last)
-        self.placement.place(model)
+        for each in (model, teacher):
+            if each is not None:
+                self.placement.place(each)
         if teacher is not None:
-            self.placement.place(teacher)
             teacher.eval()
-        self.optimizer = make_optimizer(model, config)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.learner = make_learner(model, processes, device, config.sharding)
+        self.model = self.learner.model
+        self.optimizer = make_optimizer(self.model, config)
+        self.updater = Updater(
+            self.learner, self.optimizer, teacher, config, self.placement,
+            class_count(train_data), processes,
+        )  # fmt: skip
         self.recalibrates = config.bn_recalibrate > 0 and has_batchnorm(model)
         self.steps = config.total_steps(len(self.loader))
-        self.emit: OnEvent = ignore
+        self.listener: OnEvent = ignore
         self.fading: Fading | None = None
-        self.checkpoint: Path | None = None
+        self.folder: StateFolder | None = None
+        self.interrupts = Interrupts()
         self.at = Progress()
         self.history: list[dict[str, Any]] = []
         self.broken: dict[str, None] = {}  # a set that remembers which came first
+        self.spare = SpareImage(processes)
+        self.saved = time.monotonic()
+
+    def whole(self, resume: bool) -> TrainResult:
+        """Trains to the end, and leaves the model as its caller may expect it."""
+        if self.folder is not None and self.processes.first:
+            self.folder.prepare()
+        with (
+            modes_kept(self.given), closing(self.loader), closing(self.val_loader),
+            self.interrupts,
+        ):  # fmt: skip
+            try:
+                result = self.go(resume)
+                self.learner.finish()
+                return result
+            finally:
+                if self.fading is not None:
+                    self.fading.set(0.0)
+                self.placement.release(self.given, self.teacher)
 
     def go(self, resume: bool) -> TrainResult:
         """Trains from the beginning or from the checkpoint to the end."""
-        epochs = -(-self.steps // len(self.loader))
-        self.emit(Start(self.steps, epochs, self.loader.images))
-        if resume and self.checkpoint is not None and self.checkpoint.exists():
+        found = self.folder.load(self.identity()) if resume and self.folder is not None else None
+        if found is not None:
             self.begin_fading()
-            self.load(self.checkpoint)
+            self.load(*found)
+        self.emit(Start(self.steps, -(-self.steps // len(self.loader)), self.loader.images))
+        if found is not None:
             self.emit(Resumed(self.at.epoch, self.at.step))
         else:
             before = self.evaluate()
@@ -161,7 +197,8 @@ class _Run:
             self.emit(Baseline(before.top1, before.top5, before.loss))
             # Only now: a fading may change tensors, and the baseline is the model as it came.
             self.begin_fading()
-        while self.at.step < self.steps:
+        self.saved = time.monotonic()
+        while self.at.step < self.steps or len(self.history) < self.at.epoch:
             self.run_epoch()
         return self.result()
 
@@ -171,101 +208,102 @@ class _Run:
             self.fading.begin()
 
     def run_epoch(self) -> None:
-        """Trains for an epoch, or what is left of the steps; evaluates and saves."""
+        """Trains for an epoch, or what is left of it; evaluates and saves."""
         start = time.perf_counter()
-        self.at = replace(self.at, epoch=self.at.epoch + 1)
-        loss = self.train_epoch()
-        due = self.config.eval_every_epoch or self.at.step >= self.steps
-        evaluation = self.evaluate_trained() if due else None
-        seconds = time.perf_counter() - start
+        if len(self.history) == self.at.epoch:
+            self.at = replace(self.at, epoch=self.at.epoch + 1, batch=0, loss=0.0, losses=0)
+        try:
+            loss = self.train_epoch()
+            due = self.config.eval_every_epoch or self.at.step >= self.steps
+            evaluation = self.evaluate_trained() if due else None
+        except Interrupted:
+            self.save()
+            raise
+        finally:
+            self.at = replace(self.at, seconds=self.at.seconds + time.perf_counter() - start)
         top1 = evaluation.top1 if evaluation else None
         top5 = evaluation.top5 if evaluation else None
-        self.at = replace(
-            self.at,
-            seconds=self.at.seconds + seconds,
-            best_top1=max(self.at.best_top1, -1.0 if top1 is None else top1),
-        )
-        end = EpochEnd(self.at.epoch, loss, top1, top5, seconds)
+        best = max(self.at.best_top1, -1.0 if top1 is None else top1)
+        self.at = replace(self.at, best_top1=best)
+        end = EpochEnd(self.at.epoch, loss, top1, top5, time.perf_counter() - start)
         self.history.append({**asdict(end), "step": self.at.step})
         self.emit(end)
-        if self.checkpoint is not None:
-            self.save(self.checkpoint)
-            self.emit(Checkpointed(str(self.checkpoint)))
+        self.save()
 
     def train_epoch(self) -> float:
-        """Takes the steps of one epoch and returns their mean loss."""
-        torch.manual_seed(epoch_seed(self.config.seed, self.at.epoch))  # for dropout
+        """Takes the steps of one epoch that are still to be taken; returns the mean loss of all."""
         self.model.train()
-        meter = LossMeter(self.placement.device)
-        start = read = reported = time.perf_counter()
-        first_step, seen, known_broken = self.at.step, 0, len(self.broken)
-        for batch in self.loader.epoch(self.at.epoch):
-            self.broken.update(dict.fromkeys(batch.broken))
-            if not len(batch.images):
-                continue
-            lr = learning_rate(self.at.step, self.steps, self.config)
-            if self.fading is not None:
-                self.fading.set(share_left(self.at.step, self.steps, self.config.progressive))
-            meter.add(self.take_step(batch, lr))
-            seen += len(batch.images)
-            count = self.at.images + len(batch.images)
-            self.at = replace(self.at, step=self.at.step + 1, images=count)
-            now = time.perf_counter()
-            last = self.at.step >= self.steps
-            if meter.full or last or now - read >= READ_SECONDS:
-                loss = self.read(meter)
-                now = read = time.perf_counter()
-                if last or now - reported >= EVENT_SECONDS:
-                    reported = now
-                    eta = (now - start) / (self.at.step - first_step) * (self.steps - self.at.step)
-                    self.emit(Step(self.at.step, loss, lr, seen / (now - start), eta))
-            if last:
-                break
-        require_some(seen, self.broken)
-        self.read(meter)
+        meter = LossMeter(self.placement.device, total=self.at.loss, count=self.at.losses)
+        clock = Clock(self.at.step)
+        known_broken = len(self.broken)
+        if self.at.step < self.steps:
+            for batch in self.loader.epoch(self.at.epoch, self.at.batch):
+                self.take(batch, meter, clock)
+                if self.at.step >= self.steps:
+                    break
+        self.read(meter, clock)
+        require_some(self.at.losses, self.broken)
         if len(self.broken) > known_broken:
             self.emit(Skipped(len(self.broken), next(iter(self.broken))))
         return meter.mean()
 
-    def take_step(self, batch: Batch, lr: float) -> Tensor:
-        """One update of the parameters; returns the loss, still on the device."""
-        images = self.placement.images(batch.images)
-        labels = batch.labels.to(self.placement.device, non_blocking=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with self.placement.autocast():
-            logits = logits_of(self.model(images))
-        if self.at.step == 0 or batch.labels.max() >= logits.shape[-1]:
-            check_labels(batch.labels, logits.shape[-1], self.classes[0])
-        target: Tensor | None = None
-        if self.teacher is not None and self.config.distill_weight > 0:
-            with torch.no_grad(), self.placement.autocast():
-                target = logits_of(self.teacher(images))
-        loss = training_loss(logits, labels, target, self.config)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        told = loss.detach()
-        if self.config.clip > 0:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-            # 0 times a norm that isn't finite is NaN: shows bad gradients at their own step.
-            told = told + 0 * norm
-        self.optimizer.step()
-        return told
+    def take(self, batch: Batch, meter: LossMeter, clock: Clock) -> None:
+        """One step with a batch, and what is due after it."""
+        self.broken.update(dict.fromkeys(batch.broken))
+        index = self.at.batch
+        self.at = replace(self.at, batch=index + 1)
+        images = self.spare.instead_of_none(batch.images)
+        if images is None:
+            return
+        lr = learning_rate(self.at.step, self.steps, self.config)
+        if self.fading is not None:
+            self.fading.set(share_left(self.at.step, self.steps, self.config.progressive))
+        weight = self.processes.count * len(batch.images) / self.loader.size(index)
+        weight = weight if self.processes.several else 1.0
+        labels = batch.labels if len(batch.labels) else torch.zeros(len(images), dtype=torch.int64)
+        meter.add(self.updater.step(images, labels, lr, self.at.step, weight))
+        clock.images += len(batch.images) * self.processes.count
+        count = self.at.images + self.loader.size(index) - len(batch.broken)
+        self.at = replace(self.at, step=self.at.step + 1, images=count)
+        # Of several processes none may read alone, as they agree on what is due when they do.
+        alone = not self.processes.several
+        asked = self.interrupts.asked is not None
+        if meter.full or (alone and (asked or clock.unread >= READ_SECONDS)):
+            self.read(meter, clock)
+            self.look_around()
 
-    def read(self, meter: LossMeter) -> float:
-        """The mean of the losses since the last read; raises TrainingError if one is bad."""
-        losses = meter.read()
-        first = self.at.step - len(losses) + 1
+    def read(self, meter: LossMeter, clock: Clock) -> None:
+        """Looks at the losses since the last time, and tells of them now and then."""
+        first = self.at.step - meter.unread + 1
+        losses = meter.read(self.processes)
+        clock.read_now()
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
                 raise self.diverged(step)
-        return sum(losses) / max(1, len(losses))
+        self.at = replace(self.at, loss=meter.total, losses=meter.count)
+        if losses and (self.at.step >= self.steps or clock.untold >= EVENT_SECONDS):
+            lr = learning_rate(self.at.step - 1, self.steps, self.config)
+            mean = sum(losses) / len(losses)
+            self.emit(Step(self.at.step, mean, lr, *clock.told(self.at.step, self.steps)))
+
+    def look_around(self) -> None:
+        """Stops if a signal asked for it; saves if it is time."""
+        minutes = (time.monotonic() - self.saved) / 60
+        stop, save = self.processes.any(
+            [self.interrupts.asked is not None, minutes >= self.config.checkpoint_minutes],
+            self.placement.device,
+        )
+        if stop:
+            raise Interrupted(self.interrupts.asked or signal.SIGTERM)
+        if save and self.at.step < self.steps:
+            self.save()
 
     def diverged(self, step: int) -> TrainingError:
         """The error for a loss that is not finite."""
+        files = self.folder.files() if self.folder is not None else []
         saved = "There is no checkpoint to go back to"
-        if self.history and self.checkpoint is not None:
-            saved = f"The last good checkpoint is {self.checkpoint} (epoch {len(self.history)})"
+        if files:
+            saved = f"The last good checkpoint is {files[-1]} (step {int(files[-1].stem[5:])})"
         return diverged(step, self.steps, self.config.lr, saved)
 
     def evaluate_trained(self) -> EvalResult:
@@ -274,7 +312,7 @@ class _Run:
             if self.recalibrates:
                 batches = self.loader.epoch(RECALIBRATION_EPOCH)
                 chosen = itertools.islice(batches, self.config.bn_recalibrate)
-                recalibrate_batchnorm(self.model, chosen, self.placement)
+                recalibrate_batchnorm(self.model, chosen, self.placement, self.processes)
             evaluation = self.evaluate()
         # The last update of an epoch has no later loss that would show its damage.
         if not math.isfinite(evaluation.loss):
@@ -283,11 +321,21 @@ class _Run:
 
     def evaluate(self) -> EvalResult:
         """Evaluates the model as it is now."""
-        result = score(self.model, self.val_loader, self.placement, self.emit, self.classes[1])
+        result = score(
+            self.model, self.val_loader, self.placement, self.emit, self.val_classes,
+            self.processes,
+        )  # fmt: skip
         if result.skipped > self.at.val_skipped:
             self.at = replace(self.at, val_skipped=result.skipped)
             self.emit(Skipped(result.skipped, result.example_of_skipped or ""))
         return result
+
+    def emit(self, event: Event) -> None:
+        """Tells; and stops a long evaluation that is asked to."""
+        alone = not self.processes.several
+        if isinstance(event, EvalStep) and self.interrupts.asked is not None and alone:
+            raise Interrupted(self.interrupts.asked)
+        self.listener(event)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
@@ -295,31 +343,38 @@ class _Run:
             self.config, self.loader.images, self.val_loader.images, self.teacher is not None
         )
 
-    def save(self, path: Path) -> None:
-        """Writes the checkpoint."""
+    def save(self) -> None:
+        """Writes a checkpoint, if there is a place for it."""
+        if self.folder is None:
+            return
         state = {
             "identity": self.identity(),
+            "steps": self.steps,
             "progress": asdict(self.at),
             "history": self.history,
             "broken": list(self.broken),
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.updater.scaler.state_dict(),
+            **self.learner.state(self.optimizer),
         }
-        save_state(path, state)
+        if self.processes.first:
+            path = self.folder.save(self.at.step, state)
+            self.emit(Checkpointed(str(path)))
+        self.processes.wait()
+        self.saved = time.monotonic()
 
-    def load(self, path: Path) -> None:
-        """Restores the checkpoint."""
-        state = load_state(path, self.identity())
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Restores a checkpoint."""
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.learner.load(state, self.optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"The checkpoint {path} is of a different model",
                 "Its tensors don't fit",
                 "Use the model it was made with, or start anew without --resume",
             ) from error
+        self.updater.scaler.load_state_dict(state["scaler"])
         self.at = Progress(**state["progress"])
+        self.steps = state["steps"]
         self.history = state["history"]
         self.broken = dict.fromkeys(state["broken"])
 

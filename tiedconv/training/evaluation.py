@@ -18,6 +18,7 @@ from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.events import EvalStep, OnEvent, Skipped, ignore
 from tiedconv.training.losses import logits_of
+from tiedconv.training.processes import ALONE, Processes, SpareImage
 
 EVENT_SECONDS = 0.1
 """The shortest time between two progress events."""
@@ -97,10 +98,12 @@ def score(
     placement: Placement,
     on_event: OnEvent = ignore,
     classes: int | None = None,
+    processes: Processes = ALONE,
 ) -> EvalResult:
     """Evaluates a model that is on its device already; see `evaluate_model`.
 
-    `classes` is the number of classes of the data, where it is known.
+    `classes` is the number of classes of the data, where it is known. Of several processes each
+    reads a part, and all get the figures of the whole.
     """
     start = reported = time.perf_counter()
     # Hits of top 1 and top 5 and the summed loss stay on the device until the end.
@@ -110,12 +113,16 @@ def score(
     broken: list[str] = []
     with modes_kept(model):
         model.eval()
+        spare = SpareImage(processes)
         for batch in loader.epoch():
             broken += batch.broken
-            if not len(batch.images):
+            some = spare.instead_of_none(batch.images)
+            if some is None:
                 continue
             with placement.autocast():
-                logits = logits_of(model(placement.images(batch.images)))
+                logits = logits_of(model(placement.images(some)))
+            if not len(batch.images):
+                continue
             outputs = logits.shape[-1]
             check_labels(batch.labels, outputs, classes)
             sums += _sums(logits, batch.labels.to(placement.device, non_blocking=True))
@@ -123,12 +130,16 @@ def score(
             now = time.perf_counter()
             if now - reported >= EVENT_SECONDS:
                 reported = now
-                on_event(EvalStep(images, loader.images, images / (now - start)))
+                share = images * processes.count  # about, as the others are not asked
+                on_event(EvalStep(share, loader.images, share / (now - start)))
+    processes.sum(sums)
+    counts = torch.tensor([images, len(broken)], device=placement.device)
+    images, skipped = processes.sum(counts).tolist()
     require_some(images, broken)
     top1, top5, loss = (sums / images).tolist()
     seconds = time.perf_counter() - start
     example = broken[0] if broken else None
-    return EvalResult(top1, top5, loss, images, outputs, len(broken), example, seconds)
+    return EvalResult(top1, top5, loss, images, outputs, skipped, example, seconds)
 
 
 def class_count(data: Dataset[Any]) -> int | None:

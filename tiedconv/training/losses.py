@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tiedconv.errors import TrainingError, UserError
 from tiedconv.training.config import TrainConfig
+from tiedconv.training.processes import ALONE, Processes
 
 
 def logits_of(output: Any) -> Tensor:
@@ -90,11 +91,13 @@ class LossMeter:
     Reading a number waits for the device, so it is done once in `size` steps.
     """
 
-    def __init__(self, device: torch.device, size: int = 10) -> None:
+    def __init__(
+        self, device: torch.device, size: int = 10, total: float = 0.0, count: int = 0
+    ) -> None:
         self._window = torch.zeros(size, device=device)
         self._used = 0
-        self.total = 0.0
-        self.count = 0
+        self.total = total
+        self.count = count
 
     @property
     def full(self) -> bool:
@@ -106,11 +109,20 @@ class LossMeter:
         self._window[self._used] = loss.detach()
         self._used += 1
 
-    def read(self) -> list[float]:
-        """The losses since the last call, oldest first."""
-        losses: list[float] = self._window[: self._used].tolist()
+    @property
+    def unread(self) -> int:
+        """How many losses the next `read` gives."""
+        return self._used
+
+    def read(self, processes: Processes = ALONE) -> list[float]:
+        """The losses since the last call, oldest first; means over the processes."""
+        window = self._window[: self._used]
+        if processes.several:
+            window = processes.sum(window.clone()) / processes.count
+        losses: list[float] = window.tolist()
         self._used = 0
-        self.total += sum(losses)
+        for loss in losses:  # one by one: the bits must not depend on how many come together
+            self.total += loss
         self.count += len(losses)
         return losses
 

@@ -13,6 +13,9 @@ class Progress:
 
     Attributes:
         epoch: epochs begun.
+        batch: batches of that epoch that are done.
+        loss: sum of the losses of its steps.
+        losses: how many those are.
         step: optimiser steps done.
         images: training images seen.
         seconds: time taken by finished epochs.
@@ -23,6 +26,9 @@ class Progress:
     """
 
     epoch: int = 0
+    batch: int = 0
+    loss: float = 0.0
+    losses: int = 0
     step: int = 0
     images: int = 0
     seconds: float = 0.0

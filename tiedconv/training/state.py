@@ -1,7 +1,7 @@
-"""The file from which interrupted training goes on: plain tensors, numbers and strings.
+"""The files from which interrupted training goes on: plain tensors, numbers and strings.
 
-It is replaced as a whole after each epoch, so an interruption leaves the last one intact. All
-randomness is derived from (seed, epoch), so no generator's state needs to be kept.
+Each is written beside its place and then renamed, so it is whole or not there at all; the newest
+few are kept. All randomness is derived from (seed, step), so no generator's state needs to be kept.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from dataclasses import asdict
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,95 @@ import torch
 from tiedconv.errors import CheckpointError, OutputError, UserError
 from tiedconv.training.config import TrainConfig
 
-FILE_NAME = "last.pt"
-FORMAT = "tiedconv-training-1"
+FORMAT = "tiedconv-training-2"
+_NAME = re.compile(r"step-(\d{9})\.pt")
 
-# These change how fast the run is or how much it tells, not what it computes.
-_FREE_TO_CHANGE = ("workers",)
+FREE_TO_CHANGE = ("workers", "checkpoint_minutes", "keep")
+"""Options that change how fast a run is, or how much it keeps, not what it computes."""
 
 
-def prepare_folder(folder: Path) -> Path:
-    """Makes the checkpoint folder and returns the file's path.
+@dataclass(frozen=True)
+class StateFolder:
+    """A folder of checkpoints.
+
+    Args:
+        path: of the folder.
+        keep: how many of them stay.
+    """
+
+    path: Path
+    keep: int = 2
+
+    def prepare(self) -> None:
+        """Make the folder.
+
+        Raises:
+            OutputError: it can't be made or written to; told before the work, not after.
+        """
+        prepare_folder(self.path)
+        for part in self.path.glob(".*.tmp"):  # of a process that was killed as it wrote
+            part.unlink(missing_ok=True)
+
+    def files(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        if not self.path.is_dir():
+            return []
+        return sorted(file for file in self.path.iterdir() if _NAME.fullmatch(file.name))
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the state after so many steps; the oldest beyond `keep` go.
+
+        Raises:
+            OutputError: the disk is full or not writable; the files of before stay.
+        """
+        path = self.path / f"step-{step:09d}.pt"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch tells a full disk as RuntimeError
+            kept = self.files()
+            raise OutputError(
+                f"The checkpoint {path} can't be written: {str(error).splitlines()[0]}",
+                f"The last one is whole: {kept[-1]}" if kept else "There is none before it",
+                "Free some space or choose another folder, then resume",
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        for old in self.files()[: -self.keep]:
+            with contextlib.suppress(OSError):
+                old.unlink()
+        return path
+
+    def load(self, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest state that is whole, and its file; None where there is no file.
+
+        Raises:
+            CheckpointError: none of the files is whole.
+            UserError: it was made with other options or data; the message names them.
+        """
+        files = self.files()
+        for path in reversed(files):
+            try:
+                state = _read(path)
+            except CheckpointError:
+                if path == files[0]:
+                    raise
+                continue
+            _require_same(path, state["identity"], identity)
+            return path, state
+        return None
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder to write into.
 
     Raises:
-        OutputError: it can't be made or written to; told before the work, not after.
+        OutputError: it can't be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,12 +119,11 @@ def prepare_folder(folder: Path) -> Path:
             f"The checkpoint folder {folder} can't be written to",
             remedy="Choose another folder or change its permissions",
         )
-    return folder / FILE_NAME
 
 
 def identity_of(config: TrainConfig, images: int, val_images: int, teacher: bool) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
-    fields = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
+    fields = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     return {
         **fields,
         "training images": images,
@@ -55,41 +132,18 @@ def identity_of(config: TrainConfig, images: int, val_images: int, teacher: bool
     }
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes the state beside `path` and then renames it into place.
-
-    Raises:
-        OutputError: the disk is full or not writable; the previous file stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save({"format": FORMAT, **state}, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch tells a full disk as RuntimeError
-        raise OutputError(
-            f"The checkpoint {path} can't be written: {str(error).splitlines()[0]}",
-            "The previous one is kept",
-            "Free some space or choose another folder, then resume",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Reads a state and checks that it belongs to this run. No code in the file is run.
-
-    Raises:
-        CheckpointError: a damaged file, or one of something else.
-        UserError: it was made with other options or data; the message names them.
-    """
+def _read(path: Path) -> dict[str, Any]:
+    """A state. No code in the file is run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise _foreign(path) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise _foreign(path)
-    saved: dict[str, Any] = state["identity"]
+    return state
+
+
+def _require_same(path: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
     names = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
     if names:
         changes = ", ".join(f"{name} {saved.get(name)} -> {identity.get(name)}" for name in names)
@@ -98,7 +152,6 @@ def load_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
             "Going on would mix the two",
             "Use the same options and data, or start anew without --resume",
         )
-    return state
 
 
 def _foreign(path: Path) -> CheckpointError:

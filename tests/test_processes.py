@@ -1,0 +1,154 @@
+"""Training by several processes, and training that is killed: each in real processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_helpers import World, make_world
+
+HERE = Path(__file__).parent
+WORKER = HERE / "training_worker.py"
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}",
+}  # fmt: skip
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+]  # fmt: skip
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and signals are those of POSIX")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def started(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(word) for word in command], env=ENVIRONMENT, text=True, capture_output=True,
+        timeout=300, check=False, **options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same training by one process and by two."""
+    folder = tmp_path_factory.mktemp("curves")
+    started([sys.executable, WORKER, "curves", folder])
+    started([*TORCHRUN, WORKER, "curves", folder])
+    one, two = (torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 2))
+    return one, two
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("scheme", ["tied", "lors"])
+def test_two_processes_train_as_one(
+    curves: tuple[dict[str, Any], dict[str, Any]], scheme: str, kind: str, accumulate: int
+) -> None:
+    one, two = curves
+    expected, found = one[f"{scheme} alone 1"], two[f"{scheme} {kind} {accumulate}"]
+    assert len(expected["losses"]) == 12
+    assert len(set(expected["losses"])) == 12
+    difference = [abs(a - b) for a, b in zip(expected["losses"], found["losses"], strict=True)]
+    assert max(difference) < 1e-4
+    # Adam turns rounding into steps where a gradient is all but zero, so not bit by bit.
+    for name, tensor in expected["model"].items():
+        assert (tensor - found["model"][name]).abs().max() < 2e-3, name
+    assert found["stored"] == found["once"] == expected["stored"]
+    assert found["result"] == pytest.approx(expected["result"], abs=0.04)
+
+
+def command(world: World, *more: object) -> list[str]:
+    words = [
+        "finetune", world.tied, "--data", world.data, "-o", "out.safetensors", "--workers", 0,
+        "--device", "cpu", "--batch-size", 3, "--teacher", world.weights, *more,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_run_that_is_killed_ten_times_ends_with_the_same_bytes(
+    world: World, tmp_path: Path
+) -> None:
+    """`kill -9` at random moments: in steps, evaluations, and while a state is written."""
+    arguments = command(
+        world,
+        "--epochs",
+        24,
+        "--force",
+        "--checkpoint-minutes",
+        0,
+        "--augment",
+        "crop",
+        "--lr",
+        1e-3,
+    )
+    started([sys.executable, WORKER, "killed", tmp_path, 10, *arguments])
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["killed"] == 10
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert digest(whole / "out.safetensors") == digest(parts / "out.safetensors")
+    assert [p.name for p in parts.iterdir()] == ["out.safetensors"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> None:
+    arguments = command(world, "--epochs", 2000)
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tiedconv.cli import main; sys.argv[0] = 'tiedconv'; main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, cwd=tmp_path, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        run = tmp_path / "out.safetensors.run"
+        for _ in range(600):
+            if run.is_dir() and any(run.iterdir()):
+                break
+            time.sleep(0.05)
+        process.send_signal(signum)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert "--resume" in told
+    assert "Interrupted" in told
+    newest = sorted(run.iterdir())[-1]
+    state = torch.load(newest, weights_only=True)
+    assert newest.name == f"step-{state['progress']['step']:09d}.pt"
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_command_runs_in_two_processes(world: World, tmp_path: Path) -> None:
+    arguments = command(world, "--epochs", 1, "--json")
+    done = started([*TORCHRUN, "-m", "tiedconv", *arguments], cwd=tmp_path)
+    told = json.loads(done.stdout)  # one of them tells
+    assert told["result"]["steps"] > 0
+    import tiedconv
+
+    assert tiedconv.report(tmp_path / "out.safetensors").history[-1]["processes"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+
+
+def test_a_mistake_is_told_once(world: World, tmp_path: Path) -> None:
+    words = [*TORCHRUN, "-m", "tiedconv", *command(world, "--batch-size", 1)]
+    done = subprocess.run(
+        words, env=ENVIRONMENT, text=True, capture_output=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: 2 processes share batches of 1 images") == 1

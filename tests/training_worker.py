@@ -1,0 +1,156 @@
+"""What tests/test_processes.py starts in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tiedconv
+from tiedconv.data import TensorList
+from tiedconv.training import TrainConfig, joined, train
+from tiedconv.training.losses import LossMeter
+from tiedconv.training.parallel import Learner
+
+CLASSES = 5
+STEPS = 12
+
+
+def curves(folder: Path) -> None:
+    """Each scheme, replicated and sharded; the first process writes the losses of all steps."""
+    found: dict[str, Any] = {}
+    with joined("cpu") as (processes, _):
+        kinds = ["ddp", "fsdp"] if processes.several else ["alone"]
+        for scheme in ("tied", "lors"):
+            for kind in kinds:
+                for accumulate in (1, 2):
+                    name = f"{scheme} {kind} {accumulate}"
+                    found[name] = curve(scheme, kind, accumulate)
+        if processes.first:
+            torch.save(found, folder / f"{processes.count}.pt")
+
+
+def vit() -> nn.Module:
+    """A ViT with dropout off: its masks would depend on who draws them."""
+    from tiedconv.sources.torchvision_compat import import_torchvision
+
+    import_torchvision()
+    import timm
+
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2,
+        num_classes=CLASSES,
+    )  # fmt: skip
+    return model
+
+
+def images(count: int, seed: int) -> TensorList:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    pixels = torch.rand(count, 3, 16, 16, generator=generator)
+    pixels[torch.arange(count), 0, labels * 3] += 1
+    return TensorList(pixels, labels, mean=(0.5,) * 3, std=(0.3,) * 3, augment="crop")
+
+
+def curve(scheme: str, kind: str, accumulate: int) -> dict[str, Any]:
+    """The loss of each step, what the model is in the end, and what it holds on the way."""
+    losses: list[float] = []
+    held: set[tuple[int, int]] = set()
+    read, clip = LossMeter.read, Learner.clip
+
+    def noted(self: LossMeter, *arguments: Any) -> list[float]:
+        told = read(self, *arguments)
+        losses.extend(told)
+        return told
+
+    def counted(self: Learner, parameters: Any, most: float) -> Any:
+        stored = [p for n, p in self.model.named_parameters() if n.startswith("tied/")]
+        held.add((len(stored), len({id(p) for p in stored})))
+        assert all(p.grad is not None for p in stored)
+        return clip(self, parameters, most)
+
+    LossMeter.read, Learner.clip = noted, counted  # type: ignore[method-assign]
+    try:
+        teacher = vit()
+        model = tiedconv.convert(vit(), scheme)
+        config = TrainConfig(
+            steps=STEPS, batch_size=15, lr=2e-3, sharding="ddp" if kind == "alone" else kind,
+            accumulate=accumulate, eval_every_epoch=False, seed=3, distill_weight=0.1,
+        )  # fmt: skip
+        result = train(
+            model, images(61, 0), images(33, 1), config, teacher=teacher, device="cpu"
+        )  # fmt: skip
+    finally:
+        LossMeter.read, Learner.clip = read, clip  # type: ignore[method-assign]
+    (stored, once), *others = held
+    assert not others
+    return {
+        "losses": losses, "model": dict(model.state_dict()), "stored": stored, "once": once,
+        "result": (result.top1_before, result.top1, result.steps, result.images),
+    }  # fmt: skip
+
+
+def killed(folder: Path, arguments: list[str], times: int) -> None:
+    """The command in one go, and killed so many times at random moments and resumed each time.
+
+    Each run is a fork of this process, which has imported all that is slow to import.
+    """
+    vit()
+    whole, parts = folder / "whole", folder / "parts"
+    for place in (whole, parts):
+        place.mkdir()
+    start = time.monotonic()
+    assert wait(fork(whole, arguments)) == 0
+    duration = time.monotonic() - start
+    draw = random.Random(0)
+    done = finished = 0
+    while done < times:
+        child = fork(parts, [*arguments, "--resume"])
+        time.sleep(duration * draw.uniform(0.05, 0.3))
+        os.kill(child, signal.SIGKILL)
+        if wait(child) == -signal.SIGKILL:
+            done += 1
+        else:  # the work was done before; the next one does it again
+            finished += 1
+    assert wait(fork(parts, [*arguments, "--resume"])) == 0
+    (folder / "told.json").write_text(json.dumps({"killed": done, "finished": finished}))
+
+
+def fork(place: Path, arguments: list[str]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    from tiedconv.cli import main
+
+    os.chdir(place)
+    sys.argv = ["tiedconv", *arguments]
+    code = 1
+    try:
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """Exit code of a process, or minus its signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    match sys.argv[1:]:
+        case ["curves", folder]:
+            curves(Path(folder))
+        case ["killed", folder, times, *rest]:
+            killed(Path(folder), rest, int(times))

@@ -1,0 +1,50 @@
+"""Signals: the first asks a run to stop at a good moment, the second stops it at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run stopped because it was asked to; its state was saved, where there is a place for it.
+
+    Args:
+        signum: the signal that asked.
+    """
+
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.signum = signum
+
+
+class Interrupts:
+    """Within it, the first signal is only noted.
+
+    Schedulers of clusters send SIGTERM some time before they end a job. Outside the main thread,
+    where Python gives no signals, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                # A job in the background ignores them; None is a handler that is not Python's.
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                    self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before.clear()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.asked is not None:
+            raise Interrupted(signum)
+        self.asked = signum

@@ -1,0 +1,193 @@
+"""Training by several processes: each reads a part of every batch, all end with one model.
+
+`torchrun` and `accelerate launch` start a program once for each device and tell each copy, in its
+environment, which it is. All else is torch's own. Accelerate itself is not used: it adds nothing
+to the calls below, keeps one global state for the whole process, and shards nothing on CPUs, so
+that what runs on a GPU could not be tested on a machine without one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tiedconv.errors import DataError, UserError
+from tiedconv.training.device import pick_device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of the training processes this is; the only one, unless it was launched otherwise.
+
+    Attributes:
+        rank: from 0.
+        count: of processes, over all machines.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether it is this one that writes and tells."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.count > 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, in place."""
+        if self.several:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flags: list[bool], device: torch.device) -> list[bool]:
+        """Which of the flags are set in any process. All must call it at the same point."""
+        if not self.several:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.float32, device=device)
+        return [vote > 0 for vote in self.sum(votes).tolist()]
+
+    def told_by_first(self, value: object) -> object:
+        """A value of the first process, in all of them."""
+        if not self.several:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.several:
+            dist.barrier()
+
+
+ALONE = Processes()
+
+
+class SpareImage:
+    """An image to go on with where a process has none in a batch and the others have.
+
+    What is computed from it counts for nothing, but all processes must call the model equally
+    often: in a sharded one they wait for each other.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.several = processes.several
+        self.last: Tensor | None = None
+
+    def instead_of_none(self, images: Tensor) -> Tensor | None:
+        """The images (B, C, H, W); the spare one if there are none; None if it isn't needed.
+
+        Raises:
+            DataError: none is known yet.
+        """
+        if not self.several:
+            return images if len(images) else None
+        if len(images):
+            self.last = images[:1]
+            return images
+        if self.last is None:
+            raise DataError(
+                "One of the processes has no readable image in the first batch",
+                "The others would wait for it",
+                "Remove broken images, use a larger batch or fewer processes",
+            )
+        return self.last
+
+
+def launched() -> int:
+    """How many processes a launcher has started; 1 without one.
+
+    Raises:
+        UserError: an environment that no launcher makes.
+    """
+    try:
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        count = 0
+    if count < 1 or (count > 1 and "RANK" not in os.environ):
+        raise UserError(
+            "The environment names several processes (WORLD_SIZE), but not which this is (RANK)",
+            "They can't find each other",
+            "Start it with torchrun or accelerate launch, or unset WORLD_SIZE",
+        )
+    return count
+
+
+def rank_in_environment() -> int:
+    """The number of this process, before it has joined the others."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() and os.environ.get("WORLD_SIZE", "1") != "1" else 0
+
+
+@contextlib.contextmanager
+def joined(device: str | torch.device) -> Iterator[tuple[Processes, torch.device]]:
+    """Within it, the launched processes know each other.
+
+    Args:
+        device: as `pick_device` takes it; of several processes each takes a GPU of its own.
+
+    Raises:
+        UserError: a device that is not there, or one named for several processes.
+    """
+    if not dist.is_available() or (launched() == 1 and not dist.is_initialized()):
+        yield ALONE, pick_device(device)
+        return
+    place = _device_of_this(device)
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size()), place
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def _device_of_this(device: str | torch.device) -> torch.device:
+    place = pick_device(device)
+    if place.type == "mps":
+        place = torch.device("cpu")  # it knows no collective operations
+    if place.type != "cuda":
+        return place
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if place.index not in (None, local):
+        raise UserError(
+            f"The device {device} was asked for by several processes",
+            "All would use the one",
+            "Choose --device cuda: each process then takes a GPU of its own",
+        )
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"Process {local} of this machine finds {torch.cuda.device_count()} GPUs",
+            "It has none to itself",
+            f"Launch {torch.cuda.device_count()} processes, or choose --device cpu",
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def check_shares(processes: Processes, batch_size: int, images: int) -> None:
+    """Raises UserError where some process would have nothing to do.
+
+    Args:
+        processes: that share each batch.
+        batch_size: of all together.
+        images: in the smallest of the data sets.
+    """
+    if processes.several and min(batch_size, images) < processes.count:
+        raise UserError(
+            f"{processes.count} processes share batches of {batch_size} images, and the smallest "
+            f"data set has {images}",
+            "Some of them would have nothing to do",
+            "Use larger batches, more images or fewer processes",
+        )
