@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.data import Batch, Loader
-from tiedconv.data.seeds import epoch_seed
+from tiedconv.data.seeds import epoch_seed, step_seed
 from tiedconv.errors import TrainingError, UserError
 from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_batchnorm
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement, pick_device
+from tiedconv.training.ema import Ema
 from tiedconv.training.evaluation import (
     EVENT_SECONDS,
     EvalResult,
-    check_labels,
     class_count,
     require_some,
     score,
@@ -44,8 +44,9 @@ from tiedconv.training.events import (
     ignore,
 )
 from tiedconv.training.fading import Fading, check_fading, share_left
-from tiedconv.training.losses import LossMeter, diverged, logits_of, training_loss
-from tiedconv.training.optim import learning_rate, make_optimizer
+from tiedconv.training.losses import LossMeter, diverged
+from tiedconv.training.objective import Objective
+from tiedconv.training.optim import learning_rate, make_optimizer, set_learning_rate
 from tiedconv.training.results import Progress, TrainResult
 from tiedconv.training.state import identity_of, load_state, prepare_folder, save_state
 
@@ -136,12 +137,16 @@ class _Run:
         if teacher is not None:
             self.placement.place(teacher)
             teacher.eval()
+        self.objective = Objective(
+            config, model, model, teacher, self.classes[0], self.placement
+        )  # fmt: skip
         self.optimizer = make_optimizer(model, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.recalibrates = config.bn_recalibrate > 0 and has_batchnorm(model)
         self.steps = config.total_steps(len(self.loader))
         self.emit: OnEvent = ignore
         self.fading: Fading | None = None
+        self.ema: Ema | None = None
         self.checkpoint: Path | None = None
         self.at = Progress()
         self.history: list[dict[str, Any]] = []
@@ -152,7 +157,7 @@ class _Run:
         epochs = -(-self.steps // len(self.loader))
         self.emit(Start(self.steps, epochs, self.loader.images))
         if resume and self.checkpoint is not None and self.checkpoint.exists():
-            self.begin_fading()
+            self.begin()
             self.load(self.checkpoint)
             self.emit(Resumed(self.at.epoch, self.at.step))
         else:
@@ -160,15 +165,19 @@ class _Run:
             self.at = replace(self.at, top1_before=before.top1, top5_before=before.top5)
             self.emit(Baseline(before.top1, before.top5, before.loss))
             # Only now: a fading may change tensors, and the baseline is the model as it came.
-            self.begin_fading()
+            self.begin()
         while self.at.step < self.steps:
             self.run_epoch()
+        if self.ema is not None:
+            self.ema.settle()
         return self.result()
 
-    def begin_fading(self) -> None:
-        """Adds what is to be faded, if there is anything."""
+    def begin(self) -> None:
+        """Adds what is to be faded, if there is anything, and then begins to average."""
         if self.fading is not None:
             self.fading.begin()
+        if self.config.ema > 0:
+            self.ema = Ema(self.model, self.config.ema)
 
     def run_epoch(self) -> None:
         """Trains for an epoch, or what is left of the steps; evaluates and saves."""
@@ -229,19 +238,9 @@ class _Run:
 
     def take_step(self, batch: Batch, lr: float) -> Tensor:
         """One update of the parameters; returns the loss, still on the device."""
-        images = self.placement.images(batch.images)
-        labels = batch.labels.to(self.placement.device, non_blocking=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with self.placement.autocast():
-            logits = logits_of(self.model(images))
-        if self.at.step == 0 or batch.labels.max() >= logits.shape[-1]:
-            check_labels(batch.labels, logits.shape[-1], self.classes[0])
-        target: Tensor | None = None
-        if self.teacher is not None and self.config.distill_weight > 0:
-            with torch.no_grad(), self.placement.autocast():
-                target = logits_of(self.teacher(images))
-        loss = training_loss(logits, labels, target, self.config)
+        set_learning_rate(self.optimizer, lr)
+        seed = step_seed(self.config.seed, self.at.step)
+        loss = self.objective(batch.images, batch.labels, seed).loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         told = loss.detach()
@@ -250,6 +249,8 @@ class _Run:
             # 0 times a norm that isn't finite is NaN: shows bad gradients at their own step.
             told = told + 0 * norm
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
         return told
 
     def read(self, meter: LossMeter) -> float:
@@ -270,7 +271,8 @@ class _Run:
 
     def evaluate_trained(self) -> EvalResult:
         """Evaluates after training, with fresh batch norm statistics, without what is faded."""
-        with self.fading.left_out() if self.fading is not None else nullcontext():
+        averaged = self.ema.swapped() if self.ema is not None else nullcontext()
+        with averaged, self.fading.left_out() if self.fading is not None else nullcontext():
             if self.recalibrates:
                 batches = self.loader.epoch(RECALIBRATION_EPOCH)
                 chosen = itertools.islice(batches, self.config.bn_recalibrate)
@@ -304,6 +306,7 @@ class _Run:
             "broken": list(self.broken),
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
         }
         save_state(path, state)
 
@@ -313,6 +316,8 @@ class _Run:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"The checkpoint {path} is of a different model",
