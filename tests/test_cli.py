@@ -62,6 +62,7 @@ def finetuned(world: World) -> Path:
                     "--json"),
         ("finetune", "--data --output --epochs --steps --teacher --batch-size --lr --optimizer "
                      "--warmup --temperature --distill --clip --augment --bn-batches --val-split "
+                     "--layer-decay --ema --distillation --features --erasing --mixup --cutmix "
                      "--limit --device --workers --resume --strict --trust-code --force --json"),
         ("evaluate", "--data --weights --model-arg --batch-size --limit --image-size --resize "
                      "--mean --std --interpolation --device --workers --strict --trust-code "
@@ -315,6 +316,22 @@ def test_finetune_prints_json_alone(world: World, tmp_path: Path) -> None:
     assert said["val_images"] == 6
     assert said["result"]["epochs"] == 1
     assert 0 <= said["result"]["top1"] <= 1
+
+
+def test_finetune_takes_the_whole_recipe(world: World, tmp_path: Path) -> None:
+    """Every option reaches the training and the file's history."""
+    path = tmp_path / "o.safetensors"
+    wanted = {
+        "augment": "trivialaugment", "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,
+        "layer_decay": 0.75, "ema": 0.9, "distillation": "hard", "features": 0.1,
+    }  # fmt: skip
+    options = [part for k, v in wanted.items() for part in (f"--{k.replace('_', '-')}", v)]
+    run(
+        "finetune", world.tied, "--data", world.data, "-o", path, "--steps", 2, *QUICK,
+        "--teacher", world.weights, *options,
+    )  # fmt: skip
+    entry = tiedconv.binding.state_of(tiedconv.load(path)).history[-1]
+    assert {name: entry["options"][name] for name in wanted} == wanted
 
 
 def test_an_interrupted_run_goes_on(

@@ -7,8 +7,10 @@ events, results as dataclasses.
 from __future__ import annotations
 
 from tiedconv.training.batchnorm import has_batchnorm, recalibrate_batchnorm
+from tiedconv.training.blocks import Blocks
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import pick_device
+from tiedconv.training.ema import Ema
 from tiedconv.training.engine import train
 from tiedconv.training.evaluation import EvalResult, evaluate_model
 from tiedconv.training.events import (
@@ -24,19 +26,31 @@ from tiedconv.training.events import (
     Step,
 )
 from tiedconv.training.fading import Fading, share_left
-from tiedconv.training.losses import distillation_loss, logits_of
+from tiedconv.training.losses import (
+    distillation_loss,
+    feature_loss,
+    hard_distillation_loss,
+    logits_of,
+)
+from tiedconv.training.mixing import Mix
+from tiedconv.training.objective import Objective, Outcome
 from tiedconv.training.optim import learning_rate, parameter_groups
 from tiedconv.training.results import TrainResult
 
 __all__ = [
     "Baseline",
+    "Blocks",
     "Checkpointed",
+    "Ema",
     "EpochEnd",
     "EvalResult",
     "EvalStep",
     "Event",
     "Fading",
+    "Mix",
+    "Objective",
     "OnEvent",
+    "Outcome",
     "Resumed",
     "Skipped",
     "Start",
@@ -45,6 +59,8 @@ __all__ = [
     "TrainResult",
     "distillation_loss",
     "evaluate_model",
+    "feature_loss",
+    "hard_distillation_loss",
     "has_batchnorm",
     "learning_rate",
     "logits_of",
