@@ -36,6 +36,7 @@ from tiedconv.training import (
     TrainResult,
     distillation_loss,
     feature_loss,
+    fit_inputs,
     hard_distillation_loss,
     learning_rate,
     parameter_groups,
@@ -279,6 +280,42 @@ def test_the_forward_may_be_a_wrapper_around_the_student() -> None:
     wrapped = Objective(config, wrapper, student, teacher, 3, CPU)(pixels, labels, 0)
     assert wrapper.calls == 1
     torch.testing.assert_close(wrapped, objective(config, student, teacher)(pixels, labels, 0))
+
+
+def test_both_run_under_autocast_and_the_loss_is_single() -> None:
+    seen: list[torch.dtype] = []
+    student, teacher = vit("tied"), vit()
+    for model in (student, teacher):
+        model.blocks[1].mlp.fc1.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    pixels, labels = images(4).read_batch(range(4), range(4))
+    config = TrainConfig(features=0.5, mixup=0.4)
+    half = Placement(torch.device("cpu"), autocast_bf16=True)
+    found = Objective(config, student, student, teacher, 3, half)(pixels, labels, 0)
+    assert seen == [torch.bfloat16] * 2
+    assert (found.loss.dtype, found.logits.dtype) == (torch.float32, torch.float32)
+    whole = objective(config, student, teacher)(pixels, labels, 0)
+    torch.testing.assert_close(found.loss, whole.loss, rtol=0.05, atol=0.05)
+    found.loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in student.parameters())
+
+
+def test_a_teacher_sees_images_as_it_was_trained_to() -> None:
+    """Prepared for one and handed to the other, they are what the other's own way gives."""
+    one = Preprocess(16, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    other = Preprocess(16, None, (0.1, 0.2, 0.6), (0.5, 0.6, 0.7))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    mine, theirs = (train_transform(p, "none")(picture)[None] for p in (one, other))
+    seen = nn.Identity()
+    fit_inputs(seen, one, other)
+    torch.testing.assert_close(seen(mine), theirs, rtol=1e-5, atol=1e-5)
+    assert seen(mine.bfloat16()).dtype == torch.bfloat16
+    larger = nn.Identity()
+    fit_inputs(larger, one, Preprocess(24, None, one.mean, one.std))
+    assert larger(mine).shape == (1, 3, 24, 24)
+    torch.testing.assert_close(larger(torch.ones_like(mine)), torch.ones(1, 3, 24, 24))
+    same = nn.Identity()
+    fit_inputs(same, one, one)
+    assert not same._forward_pre_hooks
 
 
 def test_a_teacher_without_weight_is_not_run() -> None:

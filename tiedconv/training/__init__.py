@@ -36,6 +36,7 @@ from tiedconv.training.mixing import Mix
 from tiedconv.training.objective import Objective, Outcome
 from tiedconv.training.optim import learning_rate, parameter_groups
 from tiedconv.training.results import TrainResult
+from tiedconv.training.teacher import fit_inputs
 
 __all__ = [
     "Baseline",
@@ -60,6 +61,7 @@ __all__ = [
     "distillation_loss",
     "evaluate_model",
     "feature_loss",
+    "fit_inputs",
     "hard_distillation_loss",
     "has_batchnorm",
     "learning_rate",
