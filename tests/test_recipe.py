@@ -24,6 +24,7 @@ from tiedconv.binding import dense_state_dict
 from tiedconv.data import ImageTransform, TensorList, train_transform
 from tiedconv.data.seeds import epoch_seed, step_seed
 from tiedconv.errors import DataError, UserError
+from tiedconv.progressive import OriginalFading
 from tiedconv.sources import Preprocess
 from tiedconv.training import (
     Blocks,
@@ -35,6 +36,7 @@ from tiedconv.training import (
     TrainConfig,
     TrainResult,
     distillation_loss,
+    evaluate_model,
     feature_loss,
     fit_inputs,
     hard_distillation_loss,
@@ -453,6 +455,13 @@ def test_a_training_evaluates_and_keeps_the_averages(
         update(self)
         seen.append({n: p.detach().clone() for n, p in averaged.named_parameters()})
 
+    evaluated: list[Tensor] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        if not module.training:
+            evaluated.append(module.head.weight.detach().clone())
+
+    averaged.register_forward_pre_hook(before)
     monkeypatch.setattr(Ema, "update", watched)
     run(raw)
     result = run(averaged, replace(QUICK, ema=0.5))
@@ -465,6 +474,8 @@ def test_a_training_evaluates_and_keeps_the_averages(
         torch.testing.assert_close(averaged.state_dict()[name], value)
         # Averaging changes nothing of the training itself.
         assert torch.equal(seen[-1][name], raw.state_dict()[name])
+    assert torch.equal(evaluated[-1], averaged.head.weight)
+    assert not torch.equal(averaged.head.weight, raw.head.weight)
     dense = dense_state_dict(averaged)
     q, o = dense["blocks.0.attn.qkv.weight"][:32], dense["blocks.0.attn.proj.weight"]
     scaled = averaged.get_parameter("tied/blocks/0/attn/q-o/s1")
@@ -474,7 +485,7 @@ def test_a_training_evaluates_and_keeps_the_averages(
     tiedconv.save(averaged, path)
     again = tiedconv.load(path, model=vit())
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in averaged.state_dict().items())
-    top1 = tiedconv.training.evaluate_model(again, images(12, 1), device="cpu").top1
+    top1 = evaluate_model(again, images(12, 1), device="cpu").top1
     assert top1 == result.top1
 
 
@@ -642,6 +653,37 @@ def test_every_option_counts(outcomes: dict[str, Tensor]) -> None:
         assert bool(outcomes[one].isfinite().all())
 
 
+def test_each_step_has_the_rates_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: Any) -> Any:
+        seen.append(sorted({group["lr"] for group in self.param_groups}))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    config = replace(QUICK, layer_decay=0.5)
+    run(vit("tied"), config)
+    rates = [learning_rate(at, 6, config) for at in range(6)]
+    assert seen == [[rate * 0.5**depth for depth in (4, 3, 2, 1, 0)] for rate in rates]
+
+
+def test_each_step_mixes_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Mix] = []
+    draw = Mix.draw.__func__  # type: ignore[attr-defined]
+
+    def watched(cls: type[Mix], *args: Any) -> Mix:
+        drawn.append(draw(cls, *args))
+        return drawn[-1]
+
+    monkeypatch.setattr(Mix, "draw", classmethod(watched))
+    for seed in (0, 0, 1):
+        run(vit("tied"), replace(QUICK, mixup=1.0, seed=seed))
+    first, again, other = drawn[:6], drawn[6:12], drawn[12:]
+    assert first == again
+    assert len({mix.share for mix in first + other}) == 12
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -659,27 +701,37 @@ def interrupt_at_checkpoint(event: Event) -> None:
         raise Interruption
 
 
+@pytest.mark.parametrize("progressive", [0.0, 0.7])
 @pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet"])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, name: str, progressive: float
+) -> None:
     """With averages, mixed images, features and rates by layer; batch norms in the ResNet."""
     config = replace(QUICK, ema=0.9, mixup=0.4, cutmix=1.0, features=0.1, layer_decay=0.8,
-                     label_smoothing=0.1, bn_recalibrate=2)  # fmt: skip
+                     label_smoothing=0.1, bn_recalibrate=2, progressive=progressive)  # fmt: skip
     original = all_micros()[name].model()
 
     def fresh() -> nn.Module:
         return tiedconv.convert(all_micros()[name].model(), "tied")
 
-    options: dict[str, Any] = {"teacher": original, "train_data": images(augment="crop")}
+    def trained(model: nn.Module, **more: Any) -> TrainResult:
+        fading = OriginalFading(model, original) if progressive else None
+        data = images(augment="crop")
+        return run(model, config, teacher=original, train_data=data, fading=fading, **more)
+
     whole, parted, resumed, third = (fresh() for _ in range(4))
-    expected = run(whole, config, **options)
+    expected = trained(whole)
     with pytest.raises(Interruption):
-        run(parted, config, checkpoint_dir=tmp_path, on_event=interrupt_at_checkpoint, **options)
-    options |= {"checkpoint_dir": tmp_path, "resume": True}
-    result = run(resumed, config, **options)
+        trained(parted, checkpoint_dir=tmp_path, on_event=interrupt_at_checkpoint)
+    result = trained(resumed, checkpoint_dir=tmp_path, resume=True)
     assert (result.top1, result.loss) == (expected.top1, expected.loss)
-    run(third, config, **options)  # a run that is over: the averages again
-    for name_, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name_]), name_
-        assert torch.equal(value, third.state_dict()[name_]), name_
+    # A run that is over has the averages, and the statistics that were measured with them.
+    trained(third, checkpoint_dir=tmp_path, resume=True)
+    for tensor, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[tensor]), tensor
+        assert torch.equal(value, third.state_dict()[tensor]), tensor
+    after = evaluate_model(whole, images(12, 1), batch_size=8, device="cpu")
+    assert after.top1 == expected.top1
+    config = replace(config, ema=0.5)
     with pytest.raises(UserError, match=r"different run: .*ema 0.9 -> 0.5"):
-        run(fresh(), replace(config, ema=0.5), **options)
+        trained(fresh(), checkpoint_dir=tmp_path, resume=True)
