@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def finetuned(world: World) -> Path:
                     "--json"),
         ("finetune", "--data --output --epochs --steps --teacher --batch-size --lr --optimizer "
                      "--warmup --temperature --distill --clip --augment --bn-batches --val-split "
+                     "--layer-decay --ema --distillation --features --erasing --mixup --cutmix "
                      "--limit --device --workers --resume --strict --trust-code --force --json"),
         ("evaluate", "--data --weights --model-arg --batch-size --limit --image-size --resize "
                      "--mean --std --interpolation --device --workers --strict --trust-code "
@@ -315,6 +317,50 @@ def test_finetune_prints_json_alone(world: World, tmp_path: Path) -> None:
     assert said["val_images"] == 6
     assert said["result"]["epochs"] == 1
     assert 0 <= said["result"]["top1"] <= 1
+
+
+def test_finetune_takes_the_whole_recipe(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every option reaches the training, its images and the file's history."""
+    finetune = import_module("tiedconv.finetune")
+    train, seen = finetune.train, []
+
+    def watched(model: Any, train_data: Any, val_data: Any, config: Any, **more: Any) -> Any:
+        seen.extend([train_data.transform, val_data.transform, config])
+        return train(model, train_data, val_data, config, **more)
+
+    monkeypatch.setattr(finetune, "train", watched)
+    path = tmp_path / "o.safetensors"
+    wanted = {
+        "augment": "trivialaugment", "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,
+        "layer_decay": 0.75, "ema": 0.9, "distillation": "hard", "features": 0.1,
+    }  # fmt: skip
+    options = [part for k, v in wanted.items() for part in (f"--{k.replace('_', '-')}", v)]
+    run(
+        "finetune", world.tied, "--data", world.data, "-o", path, "--steps", 2, *QUICK,
+        "--teacher", world.weights, *options,
+    )  # fmt: skip
+    entry = tiedconv.binding.state_of(tiedconv.load(path)).history[-1]
+    shown, plain_images, config = seen
+    assert {name: entry["options"][name] for name in wanted} == wanted
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert (shown.augment, shown.erasing) == ("trivialaugment", 0.25)
+    assert (plain_images.augment, plain_images.erasing) == ("none", 0.0)
+
+
+def test_a_compact_teacher_has_images_prepared_as_it_wants(world: World, tmp_path: Path) -> None:
+    from tiedconv.evaluate import open_teacher
+    from tiedconv.loading import source_of
+
+    other = tmp_path / "other.safetensors"
+    run("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", other, "--mean", "0.1")
+    source = source_of(tiedconv.binding.state_of(tiedconv.load(world.tied)).source)
+    for file, changed in ((world.tied, False), (other, True)):
+        teacher, name = open_teacher(str(file), source)
+        assert teacher is not None
+        assert name == file.name
+        assert bool(teacher._forward_pre_hooks) is changed
 
 
 def test_an_interrupted_run_goes_on(

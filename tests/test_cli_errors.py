@@ -27,7 +27,7 @@ from cli_helpers import (
 from safetensors.torch import load_file, save_file
 
 from tiedconv import planner
-from tiedconv.training import engine
+from tiedconv.training import engine, update
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +338,13 @@ def test_a_broken_image_is_skipped_and_counted_or_refused(
         ("--optimizer lion", ["'lion'", "adamw"]),
         ("--augment all", ["'all'", "randaugment"]),
         ("--distill 2", ["distill", "at most 1"]),
+        ("--distillation warm", ["'warm'", "soft, hard"]),
+        ("--distillation hard --teacher none", ["distillation is hard", "no teacher"]),
+        ("--features 1 --teacher none", ["features is 1", "no teacher"]),
+        ("--ema 1", ["ema is 1.0", "less than 1"]),
+        ("--layer-decay 0", ["layer_decay", "more than 0"]),
+        ("--erasing 2", ["erasing", "at most 1"]),
+        ("--mixup -1", ["mixup", "0 or more"]),
         ("--val-split 2", ["2", "between 0 and 1"]),
         ("--limit 0", ["limit", "1 or more"]),
         ("--device tpu", ["tpu"]),
@@ -363,19 +370,19 @@ def test_resuming_another_run(
         "finetune", world.tied, "--data", world.data, "-o", tmp_path / "out.safetensors", *QUICK,
         "--teacher", "none", "--epochs", 2,
     )  # fmt: skip
-    take_step = engine._Run.take_step
+    take = engine._Run.take
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         if self.at.epoch == 2:
             raise KeyboardInterrupt
-        return take_step(self, *arguments)
+        return take(self, *arguments)
 
-    monkeypatch.setattr(engine._Run, "take_step", interrupted)
+    monkeypatch.setattr(engine._Run, "take", interrupted)
     run(*command, code=130)
     monkeypatch.undo()
     result = run(*command, "--resume", "--lr", "0.1", code=2)
     assert "lr 0.0005 -> 0.1" in result.stderr.splitlines()[-1]
-    assert files_of(tmp_path) == {"out.safetensors.run", "out.safetensors.run/last.pt"}
+    assert files_of(tmp_path) == {"out.safetensors.run", "out.safetensors.run/step-000000003.pt"}
 
 
 def test_a_teacher_that_no_longer_exists(world: World, here: Path, tmp_path: Path) -> None:
@@ -473,7 +480,7 @@ def test_an_interruption_leaves_nothing_half_written(
         assert run(*command, code=130).stderr.startswith("Interrupted")
     monkeypatch.setattr(planner, "total_cost", interrupted)
     assert "Traceback" not in run(*convert, code=130).output
-    monkeypatch.setattr(engine._Run, "take_step", interrupted)
+    monkeypatch.setattr(engine._Run, "take", interrupted)
     result = run(*finetune, code=130)
     assert "Traceback" not in result.output
     assert "--resume" not in result.stderr  # no epoch was finished
@@ -485,6 +492,6 @@ def test_a_failed_training_is_no_mistake_of_the_users(
     def diverges(*_: Any, **__: Any) -> torch.Tensor:
         return torch.tensor(float("nan"))
 
-    monkeypatch.setattr(engine._Run, "take_step", diverges)
+    monkeypatch.setattr(update.Updater, "step", diverges)
     result = run(*_writers(world, "out.safetensors")[1], code=1)
     assert result.stderr.splitlines()[-1].startswith("error: The loss")

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from tiedconv.data import (
+    AUGMENTS,
     Batch,
     Broken,
     ImageList,
@@ -182,7 +183,7 @@ def test_evaluation_brings_any_size_to_the_models(resize: int | None, interpolat
 
 
 @pytest.mark.parametrize("size", [8, 72])
-@pytest.mark.parametrize("augment", ["none", "flip", "shift", "crop", "randaugment"])
+@pytest.mark.parametrize("augment", AUGMENTS)
 def test_augmentations_give_the_right_shape(augment: str, size: int) -> None:
     transform = train_transform(Preprocess(size, size + 2), augment)
     for width in (size, 90):

@@ -71,6 +71,33 @@ def test_two_processes_train_as_one(
     assert found["result"] == pytest.approx(expected["result"], abs=0.04)
 
 
+@pytest.mark.parametrize("scheme", ["tied", "lors"])
+def test_shards_train_as_replicas_do(
+    curves: tuple[dict[str, Any], dict[str, Any]], scheme: str
+) -> None:
+    """With all that a recipe may ask for; mixing depends on the process, so one is no measure."""
+    _, two = curves
+    replicas, shards = (two[f"{scheme} {kind} recipe"] for kind in ("ddp", "fsdp"))
+    assert shards["losses"] == pytest.approx(replicas["losses"], abs=1e-4)
+    for name, tensor in replicas["model"].items():
+        assert (tensor - shards["model"][name]).abs().max() < 2e-3, name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("scheme", ["tied", "lors"])
+def test_where_one_process_is_asked_to_stop_all_do_and_go_on(
+    curves: tuple[dict[str, Any], dict[str, Any]], scheme: str, kind: str
+) -> None:
+    _, two = curves
+    in_one_go, resumed = two[f"{scheme} {kind} recipe"], two[f"{scheme} {kind} resumed"]
+    assert resumed["signum"] == signal.SIGTERM
+    assert 0 < len(resumed["losses"]) < 12
+    assert resumed["losses"] == in_one_go["losses"][-len(resumed["losses"]) :]
+    for name, tensor in in_one_go["model"].items():
+        assert torch.equal(tensor, resumed["model"][name]), name
+    assert resumed["result"] == in_one_go["result"]
+
+
 def command(world: World, *more: object) -> list[str]:
     words = [
         "finetune", world.tied, "--data", world.data, "-o", "out.safetensors", "--workers", 0,

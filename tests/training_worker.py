@@ -16,12 +16,16 @@ from torch import nn
 
 import tiedconv
 from tiedconv.data import TensorList
-from tiedconv.training import TrainConfig, joined, train
+from tiedconv.training import Interrupted, Processes, TrainConfig, joined, train
 from tiedconv.training.losses import LossMeter
 from tiedconv.training.parallel import Learner
+from tiedconv.training.update import Updater
 
 CLASSES = 5
 STEPS = 12
+RECIPE: dict[str, Any] = {
+    "ema": 0.5, "layer_decay": 0.8, "mixup": 0.2, "cutmix": 1.0, "features": 0.1,
+}  # fmt: skip
 
 
 def curves(folder: Path) -> None:
@@ -33,7 +37,12 @@ def curves(folder: Path) -> None:
             for kind in kinds:
                 for accumulate in (1, 2):
                     name = f"{scheme} {kind} {accumulate}"
-                    found[name] = curve(scheme, kind, accumulate)
+                    found[name] = curve(scheme, kind, accumulate=accumulate)
+                found[f"{scheme} {kind} recipe"] = curve(scheme, kind, **RECIPE)
+                if processes.several:
+                    found[f"{scheme} {kind} resumed"] = resumed(
+                        scheme, kind, processes, folder / f"{scheme}-{kind}"
+                    )
         if processes.first:
             torch.save(found, folder / f"{processes.count}.pt")
 
@@ -61,7 +70,27 @@ def images(count: int, seed: int) -> TensorList:
     return TensorList(pixels, labels, mean=(0.5,) * 3, std=(0.3,) * 3, augment="crop")
 
 
-def curve(scheme: str, kind: str, accumulate: int) -> dict[str, Any]:
+def resumed(scheme: str, kind: str, processes: Processes, folder: Path) -> dict[str, Any]:
+    """A run of which one process is asked to stop, and what going on gives."""
+    step = Updater.step
+
+    def asked(self: Updater, *arguments: Any) -> Any:
+        if processes.rank == 1 and arguments[3] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments)
+
+    Updater.step = asked  # type: ignore[method-assign]
+    try:
+        curve(scheme, kind, folder, **RECIPE)
+    except Interrupted as stopped:
+        signum = stopped.signum
+    finally:
+        Updater.step = step  # type: ignore[method-assign]
+    processes.wait()
+    return {**curve(scheme, kind, folder, **RECIPE), "signum": int(signum)}
+
+
+def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) -> dict[str, Any]:
     """The loss of each step, what the model is in the end, and what it holds on the way."""
     losses: list[float] = []
     held: set[tuple[int, int]] = set()
@@ -84,10 +113,11 @@ def curve(scheme: str, kind: str, accumulate: int) -> dict[str, Any]:
         model = tiedconv.convert(vit(), scheme)
         config = TrainConfig(
             steps=STEPS, batch_size=15, lr=2e-3, sharding="ddp" if kind == "alone" else kind,
-            accumulate=accumulate, eval_every_epoch=False, seed=3, distill_weight=0.1,
+            eval_every_epoch=False, seed=3, distill_weight=0.1, **options,
         )  # fmt: skip
         result = train(
-            model, images(61, 0), images(33, 1), config, teacher=teacher, device="cpu"
+            model, images(61, 0), images(33, 1), config, teacher=teacher, device="cpu",
+            checkpoint_dir=folder, resume=folder is not None,
         )  # fmt: skip
     finally:
         LossMeter.read, Learner.clip = read, clip  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from tiedconv.data import ImageList, eval_transform, find_images
 from tiedconv.errors import UserError
 from tiedconv.loading import is_compact, load, source_of, with_preprocess
 from tiedconv.sources import Preprocess, Source
-from tiedconv.training import EvalResult, OnEvent, evaluate_model
+from tiedconv.training import EvalResult, OnEvent, evaluate_model, fit_inputs
 
 Change = Callable[[Preprocess], Preprocess]
 
@@ -108,7 +108,8 @@ def open_teacher(
     Args:
         teacher: `auto` (the original model), `none`, a file of weights for the original's class,
             a compact file, or a model spec.
-        source: of the model to be taught.
+        source: of the model to be taught. A teacher of its own kind (a compact file, a spec)
+            has the images brought from that model's preparation to its own.
 
     Raises:
         UserError: `auto` can't be done, because the original's weights were a file that is not
@@ -127,11 +128,20 @@ def open_teacher(
         )
     if looks_like_file(teacher):
         if is_compact(teacher):
-            return load(teacher, trust_code=trust_code), Path(teacher).name
+            model = load(teacher, trust_code=trust_code)
+            _fit_inputs(model, source, source_of(state_of(model).source))
+            return model, Path(teacher).name
         model = sources.skeleton(source, trust_code=trust_code)
         sources.load_into(model, sources.read_weights(Path(teacher)))
         return model.eval(), Path(teacher).name
-    return sources.open_source(teacher)[0], teacher
+    model, own = sources.open_source(teacher)
+    _fit_inputs(model, source, own)
+    return model, teacher
+
+
+def _fit_inputs(teacher: nn.Module, source: Source, own: Source) -> None:
+    if source.preprocess is not None and own.preprocess is not None:
+        fit_inputs(teacher, source.preprocess, own.preprocess)
 
 
 def looks_like_file(model: str | Path) -> bool:

@@ -107,12 +107,13 @@ def finetune(
         master, name = teacher, type(teacher).__name__
     fading = OriginalFading(model, master) if config.progressive > 0 else None
     wanted = source.preprocess or Preprocess(224)
+    shown = train_transform(wanted, config.augment, config.erasing)
     folder = output.with_name(output.name + ".run")
     with joined(device) as (processes, place):
         try:
             result = train(
                 model,
-                ImageList(split.train, train_transform(wanted, config.augment), strict=strict),
+                ImageList(split.train, shown, strict=strict),
                 ImageList(split.val, eval_transform(wanted), strict=strict),
                 config,
                 teacher=master,

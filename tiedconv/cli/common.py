@@ -26,6 +26,15 @@ from tiedconv.training import rank_in_environment
 
 P = ParamSpec("P")
 
+IMAGES = "Images"
+"""The part of a command's help that tells how images are chosen and prepared."""
+
+
+def option_in(panel: str, help: str) -> Any:
+    """A plain option that stands in this part of the help."""
+    return typer.Option(help=help, rich_help_panel=panel)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 TrustCode = Annotated[
@@ -73,23 +82,37 @@ CalibImages = Annotated[
     int, typer.Option("-n", "--calib-images", help="At most so many of them.", min=2)
 ]
 Limit = Annotated[
-    int | None, typer.Option(help="At most so many images, spread evenly over the classes.")
+    int | None, option_in(IMAGES, "At most so many images, spread evenly over the classes.")
 ]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="A broken image is an error; else it is skipped, counted.")
+    bool,
+    typer.Option(
+        "--strict", help="A broken image is an error; else it is skipped, counted.",
+        rich_help_panel=IMAGES,
+    ),
+]  # fmt: skip
+ImageSize = Annotated[
+    int | None, typer.Option(help="Side of the input in pixels.", min=1, rich_help_panel=IMAGES)
 ]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the input in pixels.", min=1)]
 Resize = Annotated[
     int | None,
-    typer.Option(help="Shorter side before the centre crop; 0 for no crop.", min=0),
+    typer.Option(
+        help="Shorter side before the centre crop; 0 for no crop.", min=0, rich_help_panel=IMAGES
+    ),
 ]
 Mean = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Mean of each channel, 0 to 1.")
+    str | None,
+    typer.Option(
+        metavar="R,G,B", help="Mean of each channel, 0 to 1.", rich_help_panel=IMAGES
+    ),
 ]  # fmt: skip
 Std = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Standard deviation of each channel.")
+    str | None,
+    typer.Option(
+        metavar="R,G,B", help="Standard deviation of each channel.", rich_help_panel=IMAGES
+    ),
 ]  # fmt: skip
-Interpolation = Annotated[str | None, typer.Option(help="bilinear or bicubic.")]
+Interpolation = Annotated[str | None, option_in(IMAGES, "bilinear or bicubic.")]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,16 @@ import typer
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import TrainingBar
+from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
 from tiedconv.finetune import finetune as run
 from tiedconv.training import TrainConfig, rank_in_environment
+
+# Options by the part of the help they stand in; the others are of files and of the run.
+_schedule = functools.partial(common.option_in, "Schedule")
+_loss = functools.partial(common.option_in, "Loss")
+_augmentation = functools.partial(common.option_in, "Augmentation")
+_images = functools.partial(common.option_in, common.IMAGES)
 
 
 def register(app: typer.Typer) -> None:
@@ -31,38 +39,48 @@ def finetune(
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The compact file to write.")],
-    epochs: Annotated[
-        float | None, typer.Option(help="Passes over the images; 1 if not given.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
-    teacher: Annotated[
-        str,
-        typer.Option(
-            help="[b]auto[/b] (the original model), [b]none[/b], a file of weights, or a model."
-        ),
-    ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 64,
-    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 5e-4,
-    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
-    weight_decay: Annotated[float, typer.Option(help="Of matrices; vectors have none.")] = 0.05,
-    warmup: Annotated[float, typer.Option(help="Share of the steps, before a cosine.")] = 0.05,
-    temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 2.0,
-    distill: Annotated[float, typer.Option(help="The teacher's share of the loss, 0 to 1.")] = 0.9,
-    label_smoothing: Annotated[float, typer.Option(help="0 to 1.")] = 0.0,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
-    augment: Annotated[str, typer.Option(help="none, flip, shift, crop or randaugment.")] = "crop",
+    epochs: Annotated[float | None, _schedule("Passes over the images; 1 if not given.")] = None,
+    steps: Annotated[int | None, _schedule("Optimiser steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, _schedule("Images in a step.")] = 64,
+    lr: Annotated[float, _schedule("The highest learning rate.")] = 5e-4,
+    warmup: Annotated[float, _schedule("Share of the steps, before a cosine.")] = 0.05,
+    layer_decay: Annotated[
+        float, _schedule("Factor of the rate for each block further from the output; 1 for none.")
+    ] = 1.0,
+    optimizer: Annotated[str, _schedule("adamw or sgd.")] = "adamw",
+    weight_decay: Annotated[float, _schedule("Of matrices; vectors have none.")] = 0.05,
+    clip: Annotated[float, _schedule("Largest gradient norm; 0 for none.")] = 1.0,
+    ema: Annotated[
+        float, _schedule("Decay of the average of the weights, such as 0.999; 0 for none.")
+    ] = 0.0,
     progressive: Annotated[
         float,
-        typer.Option(
-            help="Share of the steps over which the original is faded into the compact form; 0 "
-            "for none."
+        _schedule(
+            "Share of the steps over which the original is faded into the compact form; 0 for none."
         ),
     ] = 0.0,
     bn_batches: Annotated[
-        int, typer.Option(help="Batches that re-estimate BatchNorm statistics; 0 for none.")
+        int, _schedule("Batches that re-estimate BatchNorm statistics; 0 for none.")
     ] = 20,
+    teacher: Annotated[
+        str,
+        _loss("[b]auto[/b] (the original model), [b]none[/b], a file of weights, or a model."),
+    ] = "auto",
+    distill: Annotated[float, _loss("The teacher's share of the loss, 0 to 1.")] = 0.9,
+    distillation: Annotated[
+        str, _loss("soft (the teacher's probabilities) or hard (the class it names).")
+    ] = "soft",
+    temperature: Annotated[float, _loss("Of the soft distillation.")] = 2.0,
+    features: Annotated[
+        float, _loss("Weight of the distance to the outputs of the teacher's blocks; 0 for none.")
+    ] = 0.0,
+    label_smoothing: Annotated[float, _loss("0 to 1.")] = 0.0,
+    augment: Annotated[str, _augmentation(f"{', '.join(AUGMENTS)}.")] = "crop",
+    erasing: Annotated[float, _augmentation("Probability of erasing a part, 0 to 1.")] = 0.0,
+    mixup: Annotated[float, _augmentation("Alpha of MixUp, such as 0.8; 0 for none.")] = 0.0,
+    cutmix: Annotated[float, _augmentation("Alpha of CutMix, such as 1; 0 for none.")] = 0.0,
     val_split: Annotated[
-        float, typer.Option(help="Share to hold out where there is no val/ or test/.")
+        float, _images("Share to hold out where there is no val/ or test/.")
     ] = 0.1,
     limit: common.Limit = None,
     image_size: common.ImageSize = None,
@@ -102,9 +120,11 @@ def finetune(
     config = TrainConfig(
         epochs=None if steps is not None else (1 if epochs is None else epochs),
         steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer,
-        weight_decay=weight_decay, warmup=warmup, temperature=temperature,
-        distill_weight=distill, label_smoothing=label_smoothing, clip=clip, augment=augment,
-        progressive=progressive, bn_recalibrate=bn_batches, seed=seed, workers=workers,
+        weight_decay=weight_decay, layer_decay=layer_decay, warmup=warmup,
+        distillation=distillation, temperature=temperature, distill_weight=distill,
+        features=features, label_smoothing=label_smoothing, clip=clip, ema=ema, augment=augment,
+        erasing=erasing, mixup=mixup, cutmix=cutmix, progressive=progressive,
+        bn_recalibrate=bn_batches, seed=seed, workers=workers,
         accumulate=accumulate, amp=amp, sharding=sharding,
         checkpoint_minutes=checkpoint_minutes, keep=keep,
     )  # fmt: skip

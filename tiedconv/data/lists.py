@@ -16,7 +16,13 @@ from torch.utils.data import Dataset
 
 from tiedconv.data.folders import Images
 from tiedconv.data.seeds import uniforms
-from tiedconv.data.transforms import check_augment
+from tiedconv.data.transforms import (
+    ERASED_AREA,
+    ERASED_RATIO,
+    NEED_FILES,
+    check_augment,
+    check_erasing,
+)
 from tiedconv.errors import DataError, UserError
 
 Sample = tuple[Tensor, int]
@@ -113,10 +119,11 @@ class TensorList(Dataset[Sample]):
         std: one number per channel to divide by; goes with `mean`.
         augment: "none", "flip", "shift" or "crop", as in `train_transform`; a shift fills the
             border with zeros, before normalising.
+        erasing: probability that a random rectangle is set to the mean, as in `train_transform`.
 
     Raises:
         DataError: shapes that don't belong together.
-        UserError: an augmentation that needs image files.
+        UserError: an augmentation that needs image files, or an `erasing` that is no probability.
     """
 
     in_memory = True
@@ -129,11 +136,14 @@ class TensorList(Dataset[Sample]):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augment: str = "none",
+        erasing: float = 0.0,
     ) -> None:
         check_augment(augment)
-        if augment == "randaugment":
+        check_erasing(erasing)
+        if augment in NEED_FILES:
+            name = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugment"}[augment]
             raise UserError(
-                "RandAugment works on image files, not on tensors",
+                f"{name} works on image files, not on tensors",
                 remedy="Choose none, flip, shift or crop",
             )
         self.images = images
@@ -147,6 +157,7 @@ class TensorList(Dataset[Sample]):
         self.mean = None if mean is None else torch.tensor(mean).view(-1, 1, 1)
         self.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
         self.augment = augment
+        self.erasing = erasing
 
     def __len__(self) -> int:
         return len(self.images)
@@ -166,6 +177,9 @@ class TensorList(Dataset[Sample]):
             images = images - self.mean
         if self.std is not None:
             images = images / self.std
+        if self.erasing:
+            # Draws of their own, so that erasing changes no shift and no mirror.
+            images = _erased(images, self.erasing, uniforms(np.array(seeds, np.uint64), 8)[:, 3:])
         return images, self.labels[where]
 
 
@@ -187,3 +201,26 @@ def _augmented(
     # Advanced indices around a slice: the result has shape (B, H, W, C).
     batch = torch.arange(count)[:, None, None]
     return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _erased(
+    images: Tensor, probability: float, draws: np.ndarray[Any, np.dtype[np.float64]]
+) -> Tensor:
+    """Sets a rectangle of some images (B, C, H, W) to 0; `draws` (B, 5) are uniform in [0, 1)."""
+    height, width = images.shape[2:]
+    chosen, area, ratio, top, left = draws.T
+    share = ERASED_AREA[0] + area * (ERASED_AREA[1] - ERASED_AREA[0])
+    shape = np.exp(np.log(ERASED_RATIO[0]) + ratio * np.log(ERASED_RATIO[1] / ERASED_RATIO[0]))
+    # A patch longer than the image is cut off at its length.
+    rows = np.clip(np.round(np.sqrt(share * shape) * height), 1, height)
+    columns = np.clip(np.round(np.sqrt(share / shape) * width), 1, width)
+    inside = _between(np.floor(top * (height - rows + 1)), rows, height)[:, :, None]
+    inside = inside & _between(np.floor(left * (width - columns + 1)), columns, width)[:, None, :]
+    erased = torch.from_numpy(inside & (chosen < probability)[:, None, None])
+    return images.masked_fill(erased[:, None], 0.0)
+
+
+def _between(start: Any, length: Any, size: int) -> Any:
+    """For each image, which of `size` places lie in its interval: shape (B, size)."""
+    at = np.arange(size)
+    return (at >= start[:, None]) & (at < (start + length)[:, None])

@@ -17,6 +17,8 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
 
+_OF_A_STEP = 0x73746570  # any number: it sets seeds of steps apart from seeds of epochs
+
 
 def mixed(values: UInt64s) -> UInt64s:
     """Scrambles 64-bit numbers, one to one; neighbours come out unrelated."""
@@ -35,6 +37,14 @@ def epoch_seed(seed: int, epoch: int) -> int:
     both = np.array([seed % 2**64, epoch % 2**64], dtype=np.uint64)
     first, second = mixed(both * _STEP + _STEP)
     return int(mixed(np.array([first ^ (second >> np.uint64(1))], dtype=np.uint64))[0])
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of one optimiser step on one of several devices, from 0 to 2**64 - 1.
+
+    Unlike the seed of the epoch with that number, whose order of images it must not follow.
+    """
+    return epoch_seed(epoch_seed(epoch_seed(seed, step), rank), _OF_A_STEP)
 
 
 def uniforms(seeds: UInt64s, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -17,11 +17,19 @@ from torch import Tensor
 
 from tiedconv.errors import UserError
 
-AUGMENTS = ("none", "flip", "shift", "crop", "randaugment")
+AUGMENTS = ("none", "flip", "shift", "crop", "randaugment", "trivialaugment")
 """What training may do to an image, from nothing to much."""
+
+NEED_FILES = ("randaugment", "trivialaugment")
+"""Those that work on decoded image files, not on tensors in memory."""
+
+ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)
+"""Least and most that random erasing takes: share of the image, height by width of the patch."""
 
 SMALL = 64
 """Up to this size in pixels an image is shifted; a larger one is cropped and resized."""
+
+_MIRRORED_AND_MOVED = ("crop", "randaugment", "trivialaugment")
 
 
 class PreprocessLike(Protocol):
@@ -51,6 +59,15 @@ def check_augment(augment: str) -> None:
         )
 
 
+def check_erasing(erasing: float) -> None:
+    """Raises UserError unless a probability of erasing is one."""
+    if not 0 <= erasing <= 1:
+        raise UserError(
+            f"The probability of random erasing is {erasing}",
+            remedy="Choose 0 or more and at most 1",
+        )
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """A PIL image in RGB to a normalised float32 tensor of shape (3, size, size).
@@ -65,15 +82,18 @@ class ImageTransform:
     std: tuple[float, ...]
     interpolation: str = "bilinear"
     augment: str = "none"
+    erasing: float = 0.0
 
     def __post_init__(self) -> None:
         check_augment(self.augment)
+        check_erasing(self.erasing)
 
     def __call__(self, image: Any) -> Tensor:
-        fit, augment = _operations(self)
+        fit, augment, erase = _operations(self)
         if image.size != (self.size, self.size) or self._crops_freely:
             image = fit(image)
-        return self._normalised(augment(image))
+        values: Tensor = erase(self._normalised(augment(image)))
+        return values
 
     def _normalised(self, image: Any) -> Tensor:
         # What torchvision's ToDtype and Normalize compute, in a fraction of their time: for small
@@ -85,7 +105,7 @@ class ImageTransform:
 
     @property
     def _crops_freely(self) -> bool:
-        return self.augment in ("crop", "randaugment") and self.size > SMALL
+        return self.augment in _MIRRORED_AND_MOVED and self.size > SMALL
 
 
 def eval_transform(preprocess: PreprocessLike) -> ImageTransform:
@@ -93,7 +113,9 @@ def eval_transform(preprocess: PreprocessLike) -> ImageTransform:
     return train_transform(preprocess, "none")
 
 
-def train_transform(preprocess: PreprocessLike, augment: str = "crop") -> ImageTransform:
+def train_transform(
+    preprocess: PreprocessLike, augment: str = "crop", erasing: float = 0.0
+) -> ImageTransform:
     """The transform to train with.
 
     Args:
@@ -101,10 +123,14 @@ def train_transform(preprocess: PreprocessLike, augment: str = "crop") -> ImageT
         augment: "none"; "flip" mirrors half of the images; "shift" moves them by up to an
             eighth of the size, for digits and letters, which a mirror would change; "crop"
             mirrors, and shifts small images (up to 64 pixels) or cuts 35 to 100 % out of larger
-            ones; "randaugment" adds RandAugment to "crop" (Cubuk et al., 2019).
+            ones; "randaugment" adds RandAugment to "crop" (Cubuk et al., arXiv 1909.13719);
+            "trivialaugment" adds one operation of random kind and strength to "crop", with
+            nothing to tune (TrivialAugmentWide, Müller and Hutter, arXiv 2103.10158).
+        erasing: probability that a random rectangle, 2 to 33 % of the image, is replaced by the
+            mean colour (Zhong et al., arXiv 1708.04896).
 
     Raises:
-        UserError: an unknown augmentation.
+        UserError: an unknown augmentation, or an `erasing` that is no probability.
     """
     return ImageTransform(
         preprocess.size,
@@ -113,12 +139,13 @@ def train_transform(preprocess: PreprocessLike, augment: str = "crop") -> ImageT
         tuple(preprocess.std),
         preprocess.interpolation,
         augment,
+        erasing,
     )
 
 
 @functools.lru_cache(maxsize=16)
-def _operations(spec: ImageTransform) -> tuple[Any, Any]:
-    """(brings an image to size, augments it), built once per process."""
+def _operations(spec: ImageTransform) -> tuple[Any, Any, Any]:
+    """(brings an image to size, augments it, erases of the tensor), built once per process."""
     from tiedconv.sources.torchvision_compat import import_torchvision
 
     import_torchvision()
@@ -134,13 +161,17 @@ def _operations(spec: ImageTransform) -> tuple[Any, Any]:
         resize = v2.Resize(spec.resize, interpolation=mode, antialias=True)
         fit = v2.Compose([resize, v2.CenterCrop(size)])
     steps: list[Any] = []
-    if spec.augment in ("shift", "crop", "randaugment") and not spec._crops_freely:
+    if spec.augment in ("shift", *_MIRRORED_AND_MOVED) and not spec._crops_freely:
         steps.append(v2.RandomCrop(size, padding=max(1, size // 8)))
-    if spec.augment in ("flip", "crop", "randaugment"):
+    if spec.augment in ("flip", *_MIRRORED_AND_MOVED):
         steps.append(v2.RandomHorizontalFlip())
     if spec.augment == "randaugment":
         steps.append(v2.RandAugment(interpolation=mode))
-    return fit, v2.Compose(steps) if steps else _unchanged
+    if spec.augment == "trivialaugment":
+        steps.append(v2.TrivialAugmentWide(interpolation=mode))
+    # On the normalised tensor, where 0 is the mean colour.
+    erase = v2.RandomErasing(spec.erasing, ERASED_AREA, ERASED_RATIO) if spec.erasing else None
+    return fit, v2.Compose(steps) if steps else _unchanged, erase or _unchanged
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,8 +7,10 @@ events, results as dataclasses.
 from __future__ import annotations
 
 from tiedconv.training.batchnorm import has_batchnorm, recalibrate_batchnorm
+from tiedconv.training.blocks import Blocks
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import pick_device
+from tiedconv.training.ema import Ema
 from tiedconv.training.engine import train
 from tiedconv.training.evaluation import EvalResult, evaluate_model
 from tiedconv.training.events import (
@@ -25,23 +27,36 @@ from tiedconv.training.events import (
 )
 from tiedconv.training.fading import Fading, share_left
 from tiedconv.training.interrupts import Interrupted
-from tiedconv.training.losses import distillation_loss, logits_of
+from tiedconv.training.losses import (
+    distillation_loss,
+    feature_loss,
+    hard_distillation_loss,
+    logits_of,
+)
+from tiedconv.training.mixing import Mix
+from tiedconv.training.objective import Objective, Outcome
 from tiedconv.training.optim import learning_rate, parameter_groups
 from tiedconv.training.processes import Processes, joined, rank_in_environment
 from tiedconv.training.results import TrainResult
 from tiedconv.training.state import FREE_TO_CHANGE
+from tiedconv.training.teacher import fit_inputs
 
 __all__ = [
     "FREE_TO_CHANGE",
     "Baseline",
+    "Blocks",
     "Checkpointed",
+    "Ema",
     "EpochEnd",
     "EvalResult",
     "EvalStep",
     "Event",
     "Fading",
     "Interrupted",
+    "Mix",
+    "Objective",
     "OnEvent",
+    "Outcome",
     "Processes",
     "Resumed",
     "Skipped",
@@ -51,6 +66,9 @@ __all__ = [
     "TrainResult",
     "distillation_loss",
     "evaluate_model",
+    "feature_loss",
+    "fit_inputs",
+    "hard_distillation_loss",
     "has_batchnorm",
     "joined",
     "learning_rate",

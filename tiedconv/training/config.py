@@ -12,6 +12,11 @@ from tiedconv.training.device import AMPS
 OPTIMIZERS = ("adamw", "sgd")
 SHARDINGS = ("ddp", "fsdp")
 
+DISTILLATIONS = ("soft", "hard")
+"""What a teacher teaches: its whole answer, or the class it would name."""
+
+_SHARES = ("warmup", "min_lr", "distill_weight", "label_smoothing", "progressive", "erasing")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -24,14 +29,26 @@ class TrainConfig:
         lr: the highest learning rate.
         optimizer: "adamw" or "sgd" (Nesterov momentum 0.9).
         weight_decay: for weights with two or more dimensions, but not for embeddings of
-            positions and tokens.
+            positions and tokens, nor for scales.
+        layer_decay: what the learning rate is multiplied by for each block further from the
+            output; 1 for the same rate everywhere.
         warmup: share of the steps in which the rate rises linearly to `lr`.
         min_lr: the rate of the last step, as a share of `lr`; the way there is half a cosine.
-        temperature: divides the logits of teacher and student in distillation.
+        distillation: "soft" to learn the teacher's probabilities, or "hard" to learn the class
+            that it names.
+        temperature: divides the logits of teacher and student in soft distillation.
         distill_weight: share of the distillation in the loss, when there is a teacher.
+        features: what is added to the loss, times how far the outputs of the blocks are from
+            those of the teacher's blocks of the same names; 0 for none.
         label_smoothing: share of the label spread over all classes.
         clip: largest norm of the gradient; 0 for no clipping.
+        ema: decay of the moving average of the weights, which is then what is evaluated and
+            kept, such as 0.999; 0 for none.
         augment: what to do to training images; for whoever makes the data set.
+        erasing: probability of erasing a part of an image; for whoever makes the data set.
+        mixup: alpha of MixUp, which blends pairs of images, such as 0.8; 0 for none.
+        cutmix: alpha of CutMix, which cuts from one image into another, such as 1; 0 for none.
+            With both, each step takes one of the two.
         progressive: share of the steps over which the original is faded into the compact model,
             along half a cosine; 0 for none. Needs a `Fading`, which `tiedconv.finetune` makes.
         bn_recalibrate: training batches from which to estimate the statistics of batch norms
@@ -60,13 +77,20 @@ class TrainConfig:
     lr: float = 5e-4
     optimizer: str = "adamw"
     weight_decay: float = 0.05
+    layer_decay: float = 1.0
     warmup: float = 0.05
     min_lr: float = 0.01
+    distillation: str = "soft"
     temperature: float = 2.0
     distill_weight: float = 0.9
+    features: float = 0.0
     label_smoothing: float = 0.0
     clip: float = 1.0
+    ema: float = 0.0
     augment: str = "crop"
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     progressive: float = 0.0
     bn_recalibrate: int = 20
     amp: str = "auto"
@@ -93,15 +117,26 @@ class TrainConfig:
         _between("batch_size", self.batch_size, 1, math.inf)
         _between("lr", self.lr, 0, math.inf, open_low=True)
         _between("temperature", self.temperature, 0, math.inf, open_low=True)
-        for name in ("warmup", "min_lr", "distill_weight", "label_smoothing", "progressive"):
+        for name in _SHARES:
             _between(name, getattr(self, name), 0, 1)
         for name in ("accumulate", "keep"):
             _between(name, getattr(self, name), 1, math.inf)
-        for name in ("weight_decay", "clip", "bn_recalibrate", "checkpoint_minutes"):
+        for name in (
+            "weight_decay", "clip", "bn_recalibrate", "features", "mixup", "cutmix",
+            "checkpoint_minutes",
+        ):  # fmt: skip
             _between(name, getattr(self, name), 0, math.inf)
+        _between("layer_decay", self.layer_decay, 0, 1, open_low=True)
+        if not 0 <= self.ema < 1:
+            raise UserError(
+                f"The training option ema is {self.ema}",
+                "At 1 the average would stay at the weights of the start" if self.ema == 1 else "",
+                "Choose 0 or more and less than 1",
+            )
         if self.workers is not None:
             _between("workers", self.workers, 0, math.inf)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("distillation", self.distillation, DISTILLATIONS)
         _one_of("augment", self.augment, AUGMENTS)
         _one_of("amp", self.amp, AMPS)
         _one_of("sharding", self.sharding, SHARDINGS)

@@ -25,6 +25,7 @@ from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_b
 from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
+from tiedconv.training.ema import Ema
 from tiedconv.training.evaluation import (
     EVENT_SECONDS,
     EvalResult,
@@ -48,6 +49,7 @@ from tiedconv.training.events import (
 from tiedconv.training.fading import Fading, check_fading, share_left
 from tiedconv.training.interrupts import Interrupted, Interrupts
 from tiedconv.training.losses import LossMeter, diverged
+from tiedconv.training.objective import Objective
 from tiedconv.training.optim import learning_rate, make_optimizer
 from tiedconv.training.parallel import make_learner
 from tiedconv.training.processes import Processes, SpareImage, check_shares, joined
@@ -148,15 +150,19 @@ class _Run:
             teacher.eval()
         self.learner = make_learner(model, processes, device, config.sharding)
         self.model = self.learner.model
+        objective = Objective(
+            config, self.learner.forward, self.model, teacher, class_count(train_data),
+            self.placement,
+        )  # fmt: skip
         self.optimizer = make_optimizer(self.model, config)
         self.updater = Updater(
-            self.learner, self.optimizer, teacher, config, self.placement,
-            class_count(train_data), processes,
+            self.learner, self.optimizer, objective, config, self.placement, processes
         )  # fmt: skip
         self.recalibrates = config.bn_recalibrate > 0 and has_batchnorm(model)
         self.steps = config.total_steps(len(self.loader))
         self.listener: OnEvent = ignore
         self.fading: Fading | None = None
+        self.ema: Ema | None = None
         self.folder: StateFolder | None = None
         self.interrupts = Interrupts()
         self.at = Progress()
@@ -186,7 +192,7 @@ class _Run:
         """Trains from the beginning or from the checkpoint to the end."""
         found = self.folder.load(self.identity()) if resume and self.folder is not None else None
         if found is not None:
-            self.begin_fading()
+            self.begin()
             self.load(*found)
         self.emit(Start(self.steps, -(-self.steps // len(self.loader)), self.loader.images))
         if found is not None:
@@ -196,16 +202,20 @@ class _Run:
             self.at = replace(self.at, top1_before=before.top1, top5_before=before.top5)
             self.emit(Baseline(before.top1, before.top5, before.loss))
             # Only now: a fading may change tensors, and the baseline is the model as it came.
-            self.begin_fading()
+            self.begin()
         self.saved = time.monotonic()
         while self.at.step < self.steps or len(self.history) < self.at.epoch:
             self.run_epoch()
+        if self.ema is not None:
+            self.ema.settle()
         return self.result()
 
-    def begin_fading(self) -> None:
-        """Adds what is to be faded, if there is anything."""
+    def begin(self) -> None:
+        """Adds what is to be faded, if there is anything, and then begins to average."""
         if self.fading is not None:
             self.fading.begin()
+        if self.config.ema > 0:
+            self.ema = Ema(self.model, self.config.ema)
 
     def run_epoch(self) -> None:
         """Trains for an epoch, or what is left of it; evaluates and saves."""
@@ -242,6 +252,7 @@ class _Run:
                 if self.at.step >= self.steps:
                     break
         self.read(meter, clock)
+        self.look_around()
         require_some(self.at.losses, self.broken)
         if len(self.broken) > known_broken:
             self.emit(Skipped(len(self.broken), next(iter(self.broken))))
@@ -262,6 +273,8 @@ class _Run:
         weight = weight if self.processes.several else 1.0
         labels = batch.labels if len(batch.labels) else torch.zeros(len(images), dtype=torch.int64)
         meter.add(self.updater.step(images, labels, lr, self.at.step, weight))
+        if self.ema is not None:
+            self.ema.update()
         clock.images += len(batch.images) * self.processes.count
         count = self.at.images + self.loader.size(index) - len(batch.broken)
         self.at = replace(self.at, step=self.at.step + 1, images=count)
@@ -308,7 +321,8 @@ class _Run:
 
     def evaluate_trained(self) -> EvalResult:
         """Evaluates after training, with fresh batch norm statistics, without what is faded."""
-        with self.fading.left_out() if self.fading is not None else nullcontext():
+        averaged = self.ema.swapped() if self.ema is not None else nullcontext()
+        with averaged, self.fading.left_out() if self.fading is not None else nullcontext():
             if self.recalibrates:
                 batches = self.loader.epoch(RECALIBRATION_EPOCH)
                 chosen = itertools.islice(batches, self.config.bn_recalibrate)
@@ -325,6 +339,7 @@ class _Run:
             self.model, self.val_loader, self.placement, self.emit, self.val_classes,
             self.processes,
         )  # fmt: skip
+        self.learner.after_evaluation()
         if result.skipped > self.at.val_skipped:
             self.at = replace(self.at, val_skipped=result.skipped)
             self.emit(Skipped(result.skipped, result.example_of_skipped or ""))
@@ -354,6 +369,7 @@ class _Run:
             "history": self.history,
             "broken": list(self.broken),
             "scaler": self.updater.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
             **self.learner.state(self.optimizer),
         }
         if self.processes.first:
@@ -366,6 +382,8 @@ class _Run:
         """Restores a checkpoint."""
         try:
             self.learner.load(state, self.optimizer)
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"The checkpoint {path} is of a different model",

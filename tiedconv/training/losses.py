@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,12 +51,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     Raises:
         UserError: student and teacher have different classes.
     """
-    if student.shape != teacher.shape:
-        raise UserError(
-            f"The teacher has {teacher.shape[-1]} outputs and the model {student.shape[-1]}",
-            "The one can't teach the other",
-            "Choose a teacher with the same classes, or --teacher none",
-        )
+    _same_classes(student, teacher)
     divergence = F.kl_div(
         F.log_softmax(student / temperature, dim=-1),
         F.log_softmax(teacher / temperature, dim=-1),
@@ -65,15 +61,80 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return divergence * temperature**2
 
 
+def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy with the class that the teacher names (Touvron et al., arXiv 2012.12877).
+
+    Args:
+        student: logits (B, classes).
+        teacher: logits (B, classes).
+
+    Raises:
+        UserError: student and teacher have different classes.
+    """
+    _same_classes(student, teacher)
+    return F.cross_entropy(student, teacher.argmax(dim=-1))
+
+
+def _same_classes(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise UserError(
+            f"The teacher has {teacher.shape[-1]} outputs and the model {student.shape[-1]}",
+            "The one can't teach the other",
+            "Choose a teacher with the same classes, or --teacher none",
+        )
+
+
+def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """How far the outputs of blocks are from the teacher's, relative to the teacher's size.
+
+    `sum (s - t)^2 / sum t^2` for each block, mean over the blocks: blocks with large outputs
+    count no more than others (after FitNets, Romero et al., arXiv 1412.6550).
+
+    Args:
+        student: block name to output, of any shape; computed in float32.
+        teacher: the same names, the same shapes.
+
+    Raises:
+        UserError: a block whose outputs have different shapes.
+    """
+    losses: list[Tensor] = []
+    for name, own in student.items():
+        aim = teacher[name]
+        if own.shape != aim.shape:
+            raise UserError(
+                f"Block {name} gives {tuple(own.shape)}, and that of the teacher "
+                f"{tuple(aim.shape)}",
+                "The features of the one can't be compared with those of the other",
+                "Choose a teacher of the same widths, such as --teacher auto, or leave "
+                "--features out",
+            )
+        own, aim = own.float(), aim.float()
+        losses.append((own - aim).square().sum() / aim.square().sum().clamp(min=1e-12))
+    return torch.stack(losses).mean()
+
+
 def training_loss(
     logits: Tensor, labels: Tensor, target: Tensor | None, config: TrainConfig
 ) -> Tensor:
-    """Cross-entropy, mixed with distillation where `target` holds the teacher's logits."""
+    """Cross-entropy, mixed with distillation where `target` holds the teacher's logits.
+
+    Args:
+        logits: of the model, (B, classes).
+        labels: classes (B,), or shares of the classes (B, classes) whose rows sum to 1.
+        target: logits of the teacher, (B, classes), or None.
+        config: which distillation, its share, and the label smoothing.
+
+    Raises:
+        UserError: student and teacher have different classes.
+    """
     loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
     if target is None:
         return loss
-    soft = distillation_loss(logits, target, config.temperature)
-    return (1 - config.distill_weight) * loss + config.distill_weight * soft
+    if config.distillation == "hard":
+        taught = hard_distillation_loss(logits, target)
+    else:
+        taught = distillation_loss(logits, target, config.temperature)
+    return (1 - config.distill_weight) * loss + config.distill_weight * taught
 
 
 def diverged(step: int, steps: int, lr: float, saved: str) -> TrainingError:

@@ -1,4 +1,4 @@
-"""Optimiser, weight decay and learning rate."""
+"""Optimiser, weight decay and learning rates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tiedconv.errors import UserError
+from tiedconv.training.blocks import Blocks
 from tiedconv.training.config import TrainConfig
 
 UNDECAYED = (
@@ -16,50 +17,104 @@ UNDECAYED = (
     "position_embedding",
     "positional_embedding",
     "relative_position_bias",
+    "attention_bias",
+    ".wpe.",
     "cls_token",
     "class_token",
     "dist_token",
     "distillation_token",
     "mask_token",
     "reg_token",
+    "register_token",
+    "/mix",
 )
-"""Parts of the names of embeddings that are not decayed, over timm, torchvision and HF."""
+"""Parts of the names of what is not decayed whatever its shape: embeddings of positions and
+tokens, over timm, torchvision and HF, and the coefficients that mix stored tensors."""
+
+SCALE = "lr_scale"
+"""Under this name an optimiser's group holds what its learning rate is multiplied by."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of trainable parameters: those with weight decay and those without.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups of trainable parameters by weight decay and learning rate.
 
-    Without are norms, biases and all else of one dimension, and embeddings of positions and
-    tokens. Each parameter comes once, however many modules use it.
+    Not decayed are norms, biases, LayerScale and all else that is a vector, also as a column or
+    a row: the scales of a tied matrix are (rows, 1) and (1, columns). Nor are embeddings of
+    positions and tokens. Each parameter comes once, however many modules use it.
+
+    With `layer_decay` below 1 the rate falls by that factor for each block further from the
+    output (Clark et al., ELECTRA, arXiv 2003.10555): the classifier has the whole rate, the last
+    block `layer_decay` of it, and so on down to the embedding. A tensor that several layers share
+    has the mean of their scales: its gradient is the sum of theirs, and if each layer moved a
+    copy of its own at its own rate, the mean of the copies would move at about this rate.
+
+    Args:
+        model: its trainable parameters.
+        weight_decay: of the groups that have any.
+        layer_decay: from more than 0 to 1; 1 for one rate.
+
+    Returns:
+        groups as torch's optimisers take them, with `lr_scale` beside `weight_decay`.
 
     Raises:
-        UserError: nothing is trainable.
+        UserError: nothing is trainable; or no blocks are found for a layer-wise decay.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    scales = _scales(model, layer_decay) if layer_decay != 1 else {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            small = parameter.ndim <= 1 or name.endswith("bias")
-            embedding = any(part in name for part in UNDECAYED)
-            (others if small or embedding else decayed).append(parameter)
-    if not decayed and not others:
+            vector = parameter.numel() == max(parameter.shape, default=1)
+            spared = vector or name.endswith("bias") or any(part in name for part in UNDECAYED)
+            groups.setdefault((scales.get(id(parameter), 1.0), spared), []).append(parameter)
+    if not groups:
         raise UserError(
             "The model has no trainable parameter",
             remedy="Set requires_grad on the parameters to train",
         )
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    return [
+        {"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay, SCALE: key[0]}
+        for key in sorted(groups, key=lambda key: (-key[0], key[1]))
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
+    """What the learning rate of each parameter, by identity, is multiplied by."""
+    blocks = Blocks.of(model)
+    if not blocks.names:
+        raise UserError(
+            f"The training option layer_decay is {layer_decay:g}, but the model has no numbered "
+            "blocks",
+            "There is no order of layers to go by",
+            "Leave it at 1",
+        )
+    return {
+        parameter: sum(layer_decay ** (blocks.top - depth) for depth in depths) / len(depths)
+        for parameter, depths in blocks.depths.items()
+    }
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that the configuration names."""
-    groups = parameter_groups(model, config.weight_decay)
+    """The optimiser that the configuration names, fused where torch can."""
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    fused = _can_fuse([p for group in groups for p in group["params"]])
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+
+
+def _can_fuse(parameters: list[nn.Parameter]) -> bool | None:
+    """Whether one kernel can make the whole update; None leaves the way to torch."""
+    devices = {p.device.type for p in parameters}
+    plain = all(p.is_floating_point() and not p.is_sparse for p in parameters)
+    return True if plain and devices in ({"cpu"}, {"cuda"}) else None
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives each group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get(SCALE, 1.0)
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

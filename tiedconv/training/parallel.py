@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tiedconv.errors import UserError
 from tiedconv.training.processes import Processes
+from tiedconv.training.shards import whole
 
 
 class Learner:
@@ -37,6 +38,9 @@ class Learner:
     def accumulating(self) -> AbstractContextManager[None]:
         """Within it, gradients are not exchanged between the processes yet."""
         return contextlib.nullcontext()
+
+    def after_evaluation(self) -> None:
+        """Make the model's parameters those that the optimiser has, after passes without one."""
 
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
         """Scale gradients so that their norm is at most `most`; returns what it was."""
@@ -101,15 +105,16 @@ class Sharded(Learner):
     def accumulating(self) -> AbstractContextManager[None]:
         return self._accumulating()
 
+    def after_evaluation(self) -> None:
+        self._sharded.reshard()  # it stays put together until a backward pass
+
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-        norm: Any = super().clip(parameters, most)
-        whole: Tensor = norm.full_tensor()
-        return whole
+        return whole(super().clip(parameters, most))
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
-        model, state = get_state_dict(self.model, optimizer, options=_whole())
+        model, state = get_state_dict(self.model, optimizer, options=_full_state())
         return {"model": model, "optimizer": state}
 
     def load(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
@@ -117,11 +122,11 @@ class Sharded(Learner):
 
         set_state_dict(
             self.model, optimizer, model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"], options=_whole(),
+            optim_state_dict=state["optimizer"], options=_full_state(),
         )  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: _full(value) for name, value in self.model.state_dict().items()}
+        return {name: whole(value) for name, value in self.model.state_dict().items()}
 
     def finish(self) -> None:
         self.whole.load_state_dict(self.tensors())
@@ -146,14 +151,7 @@ def make_learner(
     return Sharded(model, device) if sharding == "fsdp" else Replicated(model, device)
 
 
-def _full(value: Tensor) -> Tensor:
-    """A tensor of which this process may have a part only."""
-    sharded: Any = value
-    whole: Tensor = sharded.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole
-
-
-def _whole() -> Any:
+def _full_state() -> Any:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     return StateDictOptions(full_state_dict=True, cpu_offload=True)

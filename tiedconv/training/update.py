@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tiedconv.data.seeds import epoch_seed
+from tiedconv.data.seeds import step_seed
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.evaluation import check_labels
-from tiedconv.training.losses import logits_of, training_loss
+from tiedconv.training.objective import Objective
+from tiedconv.training.optim import set_learning_rate
 from tiedconv.training.parallel import Learner
 from tiedconv.training.processes import Processes
 
@@ -22,10 +22,9 @@ class Updater:
     Args:
         learner: the model.
         optimizer: of its parameters.
-        teacher: gives the logits to be learned, or None.
+        objective: gives the loss of a batch.
         config: the options.
         placement: where and how to compute.
-        classes: of the data, where it is known.
         processes: that take each step together.
     """
 
@@ -33,19 +32,16 @@ class Updater:
         self,
         learner: Learner,
         optimizer: torch.optim.Optimizer,
-        teacher: nn.Module | None,
+        objective: Objective,
         config: TrainConfig,
         placement: Placement,
-        classes: int | None,
         processes: Processes,
     ) -> None:
-        self.learner, self.optimizer, self.teacher = learner, optimizer, teacher
-        self.config, self.placement, self.classes = config, placement, classes
-        self.processes = processes
+        self.learner, self.optimizer, self.objective = learner, optimizer, objective
+        self.config, self.placement, self.processes = config, placement, processes
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # Half precision has few bits for small gradients; bfloat16 and float32 need no scale.
         self.scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.scales)
-        self._checked = False
 
     def step(self, images: Tensor, labels: Tensor, lr: float, step: int, weight: float) -> Tensor:
         """One update.
@@ -60,9 +56,9 @@ class Updater:
         Returns:
             the loss of this process times `weight`, still on the device.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.seed(step)
+        set_learning_rate(self.optimizer, lr)
+        seed = step_seed(self.config.seed, step, self.processes.rank)
+        self.seed(seed)
         self.optimizer.zero_grad(set_to_none=True)
         parts = min(self.config.accumulate, len(images))
         told = torch.zeros((), device=self.placement.device)
@@ -72,7 +68,7 @@ class Updater:
             share = weight * len(some) / len(images) if parts > 1 else weight
             last = i == parts - 1
             with nullcontext() if last else self.learner.accumulating():
-                loss = self.loss(some, their)
+                loss = self.objective(some, their, seed + i).loss
                 loss = loss * share if share != 1.0 else loss
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             told += loss.detach()
@@ -90,24 +86,8 @@ class Updater:
         self.scaler.update()
         return told
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of some images."""
-        placed = self.placement.images(images)
-        wanted = labels.to(self.placement.device, non_blocking=True)
-        with self.placement.autocast():
-            logits = logits_of(self.learner.forward(placed))
-        if not self._checked or labels.max() >= logits.shape[-1]:
-            check_labels(labels, logits.shape[-1], self.classes)
-            self._checked = True
-        target: Tensor | None = None
-        if self.teacher is not None and self.config.distill_weight > 0:
-            with torch.no_grad(), self.placement.autocast():
-                target = logits_of(self.teacher(placed))
-        return training_loss(logits, wanted, target, self.config)
-
-    def seed(self, step: int) -> None:
+    def seed(self, seed: int) -> None:
         """Make dropout depend on the step, not on the steps before it."""
-        value = epoch_seed(epoch_seed(self.config.seed, step), self.processes.rank)
-        torch.default_generator.manual_seed(value)
+        torch.default_generator.manual_seed(seed)
         if self.placement.device.type == "cuda":
-            torch.cuda.manual_seed(value)
+            torch.cuda.manual_seed(seed)

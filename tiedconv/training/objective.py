@@ -1,0 +1,181 @@
+"""What one step minimises: mixed images, the model's answer, and what a teacher says to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tiedconv.errors import UserError
+from tiedconv.training.blocks import Blocks
+from tiedconv.training.config import TrainConfig
+from tiedconv.training.device import Placement
+from tiedconv.training.evaluation import check_labels
+from tiedconv.training.losses import feature_loss, logits_of, training_loss
+from tiedconv.training.mixing import Mix
+
+
+class Outcome(NamedTuple):
+    """What an objective gives for a batch.
+
+    Attributes:
+        loss: a number to call `backward` on, float32, on the device.
+        logits: of the model for the images as it saw them, (B, classes), float32.
+    """
+
+    loss: Tensor
+    logits: Tensor
+
+
+class Objective:
+    """The loss of a model on a batch, made once for a training.
+
+    Args:
+        config: the options.
+        forward: runs the model on images (B, C, H, W) on the device: the model itself or what
+            wraps it.
+        student: the model itself, on its device; its blocks are what features are taken from.
+        teacher: in evaluation mode and on the same device, or None. It runs without gradients
+            and under the same autocast: in bfloat16 on CUDA, unless that is off.
+        classes: of the data, where they are known; a model with fewer outputs is refused.
+        placement: where and in which layout and precision to compute.
+
+    Raises:
+        UserError: options that need a teacher where there is none, or a teacher with other
+            blocks than the model where features are asked for.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        forward: Callable[[Tensor], Any],
+        student: nn.Module,
+        teacher: nn.Module | None,
+        classes: int | None,
+        placement: Placement,
+    ) -> None:
+        _check_teacher(config, teacher)
+        self.config = config
+        self._forward, self._student, self._teacher = forward, student, teacher
+        self._classes, self._placement = classes, placement
+        self._checked = False
+        self._blocks: tuple[str, ...] = ()
+        if config.features > 0 and teacher is not None:
+            self._blocks = common_blocks(student, teacher)
+
+    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> Outcome:
+        """The loss of a batch.
+
+        Args:
+            images: (B, C, H, W), on any device.
+            labels: (B,), on the CPU.
+            seed: decides how the images are mixed.
+
+        Raises:
+            DataError: a label that the model has no output for.
+            UserError: a teacher with other classes or widths.
+        """
+        shown = self._placement.images(images)
+        mix: Mix | None = None
+        if self.config.mixup > 0 or self.config.cutmix > 0:
+            mix = Mix.draw(self.config.mixup, self.config.cutmix, images.shape, seed)
+            shown = self._placement.images(mix.images(shown))
+        with _outputs(self._student, self._blocks) as own, self._placement.autocast():
+            logits = logits_of(self._forward(shown))
+        self._check_labels(labels, logits.shape[-1])
+        wanted = labels.to(self._placement.device, non_blocking=True)
+        if mix is not None:
+            wanted = mix.labels(wanted, logits.shape[-1])
+        target, aims = self._taught(shown)
+        loss = training_loss(logits, wanted, target, self.config)
+        if aims:
+            loss = loss + self.config.features * feature_loss(own, aims)
+        return Outcome(loss, logits)
+
+    def _taught(self, images: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The teacher's logits, None where they have no weight, and its blocks' outputs."""
+        distills = self.config.distill_weight > 0
+        if self._teacher is None or not (distills or self._blocks):
+            return None, {}
+        with (
+            torch.no_grad(),
+            _outputs(self._teacher, self._blocks) as aims,
+            self._placement.autocast(),
+        ):
+            logits = logits_of(self._teacher(images))
+        return logits if distills else None, aims
+
+    def _check_labels(self, labels: Tensor, outputs: int) -> None:
+        if not self._checked or labels.max() >= outputs:
+            check_labels(labels, outputs, self._classes)
+        self._checked = True
+
+
+def common_blocks(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
+    """The names of the blocks, which student and teacher must share.
+
+    Raises:
+        UserError: the student has no numbered blocks, or the teacher has others.
+    """
+    own, others = Blocks.of(student).names, Blocks.of(teacher).names
+    if not own:
+        raise UserError(
+            "Features are to be distilled, but the model has no numbered blocks",
+            "There is nothing to compare with the teacher",
+            "Leave --features out",
+        )
+    if set(own) != set(others):
+        odd = next(n for n in (*own, *others) if (n in own) != (n in others))
+        raise UserError(
+            f"Features are to be distilled, but the model has {len(own)} blocks, the teacher "
+            f"{len(others)}, and only one of them has {odd}",
+            "There is nothing to compare it with",
+            "Choose a teacher of the same architecture, such as --teacher auto, or leave "
+            "--features out",
+        )
+    return own
+
+
+def _check_teacher(config: TrainConfig, teacher: nn.Module | None) -> None:
+    """Raises UserError for options that would do nothing without a teacher."""
+    if teacher is not None:
+        return
+    option = (
+        f"features is {config.features:g}" if config.features > 0
+        else "distillation is hard" if config.distillation == "hard" else None
+    )  # fmt: skip
+    if option:
+        raise UserError(
+            f"The training option {option}, but there is no teacher",
+            "There is nobody to learn from",
+            "Give a teacher, or leave the option out",
+        )
+
+
+@contextmanager
+def _outputs(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What these blocks give while the context lasts: name to output, filled by each forward."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[name] = _first_tensor(output)
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(keep(n)) for n in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """The hidden states in what a block returns: itself, or the first of several things."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
