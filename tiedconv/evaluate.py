@@ -11,7 +11,7 @@ from torch import nn
 
 import tiedconv.sources as sources
 from tiedconv.binding import state_of
-from tiedconv.data import ImageList, eval_transform, find_images
+from tiedconv.data import ImageList, eval_transform, open_images
 from tiedconv.errors import UserError
 from tiedconv.loading import is_compact, load, source_of, with_preprocess
 from tiedconv.sources import Preprocess, Source
@@ -71,7 +71,7 @@ def evaluate(
     Raises:
         UserError: a model, file or folder that can't be used.
     """
-    images = find_images(data, limit=limit)
+    images = open_images(data, limit=limit)
     network, source = open_any(model, weights, model_args, trust_code=trust_code)
     wanted = with_preprocess(source, preprocess).preprocess or Preprocess(224)
     listed = ImageList(images, eval_transform(wanted), strict=strict)

@@ -16,7 +16,7 @@ from torch import nn
 
 from tiedconv.binding import set_state, state_of
 from tiedconv.checkpoint import save
-from tiedconv.data import ImageList, Split, eval_transform, find_split, train_transform
+from tiedconv.data import ImageList, Split, eval_transform, open_split, train_transform
 from tiedconv.evaluate import open_teacher
 from tiedconv.files import check_output
 from tiedconv.loading import load, source_of, with_preprocess
@@ -96,7 +96,7 @@ def finetune(
     config = config or TrainConfig()
     output = Path(output)
     check_output(output, force=force)
-    split = find_split(data, val_fraction=val_split, seed=config.seed, limit=limit)
+    split = open_split(data, val_fraction=val_split, seed=config.seed, limit=limit)
     model = load(file, trust_code=trust_code)
     source = with_preprocess(source_of(state_of(model).source), preprocess)
     if isinstance(teacher, str):
