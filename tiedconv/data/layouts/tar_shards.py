@@ -13,29 +13,25 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 import os
 import tarfile
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from tiedconv.data.images import SUFFIXES, Images, Ints
+from tiedconv.data.images import Images, Ints
 from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts, listed, part_of
+from tiedconv.data.layouts._tar_index import BLOCK, index_of
 from tiedconv.errors import DataError, MissingExtra
 
-_ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _CLASS_FILES = ("classes.txt", "classnames.txt")
 _OPEN = 64
 """Shards that a process keeps open."""
-_LABEL_BYTES = 1 << 20
-_BLOCK = tarfile.BLOCKSIZE
 
 
 class TarShards(Layout):
@@ -97,7 +93,7 @@ class _Members:
         path = self._paths[self._shard[at]]
         start = int(self._start[at])
         try:
-            header = self._read(at, start - _BLOCK, _BLOCK)
+            header = self._read(at, start - BLOCK, BLOCK)
             return f"{path}/{tarfile.TarInfo.frombuf(header, 'utf-8', 'surrogateescape').name}"
         except (OSError, tarfile.TarError):
             return f"{path}, byte {start}"
@@ -118,7 +114,7 @@ class _Members:
         if file is None:
             if len(self._open) >= _OPEN:
                 self._open.popitem(last=False)[1].close()
-            file = open(self._paths[shard], "rb", buffering=0)
+            file = open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115 (kept)
         self._open[shard] = file  # the last used comes last
         return file
 
@@ -185,125 +181,12 @@ def _expanded(spec: str) -> list[str]:
 def _listed(paths: Sequence[str], labels: bool) -> Images:
     """All samples of some shards, in the order of shards and members."""
     _webdataset()
-    starts, sizes, shards, found = array("q"), array("q"), array("q"), array("q")
-    for number, path in enumerate(paths):
-        for key, start, size, label in _samples(path, labels):
-            if found and (found[-1] < 0) != (label < 0):
-                _refuse_partly_labelled(path, key, label < 0)
-            starts.append(start)
-            sizes.append(size)
-            shards.append(number)
-            found.append(label)
-    if not found:
-        raise DataError(f"The shard {paths[0]} holds no samples", "", LAYOUT.expected)
-    made = _Members(paths, *(np.frombuffer(a, np.int64) for a in (shards, starts, sizes)))
+    index = index_of(paths, labels, LAYOUT.expected)
+    store = _Members(paths, *index[:3])
+    found: Ints = index[3]
     if found[0] < 0:
-        return Images.all_of(made, len(found), None, ())
-    every = np.frombuffer(found, np.int64)
-    return Images.all_of(made, len(found), every, _class_names(paths[0], int(every.max()) + 1))
-
-
-def _samples(path: str, labels: bool) -> Iterator[tuple[str, int, int, int]]:
-    """For each sample of a shard its key, where its image begins, how long it is, its label.
-
-    A label is -1 where there is none, or where none is wanted.
-    """
-    from webdataset.tariterators import group_by_keys
-
-    seen: set[str] = set()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for sample in group_by_keys(_members(path, tar)):
-                key = sample["__key__"]
-                if key in seen:
-                    raise DataError(
-                        f"The key {key} comes again later in {path}",
-                        "Files of one sample must lie together, and keys must differ",
-                        "Write the shard anew, its files sorted by name (tar --sort=name)",
-                    )
-                seen.add(key)
-                start, size = _image_of(path, key, sample)
-                yield key, start, size, _label_of(path, tar, sample) if labels else -1
-    except ValueError as error:  # of `group_by_keys`
-        what = str(error.args[0] if error.args else error).split(":")[0]
-        raise DataError(
-            f"The file {what} is in {path} twice",
-            "One of the two would be left out",
-            "Write the shard anew with different keys",
-        ) from error
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _members(path: str, tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
-    """The files of a shard as `group_by_keys` wants them, with places in place of bytes."""
-    while (member := tar.next()) is not None:
-        tar.members = []  # otherwise all of them are kept
-        if member.issparse():
-            raise _damaged(path, f"{member.name} is a sparse file")
-        if member.isreg() and not member.name.startswith("__"):
-            place = (member.offset_data, member.size)
-            yield {"fname": member.name, "data": place, "__url__": path}
-    # A shard that is cut between two files, or has a bad header, would look like a short one.
-    file: Any = tar.fileobj
-    file.seek(tar.offset)
-    if file.read(_BLOCK) != bytes(_BLOCK):
-        raise _damaged(path, f"no further file and no end mark at byte {tar.offset:,}")
-
-
-def _image_of(path: str, key: str, sample: Mapping[str, Any]) -> tuple[int, int]:
-    kinds = [kind for kind in _ENDINGS if kind in sample]
-    if len(kinds) != 1:
-        has = f"has no image: only {listed(k for k in sample if not k.startswith('__'))}"
-        raise DataError(
-            f"The sample {key} of {path} {f'has several images: {kinds}' if kinds else has}",
-            "A key ends at the first dot of a file's name",
-            f"{LAYOUT.expected}",
-        )
-    start, size = sample[kinds[0]]
-    return start, size
-
-
-def _label_of(path: str, tar: tarfile.TarFile, sample: Mapping[str, Any]) -> int:
-    kind = "cls" if "cls" in sample else "json"
-    if kind not in sample:
-        return -1
-    start, size = sample[kind]
-    file: Any = tar.fileobj
-    file.seek(start)
-    text = file.read(min(size, _LABEL_BYTES))
-    try:
-        found = json.loads(text)
-        if kind == "json":
-            if not isinstance(found, dict) or "label" not in found:
-                return -1
-            found = found["label"]
-        if type(found) is int and 0 <= found < 2**31:
-            return found
-    except ValueError:
-        found = text[:40].decode("utf-8", "replace")
-    raise DataError(
-        f"The label of the sample {sample['__key__']} of {path} is {found!r}",
-        "It is no class number",
-        "Write labels as whole numbers from 0 on",
-    )
-
-
-def _refuse_partly_labelled(path: str, key: str, missing: bool) -> None:
-    state = "no label, unlike the samples" if missing else "a label, unlike the samples"
-    raise DataError(
-        f"The sample {key} of {path} has {state} before it",
-        "Labels are either for all or for none",
-        "Add KEY.cls to every sample, or leave the sample out",
-    )
-
-
-def _damaged(path: str, reason: str) -> DataError:
-    return DataError(
-        f"The shard {path} can't be read: {reason}",
-        "It is damaged or was cut short",
-        "Copy or write it again, as a plain .tar",
-    )
+        return Images.all_of(store, len(found), None, ())
+    return Images.all_of(store, len(found), found, _class_names(paths[0], int(found.max()) + 1))
 
 
 def _class_names(shard: str, count: int) -> tuple[str, ...]:
