@@ -149,7 +149,10 @@ def _differing(root: Path) -> None:
         (lambda root: make_image(root / "x.png"), "no class folders"),
         (lambda root: make_folder(root, {"a": 2, "b": 0}), "class b .*without images"),
         (lambda root: make_folder(root, {"a": 1, "b": 1}), "one image only.*val/ folder"),
-        (lambda root: make_folder(root / "val", {"a": 1, "b": 1}), "evaluate on but none to train on"),
+        (
+            lambda root: make_folder(root / "val", {"a": 1, "b": 1}),
+            "evaluate on but none to train on",
+        ),
         (_differing, "training part has the class b; only the validation part has the class c"),
     ],
     ids=["empty", "no images", "no folders", "empty class", "one each", "val only", "differ"],

@@ -28,7 +28,7 @@ class Evaluation:
         model: the file or spec.
         result: figures.
         preprocess: how images were prepared.
-        classes: number of class folders.
+        classes: number of classes in the data.
     """
 
     model: str
@@ -56,7 +56,8 @@ def evaluate(
 
     Args:
         model: a compact file, or a model spec.
-        data: a folder with `val/` or `test/`, or of class folders.
+        data: a folder with `val/` or `test/`, or of class folders; a folder or pattern of tar
+            shards; `hf:` with the name or folder of a Hugging Face data set.
         weights: for a spec: `default`, `none`, or a file.
         model_args: arguments of the model's constructor, for a spec.
         preprocess: changes how images are prepared.

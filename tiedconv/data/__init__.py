@@ -9,7 +9,7 @@ from __future__ import annotations
 from tiedconv.data.images import Images, Store
 from tiedconv.data.lists import Broken, ImageList, Sample, TensorList
 from tiedconv.data.loading import Batch, Loader, Ticket, default_workers
-from tiedconv.data.opening import Split, open_images, open_split, open_unlabelled
+from tiedconv.data.opening import Labels, Split, open_images, open_split, open_unlabelled
 from tiedconv.data.transforms import (
     AUGMENTS,
     ImageTransform,
@@ -25,6 +25,7 @@ __all__ = [
     "ImageList",
     "ImageTransform",
     "Images",
+    "Labels",
     "Loader",
     "PreprocessLike",
     "Sample",

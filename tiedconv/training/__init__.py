@@ -6,6 +6,7 @@ events, results as dataclasses.
 
 from __future__ import annotations
 
+from tiedconv.training.agreement import Agreement, answered, as_agreement
 from tiedconv.training.batchnorm import has_batchnorm, recalibrate_batchnorm
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import pick_device
@@ -22,6 +23,7 @@ from tiedconv.training.events import (
     Skipped,
     Start,
     Step,
+    Unlabelled,
 )
 from tiedconv.training.fading import Fading, share_left
 from tiedconv.training.losses import distillation_loss, logits_of
@@ -29,6 +31,7 @@ from tiedconv.training.optim import learning_rate, parameter_groups
 from tiedconv.training.results import TrainResult
 
 __all__ = [
+    "Agreement",
     "Baseline",
     "Checkpointed",
     "EpochEnd",
@@ -43,6 +46,9 @@ __all__ = [
     "Step",
     "TrainConfig",
     "TrainResult",
+    "Unlabelled",
+    "answered",
+    "as_agreement",
     "distillation_loss",
     "evaluate_model",
     "has_batchnorm",

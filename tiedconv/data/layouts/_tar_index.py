@@ -11,7 +11,7 @@ import zipfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -226,8 +226,8 @@ def _label_of(path: str, tar: tarfile.TarFile, sample: Mapping[str, Any]) -> int
 
 
 def _file_of(tar: tarfile.TarFile) -> BinaryIO:
-    file: Any = tar.fileobj
-    return file  # type: ignore[no-any-return]
+    assert tar.fileobj is not None  # it was opened by its path
+    return cast(BinaryIO, tar.fileobj)
 
 
 def _damaged(path: str, reason: str) -> DataError:

@@ -196,7 +196,7 @@ def _is_image(feature: Any) -> bool:
 
 
 def _label_column(rows: Any, wanted: _Wanted) -> str | None:
-    kinds = {name: feature for name, feature in rows.features.items()}
+    kinds = dict(rows.features)
     numbers = [n for n, kind in kinds.items() if str(getattr(kind, "dtype", "")).startswith(
         ("int", "uint"))]  # fmt: skip
     named = [n for n in numbers if type(kinds[n]).__name__ == "ClassLabel"]
