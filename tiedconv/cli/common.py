@@ -71,8 +71,8 @@ Calib = Annotated[
     Path | None,
     typer.Option(
         metavar="IMAGES",
-        help="A folder of images, with or without classes: convert by what the model does to "
-        "them. No label is looked at.",
+        help="A folder of images, with or without classes, or shards or hf:NAME as for finetune: "
+        "convert by what the model does to them. No label is looked at.",
     ),
 ]
 CalibImages = Annotated[

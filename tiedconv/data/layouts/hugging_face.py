@@ -144,7 +144,7 @@ def _splits(wanted: _Wanted) -> Mapping[str, Any]:
                 place, wanted.config, revision=wanted.options.get("revision")
             )
     # Whatever its readers raise, the request can't be done, and their words say why.
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError) as error:
         raise _unreadable(wanted, error) from error
     except datasets.exceptions.DatasetsError as error:
         raise _unreadable(wanted, error) from error

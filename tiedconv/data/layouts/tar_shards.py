@@ -48,18 +48,18 @@ class TarShards(Layout):
         return spec.endswith((".tar", *_PACKED)) or bool(_shards_in(Path(spec)))
 
     def parts(self, spec: str, *, labels: bool) -> Parts:
-        found = _shards_in(Path(spec)) or {"": _expanded(spec)}
-        listing = {name: partial(_listed, paths, labels) for name, paths in found.items()}
-        if len(listing) == 1 and os.path.splitext(spec)[1]:
-            return Parts(whole=next(iter(listing.values())))  # these shards were named, no others
-        train = listing.pop("train", None)
-        whole = listing.pop("", None)
-        if train is None and not listing:
-            return Parts(whole=whole)
-        # Shards of no known part, beside others that are of one, are left alone.
-        val = next((listing[name] for name in VAL_NAMES if name in listing), None)
-        first = found["train"][0] if train is not None else ""
-        return Parts(train=train, val=val, train_spec=f"its training shards ({first}, ...)")
+        in_folder = _shards_in(Path(spec))
+        found = in_folder or _by_part(_expanded(spec))
+        listing = {part: partial(_listed, paths, labels) for part, paths in found.items()}
+        # Shards that were named, and all of one part, are meant as they are.
+        if len(found) == 1 and ("" in found or not in_folder):
+            return Parts(whole=next(iter(listing.values())))
+        val = next((listing[part] for part in VAL_NAMES if part in found), None)
+        return Parts(
+            train=listing.get("train") or listing.get(""),  # whatever else they are called
+            val=val,
+            train_spec=f"the training shards by name ({listed(found.get('train', ()), 2)})",
+        )
 
 
 LAYOUT = TarShards()
@@ -140,7 +140,8 @@ def _shards_in(folder: Path) -> dict[str, list[str]]:
 def _by_part(shards: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in shards:
-        found.setdefault(part_of(Path(path).stem) or "", []).append(path)
+        part = part_of(Path(path).stem) or part_of(Path(path).parent.name) or ""
+        found.setdefault(part, []).append(path)
     return found
 
 

@@ -1,0 +1,701 @@
+"""Laws over every layout that images may be stored in, on the same tiny images in each."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import MODEL_ARGS, QUICK, SPEC, World, figures, make_world, plain, refused, run
+from PIL import Image
+
+import tiedconv
+from tiedconv.data import (
+    Broken,
+    ImageList,
+    Images,
+    Loader,
+    open_images,
+    open_split,
+    open_unlabelled,
+    train_transform,
+)
+from tiedconv.data.layouts import _tar_index, all_layouts, layout_of
+from tiedconv.data.names import Names
+from tiedconv.errors import DataError, MissingExtra, UserError
+from tiedconv.sources import Preprocess
+
+pytest.importorskip("webdataset", reason="shards need the extra webdataset")
+datasets = pytest.importorskip("datasets", reason="data sets need the extra hf-data")
+
+CLASSES = ("blue", "green", "red")
+COUNTS = {"train": (9, 4, 6), "val": (3, 2, 3)}
+PREPROCESS = Preprocess(8, None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+Picture = tuple[str, int, bytes]
+"""A key, a label, and an encoded image."""
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(
+        "datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets"))
+    )
+
+
+def encoded(seed: int, label: int) -> bytes:
+    """A picture of one colour with noise, which a model can learn to name."""
+    pixels = np.random.default_rng(seed).integers(0, 120, (8, 8, 3))
+    pixels[..., label] += 120
+    made = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(made, "PNG")
+    return made.getvalue()
+
+
+def pictures(part: str) -> list[Picture]:
+    labels = [label for label, count in enumerate(COUNTS[part]) for _ in range(count)]
+    start = 1000 * (part == "val")
+    return [(f"{at:04}", label, encoded(start + at, label)) for at, label in enumerate(labels)]
+
+
+def write_folder(root: Path, parts: dict[str, list[Picture]]) -> str:
+    for part, every in parts.items():
+        for name in CLASSES:
+            (root / part / name).mkdir(parents=True)
+        for key, label, image in every:
+            (root / part / CLASSES[label] / f"{key}.png").write_bytes(image)
+    return str(root)
+
+
+def write_tar(
+    path: Path, files: Iterable[tuple[str, bytes]], style: int = tarfile.PAX_FORMAT
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=style) as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            member.mtime = 1.5  # type: ignore[assignment]  # as the package's writer does
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def sample(key: str, label: int, image: bytes) -> list[tuple[str, bytes]]:
+    return [(f"{key}.cls", str(label).encode()), (f"{key}.png", image)]
+
+
+def mixed(every: Sequence[Picture]) -> list[Picture]:
+    order = np.random.default_rng(0).permutation(len(every))
+    return [every[at] for at in order]
+
+
+def write_shards(
+    root: Path, parts: dict[str, list[Picture]], place: str = "{part}-{number:06}.tar"
+) -> str:
+    for part, every in parts.items():
+        for number, start in enumerate(range(0, len(every), 7)):
+            files = [f for picture in mixed(every)[start : start + 7] for f in sample(*picture)]
+            write_tar(root / place.format(part=part, number=number), files)
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return str(root)
+
+
+def write_shard_folders(root: Path, parts: dict[str, list[Picture]]) -> str:
+    return write_shards(root, parts, "{part}/{number}.tar")
+
+
+def table_of(every: Sequence[Picture], **columns: Any) -> Any:
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))}
+    )
+    rows = {
+        "image": [{"bytes": image, "path": None} for _, _, image in every],
+        "label": [label for _, label, _ in every],
+    }
+    made = datasets.Dataset.from_dict(rows, features=features)
+    for name, values in columns.items():
+        made = made.add_column(name, values)
+    return made
+
+
+def write_saved(root: Path, parts: dict[str, list[Picture]]) -> str:
+    tables = {part: table_of(mixed(every)) for part, every in parts.items()}
+    datasets.DatasetDict(tables).save_to_disk(str(root))
+    return f"hf:{root}"
+
+
+def write_parquet(root: Path, parts: dict[str, list[Picture]]) -> str:
+    names = {"train": "train", "val": "validation"}
+    for part, every in parts.items():
+        (root / "data").mkdir(parents=True, exist_ok=True)
+        table_of(every).to_parquet(str(root / "data" / f"{names[part]}-00000-of-00001.parquet"))
+    return f"hf:{root}"
+
+
+def write_hf_folder(root: Path, parts: dict[str, list[Picture]]) -> str:
+    return f"hf:{write_folder(root, parts)}"
+
+
+WRITERS: dict[str, Callable[[Path, dict[str, list[Picture]]], str]] = {
+    "folder": write_folder,
+    "shards": write_shards,
+    "shards-in-folders": write_shard_folders,
+    "hf-saved": write_saved,
+    "hf-parquet": write_parquet,
+    "hf-folder": write_hf_folder,
+}
+each_layout = pytest.mark.parametrize("name", list(WRITERS))
+one_of_each = pytest.mark.parametrize("name", ["folder", "shards", "hf-saved"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet() -> Iterator[None]:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def written(root: Path, name: str, *parts: str) -> str:
+    return WRITERS[name](root / name, {part: pictures(part) for part in parts or ("train", "val")})
+
+
+def reader(images: Images, augment: str = "none", *, strict: bool = False) -> ImageList:
+    return ImageList(images, train_transform(PREPROCESS, augment), strict=strict)
+
+
+def contents(images: Images) -> list[tuple[int, bytes]]:
+    """Label and pixels of every image, sorted."""
+    found = []
+    for one in map(reader(images).__getitem__, range(len(images))):
+        assert not isinstance(one, Broken)
+        found.append((one[1], one[0].numpy().tobytes()))
+    return sorted(found)
+
+
+def expected(part: str) -> list[tuple[int, bytes]]:
+    transform = train_transform(PREPROCESS, "none")
+    return sorted(
+        (label, transform(Image.open(io.BytesIO(image))).numpy().tobytes())
+        for _, label, image in pictures(part)
+    )
+
+
+# --- laws of every layout ----------------------------------------------------------------------
+
+
+@each_layout
+def test_every_layout_gives_the_same_images(tmp_path: Path, name: str) -> None:
+    spec = written(tmp_path, name)
+    split = open_split(spec)
+    assert split.classes == split.val.classes == CLASSES
+    assert split.labelled
+    assert not split.held_out
+    assert split.title == name
+    assert contents(split.train) == expected("train")
+    assert contents(split.val) == contents(open_images(spec)) == expected("val")
+
+
+@each_layout
+def test_a_part_of_each_class_is_held_out(tmp_path: Path, name: str) -> None:
+    spec = written(tmp_path, name, "train")
+    split = open_split(spec, val_fraction=0.3, seed=1)
+    assert split.held_out
+    assert np.bincount(split.val.labels).tolist() == [3, 1, 2]
+    assert sorted(contents(split.train) + contents(split.val)) == expected("train")
+    again, other = (open_split(spec, val_fraction=0.3, seed=seed) for seed in (1, 2))
+    assert contents(again.val) == contents(split.val) != contents(other.val)
+    with pytest.raises(DataError, match="nothing to evaluate on"):
+        open_images(spec)
+
+
+@each_layout
+def test_a_limit_is_spread_over_the_classes(tmp_path: Path, name: str) -> None:
+    spec = written(tmp_path, name)
+    split = open_split(spec, limit=9)
+    assert np.bincount(split.train.labels).tolist() == [3, 3, 3]
+    assert len(split.val) == 8
+    assert np.bincount(open_images(spec, limit=4).labels).max() == 2
+    assert contents(open_split(spec, limit=9).train) == contents(split.train)
+    assert contents(open_split(spec, limit=9, seed=3).train) != contents(split.train)
+    with pytest.raises(UserError, match="1 or more"):
+        open_split(spec, limit=0)
+
+
+@each_layout
+def test_labels_need_not_be_looked_at(tmp_path: Path, name: str) -> None:
+    spec = written(tmp_path, name)
+    some = open_unlabelled(spec, count=5)
+    assert len(some) == 5
+    assert some.labels is None
+    split = open_split(spec, labels="ignored", limit=7)
+    assert not split.labelled
+    assert split.classes == ()
+    assert {pixels for _, pixels in contents(split.val)} <= {
+        pixels for _, pixels in expected("val")
+    }
+    assert len(split.train) == 7
+
+
+@one_of_each
+def test_a_broken_image_is_named_and_left_out(tmp_path: Path, name: str) -> None:
+    every = pictures("train")
+    every[2] = ("0002", 0, every[2][2][:60])
+    every[5] = ("0005", 0, b"no image")
+    images = open_split(WRITERS[name](tmp_path / name, {"train": every, "val": every})).train
+    (batch,) = Loader(reader(images), 64, workers=0).epoch()
+    assert len(batch.images) == 17
+    assert len(batch.broken) == 2
+    assert all(name in path for path in batch.broken)
+    assert "0x" not in str([reader(images)[at] for at in range(len(images))])
+    with pytest.raises(DataError, match=r"can't be read.*leave --strict out"):
+        list(Loader(reader(images, strict=True), 4, workers=0).epoch())
+
+
+# torch warns of two workers on a machine with one processor.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("name", ["shards", "hf-saved"])
+def test_workers_change_nothing(tmp_path: Path, name: str) -> None:
+    data = reader(open_split(written(tmp_path, name)).train, "crop")
+    here, there = (Loader(data, 6, shuffle=True, seed=1, workers=count) for count in (0, 2))
+    for one, other in zip(here.epoch(3), there.epoch(3), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+    there.close()
+
+
+@each_layout
+def test_what_is_sent_to_workers_is_small_and_whole(tmp_path: Path, name: str) -> None:
+    images = open_split(written(tmp_path, name)).train
+    contents(images)  # opens files, which are not sent
+    sent = pickle.dumps(images)
+    assert len(sent) < 5000
+    assert contents(pickle.loads(sent)) == contents(images)
+
+
+def test_every_layout_says_what_it_is() -> None:
+    assert list(all_layouts())[-1] == "folder"  # takes what no other does
+    for name, layout in all_layouts().items():
+        assert layout.name == name
+        assert layout.labels_from
+        assert layout.expected.startswith("Expected ")
+    assert layout_of("hf:cifar10").name == "hf"
+    assert layout_of("a/train-{000..003}.tar").name == "shards"
+
+
+def test_an_index_takes_little_memory() -> None:
+    names = [f"n{at % 1000:08}/n{at % 1000:08}_{at}.JPEG" for at in range(5000)]
+    kept = Names(names)
+    assert list(kept) == names
+    assert kept[-1] == kept[4999:][0] == names[-1]
+    assert len(pickle.dumps(kept)) < 40 * len(names)
+    odd = os.fsdecode(b"\xff.png")
+    assert Names([odd])[0] == odd
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def test_folders_without_classes(tmp_path: Path) -> None:
+    for place in ("flat", "parts/train", "parts/val"):
+        (tmp_path / place).mkdir(parents=True)
+        for key, _, image in pictures("train"):
+            (tmp_path / place / f"{key}.png").write_bytes(image)
+    for name, held_out in (("flat", True), ("parts", False)):
+        with pytest.raises(DataError, match=r"have no labels \(no class folders\).*--distill 1"):
+            open_split(tmp_path / name)
+        with pytest.raises(DataError, match="have no labels"):
+            open_images(tmp_path / name)
+        split = open_split(tmp_path / name, labels="if any")
+        assert split.held_out is held_out
+        assert not split.labelled
+        assert not set(map(split.val.name, range(len(split.val)))) & set(
+            map(split.train.name, range(len(split.train)))
+        )
+
+
+# --- shards ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_the_index_holds_what_the_package_reads(tmp_path: Path, style: int) -> None:
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    files = [
+        ("__meta__/x.txt", b"skipped"),
+        ("README", b"no key"),
+        ("._0000.png", b"of another system"),
+        *sample("0000", 3, b"first"),
+        *sample("folder.d/0000", 4, b"x" * 512),
+        *sample(f"{'long' * 20}/{'name' * 15}", 5, b"y" * 513),
+        ("upper.PNG", b"z"),
+        ("upper.json", b'{"label": 6}'),
+        ("upper.pth", b"never opened"),
+    ]
+    if style != tarfile.USTAR_FORMAT:
+        files += sample("é" * 150, 7, b"beyond")
+    path = write_tar(tmp_path / "a.tar", files, style)
+    with open(path, "rb") as stream:
+        read = tar_file_expander([{"url": str(path), "stream": stream}])
+        theirs = {sample["__key__"]: sample["png"] for sample in group_by_keys(read)}
+    images = open_images(path)
+    assert [images.open(at).read() for at in range(len(images))] == list(theirs.values())  # type: ignore[union-attr]
+    assert images.labels is not None
+    assert images.labels.tolist() == [3, 4, 5, 6, 7][: len(images)]
+    assert images.name(0) == f"{path}/0000.png"
+
+
+def test_what_the_packages_writer_wrote(tmp_path: Path) -> None:
+    import webdataset
+
+    with webdataset.ShardWriter(str(tmp_path / "own-%03d.tar"), maxcount=4, verbose=0) as writer:
+        for key, label, image in pictures("train"):
+            writer.write({"__key__": key, "png": image, "cls": label})
+    for spec in (tmp_path, tmp_path / "own-{000..004}.tar", tmp_path / "own-*.tar"):
+        images = open_images(spec)
+        assert contents(images) == expected("train")
+        assert images.classes == ("0", "1", "2")
+
+
+def test_named_shards_are_all_that_is_read(tmp_path: Path) -> None:
+    root = Path(written(tmp_path, "shards"))
+    split = open_split(root / "train-{000000..000001}.tar")
+    assert split.held_out
+    assert len(split.train) + len(split.val) == 14
+    assert len(open_images(root / "train-000002.tar")) == 5
+    both = open_split(str(root / "{train,val}-000000.tar"))
+    assert (len(both.train), len(both.val), both.held_out) == (7, 7, False)
+
+
+def test_validation_may_lack_the_last_classes(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train.tar", [f for p in pictures("train") for f in sample(*p)])
+    write_tar(tmp_path / "test.tar", sample("a", 1, encoded(0, 1)))
+    split = open_split(tmp_path)
+    assert split.classes == split.val.classes == ("0", "1", "2")
+
+
+def test_shards_without_labels(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{k}.png", i) for k, _, i in pictures("train")])
+    with pytest.raises(DataError, match=r"no labels \(no \.cls or \.json members\).*--distill 1"):
+        open_split(path)
+    assert not open_split(path, labels="if any").labelled
+
+
+def test_the_index_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = written(tmp_path, "shards")
+    first = contents(open_split(spec).train)
+    kept = list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npy"))
+    assert len(kept) == 2
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(_tar_index, "_read", forbidden)
+    assert contents(open_split(spec).train) == first
+    os.utime(Path(spec) / "train-000000.tar")
+    with pytest.raises(AssertionError, match="read again"):
+        open_split(spec)
+    monkeypatch.undo()
+    kept[0].write_bytes(b"damaged")
+    assert contents(open_split(spec).train) == first
+
+
+def _tar(*files: tuple[str, bytes]) -> Callable[[Path], object]:
+    return lambda path: write_tar(path, files)
+
+
+def _cut(count: int) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        files = [*sample("a", 0, b"x" * 2000), *sample("b", 1, b"y" * 2000)]
+        write_tar(path, files, tarfile.GNU_FORMAT)
+        path.write_bytes(path.read_bytes()[:count])
+
+    return write
+
+
+def _scribbled(path: Path) -> None:
+    write_tar(path, [*sample("a", 0, b"x"), *sample("b", 1, b"y")], tarfile.GNU_FORMAT)
+    content = bytearray(path.read_bytes())
+    content[2 * 1024 + 3] ^= 1  # in the name of the third file
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (_tar(("a.png", b""), ("a.png", b"")), "a.png is in .* twice.*different keys"),
+        (_tar(("a.png", b""), ("b.png", b""), ("a.cls", b"0")), "key a comes again.*sort"),
+        (_tar(*sample("a", 0, b""), ("b.png", b"")), "sample b of .* has no label, unlike"),
+        (_tar(("b.png", b""), *sample("a", 0, b"")), "sample a of .* has a label, unlike"),
+        (_tar(("a.cls", b"0")), "sample a of .* has no image: its files end in cls"),
+        (_tar(("a.b.png", b""), ("a.cls", b"0")), "end in b.png, cls.*first dot"),
+        (_tar(("a.png", b""), ("a.jpg", b"")), "several images: its files end in jpg, png"),
+        (_tar(("a.png", b""), ("a.cls", b"cat")), "label of the sample a .* is 'cat'.*numbers"),
+        (_tar(("a.png", b""), ("a.cls", b"-1")), "is -1.*no class number"),
+        (_tar(("a.png", b""), ("a.json", b'{"label": "x"}')), "is 'x'.*no class number"),
+        (_tar(("a.png", b""), ("a.json", b"[" * 100_000)), "no class number"),
+        (_tar(), "holds no samples"),
+        (_cut(6000), "b.png should end at byte|it ends without a mark"),
+        (_cut(1024 + 512 + 300), "can't be read.*cut short"),
+        (_cut(0), "can't be read.*cut short"),
+        (lambda path: path.write_bytes(b"PK" + bytes(range(256)) * 8), "can't be read"),
+        (_scribbled, "can't be read"),
+        (lambda path: path.mkdir(), "no shard"),
+    ],
+)  # fmt: skip
+def test_shards_that_will_not_do(
+    tmp_path: Path, write: Callable[[Path], object], message: str
+) -> None:
+    write(tmp_path / "x.tar")
+    with pytest.raises(DataError, match=message) as caught:
+        open_images(tmp_path / "x.tar")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at", range(512, 10240, 512))
+def test_a_cut_is_always_seen(tmp_path: Path, at: int) -> None:
+    _cut(at)(tmp_path / "x.tar")
+    if at > 7168:  # both samples and a block of the end mark are there
+        assert len(open_images(tmp_path / "x.tar")) == 2
+        return
+    with pytest.raises(DataError, match="can't be read"):
+        open_images(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("none.tar", "no shard .*none.tar"),
+        ("a-{0..9}.tar", "no shard .*and 5 more. 10 of 10 are missing"),
+        ("a.tar.gz", "compressed.*Decompress"),
+        ("https://example.org/a.tar", "are not files.*Copy them"),
+        ("pipe:cat a.tar", "are not files"),
+    ],
+)
+def test_shards_that_can_not_be_reached(tmp_path: Path, spec: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_split(spec if ":" in spec else tmp_path / spec)
+
+
+def test_a_folder_of_classes_may_hold_a_tar_file(tmp_path: Path) -> None:
+    spec = written(tmp_path, "folder")
+    _cut(100)(tmp_path / "folder" / "train.tar")
+    assert contents(open_split(spec).train) == expected("train")
+
+
+def test_class_names_must_suffice(tmp_path: Path) -> None:
+    spec = written(tmp_path, "shards")
+    (Path(spec) / "classes.txt").write_text("one\n")
+    with pytest.raises(DataError, match=r"names 1 classes.*up to 2"):
+        open_split(spec)
+
+
+# --- Hugging Face ------------------------------------------------------------------------------
+
+
+def saved(root: Path, made: Any) -> str:
+    made.save_to_disk(str(root))
+    return f"hf:{root}"
+
+
+def test_a_data_set_without_splits_is_divided(tmp_path: Path) -> None:
+    spec = saved(tmp_path / "d", table_of(pictures("train")))
+    split = open_split(spec, val_fraction=0.3)
+    assert (split.held_out, len(split.val)) == (True, 6)
+    assert contents(open_images(spec)) == expected("train")
+
+
+def test_columns_and_splits_can_be_named(tmp_path: Path) -> None:
+    table = table_of(pictures("train"))
+    table = table.add_column("coarse", [0, 1] * 9 + [0]).rename_column("image", "left")
+    right = table_of(pictures("train")).select_columns(["image"]).rename_column("image", "right")
+    table = datasets.concatenate_datasets([table, right], axis=1)
+    spec = saved(tmp_path / "d", datasets.DatasetDict({"all": table, "extra": table}))
+    with pytest.raises(DataError, match=r"splits all, extra.*Name them, as in .*train=SPLIT"):
+        open_split(spec)
+    with pytest.raises(DataError, match=r"several columns .*image: left, right.*\?image=COLUMN"):
+        open_split(f"{spec}?train=all")
+    with pytest.raises(DataError, match=r"no split no.*all, extra"):
+        open_split(f"{spec}?train=no")
+    with pytest.raises(DataError, match=r"no column x. Its columns are left, label, coarse, right"):
+        open_split(f"{spec}?train=all&image=x")
+    split = open_split(f"{spec}?train=all&val=extra&image=left&label=coarse")
+    assert split.classes == ("0", "1")
+    assert len(split.val) == 19
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("hf:nobody/nothing", "data set nobody/nothing can't be opened"),
+        ("hf:", "names no data set"),
+        ("hf:x?colour=red", "option colour.*options: image, label"),
+        ("hf:x?image", "no such form"),
+    ],
+)
+def test_data_sets_that_can_not_be_reached(spec: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        open_split(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_will_not_do(tmp_path: Path) -> None:
+    table = table_of(pictures("train")).remove_columns("label")
+    texts = saved(tmp_path / "texts", table.add_column("label", ["cat"] * 19))
+    with pytest.raises(DataError, match=r"have no labels.*ClassLabel.*--distill 1"):
+        open_split(texts)
+    with pytest.raises(DataError, match=r"column label of .* no whole numbers"):
+        open_split(f"{texts}?label=label")
+    hidden = saved(tmp_path / "hidden", table.add_column("label", [-1] * 19))
+    with pytest.raises(DataError, match="below 0"):
+        open_split(hidden)
+    gaps = saved(tmp_path / "gaps", table.add_column("label", [None, *[1] * 18]))
+    with pytest.raises(DataError, match="are empty"):
+        open_split(gaps)
+    assert not open_split(hidden, labels="ignored").labelled
+    none = saved(tmp_path / "none", datasets.Dataset.from_dict({"image": []}))
+    with pytest.raises(DataError, match=r"is empty|can't be opened"):
+        open_split(none)
+    plain = saved(tmp_path / "plain", datasets.Dataset.from_dict({"a": [1]}))
+    with pytest.raises(DataError, match=r"no column of the type Image. Its columns are a\."):
+        open_split(plain)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "name"),
+    [("webdataset", "webdataset", "shards"), ("datasets", "hf-data", "hf-saved")],
+)
+def test_a_missing_package_is_named(
+    package: str, extra: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = written(tmp_path, name)
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(MissingExtra, match=rf"{package}, which.*tiedconv\[{extra}\]"):
+        open_split(spec)
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def healed(world: World, output: Path, data: object, *options: object) -> tuple[object, ...]:
+    return (
+        "finetune", world.tied, "--data", data, "-o", output, "--steps", 2, *QUICK, "--augment",
+        "flip", "--teacher", world.weights, *options,
+    )  # fmt: skip
+
+
+@one_of_each
+def test_finetune_and_evaluate(world: World, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "out.safetensors"
+    spec = written(tmp_path, name)
+    said = figures(*healed(world, output, spec, "--limit", 12))
+    assert (said["train_images"], said["val_images"]) == (12, 8)
+    assert said["agreement"] is None
+    entry = tiedconv.report(output).history[-1]
+    assert entry["data"] == name
+    assert "agreement" not in entry
+    measured = figures("evaluate", output, "--data", spec, "--workers", 0)
+    assert measured["classes"] == 3
+    assert measured["result"]["top1"] == said["result"]["top1"] == entry["top1"]
+
+
+def test_training_without_labels(world: World, tmp_path: Path) -> None:
+    """By folders that are no classes: the figure is agreement, wherever it is told."""
+    output = tmp_path / "out.safetensors"
+    nested = Path(written(tmp_path, "folder"))
+    told = run(*healed(world, output, nested, "--distill", 1, "--unlabelled"))
+    assert "agreement with the teacher" in told.stdout
+    assert "8 validation images without labels" in told.stdout
+    assert "top-1" not in told.stdout + told.stderr
+    assert "19 images have no labels" in told.stderr
+    entry = tiedconv.report(output).history[-1]
+    assert 0 <= entry["agreement_before"] <= 1
+    assert entry["top1"] is entry["top5"] is entry["top1_before"] is None
+    assert tiedconv.report(output).top1 is None
+    assert tiedconv.report(output).agreement == entry["agreement"]
+    text = plain(run("report", output).stdout)
+    assert "19 images without labels" in text
+    assert "agreement with the teacher" in text
+    assert "agreement" in run("report", output, world.tied).stdout
+    assert "agreement" not in run("report", world.tied, world.tied).stdout
+    run("verify", output)
+    # A second training with labels measures accuracy again.
+    again = tmp_path / "again.safetensors"
+    run(
+        "finetune", output, "--data", nested, "-o", again, "--steps", 1, *QUICK, "--teacher", "none"
+    )
+    assert tiedconv.report(again).top1 is not None
+    assert tiedconv.report(again).agreement is None
+
+
+def test_agreement_is_what_it_says(world: World, tmp_path: Path) -> None:
+    """A model that was not changed at all agrees with itself; labels are never looked at."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for key, _, image in pictures("train"):
+        (flat / f"{key}.png").write_bytes(image)
+    (flat / "bad.png").write_bytes(b"no")
+    said = figures(
+        "finetune", world.tied, "--data", flat, "-o", tmp_path / "o.safetensors", "--steps", 1,
+        *QUICK, "--teacher", world.tied, "--distill", 1, "--lr", 1e-12, "--val-split", 0.5,
+    )  # fmt: skip
+    assert said["agreement"] == {"before": 1.0, "after": 1.0}
+    assert said["result"]["top1"] is None
+    assert said["result"]["history"][0]["agreement"] == 1.0
+    assert "top1" not in json.dumps(said["result"]["history"])
+    assert said["result"]["skipped"] == 1
+    assert said["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), ["have no labels", "--distill 1"]),
+        (("--distill", 1, "--teacher", "none"), ["have no labels"]),
+        (("--unlabelled",), ["--distill 1", "is 0.9"]),
+    ],
+)
+def test_training_without_labels_refuses(
+    world: World, tmp_path: Path, options: tuple[object, ...], words: list[str]
+) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{k}.png", i) for k, _, i in pictures("train")])
+    output = tmp_path / "o.safetensors"
+    refused(*healed(world, output, tmp_path / "a.tar", *options), words=words)
+    refused("evaluate", world.tied, "--data", tmp_path / "a.tar", words=["have no labels"])
+    assert not output.exists()
+
+
+def test_a_teacher_of_other_classes_is_refused(world: World, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    sizes = [arg.replace("num_classes=3", "num_classes=7") for arg in MODEL_ARGS]
+    run("convert", SPEC, *sizes, "--weights", "none", "-o", other)
+    result = run(
+        *healed(world, tmp_path / "o.safetensors", written(tmp_path, "folder"), "--distill", 1,
+        "--unlabelled", "--teacher", other), code=2,
+    )  # fmt: skip
+    assert "7 outputs and the model 3" in result.stderr.splitlines()[-1]
+
+
+@one_of_each
+def test_calibration_takes_every_layout(world: World, tmp_path: Path, name: str) -> None:
+    spec = written(tmp_path, name)
+    output = tmp_path / "out.safetensors"
+    run(
+        "convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", output, "--calib", spec,
+        "-n", 8, "--effort", "fast", "--workers", 0, "--device", "cpu",
+    )  # fmt: skip
+    assert tiedconv.report(output).history[-1]["calibration"]["images"] == 8
