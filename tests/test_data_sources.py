@@ -514,6 +514,11 @@ def test_a_data_set_without_splits_is_divided(tmp_path: Path) -> None:
     assert contents(open_images(spec)) == expected("train")
 
 
+def test_rows_are_read_in_the_order_they_were_saved_in(tmp_path: Path) -> None:
+    table = table_of([*pictures("val"), *pictures("train")]).select(range(8, 27)).shuffle(seed=0)
+    assert contents(open_images(saved(tmp_path / "d", table))) == expected("train")
+
+
 def test_columns_and_splits_can_be_named(tmp_path: Path) -> None:
     table = table_of(pictures("train"))
     table = table.add_column("coarse", [0, 1] * 9 + [0]).rename_column("image", "left")

@@ -108,19 +108,28 @@ class _Rows:
     """The encoded images of one split: a store.
 
     Args:
-        rows: a data set with the one column `column`, not decoded.
+        rows: a data set with the one column `column`, as it was loaded: neither shuffled nor
+            selected from, as its Arrow table is read directly (its own indexing takes as long as
+            the decoding of a small image).
         column: its name.
         title: what to call the split in messages.
     """
 
     def __init__(self, rows: Any, column: str, title: str) -> None:
         self._rows, self._column, self._title = rows, column, title
+        self._images: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The data set is sent as the path of its file, a column would be sent as its contents.
+        return {**self.__dict__, "_images": None}
 
     def name(self, at: int) -> str:
         return f"{self._title}, row {at}"
 
     def open(self, at: int) -> str | BinaryIO:
-        image = self._rows[at][self._column]
+        if self._images is None:
+            self._images = self._rows.data.column(self._column)
+        image = self._images[at].as_py()
         if image is None or (image["bytes"] is None and not image["path"]):
             raise OSError("the row is empty")
         if image["bytes"] is None:
@@ -166,15 +175,12 @@ def _is_saved(folder: Path) -> bool:
 
 def _listed(rows: Any, split: str, wanted: _Wanted, labels: bool) -> Images:
     """All images of one split."""
-    import datasets
-
     title = f"{wanted.place} ({split})"
     if not len(rows):
         raise DataError(f"{title} is empty", "", "Choose another split with ?train= or ?val=")
     image = _column(rows, "image", wanted, [k for k, v in rows.features.items() if _is_image(v)])
     assert image is not None
-    column = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    store = _Rows(column, image, title)
+    store = _Rows(rows.select_columns([image]), image, title)
     label = _label_column(rows, wanted) if labels else None
     if label is None:
         return Images.all_of(store, len(rows), None, ())
