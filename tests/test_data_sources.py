@@ -440,6 +440,8 @@ def _scribbled(path: Path) -> None:
         (_tar(("a.b.png", b""), ("a.cls", b"0")), "end in b.png, cls.*first dot"),
         (_tar(("a.png", b""), ("a.jpg", b"")), "several images: its files end in jpg, png"),
         (_tar(("a.png", b""), ("a.cls", b"cat")), "label of the sample a .* is 'cat'.*numbers"),
+        (_tar(("a.png", b""), ("a.cls", b"1700000000")), "no class number.*999,999"),
+        (_tar(("a.png", b""), ("a.cls", b"9" * 5000)), "no class number"),
         (_tar(("a.png", b""), ("a.cls", b"-1")), "is -1.*no class number"),
         (_tar(("a.png", b""), ("a.json", b'{"label": "x"}')), "is 'x'.*no class number"),
         (_tar(("a.png", b""), ("a.json", b"[" * 100_000)), "no class number"),
@@ -476,6 +478,7 @@ def test_a_cut_is_always_seen(tmp_path: Path, at: int) -> None:
     [
         ("none.tar", "no shard .*none.tar"),
         ("a-{0..9}.tar", "no shard .*and 5 more. 10 of 10 are missing"),
+        ("a-{0..9.tar", "can't be expanded"),
         ("a.tar.gz", "compressed.*Decompress"),
         ("https://example.org/a.tar", "are not files.*Copy them"),
         ("pipe:cat a.tar", "are not files"),

@@ -24,7 +24,7 @@ def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images
         raise DataError(
             "Every class has one image only" if images.labels is not None else "There is one image",
             "No image can be held out for evaluation",
-            "Add images, or a val/ folder beside train/ (for shards and data sets, such a part)",
+            "Add images, or a validation part, such as a val/ folder beside train/",
         )
     return images.take(~held), images.take(held)
 

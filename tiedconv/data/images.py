@@ -11,6 +11,9 @@ import numpy as np
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 """File name endings of images, compared in lower case."""
 
+MAX_CLASSES = 1_000_000
+"""A larger label is no class number but something else, such as a time."""
+
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 

@@ -69,7 +69,7 @@ class Layout(ABC):
 
     def title(self, spec: str) -> str:
         """A short name of the data for a file's history: no path of the user's machine."""
-        return Path(spec).name
+        return Path(spec).name or Path(spec).resolve().name  # of "." the latter
 
 
 def part_of(name: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from tiedconv.data.images import SUFFIXES, Ints
+from tiedconv.data.images import MAX_CLASSES, SUFFIXES, Ints
 from tiedconv.data.layouts._base import listed
 from tiedconv.errors import DataError
 
@@ -214,14 +214,14 @@ def _label_of(path: str, tar: tarfile.TarFile, sample: Mapping[str, Any]) -> int
             if not isinstance(found, dict) or "label" not in found:
                 return -1
             found = found["label"]
-        if type(found) is int and 0 <= found < 2**31:
+        if type(found) is int and 0 <= found < MAX_CLASSES:
             return found
     except (ValueError, RecursionError):
         found = text[:40].decode("utf-8", "replace")
     raise DataError(
         f"The label of the sample {sample['__key__']} of {path} is {found!r}",
         "It is no class number",
-        "Write labels as whole numbers from 0 on",
+        f"Write labels as whole numbers from 0 to {MAX_CLASSES - 1:,}",
     )
 
 

@@ -12,6 +12,7 @@ could do. Images are decoded here, as those of every other layout.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 
-from tiedconv.data.images import Images
+from tiedconv.data.images import MAX_CLASSES, Images
 from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts, listed
 from tiedconv.errors import DataError, MissingExtra
 
@@ -97,8 +98,8 @@ class _Wanted:
                 "",
                 f"Write hf:NAME:CONFIG?image=COLUMN&label=COLUMN; options: {', '.join(_OPTIONS)}",
             )
-        folder = Path(place).expanduser()
-        if folder.is_dir():
+        folder = Path(os.path.expanduser(place))
+        if os.path.isdir(folder):
             return cls(place, None, folder, options)
         name, _, config = place.partition(":")
         return cls(name, config or None, None, options)
@@ -190,6 +191,8 @@ def _listed(rows: Any, split: str, wanted: _Wanted, labels: bool) -> Images:
     found = every.to_numpy().astype(np.int64)
     if found.min() < 0:
         raise _unlabelled(title, label, "are below 0, which stands for none")
+    if found.max() >= MAX_CLASSES:
+        raise _unlabelled(title, label, f"are above {MAX_CLASSES - 1:,}")
     names = getattr(rows.features[label], "names", None)
     classes = tuple(names or map(str, range(int(found.max()) + 1)))
     if found.max() >= len(classes):

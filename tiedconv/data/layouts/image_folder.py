@@ -127,8 +127,8 @@ def _flat(root: Path) -> Images:
 
 def _existing(spec: str) -> Path:
     folder = Path(spec)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):
+        what = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise DataError(f"The data folder {folder} {what}", "", LAYOUT.expected)
     return folder
 
@@ -153,7 +153,7 @@ def _is_image(name: str) -> bool:
 
 def _is_part(folder: Path) -> bool:
     """Whether this is a `train/` of class folders, not a class that is called "train"."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return False
     entries = _entries(folder)
     return any(map(_is_folder, entries)) and not any(_is_image(entry.name) for entry in entries)
@@ -172,7 +172,7 @@ def _flat_parts(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _is_flat(folder: Path) -> bool:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return False
     entries = _entries(folder)
     return any(_is_image(entry.name) for entry in entries) and not any(map(_is_folder, entries))

@@ -124,14 +124,14 @@ def _shards_in(folder: Path) -> dict[str, list[str]]:
 
     Class folders beside them make it a folder of images, in which a stray tar file lies.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return {}
     found: dict[str, list[str]] = {}
     for part in ("train", *VAL_NAMES):
         found[part] = sorted(map(str, (folder / part).glob("*.tar")))
     if not any(found.values()):
         shards = sorted(map(str, folder.glob("*.tar")))
-        if any(entry.is_dir() and entry.name[0] not in "._" for entry in folder.iterdir()):
+        if shards and any(p.is_dir() and p.name[0] not in "._" for p in folder.iterdir()):
             return {}
         found = _by_part(shards)
     return {part: paths for part, paths in found.items() if paths}
@@ -165,7 +165,14 @@ def _expanded(spec: str) -> list[str]:
         _webdataset()
         from webdataset.shardlists import expand_urls
 
-        names = list(expand_urls(spec))
+        try:
+            names = list(expand_urls(spec))
+        except ValueError as error:
+            raise DataError(
+                f"The pattern {spec} can't be expanded: {error}",
+                "It names no shards",
+                "Write it as in train-{000000..000147}.tar",
+            ) from error
     else:
         names = [spec]
     paths = [path for name in names for path in (sorted(glob.glob(name)) or [name])]
