@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +13,26 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import MODEL_ARGS, QUICK, SPEC, World, figures, make_world, plain, refused, run
-from PIL import Image
+from data_helpers import (
+    CLASSES,
+    WRITERS,
+    contents,
+    datasets,
+    each_layout,
+    expected,
+    one_of_each,
+    pictures,
+    reader,
+    table_of,
+    write_tar,
+    written,
+)
 
 import tiedconv
-from tiedconv.data import (
-    Broken,
-    ImageList,
-    Images,
-    Loader,
-    open_images,
-    open_split,
-    open_unlabelled,
-    train_transform,
-)
-from tiedconv.data.layouts import _tar_index, all_layouts, layout_of
+from tiedconv.data import Loader, open_images, open_split, open_unlabelled
+from tiedconv.data.layouts import all_layouts, layout_of
 from tiedconv.data.names import Names
 from tiedconv.errors import DataError, MissingExtra, UserError
-from tiedconv.sources import Preprocess
-
-pytest.importorskip("webdataset", reason="shards need the extra webdataset")
-datasets = pytest.importorskip("datasets", reason="data sets need the extra hf-data")
-
-CLASSES = ("blue", "green", "red")
-COUNTS = {"train": (9, 4, 6), "val": (3, 2, 3)}
-PREPROCESS = Preprocess(8, None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-Picture = tuple[str, int, bytes]
-"""A key, a label, and an encoded image."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,141 +44,11 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     )
 
 
-def encoded(seed: int, label: int) -> bytes:
-    """A picture of one colour with noise, which a model can learn to name."""
-    pixels = np.random.default_rng(seed).integers(0, 120, (8, 8, 3))
-    pixels[..., label] += 120
-    made = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(made, "PNG")
-    return made.getvalue()
-
-
-def pictures(part: str) -> list[Picture]:
-    labels = [label for label, count in enumerate(COUNTS[part]) for _ in range(count)]
-    start = 1000 * (part == "val")
-    return [(f"{at:04}", label, encoded(start + at, label)) for at, label in enumerate(labels)]
-
-
-def write_folder(root: Path, parts: dict[str, list[Picture]]) -> str:
-    for part, every in parts.items():
-        for name in CLASSES:
-            (root / part / name).mkdir(parents=True)
-        for key, label, image in every:
-            (root / part / CLASSES[label] / f"{key}.png").write_bytes(image)
-    return str(root)
-
-
-def write_tar(
-    path: Path, files: Iterable[tuple[str, bytes]], style: int = tarfile.PAX_FORMAT
-) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=style) as tar:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            member.mtime = 1.5  # type: ignore[assignment]  # as the package's writer does
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def sample(key: str, label: int, image: bytes) -> list[tuple[str, bytes]]:
-    return [(f"{key}.cls", str(label).encode()), (f"{key}.png", image)]
-
-
-def mixed(every: Sequence[Picture]) -> list[Picture]:
-    order = np.random.default_rng(0).permutation(len(every))
-    return [every[at] for at in order]
-
-
-def write_shards(
-    root: Path, parts: dict[str, list[Picture]], place: str = "{part}-{number:06}.tar"
-) -> str:
-    for part, every in parts.items():
-        for number, start in enumerate(range(0, len(every), 7)):
-            files = [f for picture in mixed(every)[start : start + 7] for f in sample(*picture)]
-            write_tar(root / place.format(part=part, number=number), files)
-    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    return str(root)
-
-
-def write_shard_folders(root: Path, parts: dict[str, list[Picture]]) -> str:
-    return write_shards(root, parts, "{part}/{number}.tar")
-
-
-def table_of(every: Sequence[Picture], **columns: Any) -> Any:
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))}
-    )
-    rows = {
-        "image": [{"bytes": image, "path": None} for _, _, image in every],
-        "label": [label for _, label, _ in every],
-    }
-    made = datasets.Dataset.from_dict(rows, features=features)
-    for name, values in columns.items():
-        made = made.add_column(name, values)
-    return made
-
-
-def write_saved(root: Path, parts: dict[str, list[Picture]]) -> str:
-    tables = {part: table_of(mixed(every)) for part, every in parts.items()}
-    datasets.DatasetDict(tables).save_to_disk(str(root))
-    return f"hf:{root}"
-
-
-def write_parquet(root: Path, parts: dict[str, list[Picture]]) -> str:
-    names = {"train": "train", "val": "validation"}
-    for part, every in parts.items():
-        (root / "data").mkdir(parents=True, exist_ok=True)
-        table_of(every).to_parquet(str(root / "data" / f"{names[part]}-00000-of-00001.parquet"))
-    return f"hf:{root}"
-
-
-def write_hf_folder(root: Path, parts: dict[str, list[Picture]]) -> str:
-    return f"hf:{write_folder(root, parts)}"
-
-
-WRITERS: dict[str, Callable[[Path, dict[str, list[Picture]]], str]] = {
-    "folder": write_folder,
-    "shards": write_shards,
-    "shards-in-folders": write_shard_folders,
-    "hf-saved": write_saved,
-    "hf-parquet": write_parquet,
-    "hf-folder": write_hf_folder,
-}
-each_layout = pytest.mark.parametrize("name", list(WRITERS))
-one_of_each = pytest.mark.parametrize("name", ["folder", "shards", "hf-saved"])
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-
-
-def written(root: Path, name: str, *parts: str) -> str:
-    return WRITERS[name](root / name, {part: pictures(part) for part in parts or ("train", "val")})
-
-
-def reader(images: Images, augment: str = "none", *, strict: bool = False) -> ImageList:
-    return ImageList(images, train_transform(PREPROCESS, augment), strict=strict)
-
-
-def contents(images: Images) -> list[tuple[int, bytes]]:
-    """Label and pixels of every image, sorted."""
-    found = []
-    for one in map(reader(images).__getitem__, range(len(images))):
-        assert not isinstance(one, Broken)
-        found.append((one[1], one[0].numpy().tobytes()))
-    return sorted(found)
-
-
-def expected(part: str) -> list[tuple[int, bytes]]:
-    transform = train_transform(PREPROCESS, "none")
-    return sorted(
-        (label, transform(Image.open(io.BytesIO(image))).numpy().tobytes())
-        for _, label, image in pictures(part)
-    )
 
 
 # --- laws of every layout ----------------------------------------------------------------------
@@ -323,185 +184,6 @@ def test_folders_without_classes(tmp_path: Path) -> None:
         )
 
 
-# --- shards ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("style", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_the_index_holds_what_the_package_reads(tmp_path: Path, style: int) -> None:
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    files = [
-        ("__meta__/x.txt", b"skipped"),
-        ("README", b"no key"),
-        ("._0000.png", b"of another system"),
-        *sample("0000", 3, b"first"),
-        *sample("folder.d/0000", 4, b"x" * 512),
-        *sample(f"{'long' * 20}/{'name' * 15}", 5, b"y" * 513),
-        ("upper.PNG", b"z"),
-        ("upper.json", b'{"label": 6}'),
-        ("upper.pth", b"never opened"),
-    ]
-    if style != tarfile.USTAR_FORMAT:
-        files += sample("é" * 150, 7, b"beyond")
-    path = write_tar(tmp_path / "a.tar", files, style)
-    with open(path, "rb") as stream:
-        read = tar_file_expander([{"url": str(path), "stream": stream}])
-        theirs = {sample["__key__"]: sample["png"] for sample in group_by_keys(read)}
-    images = open_images(path)
-    assert [images.open(at).read() for at in range(len(images))] == list(theirs.values())  # type: ignore[union-attr]
-    assert images.labels is not None
-    assert images.labels.tolist() == [3, 4, 5, 6, 7][: len(images)]
-    assert images.name(0) == f"{path}/0000.png"
-
-
-def test_what_the_packages_writer_wrote(tmp_path: Path) -> None:
-    import webdataset
-
-    with webdataset.ShardWriter(str(tmp_path / "own-%03d.tar"), maxcount=4, verbose=0) as writer:
-        for key, label, image in pictures("train"):
-            writer.write({"__key__": key, "png": image, "cls": label})
-    for spec in (tmp_path, tmp_path / "own-{000..004}.tar", tmp_path / "own-*.tar"):
-        images = open_images(spec)
-        assert contents(images) == expected("train")
-        assert images.classes == ("0", "1", "2")
-
-
-def test_named_shards_are_all_that_is_read(tmp_path: Path) -> None:
-    root = Path(written(tmp_path, "shards"))
-    split = open_split(root / "train-{000000..000001}.tar")
-    assert split.held_out
-    assert len(split.train) + len(split.val) == 14
-    assert len(open_images(root / "train-000002.tar")) == 5
-    both = open_split(str(root / "{train,val}-000000.tar"))
-    assert (len(both.train), len(both.val), both.held_out) == (7, 7, False)
-
-
-def test_validation_may_lack_the_last_classes(tmp_path: Path) -> None:
-    write_tar(tmp_path / "train.tar", [f for p in pictures("train") for f in sample(*p)])
-    write_tar(tmp_path / "test.tar", sample("a", 1, encoded(0, 1)))
-    split = open_split(tmp_path)
-    assert split.classes == split.val.classes == ("0", "1", "2")
-
-
-def test_shards_without_labels(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [(f"{k}.png", i) for k, _, i in pictures("train")])
-    with pytest.raises(DataError, match=r"no labels \(no \.cls or \.json members\).*--distill 1"):
-        open_split(path)
-    assert not open_split(path, labels="if any").labelled
-
-
-def test_the_index_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = written(tmp_path, "shards")
-    first = contents(open_split(spec).train)
-    kept = list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npy"))
-    assert len(kept) == 2
-
-    def forbidden(*_: object) -> None:
-        raise AssertionError("read again")
-
-    monkeypatch.setattr(_tar_index, "_read", forbidden)
-    assert contents(open_split(spec).train) == first
-    os.utime(Path(spec) / "train-000000.tar")
-    with pytest.raises(AssertionError, match="read again"):
-        open_split(spec)
-    monkeypatch.undo()
-    kept[0].write_bytes(b"damaged")
-    assert contents(open_split(spec).train) == first
-
-
-def _tar(*files: tuple[str, bytes]) -> Callable[[Path], object]:
-    return lambda path: write_tar(path, files)
-
-
-def _cut(count: int) -> Callable[[Path], object]:
-    def write(path: Path) -> None:
-        files = [*sample("a", 0, b"x" * 2000), *sample("b", 1, b"y" * 2000)]
-        write_tar(path, files, tarfile.GNU_FORMAT)
-        path.write_bytes(path.read_bytes()[:count])
-
-    return write
-
-
-def _scribbled(path: Path) -> None:
-    write_tar(path, [*sample("a", 0, b"x"), *sample("b", 1, b"y")], tarfile.GNU_FORMAT)
-    content = bytearray(path.read_bytes())
-    content[2 * 1024 + 3] ^= 1  # in the name of the third file
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (_tar(("a.png", b""), ("a.png", b"")), "a.png is in .* twice.*different keys"),
-        (_tar(("a.png", b""), ("b.png", b""), ("a.cls", b"0")), "key a comes again.*sort"),
-        (_tar(*sample("a", 0, b""), ("b.png", b"")), "sample b of .* has no label, unlike"),
-        (_tar(("b.png", b""), *sample("a", 0, b"")), "sample a of .* has a label, unlike"),
-        (_tar(("a.cls", b"0")), "sample a of .* has no image: its files end in cls"),
-        (_tar(("a.b.png", b""), ("a.cls", b"0")), "end in b.png, cls.*first dot"),
-        (_tar(("a.png", b""), ("a.jpg", b"")), "several images: its files end in jpg, png"),
-        (_tar(("a.png", b""), ("a.cls", b"cat")), "label of the sample a .* is 'cat'.*numbers"),
-        (_tar(("a.png", b""), ("a.cls", b"1700000000")), "no class number.*999,999"),
-        (_tar(("a.png", b""), ("a.cls", b"9" * 5000)), "no class number"),
-        (_tar(("a.png", b""), ("a.cls", b"-1")), "is -1.*no class number"),
-        (_tar(("a.png", b""), ("a.json", b'{"label": "x"}')), "is 'x'.*no class number"),
-        (_tar(("a.png", b""), ("a.json", b"[" * 100_000)), "no class number"),
-        (_tar(), "holds no samples"),
-        (_cut(6000), "b.png should end at byte|it ends without a mark"),
-        (_cut(1024 + 512 + 300), "can't be read.*cut short"),
-        (_cut(0), "can't be read.*cut short"),
-        (lambda path: path.write_bytes(b"PK" + bytes(range(256)) * 8), "can't be read"),
-        (_scribbled, "can't be read"),
-        (lambda path: path.mkdir(), "no shard"),
-    ],
-)  # fmt: skip
-def test_shards_that_will_not_do(
-    tmp_path: Path, write: Callable[[Path], object], message: str
-) -> None:
-    write(tmp_path / "x.tar")
-    with pytest.raises(DataError, match=message) as caught:
-        open_images(tmp_path / "x.tar")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("at", range(512, 10240, 512))
-def test_a_cut_is_always_seen(tmp_path: Path, at: int) -> None:
-    _cut(at)(tmp_path / "x.tar")
-    if at > 7168:  # both samples and a block of the end mark are there
-        assert len(open_images(tmp_path / "x.tar")) == 2
-        return
-    with pytest.raises(DataError, match="can't be read"):
-        open_images(tmp_path / "x.tar")
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("none.tar", "no shard .*none.tar"),
-        ("a-{0..9}.tar", "no shard .*and 5 more. 10 of 10 are missing"),
-        ("a-{0..9.tar", "can't be expanded"),
-        ("a.tar.gz", "compressed.*Decompress"),
-        ("https://example.org/a.tar", "are not files.*Copy them"),
-        ("pipe:cat a.tar", "are not files"),
-    ],
-)
-def test_shards_that_can_not_be_reached(tmp_path: Path, spec: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        open_split(spec if ":" in spec else tmp_path / spec)
-
-
-def test_a_folder_of_classes_may_hold_a_tar_file(tmp_path: Path) -> None:
-    spec = written(tmp_path, "folder")
-    _cut(100)(tmp_path / "folder" / "train.tar")
-    assert contents(open_split(spec).train) == expected("train")
-
-
-def test_class_names_must_suffice(tmp_path: Path) -> None:
-    spec = written(tmp_path, "shards")
-    (Path(spec) / "classes.txt").write_text("one\n")
-    with pytest.raises(DataError, match=r"names 1 classes.*up to 2"):
-        open_split(spec)
-
-
 # --- Hugging Face ------------------------------------------------------------------------------
 
 
@@ -554,6 +236,16 @@ def test_data_sets_that_can_not_be_reached(spec: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         open_split(spec)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_row_is_a_broken_image(tmp_path: Path) -> None:
+    every = pictures("train")
+    made = table_of(every).map(lambda row, at: row | {"image": None} if at == 4 else row,
+                               with_indices=True)  # fmt: skip
+    images = open_images(saved(tmp_path / "d", made))
+    (batch,) = Loader(reader(images), 64, workers=0).epoch()
+    assert len(batch.images) == 18
+    assert batch.broken == [f"{tmp_path / 'd'} (all), row 4"]
 
 
 def test_labels_that_will_not_do(tmp_path: Path) -> None:
