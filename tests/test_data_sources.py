@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from data_helpers import (
     write_tar,
     written,
 )
+from safetensors.torch import load_file
 
 import tiedconv
 from tiedconv.data import Loader, open_images, open_split, open_unlabelled
 from tiedconv.data.layouts import all_layouts, layout_of
 from tiedconv.data.names import Names
 from tiedconv.errors import DataError, MissingExtra, UserError
+from tiedconv.training import Checkpointed, TrainConfig
 
 
 @pytest.fixture(autouse=True)
@@ -340,6 +343,40 @@ def test_training_without_labels(world: World, tmp_path: Path) -> None:
     )
     assert tiedconv.report(again).top1 is not None
     assert tiedconv.report(again).agreement is None
+
+
+def test_labels_change_nothing_when_the_teacher_is_all(world: World, tmp_path: Path) -> None:
+    data = written(tmp_path, "folder")
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    run(*healed(world, ours, data, "--distill", 1))
+    run(*healed(world, theirs, data, "--distill", 1, "--unlabelled"))
+    assert tiedconv.report(ours).top1 is not None
+    assert_same_tensors(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["shards", "hf-saved"])
+def test_an_interrupted_run_goes_on(world: World, tmp_path: Path, name: str) -> None:
+    data, config = written(tmp_path, name), TrainConfig(epochs=2, batch_size=8, workers=0)
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+
+    def interrupt(event: object) -> None:
+        if isinstance(event, Checkpointed):
+            raise KeyboardInterrupt
+
+    train = partial(
+        tiedconv.finetune, world.tied, data, config=config, teacher="none", device="cpu"
+    )
+    train(output=whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(output=parts, on_event=interrupt)
+    train(output=parts, resume=True)
+    assert_same_tensors(whole, parts)
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one), load_file(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_agreement_is_what_it_says(world: World, tmp_path: Path) -> None:
