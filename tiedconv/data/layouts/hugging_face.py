@@ -11,9 +11,11 @@ could do. Images are decoded here, as those of every other layout.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,18 +149,34 @@ def _splits(wanted: _Wanted) -> Mapping[str, Any]:
         raise MissingExtra.of("datasets", "hf-data", "A Hugging Face data set") from None
     place = str(wanted.folder or wanted.place)
     try:
-        if wanted.folder is not None and _is_saved(wanted.folder):
-            found = datasets.load_from_disk(place)
-        else:
-            found = datasets.load_dataset(
-                place, wanted.config, revision=wanted.options.get("revision")
-            )
+        with _bars_where_seen():
+            if wanted.folder is not None and _is_saved(wanted.folder):
+                found = datasets.load_from_disk(place)
+            else:
+                found = datasets.load_dataset(
+                    place, wanted.config, revision=wanted.options.get("revision")
+                )
     # Whatever its readers raise, the request can't be done, and their words say why.
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError) as error:
         raise _unreadable(wanted, error) from error
     except datasets.exceptions.DatasetsError as error:
         raise _unreadable(wanted, error) from error
     return dict(found) if isinstance(found, dict) else {"all": found}
+
+
+@contextlib.contextmanager
+def _bars_where_seen() -> Iterator[None]:
+    """Keeps the package's progress bars out of files and pipes."""
+    import datasets
+
+    hidden = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if hidden:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            datasets.enable_progress_bars()
 
 
 def _unreadable(wanted: _Wanted, error: Exception) -> DataError:
