@@ -16,7 +16,7 @@ demo: .venv/.demo
 	$(BIN)/tiedconv demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: .venv/.dev
 	$(BIN)/ruff check .

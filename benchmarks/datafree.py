@@ -17,7 +17,7 @@ from typing import Any
 from vit_cifar10 import ARGS, PREPROCESS, SPEC
 
 import tiedconv
-from tiedconv.data import ImageList, eval_transform, find_images
+from tiedconv.data import ImageList, eval_transform, open_images
 from tiedconv.sources import open_source
 from tiedconv.training import evaluate_model
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     dense, _ = open_source(SPEC, ARGS, args.weights)
-    images = find_images(args.data, limit=args.limit)
+    images = open_images(args.data, limit=args.limit)
     data = ImageList(images, eval_transform(PREPROCESS))
 
     def accuracy(model: Any) -> float:

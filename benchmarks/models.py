@@ -21,7 +21,7 @@ import_torchvision()  # before whoever imports it: a CUDA build beside a CPU tor
 import timm  # noqa: E402
 from torchvision.models.resnet import Bottleneck, ResNet  # noqa: E402
 
-from tiedconv.data import ImageList, Images, find_images, find_split  # noqa: E402
+from tiedconv.data import ImageList, Images, open_images, open_split  # noqa: E402
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -95,8 +95,8 @@ def read_pixels(data: Path) -> dict[str, Pixels]:
     """
     kept = data / f"pixels-{hashlib.sha256(b'v1').hexdigest()[:8]}.pt"
     if not kept.is_file():
-        split = find_split(data / "train", val_fraction=0.1, seed=0, limit=None)
-        parts = {"train": split.train, "val": split.val, "test": find_images(data)}
+        split = open_split(data / "train", val_fraction=0.1, seed=0, limit=None)
+        parts = {"train": split.train, "val": split.val, "test": open_images(data)}
         torch.save({k: _decode(v) for k, v in parts.items()}, kept)
     found = torch.load(kept, weights_only=True)
     return {k: Pixels(*found[k]) for k in ("train", "val", "test")}

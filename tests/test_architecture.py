@@ -9,13 +9,14 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import tiedconv
+from tiedconv.data.layouts import all_layouts
 from tiedconv.exporting import all_formats
 from tiedconv.families import Family, all_families
 from tiedconv.schemes import Scheme, all_schemes
@@ -80,6 +81,8 @@ ONLY = {
     "typer": {"cli"},
     "rich": {"cli"},
     "sklearn": {"demo"},
+    "datasets": {"data"},
+    "webdataset": {"data"},
     "matplotlib": {"demo", "pictures"},
 }
 # With the module ready to be imported by `sources.torchvision_compat`, these use it as well.
@@ -174,13 +177,18 @@ def test_nothing_prints_and_nothing_is_caught_blindly(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "kind"),
-    [("schemes", "SCHEME"), ("families", "FAMILY"), ("exporting", "FORMAT")],
+    [
+        ("schemes", "SCHEME"),
+        ("families", "FAMILY"),
+        ("exporting", "FORMAT"),
+        ("data.layouts", "LAYOUT"),
+    ],
 )
 def test_each_file_of_a_folder_holds_exactly_one(folder: str, kind: str) -> None:
     package = import_module(f"tiedconv.{folder}")
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
     for name in names:
-        path = PACKAGE / folder / f"{name}.py"
+        path = PACKAGE.joinpath(*folder.split("."), f"{name}.py")
         defined = [
             target.id
             for node in ast.parse(path.read_text("utf-8")).body
@@ -189,8 +197,13 @@ def test_each_file_of_a_folder_holds_exactly_one(folder: str, kind: str) -> None
             if isinstance(target, ast.Name) and target.id.isupper() and target.id[0] != "_"
         ]
         assert defined == [kind], path.name
-    found = {"schemes": all_schemes, "families": all_families, "exporting": all_formats}[folder]()
-    assert len(found) == len(names)
+    listing: dict[str, Callable[[], Sized]] = {
+        "schemes": all_schemes,
+        "families": all_families,
+        "exporting": all_formats,
+        "data.layouts": all_layouts,
+    }
+    assert len(listing[folder]()) == len(names)
 
 
 def test_schemes_and_families_are_what_they_should_be() -> None:
@@ -225,7 +238,7 @@ def test_the_api_page_documents_exactly_what_is_public() -> None:
 
 def test_importing_tiedconv_imports_no_model_library() -> None:
     heavy = ["torchvision", "timm", "transformers", "typer", "rich", "scipy", "sklearn",
-             "matplotlib", "PIL"]  # fmt: skip
+             "matplotlib", "PIL", "datasets", "webdataset"]  # fmt: skip
     code = f"import sys, tiedconv; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -25,8 +25,8 @@ from tiedconv.data import (
     TensorList,
     default_workers,
     eval_transform,
-    find_images,
-    find_split,
+    open_images,
+    open_split,
     train_transform,
 )
 from tiedconv.data.seeds import epoch_seed, sample_seeds, uniforms
@@ -56,6 +56,14 @@ def make_folder(root: Path, counts: dict[str, int], suffix: str = ".png") -> Pat
     return root
 
 
+def names_of(images: Images) -> list[str]:
+    return [images.name(index) for index in range(len(images))]
+
+
+def labels_of(images: Images) -> list[int]:
+    return [images.label(index) for index in range(len(images))]
+
+
 def batches_of(loader: Loader, epoch: int = 0) -> list[Batch]:
     return list(loader.epoch(epoch))
 
@@ -67,13 +75,13 @@ def batches_of(loader: Loader, epoch: int = 0) -> list[Batch]:
 def test_the_layout_of_imagenet(tmp_path: Path, val_name: str) -> None:
     make_folder(tmp_path / "train", {"b": 3, "a": 2})
     make_folder(tmp_path / val_name, {"a": 1, "b": 2})
-    split = find_split(tmp_path)
+    split = open_split(tmp_path)
     assert split.classes == ("a", "b")
     assert not split.held_out
-    assert split.train.labels == (0, 0, 1, 1, 1)
-    assert split.val.labels == (0, 1, 1)
-    assert split.val.path(2) == tmp_path / val_name / "b" / "001.png"
-    assert find_images(tmp_path) == split.val
+    assert labels_of(split.train) == [0, 0, 1, 1, 1]
+    assert labels_of(split.val) == [0, 1, 1]
+    assert split.val.name(2) == str(tmp_path / val_name / "b" / "001.png")
+    assert names_of(open_images(tmp_path)) == names_of(split.val)
 
 
 def test_images_at_any_depth_and_files_that_are_none(tmp_path: Path) -> None:
@@ -83,44 +91,50 @@ def test_images_at_any_depth_and_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "train" / "a" / "boxes.txt").write_text("0 0 8 8")
     (tmp_path / "train" / "a" / "._x.png").write_text("")
     (tmp_path / "train" / ".cache").mkdir()
-    split = find_split(tmp_path)
-    assert split.train.names == (os.path.join("a", "images", "x.JPEG"), os.path.join("b", "y.jpg"))
+    split = open_split(tmp_path)
+    train = tmp_path / "train"
+    assert names_of(split.train) == [
+        os.path.join(train, "a", "images", "x.JPEG"),
+        os.path.join(train, "b", "y.jpg"),
+    ]
     assert len(split.val) == 1
 
 
 def test_a_seeded_part_of_each_class_is_held_out(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 20, "b": 10, "c": 3, "d": 1})
-    split = find_split(tmp_path, val_fraction=0.2, seed=1)
+    split = open_split(tmp_path, val_fraction=0.2, seed=1)
     assert split.held_out
-    assert np.bincount(split.val.labels, minlength=4).tolist() == [4, 2, 1, 0]
-    assert np.bincount(split.train.labels).tolist() == [16, 8, 2, 1]
-    assert not set(split.train.names) & set(split.val.names)
-    assert find_split(tmp_path, val_fraction=0.2, seed=1) == split
-    assert find_split(tmp_path, val_fraction=0.2, seed=2).val.names != split.val.names
-    assert len(find_images(tmp_path)) == 34
+    assert np.bincount(labels_of(split.val), minlength=4).tolist() == [4, 2, 1, 0]
+    assert np.bincount(labels_of(split.train)).tolist() == [16, 8, 2, 1]
+    held = names_of(split.val)
+    assert not set(names_of(split.train)) & set(held)
+    assert names_of(open_split(tmp_path, val_fraction=0.2, seed=1).val) == held
+    assert names_of(open_split(tmp_path, val_fraction=0.2, seed=2).val) != held
+    assert len(open_images(tmp_path)) == 34
 
 
 def test_train_alone_is_split_too(tmp_path: Path) -> None:
     make_folder(tmp_path / "train", {"a": 4, "b": 4})
-    split = find_split(tmp_path, val_fraction=0.25)
+    split = open_split(tmp_path, val_fraction=0.25)
     assert split.classes == ("a", "b")
     assert (len(split.train), len(split.val)) == (6, 2)
-    with pytest.raises(DataError, match=r"no val/ or test/.*Pass .*train"):
-        find_images(tmp_path)
+    with pytest.raises(DataError, match=r"no val or test.*Pass .*train"):
+        open_images(tmp_path)
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     make_folder(tmp_path, {"bus": 2, "train": 2})
-    assert find_split(tmp_path).classes == ("bus", "train")
+    assert open_split(tmp_path).classes == ("bus", "train")
 
 
 def test_a_limit_is_spread_over_the_classes(tmp_path: Path) -> None:
     make_folder(tmp_path / "train", {"a": 9, "b": 2, "c": 5})
     make_folder(tmp_path / "val", {"a": 1, "b": 1, "c": 1})
-    split = find_split(tmp_path, limit=8)
-    assert np.bincount(split.train.labels).tolist() == [3, 2, 3]
+    split = open_split(tmp_path, limit=8)
+    assert np.bincount(labels_of(split.train)).tolist() == [3, 2, 3]
     assert len(split.val) == 3
-    assert find_split(tmp_path, limit=8, seed=5).train.names != split.train.names
+    other = open_split(tmp_path, limit=8, seed=5)
+    assert names_of(other.train) != names_of(split.train)
 
 
 def _differing(root: Path) -> None:
@@ -136,8 +150,11 @@ def _differing(root: Path) -> None:
         (lambda root: make_image(root / "x.png"), "no class folders"),
         (lambda root: make_folder(root, {"a": 2, "b": 0}), "class b .*without images"),
         (lambda root: make_folder(root, {"a": 1, "b": 1}), "one image only.*val/ folder"),
-        (lambda root: make_folder(root / "val", {"a": 1, "b": 1}), "val/ but no train/"),
-        (_differing, "train has the class b; only .*val has the class c"),
+        (
+            lambda root: make_folder(root / "val", {"a": 1, "b": 1}),
+            "evaluate on but none to train on",
+        ),
+        (_differing, "training part has the class b; only the validation part has the class c"),
     ],
     ids=["empty", "no images", "no folders", "empty class", "one each", "val only", "differ"],
 )
@@ -146,16 +163,16 @@ def test_folders_that_will_not_do(
 ) -> None:
     build(tmp_path)
     with pytest.raises(DataError, match=message):
-        find_split(tmp_path)
+        open_split(tmp_path)
 
 
 def test_missing_folder_and_bad_options(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        find_split(tmp_path / "nowhere")
+        open_split(tmp_path / "nowhere")
     with pytest.raises(UserError, match="between 0 and 1"):
-        find_split(tmp_path, val_fraction=1.5)
+        open_split(tmp_path, val_fraction=1.5)
     with pytest.raises(UserError, match="1 or more"):
-        find_split(tmp_path, limit=0)
+        open_split(tmp_path, limit=0)
 
 
 # --- transforms --------------------------------------------------------------------------------
@@ -206,7 +223,7 @@ def test_transforms_are_small_to_send_and_checked_early() -> None:
 
 
 def listed(root: Path, *, augment: str = "none", strict: bool = False) -> ImageList:
-    return ImageList(find_images(root), train_transform(Preprocess(), augment), strict=strict)
+    return ImageList(open_images(root), train_transform(Preprocess(), augment), strict=strict)
 
 
 def break_images(root: Path) -> list[str]:
@@ -403,7 +420,8 @@ def test_importing_loads_no_image_library() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_lists_of_images_are_plain_data() -> None:
-    images = Images(Path("root"), ("a/x.png",), (0,), ("a",))
-    assert pickle.loads(pickle.dumps(images)) == images
-    assert images.path(0) == Path("root/a/x.png")
+def test_lists_of_images_are_plain_data(tmp_path: Path) -> None:
+    images = open_images(make_folder(tmp_path, {"a": 2, "b": 1}))
+    again = pickle.loads(pickle.dumps(images))
+    assert names_of(again) == names_of(images)
+    assert labels_of(again) == labels_of(images)

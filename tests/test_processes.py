@@ -25,7 +25,10 @@ TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
 ]  # fmt: skip
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and signals are those of POSIX")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="forks and signals are those of POSIX"),
+    pytest.mark.xdist_group("processes"),  # they share what a minute's training gives
+]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tiedconv.calibration import (
     fit_blocks,
     gather_moments,
 )
-from tiedconv.data import ImageList, eval_transform, find_unlabelled
+from tiedconv.data import ImageList, eval_transform, open_unlabelled
 from tiedconv.sources import Preprocess, Source
 
 
@@ -78,7 +78,7 @@ class Calibration:
         """
         if not isinstance(self.data, str | Path):
             return self.data
-        found = find_unlabelled(self.data, count=self.images, seed=self.config.seed)
+        found = open_unlabelled(self.data, count=self.images, seed=self.config.seed)
         wanted = source.preprocess or Preprocess(224)
         return ImageList(found, eval_transform(wanted), strict=self.strict)
 

@@ -23,7 +23,7 @@ from torch import nn
 from tiedconv.calibrate import Calibration
 from tiedconv.calibration import CalibConfig
 from tiedconv.convert import convert_file
-from tiedconv.data import ImageList, eval_transform, find_split, train_transform
+from tiedconv.data import ImageList, eval_transform, open_split, train_transform
 from tiedconv.errors import MissingExtra, OutputError
 from tiedconv.finetune import finetune
 from tiedconv.recipe import Recipe
@@ -199,7 +199,7 @@ def _train_dense(
     name: str, build: Callable[[], nn.Module], data: Path, path: Path, epochs: float, seed: int
 ) -> Row:
     """A dense model trained on the digits, and its weights in a file."""
-    split = find_split(data, seed=seed)
+    split = open_split(data, seed=seed)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = build()

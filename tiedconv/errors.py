@@ -14,7 +14,7 @@ what to do about it.
     │   ├── BudgetError        a parameter budget that no choice of ranks can meet
     │   ├── PlanError          an expression or plan that is malformed
     │   ├── CheckpointError    a file that is missing, damaged or not ours
-    │   ├── DataError          an image folder that can't be used
+    │   ├── DataError          images or labels that can't be used
     │   └── OutputError        a result that can't be written where asked
     └── RunError               the work began and failed (exit code 1)
         ├── TrainingError      the loss became NaN or infinite
@@ -109,7 +109,7 @@ class CheckpointError(UserError):
 
 
 class DataError(UserError):
-    """An image folder that can't be used."""
+    """Images or labels that can't be used."""
 
 
 class OutputError(UserError):

@@ -11,7 +11,7 @@ from torch import nn
 
 import tiedconv.sources as sources
 from tiedconv.binding import state_of
-from tiedconv.data import ImageList, eval_transform, find_images
+from tiedconv.data import ImageList, eval_transform, open_images
 from tiedconv.errors import UserError
 from tiedconv.loading import is_compact, load, source_of, with_preprocess
 from tiedconv.sources import Preprocess, Source
@@ -28,7 +28,7 @@ class Evaluation:
         model: the file or spec.
         result: figures.
         preprocess: how images were prepared.
-        classes: number of class folders.
+        classes: number of classes in the data.
     """
 
     model: str
@@ -56,7 +56,8 @@ def evaluate(
 
     Args:
         model: a compact file, or a model spec.
-        data: a folder with `val/` or `test/`, or of class folders.
+        data: a folder with `val/` or `test/`, or of class folders; a folder or pattern of tar
+            shards; `hf:` with the name or folder of a Hugging Face data set.
         weights: for a spec: `default`, `none`, or a file.
         model_args: arguments of the model's constructor, for a spec.
         preprocess: changes how images are prepared.
@@ -71,7 +72,7 @@ def evaluate(
     Raises:
         UserError: a model, file or folder that can't be used.
     """
-    images = find_images(data, limit=limit)
+    images = open_images(data, limit=limit)
     network, source = open_any(model, weights, model_args, trust_code=trust_code)
     wanted = with_preprocess(source, preprocess).preprocess or Preprocess(224)
     listed = ImageList(images, eval_transform(wanted), strict=strict)

@@ -13,16 +13,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from tiedconv.binding import set_state, state_of
 from tiedconv.checkpoint import save
-from tiedconv.data import ImageList, Split, eval_transform, find_split, train_transform
+from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, train_transform
+from tiedconv.errors import DataError, UserError
 from tiedconv.evaluate import open_teacher
 from tiedconv.files import check_output
 from tiedconv.loading import load, source_of, with_preprocess
 from tiedconv.progressive import OriginalFading
 from tiedconv.sources import Preprocess
-from tiedconv.training import FREE_TO_CHANGE, OnEvent, TrainConfig, TrainResult, joined, train
+from tiedconv.training import (
+    FREE_TO_CHANGE,
+    Agreement,
+    OnEvent,
+    TrainConfig,
+    TrainResult,
+    Unlabelled,
+    answered,
+    as_agreement,
+    joined,
+    train,
+)
 from tiedconv.version import __version__
 
 
@@ -36,7 +49,8 @@ class Finetuned:
         teacher: what the model was taught by, or `none`.
         train_images, val_images: how many there were.
         held_out: whether the validation images were held out of the training folder.
-        result: figures.
+        result: figures; accuracies are NaN where the images have no labels.
+        agreement: what was measured then: how often the teacher's class was chosen.
     """
 
     path: Path
@@ -46,6 +60,7 @@ class Finetuned:
     val_images: int
     held_out: bool
     result: TrainResult
+    agreement: Agreement | None = None
 
 
 def finetune(
@@ -58,6 +73,7 @@ def finetune(
     preprocess: Callable[[Preprocess], Preprocess] | None = None,
     val_split: float = 0.1,
     limit: int | None = None,
+    unlabelled: bool = False,
     device: str = "auto",
     strict: bool = False,
     resume: bool = False,
@@ -75,7 +91,10 @@ def finetune(
 
     Args:
         file: a compact file.
-        data: a folder with `train/` and `val/` (or `test/`), or of class folders.
+        data: a folder with `train/` and `val/` (or `test/`), or of class folders; a folder or
+            pattern of tar shards; `hf:` with the name or folder of a Hugging Face data set.
+            Without labels where the teacher's share of the loss (`distill_weight`) is 1; the
+            agreement with the teacher is then measured in place of accuracies.
         output: the compact file to write.
         config: training options. With `progressive` the training begins at the original model,
             which is faded out over that share of the steps; the teacher must be the original.
@@ -83,6 +102,7 @@ def finetune(
         preprocess: changes how images are prepared, as the new file will say.
         val_split: share of the images to hold out where there is no validation folder.
         limit: at most so many images in each part.
+        unlabelled: don't look for labels: class folders may be any folders.
         device: `auto`, `cpu`, `cuda`, ...
         strict: a broken image is an error rather than skipped.
         resume: go on with an interrupted run.
@@ -98,7 +118,10 @@ def finetune(
     config = config or TrainConfig()
     output = Path(output)
     check_output(output, force=force)
-    split = find_split(data, val_fraction=val_split, seed=config.seed, limit=limit)
+    wants = _labels_wanted(config, teacher, unlabelled)
+    split = open_split(
+        data, val_fraction=val_split, seed=config.seed, limit=limit, labels=wants
+    )  # fmt: skip
     model = load(file, trust_code=trust_code)
     source = with_preprocess(source_of(state_of(model).source), preprocess)
     if isinstance(teacher, str):
@@ -109,24 +132,25 @@ def finetune(
     wanted = source.preprocess or Preprocess(224)
     shown = train_transform(wanted, config.augment, config.erasing)
     folder = output.with_name(output.name + ".run")
+    train_data = ImageList(split.train, shown, strict=strict)
+    val_data: Dataset[Any] = ImageList(split.val, eval_transform(wanted), strict=strict)
+    agreement = None
     with joined(device) as (processes, place):
+        if not split.labelled:
+            if on_event is not None and processes.first:
+                on_event(Unlabelled(len(split.train)))
+            val_data = answered(val_data, _needed(master, data), model, config, place)
         try:
             result = train(
-                model,
-                ImageList(split.train, shown, strict=strict),
-                ImageList(split.val, eval_transform(wanted), strict=strict),
-                config,
-                teacher=master,
-                fading=fading,
-                device=place,
-                checkpoint_dir=folder,
-                resume=resume,
-                on_event=on_event,
-            )
+                model, train_data, val_data, config, teacher=master, fading=fading, device=place,
+                checkpoint_dir=folder, resume=resume, labelled=split.labelled, on_event=on_event,
+            )  # fmt: skip
         finally:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where no state was written, there is nothing to go on from
-        entry = _entry(Path(data).name, split, name, config, result, command, processes.count)
+        if not split.labelled:
+            agreement, result = as_agreement(result)
+        entry = _entry(split, name, config, result, agreement, command, processes.count)
         set_state(model, source=source.to_json(), history=(*state_of(model).history, entry))
         if processes.first:
             save(model.cpu(), output, force=force)
@@ -134,16 +158,38 @@ def finetune(
         processes.wait()
     size = output.stat().st_size
     return Finetuned(
-        output, size, name, len(split.train), len(split.val), split.held_out, result
+        output, size, name, len(split.train), len(split.val), split.held_out, result, agreement
     )  # fmt: skip
 
 
+def _labels_wanted(config: TrainConfig, teacher: str | nn.Module, unlabelled: bool) -> Labels:
+    """Whether labels are needed: not where the teacher's answers are the whole loss."""
+    taught = config.distill_weight == 1 and teacher != "none"
+    if unlabelled and not taught:
+        raise UserError(
+            "Training without labels needs a teacher whose answers are the whole loss",
+            f"The share of the distillation is {config.distill_weight:g}, the teacher {teacher}",
+            "Use --distill 1 with a teacher, or leave --unlabelled out",
+        )
+    return "ignored" if unlabelled else "if any" if taught else "needed"
+
+
+def _needed(teacher: nn.Module | None, data: str | Path) -> nn.Module:
+    if teacher is None:
+        raise DataError(
+            f"The images of {data} have no labels, and there is no teacher",
+            "There is nothing to learn from",
+            "Name a teacher with --teacher, or give images with labels",
+        )
+    return teacher
+
+
 def _entry(
-    data: str,
     split: Split,
     teacher: str,
     config: TrainConfig,
     result: TrainResult,
+    agreement: Agreement | None,
     command: str | None,
     processes: int,
 ) -> Mapping[str, Any]:
@@ -152,7 +198,7 @@ def _entry(
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
     return {
         "step": "finetune",
-        "data": data,
+        "data": split.title,
         "train_images": len(split.train),
         "val_images": len(split.val),
         "held_out": split.held_out,
@@ -165,11 +211,20 @@ def _entry(
         "top5_before": _finite(result.top5_before),
         "top1": _finite(result.top1),
         "top5": _finite(result.top5),
+        **_agreed(agreement),
         "skipped": result.skipped,
         "processes": processes,
         "command": command,
         "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
     }
+
+
+def _agreed(agreement: Agreement | None) -> dict[str, float | None]:
+    if agreement is None:
+        return {}
+    return {
+        "agreement_before": _finite(agreement.before), "agreement": _finite(agreement.after)
+    }  # fmt: skip
 
 
 def _finite(value: float) -> float | None:

@@ -135,7 +135,7 @@ def checked_history(history: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _is_entry(entry: Mapping[str, Any]) -> bool:
-    figures = ("top1", "top5", "top1_before", "top5_before")
+    figures = ("top1", "top5", "top1_before", "top5_before", "agreement", "agreement_before")
     if not all(_is_share(entry.get(key)) for key in figures):
         return False
     match entry.get("step", ""):

@@ -87,9 +87,19 @@ class Report:
 
     @property
     def top1(self) -> float | None:
-        """The last measured top-1 accuracy, 0 to 1."""
-        scores = [e["top1"] for e in self.history if e.get("top1") is not None]
-        return float(scores[-1]) if scores else None
+        """The last measured top-1 accuracy, 0 to 1; None if none, or measured in another way."""
+        return self._last("top1")
+
+    @property
+    def agreement(self) -> float | None:
+        """Likewise the agreement with the teacher, of a training on images without labels."""
+        return self._last("agreement")
+
+    def _last(self, figure: str) -> float | None:
+        # An older figure is of a model that a later training has changed.
+        measured = [e for e in self.history if _measured(e)]
+        value = measured[-1].get(figure) if measured else None
+        return None if value is None else float(value)
 
 
 def report(what: str | Path | nn.Module) -> Report:
@@ -152,6 +162,10 @@ def _report(
         source=source,
         applied=_applied(plan),
     )
+
+
+def _measured(entry: Mapping[str, Any]) -> bool:
+    return any(entry.get(figure) is not None for figure in ("top1", "agreement"))
 
 
 def _applied(plan: Plan) -> float:

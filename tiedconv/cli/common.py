@@ -70,12 +70,21 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Workers = Annotated[
     int | None, typer.Option(help="Processes that decode images; chosen if not given.", min=0)
 ]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="IMAGES",
+        help="A folder with train/ and val/ (or test/) of class folders, or class folders "
+        "directly; tar shards: a folder of them, or a pattern such as "
+        "'train-{000000..000147}.tar'; or hf:NAME, hf:NAME:CONFIG or hf:FOLDER.",
+    ),
+]
 Calib = Annotated[
     Path | None,
     typer.Option(
         metavar="IMAGES",
-        help="A folder of images, with or without classes: convert by what the model does to "
-        "them. No label is looked at.",
+        help="A folder of images, with or without classes, or shards or hf:NAME as for finetune: "
+        "convert by what the model does to them. No label is looked at.",
     ),
 ]
 CalibImages = Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,12 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compact file, or a model such as resnet50.")],
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="IMAGEFOLDER", help="A folder with val/ or test/, or of class folders."
-        ),
-    ],
+    data: common.Data,
     weights: common.Weights = "default",
     model_arg: common.ModelArg = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
@@ -41,7 +35,7 @@ def evaluate(
     trust_code: common.TrustCode = False,
     json_: common.Json = False,
 ) -> None:
-    """Measure top-1 and top-5 accuracy on a folder of images."""
+    """Measure top-1 and top-5 accuracy on labelled images."""
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with TrainingBar("evaluating") as bar:
         done = run(

@@ -30,14 +30,7 @@ def register(app: typer.Typer) -> None:
 
 def finetune(
     file: Annotated[Path, typer.Argument(help="A compact file that tiedconv wrote.")],
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="IMAGEFOLDER",
-            help="A folder with train/ and val/ (or test/) of class folders, or class folders "
-            "directly.",
-        ),
-    ],
+    data: common.Data,
     output: Annotated[Path, typer.Option("-o", "--output", help="The compact file to write.")],
     epochs: Annotated[float | None, _schedule("Passes over the images; 1 if not given.")] = None,
     steps: Annotated[int | None, _schedule("Optimiser steps, instead of epochs.")] = None,
@@ -83,6 +76,12 @@ def finetune(
         float, _images("Share to hold out where there is no val/ or test/.")
     ] = 0.1,
     limit: common.Limit = None,
+    unlabelled: Annotated[
+        bool,
+        typer.Option(
+            "--unlabelled", help="Look for no labels: with --distill 1, any folders of images do."
+        ),
+    ] = False,
     image_size: common.ImageSize = None,
     resize: common.Resize = None,
     mean: common.Mean = None,
@@ -133,8 +132,9 @@ def finetune(
         try:
             done = run(
                 file, data, output, config, teacher=teacher, preprocess=change,
-                val_split=val_split, limit=limit, device=device, strict=strict, resume=resume,
-                force=force, trust_code=trust_code, command=common.command_line(), on_event=bar,
+                val_split=val_split, limit=limit, unlabelled=unlabelled, device=device,
+                strict=strict, resume=resume, force=force, trust_code=trust_code,
+                command=common.command_line(), on_event=bar,
             )  # fmt: skip
         except KeyboardInterrupt:
             if output.with_name(output.name + ".run").is_dir():
@@ -146,12 +146,20 @@ def finetune(
         common.print_json(done)
         return
     result = done.result
-    rows = [
+    columns: tuple[str, ...] = ("", "top-1", "top-5")
+    rows: list[render.Row] = [
         ("before", render.accuracy(result.top1_before), render.accuracy(result.top5_before)),
         ("after", render.accuracy(result.top1), render.accuracy(result.top5)),
     ]
+    if done.agreement is not None:
+        columns = ("", "agreement with the teacher")
+        rows = [
+            ("before", render.accuracy(done.agreement.before)),
+            ("after", render.accuracy(done.agreement.after)),
+        ]
     kind = "held-out" if done.held_out else "validation"
-    common.show_table(("", "top-1", "top-5"), rows, f"{done.val_images:,} {kind} images")
+    unlabelled_note = "" if done.agreement is None else " without labels"
+    common.show_table(columns, rows, f"{done.val_images:,} {kind} images{unlabelled_note}")
     if result.skipped:
         say(render.skipped(result.skipped))
     say(

@@ -29,6 +29,7 @@ from tiedconv.training import (
     Skipped,
     Start,
     Step,
+    Unlabelled,
 )
 
 
@@ -105,6 +106,7 @@ class TrainingBar(Bar):
     def __init__(self, what: str = "training") -> None:
         super().__init__(what)
         self._total = 0
+        self._figure = "top-1"
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -114,17 +116,20 @@ class TrainingBar(Bar):
             case Resumed(epoch, step):
                 self.line(f"resumed after epoch {epoch}, step {step:,}")
             case Baseline(top1, _, _):
-                self.line(f"before: top-1 {accuracy(top1)}")
+                self.line(f"before: {self._figure} {accuracy(top1)}")
             case Step(step, loss, lr, speed, _):
                 note = f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} images/s"
                 self.update(step, self._total, note, "training")
             case EvalStep(images, total, speed):
                 self.update(images, total, f"{speed:,.0f} images/s", "evaluating")
             case EpochEnd(epoch, loss, top1, _, seconds):
-                score = f", top-1 {accuracy(top1)}" if top1 is not None else ""
+                score = f", {self._figure} {accuracy(top1)}" if top1 is not None else ""
                 self.line(f"epoch {epoch}: loss {loss:.3f}{score}, {seconds:.0f} s")
             case Skipped(count, example):
                 what = "image that can't be read:" if count == 1 else "images that can't be read,"
                 self.line(f"skipped {count} {what} {'' if count == 1 else 'such as '}{example}")
+            case Unlabelled(images):
+                self._figure = "agreement"
+                self.line(f"{images:,} images have no labels: measuring agreement with the teacher")
             case Checkpointed():
                 pass

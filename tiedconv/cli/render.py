@@ -242,10 +242,15 @@ def _history_line(entry: Mapping[str, Any]) -> str:
         budget = f", params {recipe['params']}" if recipe.get("params") else ""
         return f"converted by {rules}{budget}"
     if entry.get("step") == "finetune":
+        unlabelled = entry.get("agreement") is not None
+        name = "agreement" if unlabelled else "top1"
         return (
-            f"fine-tuned on {entry.get('data')} ({entry.get('train_images'):,} images, "
-            f"{entry.get('steps'):,} steps, teacher {entry.get('teacher')}): top-1 "
-            f"{accuracy(entry.get('top1_before'))} before, {accuracy(entry.get('top1'))} after, on "
+            f"fine-tuned on {entry.get('data')} ({entry.get('train_images'):,} images"
+            f"{' without labels' if unlabelled else ''}, "
+            f"{entry.get('steps'):,} steps, teacher {entry.get('teacher')}): "
+            f"{'agreement with the teacher' if unlabelled else 'top-1'} "
+            f"{accuracy(entry.get(f'{name}_before'))} before, "
+            f"{accuracy(entry.get(name))} after, on "
             f"{entry.get('val_images'):,} {'held-out ' if entry.get('held_out') else ''}images"
         )
     if entry.get("step") == "export":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -13,7 +14,11 @@ from tiedconv.cli.common import say
 from tiedconv.report import Report
 from tiedconv.report import report as run
 
+T = TypeVar("T")
+
 COLUMNS = ("file", "model", "original", "stored", "ratio", "file size", "top-1")
+AGREEMENT = "agreement"
+"""One more column where a file was trained on images without labels."""
 
 
 class Format(StrEnum):
@@ -51,12 +56,13 @@ def report(
         for one in reports:
             _show(one, each=all_groups)
         if len(reports) > 1:
-            common.show_table(COLUMNS, [_line(r) for r in reports], text=2)
+            columns, lines = _table(reports, _line)
+            common.show_table(columns, lines, text=2)
     elif len(reports) > 1:
         if format_ is Format.CSV:
-            typer.echo(render.as_csv(COLUMNS, [_exact_line(r) for r in reports]))
+            typer.echo(render.as_csv(*_table(reports, _exact_line)))
         else:
-            typer.echo(render.markdown(COLUMNS, [_line(r) for r in reports], text=2))
+            typer.echo(render.markdown(*_table(reports, _line), text=2))
     elif format_ is Format.CSV:
         typer.echo(render.as_csv(render.GROUP_COLUMNS, render.exact_rows(reports[0])))
     else:
@@ -69,15 +75,27 @@ def _rows(one: Report, *, each: bool) -> list[render.Row]:
     return [*rows, render.kept_row(one), render.total_row(one)]
 
 
+def _table(
+    reports: Sequence[Report], line: Callable[[Report], Sequence[T]]
+) -> tuple[Sequence[str], list[Sequence[T]]]:
+    """Columns and a line for each file."""
+    agreed = any(one.agreement is not None for one in reports)
+    columns = (*COLUMNS, AGREEMENT) if agreed else COLUMNS
+    return columns, [line(one)[: len(columns)] for one in reports]
+
+
 def _line(one: Report) -> render.Row:
     return (
         one.name, one.model, f"{one.original:,}", f"{one.stored:,}", render.percent(one.ratio),
-        render.size(one.file_bytes), render.accuracy(one.top1),
+        render.size(one.file_bytes), render.accuracy(one.top1), render.accuracy(one.agreement),
     )  # fmt: skip
 
 
-def _exact_line(one: Report) -> tuple[object, ...]:
-    return one.name, one.model, one.original, one.stored, one.ratio, one.file_bytes, one.top1
+def _exact_line(one: Report) -> Sequence[object]:
+    return (
+        one.name, one.model, one.original, one.stored, one.ratio, one.file_bytes, one.top1,
+        one.agreement,
+    )  # fmt: skip
 
 
 def _show(one: Report, *, each: bool) -> None:

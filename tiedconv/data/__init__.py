@@ -1,4 +1,4 @@
-"""Images in, seeded batches out: folders, transforms, data sets and loaders.
+"""Images in, seeded batches out: layouts, transforms, data sets and loaders.
 
 Nothing here knows of models or plans. Neither torchvision nor Pillow is imported before an
 image is decoded.
@@ -6,9 +6,10 @@ image is decoded.
 
 from __future__ import annotations
 
-from tiedconv.data.folders import Images, Split, find_images, find_split, find_unlabelled
+from tiedconv.data.images import Images, Store
 from tiedconv.data.lists import Broken, ImageList, Sample, TensorList
 from tiedconv.data.loading import Batch, Loader, Ticket, default_workers
+from tiedconv.data.opening import Labels, Split, open_images, open_split, open_unlabelled
 from tiedconv.data.transforms import (
     AUGMENTS,
     ImageTransform,
@@ -24,16 +25,18 @@ __all__ = [
     "ImageList",
     "ImageTransform",
     "Images",
+    "Labels",
     "Loader",
     "PreprocessLike",
     "Sample",
     "Split",
+    "Store",
     "TensorList",
     "Ticket",
     "default_workers",
     "eval_transform",
-    "find_images",
-    "find_split",
-    "find_unlabelled",
+    "open_images",
+    "open_split",
+    "open_unlabelled",
     "train_transform",
 ]

@@ -1,4 +1,4 @@
-"""Two data sets: images in files, decoded when read, and images in memory."""
+"""Two data sets: encoded images, decoded when read, and images in memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tiedconv.data.folders import Images
+from tiedconv.data.images import Images
 from tiedconv.data.seeds import uniforms
 from tiedconv.data.transforms import (
     ERASED_AREA,
@@ -31,17 +31,20 @@ Sample = tuple[Tensor, int]
 
 @dataclass(frozen=True)
 class Broken:
-    """Stands for an image that can't be read, so that one bad file does not end a run."""
+    """Stands for an image that can't be read, so that one bad file does not end a run.
+
+    `path` is a file's path, or what else the image is called.
+    """
 
     path: str
     reason: str
 
 
 class ImageList(Dataset[Sample | Broken]):
-    """Images in files, decoded to RGB when they are read.
+    """Encoded images, wherever they lie, decoded to RGB when they are read.
 
     Args:
-        images: the files and their labels.
+        images: what they are and their labels; without labels, each has the label 0.
         transform: makes a tensor of shape (C, H, W) of a PIL image in RGB.
         strict: a broken image raises DataError; otherwise it is given as `Broken`.
     """
@@ -64,19 +67,18 @@ class ImageList(Dataset[Sample | Broken]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample | Broken:
-        path = self.images.path(index)
         try:
-            image = _decode(path)
+            image = _decode(self.images.open(index))
         except _DECODING_ERRORS as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            name, reason = self.images.name(index), _reason(error)
             if self.strict:
                 raise DataError(
-                    f"The image {path} can't be read: {reason}",
+                    f"The image {name} can't be read: {reason}",
                     "Strict reading was asked for",
-                    "Repair or remove the file, or leave --strict out to skip it",
+                    "Repair or remove the image, or leave --strict out to skip it",
                 ) from error
-            return Broken(str(path), reason)
-        return self.transform(image), self.images.labels[index]
+            return Broken(name, reason)
+        return self.transform(image), self.images.label(index)
 
 
 # What Pillow raises for files that are cut off, altered or not images. Its error for images that
@@ -92,12 +94,20 @@ _DECODING_ERRORS = (
 )
 
 
-def _decode(path: Path) -> Any:
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "it is no image that Pillow knows"  # Pillow would tell an address in memory
+    text = str(error).strip()
+    return text.splitlines()[0] if text else repr(error)
+
+
+def _decode(file: str | Path | BinaryIO) -> Any:
     """A PIL image in RGB."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if image.mode.startswith("I"):
                 # Pillow would clip 16-bit grey values at 255: nearly all of the image to white.
                 high_bytes = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)

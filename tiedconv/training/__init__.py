@@ -6,6 +6,7 @@ events, results as dataclasses.
 
 from __future__ import annotations
 
+from tiedconv.training.agreement import Agreement, answered, as_agreement
 from tiedconv.training.batchnorm import has_batchnorm, recalibrate_batchnorm
 from tiedconv.training.blocks import Blocks
 from tiedconv.training.config import TrainConfig
@@ -24,6 +25,7 @@ from tiedconv.training.events import (
     Skipped,
     Start,
     Step,
+    Unlabelled,
 )
 from tiedconv.training.fading import Fading, share_left
 from tiedconv.training.interrupts import Interrupted
@@ -43,6 +45,7 @@ from tiedconv.training.teacher import fit_inputs
 
 __all__ = [
     "FREE_TO_CHANGE",
+    "Agreement",
     "Baseline",
     "Blocks",
     "Checkpointed",
@@ -64,6 +67,9 @@ __all__ = [
     "Step",
     "TrainConfig",
     "TrainResult",
+    "Unlabelled",
+    "answered",
+    "as_agreement",
     "distillation_loss",
     "evaluate_model",
     "feature_loss",

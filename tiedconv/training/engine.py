@@ -75,6 +75,7 @@ def train(
     device: str | torch.device = "auto",
     checkpoint_dir: Path | None = None,
     resume: bool = False,
+    labelled: bool = True,
     on_event: OnEvent | None = None,
 ) -> TrainResult:
     """Trains a classifier in place; model and teacher are moved to the device and stay there.
@@ -95,6 +96,7 @@ def train(
         checkpoint_dir: where to keep the newest states, written after each epoch, every
             `config.checkpoint_minutes`, and when SIGINT or SIGTERM asks the run to stop.
         resume: go on from the newest of them; where there is none, start at the beginning.
+        labelled: whether the labels are those of people; a checkpoint remembers it.
         on_event: called with each event.
 
     Raises:
@@ -113,6 +115,7 @@ def train(
         with torch.random.fork_rng([place] if place.type == "cuda" else []):
             run = _Run(model, train_data, val_data, config, teacher, place, processes)
             run.listener = on_event if on_event is not None and processes.first else ignore
+            run.labelled = labelled
             run.fading = fading if config.progressive > 0 else None
             if checkpoint_dir is not None:
                 run.folder = StateFolder(Path(checkpoint_dir), config.keep)
@@ -163,6 +166,7 @@ class _Run:
         self.listener: OnEvent = ignore
         self.fading: Fading | None = None
         self.ema: Ema | None = None
+        self.labelled = True
         self.folder: StateFolder | None = None
         self.interrupts = Interrupts()
         self.at = Progress()
@@ -355,8 +359,9 @@ class _Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
         return identity_of(
-            self.config, self.loader.images, self.val_loader.images, self.teacher is not None
-        )
+            self.config, self.loader.images, self.val_loader.images, self.teacher is not None,
+            self.labelled,
+        )  # fmt: skip
 
     def save(self) -> None:
         """Writes a checkpoint, if there is a place for it."""

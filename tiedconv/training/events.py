@@ -75,13 +75,22 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Unlabelled:
+    """The images have no labels: what follows as top 1 is agreement with the teacher."""
+
+    images: int
+
+
+@dataclass(frozen=True)
 class Checkpointed:
     """The state of training was written to `path`."""
 
     path: str
 
 
-Event = Start | Resumed | Baseline | Step | EvalStep | EpochEnd | Skipped | Checkpointed
+Event = (
+    Start | Resumed | Baseline | Step | EvalStep | EpochEnd | Skipped | Checkpointed | Unlabelled
+)
 
 OnEvent = Callable[[Event], None]
 

@@ -121,7 +121,9 @@ def prepare_folder(folder: Path) -> None:
         )
 
 
-def identity_of(config: TrainConfig, images: int, val_images: int, teacher: bool) -> dict[str, Any]:
+def identity_of(
+    config: TrainConfig, images: int, val_images: int, teacher: bool, labelled: bool
+) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
     fields = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     return {
@@ -129,6 +131,7 @@ def identity_of(config: TrainConfig, images: int, val_images: int, teacher: bool
         "training images": images,
         "validation images": val_images,
         "teacher": teacher,
+        "labels": labelled,
     }
 
 

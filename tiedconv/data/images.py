@@ -1,0 +1,84 @@
+"""A labelled list of encoded images, wherever they lie: what every layout is read into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+"""File name endings of images, compared in lower case."""
+
+MAX_CLASSES = 1_000_000
+"""A larger label is no class number but something else, such as a time."""
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Store(Protocol):
+    """Encoded images that can be reached in any order. It is sent to reading processes.
+
+    What can't be reached raises OSError.
+    """
+
+    def name(self, at: int) -> str:
+        """What to call an image in a message; for a file, its path."""
+        ...
+
+    def open(self, at: int) -> str | Path | BinaryIO:
+        """What Pillow can open: a path, or the image's bytes."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images of a store and their labels; holds no pixels.
+
+    Attributes:
+        store: where they are.
+        places: which of the store's images these are, shape (N,), int64.
+        labels: for each an index into `classes`, shape (N,), int64; None if they have none.
+        classes: the class names; empty without labels.
+    """
+
+    store: Store
+    places: Ints
+    labels: Ints | None
+    classes: tuple[str, ...]
+
+    @classmethod
+    def all_of(
+        cls, store: Store, count: int, labels: Ints | None, classes: tuple[str, ...]
+    ) -> Images:
+        """All images of a store that holds `count`."""
+        return cls(store, np.arange(count, dtype=np.int64), labels, classes)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        """What to call one image in a message; for a file, its path."""
+        return self.store.name(int(self.places[index]))
+
+    def open(self, index: int) -> str | Path | BinaryIO:
+        """What Pillow can open: a path, or the image's bytes.
+
+        Raises:
+            OSError: it can't be reached.
+        """
+        return self.store.open(int(self.places[index]))
+
+    def label(self, index: int) -> int:
+        """The label of one image; 0 if there are none."""
+        return 0 if self.labels is None else int(self.labels[index])
+
+    def take(self, which: np.ndarray[Any, Any]) -> Images:
+        """Some of them: by their indices, or by one truth value for each."""
+        labels = None if self.labels is None else self.labels[which]
+        return replace(self, places=self.places[which], labels=labels)
+
+    def unlabelled(self) -> Images:
+        """The same images, their labels forgotten."""
+        return replace(self, labels=None, classes=())
