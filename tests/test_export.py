@@ -121,14 +121,17 @@ def test_with_factors_applied_nothing_is_left_for_onnx_runtime_to_double(
     assert sizes["never"] > 1.1 * stored
 
 
-def test_auto_applies_where_it_is_no_dearer() -> None:
-    expected = {"tied": True, "lowrank": True, "lors": False, "kernels tied": False,
+def test_auto_applies_where_it_is_cheaper() -> None:
+    expected = {"tied": False, "lowrank": True, "lors": False, "kernels tied": False,
                 "kernels low rank": True}  # fmt: skip
     for way, applied in expected.items():
         micro, model = made(way)
         _, lowered = onnx_graph(model, images_of(micro), lower="auto")
         assert bool(lowered.applied) == applied, way
-        assert lowered.one_copy == (way == "tied")
+    micro, model = made("tied")
+    for lower, one_copy in (("auto", False), ("always", True)):
+        _, lowered = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
+        assert lowered.one_copy == one_copy
 
 
 # Files
