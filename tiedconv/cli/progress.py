@@ -25,6 +25,7 @@ from tiedconv.training import (
     EpochEnd,
     EvalStep,
     Event,
+    NotCompiled,
     Resumed,
     Skipped,
     Start,
@@ -131,5 +132,7 @@ class TrainingBar(Bar):
             case Unlabelled(images):
                 self._figure = "agreement"
                 self.line(f"{images:,} images have no labels: measuring agreement with the teacher")
+            case NotCompiled(reason):
+                self.line(f"not compiled: {reason}")
             case Checkpointed():
                 pass

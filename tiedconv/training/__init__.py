@@ -20,6 +20,7 @@ from tiedconv.training.events import (
     EpochEnd,
     EvalStep,
     Event,
+    NotCompiled,
     OnEvent,
     Resumed,
     Skipped,
@@ -28,6 +29,7 @@ from tiedconv.training.events import (
     Unlabelled,
 )
 from tiedconv.training.fading import Fading, share_left
+from tiedconv.training.forecast import Forecast, forecast
 from tiedconv.training.interrupts import Interrupted
 from tiedconv.training.losses import (
     distillation_loss,
@@ -38,6 +40,7 @@ from tiedconv.training.losses import (
 from tiedconv.training.mixing import Mix
 from tiedconv.training.objective import Objective, Outcome
 from tiedconv.training.optim import learning_rate, parameter_groups
+from tiedconv.training.pace import Pace
 from tiedconv.training.processes import Processes, joined, rank_in_environment
 from tiedconv.training.results import TrainResult
 from tiedconv.training.state import FREE_TO_CHANGE
@@ -55,11 +58,14 @@ __all__ = [
     "EvalStep",
     "Event",
     "Fading",
+    "Forecast",
     "Interrupted",
     "Mix",
+    "NotCompiled",
     "Objective",
     "OnEvent",
     "Outcome",
+    "Pace",
     "Processes",
     "Resumed",
     "Skipped",
@@ -74,6 +80,7 @@ __all__ = [
     "evaluate_model",
     "feature_loss",
     "fit_inputs",
+    "forecast",
     "hard_distillation_loss",
     "has_batchnorm",
     "joined",

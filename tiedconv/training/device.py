@@ -42,6 +42,11 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
+def seeds_apart(device: torch.device) -> AbstractContextManager[None]:
+    """A context after which torch's global generators are what they were before."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def _mps() -> bool:
     return torch.backends.mps.is_available()
 

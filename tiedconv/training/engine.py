@@ -6,11 +6,10 @@ the loop only ever looks at `parameters()`, `state_dict()` and the modules' type
 
 from __future__ import annotations
 
-import itertools
 import math
 import signal
 import time
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from tiedconv.data import Batch, Loader
+from tiedconv.data import Batch
 from tiedconv.errors import TrainingError, UserError
-from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_batchnorm
 from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
-from tiedconv.training.device import Placement
+from tiedconv.training.device import seeds_apart
 from tiedconv.training.ema import Ema
 from tiedconv.training.evaluation import (
     EVENT_SECONDS,
     EvalResult,
-    class_count,
     require_some,
-    score,
 )
 from tiedconv.training.events import (
     Baseline,
@@ -39,6 +35,7 @@ from tiedconv.training.events import (
     EpochEnd,
     EvalStep,
     Event,
+    NotCompiled,
     OnEvent,
     Resumed,
     Skipped,
@@ -49,19 +46,15 @@ from tiedconv.training.events import (
 from tiedconv.training.fading import Fading, check_fading, share_left
 from tiedconv.training.interrupts import Interrupted, Interrupts
 from tiedconv.training.losses import LossMeter, diverged
-from tiedconv.training.objective import Objective
-from tiedconv.training.optim import learning_rate, make_optimizer
-from tiedconv.training.parallel import make_learner
-from tiedconv.training.processes import Processes, SpareImage, check_shares, joined
+from tiedconv.training.optim import learning_rate
+from tiedconv.training.pace import measure_pace
+from tiedconv.training.processes import SpareImage, joined
 from tiedconv.training.results import Progress, TrainResult
+from tiedconv.training.setup import Setup
 from tiedconv.training.state import StateFolder, identity_of
-from tiedconv.training.update import Updater
 
 READ_SECONDS = 0.5
 """The longest time that a loss stays unread on the device, if steps are slow."""
-
-RECALIBRATION_EPOCH = -1
-"""The "epoch" whose order and augmentation are used to estimate batch norm statistics."""
 
 
 def train(
@@ -109,60 +102,24 @@ def train(
         raise UserError("Nothing to resume from", remedy="Give the checkpoint folder as well")
     config = config or TrainConfig()
     check_fading(config, fading)
-    with joined(device) as (processes, place):
-        images = min(len(train_data), len(val_data))  # type: ignore[arg-type]
-        check_shares(processes, config.batch_size, images)
-        with torch.random.fork_rng([place] if place.type == "cuda" else []):
-            run = _Run(model, train_data, val_data, config, teacher, place, processes)
-            run.listener = on_event if on_event is not None and processes.first else ignore
-            run.labelled = labelled
-            run.fading = fading if config.progressive > 0 else None
-            if checkpoint_dir is not None:
-                run.folder = StateFolder(Path(checkpoint_dir), config.keep)
-            return run.whole(resume)
+    with joined(device) as (processes, place), seeds_apart(place):
+        run = _Run(Setup(model, train_data, val_data, config, teacher, place, processes))
+        run.listener = on_event if on_event is not None and processes.first else ignore
+        run.labelled = labelled
+        run.fading = fading if config.progressive > 0 else None
+        if checkpoint_dir is not None:
+            run.folder = StateFolder(Path(checkpoint_dir), config.keep)
+        return run.whole(resume)
 
 
 class _Run:
     """One call of `train`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train_data: Dataset[Any],
-        val_data: Dataset[Any],
-        config: TrainConfig,
-        teacher: nn.Module | None,
-        device: torch.device,
-        processes: Processes,
-    ) -> None:
-        self.given, self.teacher, self.config, self.processes = model, teacher, config, processes
-        size, seed, pin = config.batch_size, config.seed, device.type == "cuda"
-        part = processes.rank, processes.count
-        self.loader = Loader(
-            train_data, size, shuffle=True, seed=seed, workers=config.workers, pin=pin, part=part
-        )
-        self.val_loader = Loader(
-            val_data, size, seed=seed, workers=config.workers, pin=pin, part=part
-        )
-        self.val_classes = class_count(val_data)
-        self.placement = Placement.choose(model, device, config.amp, config.channels_last)
-        for each in (model, teacher):
-            if each is not None:
-                self.placement.place(each)
-        if teacher is not None:
-            teacher.eval()
-        self.learner = make_learner(model, processes, device, config.sharding)
-        self.model = self.learner.model
-        objective = Objective(
-            config, self.learner.forward, self.model, teacher, class_count(train_data),
-            self.placement,
-        )  # fmt: skip
-        self.optimizer = make_optimizer(self.model, config)
-        self.updater = Updater(
-            self.learner, self.optimizer, objective, config, self.placement, processes
-        )  # fmt: skip
-        self.recalibrates = config.bn_recalibrate > 0 and has_batchnorm(model)
-        self.steps = config.total_steps(len(self.loader))
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.config, self.processes = setup, setup.config, setup.processes
+        self.loader, self.updater, self.learner = setup.loader, setup.updater, setup.learner
+        self.model, self.placement = setup.model, setup.placement
+        self.steps = self.config.total_steps(len(self.loader))
         self.listener: OnEvent = ignore
         self.fading: Fading | None = None
         self.ema: Ema | None = None
@@ -172,17 +129,14 @@ class _Run:
         self.at = Progress()
         self.history: list[dict[str, Any]] = []
         self.broken: dict[str, None] = {}  # a set that remembers which came first
-        self.spare = SpareImage(processes)
-        self.saved = time.monotonic()
+        self.spare = SpareImage(self.processes)
+        self.begun = self.saved = time.monotonic()
 
     def whole(self, resume: bool) -> TrainResult:
         """Trains to the end, and leaves the model as its caller may expect it."""
         if self.folder is not None and self.processes.first:
             self.folder.prepare()
-        with (
-            modes_kept(self.given), closing(self.loader), closing(self.val_loader),
-            self.interrupts,
-        ):  # fmt: skip
+        with self.setup.opened(), self.interrupts:
             try:
                 result = self.go(resume)
                 self.learner.finish()
@@ -190,11 +144,13 @@ class _Run:
             finally:
                 if self.fading is not None:
                     self.fading.set(0.0)
-                self.placement.release(self.given, self.teacher)
 
     def go(self, resume: bool) -> TrainResult:
         """Trains from the beginning or from the checkpoint to the end."""
         found = self.folder.load(self.identity()) if resume and self.folder is not None else None
+        reason = self.setup.compile()
+        if reason is not None:
+            self.emit(NotCompiled(reason))
         if found is not None:
             self.begin()
             self.load(*found)
@@ -205,6 +161,7 @@ class _Run:
             before = self.evaluate()
             self.at = replace(self.at, top1_before=before.top1, top5_before=before.top5)
             self.emit(Baseline(before.top1, before.top5, before.loss))
+            self.fit_to_clock()
             # Only now: a fading may change tensors, and the baseline is the model as it came.
             self.begin()
         self.saved = time.monotonic()
@@ -213,6 +170,16 @@ class _Run:
         if self.ema is not None:
             self.ema.settle()
         return self.result()
+
+    def fit_to_clock(self) -> None:
+        """Settles how many steps a time budget has room for, and tells; the first decides."""
+        if self.config.time_budget is None:
+            return
+        pace = measure_pace(self.updater, self.loader, self.setup.examiner.seconds)
+        left = self.config.time_budget - (time.monotonic() - self.begun)
+        steps = pace.steps_within(left, len(self.loader), self.config)
+        self.steps = self.processes.told_by_first(steps)
+        self.emit(Start(self.steps, -(-self.steps // len(self.loader)), self.loader.images))
 
     def begin(self) -> None:
         """Adds what is to be faded, if there is anything, and then begins to average."""
@@ -327,10 +294,7 @@ class _Run:
         """Evaluates after training, with fresh batch norm statistics, without what is faded."""
         averaged = self.ema.swapped() if self.ema is not None else nullcontext()
         with averaged, self.fading.left_out() if self.fading is not None else nullcontext():
-            if self.recalibrates:
-                batches = self.loader.epoch(RECALIBRATION_EPOCH)
-                chosen = itertools.islice(batches, self.config.bn_recalibrate)
-                recalibrate_batchnorm(self.model, chosen, self.placement, self.processes)
+            self.setup.examiner.recalibrate()
             evaluation = self.evaluate()
         # The last update of an epoch has no later loss that would show its damage.
         if not math.isfinite(evaluation.loss):
@@ -339,11 +303,7 @@ class _Run:
 
     def evaluate(self) -> EvalResult:
         """Evaluates the model as it is now."""
-        result = score(
-            self.model, self.val_loader, self.placement, self.emit, self.val_classes,
-            self.processes,
-        )  # fmt: skip
-        self.learner.after_evaluation()
+        result = self.setup.examiner.evaluate(self.emit)
         if result.skipped > self.at.val_skipped:
             self.at = replace(self.at, val_skipped=result.skipped)
             self.emit(Skipped(result.skipped, result.example_of_skipped or ""))
@@ -359,8 +319,8 @@ class _Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
         return identity_of(
-            self.config, self.loader.images, self.val_loader.images, self.teacher is not None,
-            self.labelled,
+            self.config, self.loader.images, self.setup.val_loader.images,
+            self.setup.teacher is not None, self.labelled,
         )  # fmt: skip
 
     def save(self) -> None:
@@ -375,7 +335,7 @@ class _Run:
             "broken": list(self.broken),
             "scaler": self.updater.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
-            **self.learner.state(self.optimizer),
+            **self.learner.state(self.setup.optimizer),
         }
         if self.processes.first:
             path = self.folder.save(self.at.step, state)
@@ -386,7 +346,7 @@ class _Run:
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Restores a checkpoint."""
         try:
-            self.learner.load(state, self.optimizer)
+            self.learner.load(state, self.setup.optimizer)
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
         except (RuntimeError, ValueError, KeyError) as error:

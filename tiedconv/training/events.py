@@ -82,6 +82,13 @@ class Unlabelled:
 
 
 @dataclass(frozen=True)
+class NotCompiled:
+    """The model can't be compiled, for this reason; training goes on without."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Checkpointed:
     """The state of training was written to `path`."""
 
@@ -89,7 +96,16 @@ class Checkpointed:
 
 
 Event = (
-    Start | Resumed | Baseline | Step | EvalStep | EpochEnd | Skipped | Checkpointed | Unlabelled
+    Start
+    | Resumed
+    | Baseline
+    | Step
+    | EvalStep
+    | EpochEnd
+    | Skipped
+    | Checkpointed
+    | Unlabelled
+    | NotCompiled
 )
 
 OnEvent = Callable[[Event], None]

@@ -56,13 +56,13 @@ class Processes:
         votes = torch.tensor(flags, dtype=torch.float32, device=device)
         return [vote > 0 for vote in self.sum(votes).tolist()]
 
-    def told_by_first(self, value: object) -> object:
-        """A value of the first process, in all of them."""
+    def told_by_first(self, number: int) -> int:
+        """A number of the first process, in all of them."""
         if not self.several:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values)
-        return values[0]
+            return number
+        numbers = [number]
+        dist.broadcast_object_list(numbers)
+        return numbers[0]
 
     def wait(self) -> None:
         """Until all have come here."""

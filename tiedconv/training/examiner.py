@@ -1,0 +1,88 @@
+"""Evaluations of the model in training."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import torch
+
+from tiedconv.data import Loader
+from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_batchnorm
+from tiedconv.training.config import TrainConfig
+from tiedconv.training.device import Placement
+from tiedconv.training.evaluation import EvalResult, score
+from tiedconv.training.events import OnEvent
+from tiedconv.training.losses import logits_of
+from tiedconv.training.parallel import Learner
+from tiedconv.training.processes import Processes
+
+RECALIBRATION_EPOCH = -1
+"""The "epoch" whose order and augmentation are used to estimate batch norm statistics."""
+
+_SECONDS = 5.0  # of an evaluation, to estimate the whole
+
+
+class Examiner:
+    """Evaluates a model, as it is or with batch norm statistics of its own.
+
+    Args:
+        learner: the model.
+        loader: of the training images, for the statistics.
+        val_loader: of the images to evaluate on.
+        val_classes: of those, where that is known.
+        config: the options.
+        placement: where and how to compute.
+        processes: that evaluate together.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        loader: Loader,
+        val_loader: Loader,
+        val_classes: int | None,
+        config: TrainConfig,
+        placement: Placement,
+        processes: Processes,
+    ) -> None:
+        self.learner, self.loader, self.val_loader = learner, loader, val_loader
+        self.val_classes, self.placement, self.processes = val_classes, placement, processes
+        norms = has_batchnorm(learner.model)
+        self.batches = config.bn_recalibrate if norms else 0
+        self.seconds = 0.0  # that the last one took
+
+    def evaluate(self, emit: OnEvent) -> EvalResult:
+        """The figures of the model as it is now."""
+        result = score(
+            self.learner.model, self.val_loader, self.placement, emit, self.val_classes,
+            self.processes,
+        )  # fmt: skip
+        self.learner.after_evaluation()
+        self.seconds = result.seconds
+        return result
+
+    def estimated_seconds(self) -> float:
+        """How long an evaluation takes, from its first images."""
+        model, images = self.learner.model, 0
+        start = time.perf_counter()
+        with modes_kept(model), torch.no_grad():
+            model.eval()
+            for batch in self.val_loader.epoch():
+                if len(batch.images):
+                    with self.placement.autocast():
+                        logits = logits_of(model(self.placement.images(batch.images)))
+                    float(logits.sum())  # waits for the device
+                    images += len(batch.images) * self.processes.count
+                if time.perf_counter() - start > _SECONDS and not self.processes.several:
+                    break
+        self.learner.after_evaluation()
+        whole = self.val_loader.images / max(1, images)
+        self.seconds = (time.perf_counter() - start) * whole
+        return self.seconds
+
+    def recalibrate(self) -> None:
+        """Estimates the statistics of batch norms anew, if there are any and it is wanted."""
+        if self.batches:
+            batches = itertools.islice(self.loader.epoch(RECALIBRATION_EPOCH), self.batches)
+            recalibrate_batchnorm(self.learner.model, batches, self.placement, self.processes)

@@ -1,0 +1,92 @@
+"""What a training will be and take, before it is begun."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from tiedconv.training.config import TrainConfig
+from tiedconv.training.device import seeds_apart
+from tiedconv.training.pace import Pace, measure_pace
+from tiedconv.training.processes import joined
+from tiedconv.training.setup import Setup
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a training will be and take.
+
+    Attributes:
+        steps: optimiser steps in all.
+        epochs: the last may be partial.
+        warmup: steps of these in which the learning rate rises.
+        images: in the training set.
+        val_images: in the validation set.
+        trained: numbers that are trained.
+        pace: as measured in a few steps.
+        seconds: that all steps and evaluations take at this pace.
+        processes: that share the work.
+        device: its name.
+        not_compiled: why the model can't be compiled; None if it is, or if nobody asked.
+    """
+
+    steps: int
+    epochs: int
+    warmup: int
+    images: int
+    val_images: int
+    trained: int
+    pace: Pace
+    seconds: float
+    processes: int
+    device: str
+    not_compiled: str | None
+
+
+def forecast(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    val_data: Dataset[Any],
+    config: TrainConfig | None = None,
+    *,
+    teacher: nn.Module | None = None,
+    device: str | torch.device = "auto",
+) -> Forecast:
+    """Measures a few steps of a training and part of an evaluation; the model stays as it is.
+
+    Arguments and errors are those of `train`.
+    """
+    config = config or TrainConfig()
+    with joined(device) as (processes, place), seeds_apart(place):
+        setup = Setup(model, train_data, val_data, config, teacher, place, processes)
+        with setup.opened():
+            reason = setup.compile()
+            return _forecast(setup, reason)
+
+
+def _forecast(setup: Setup, reason: str | None) -> Forecast:
+    config, per_epoch = setup.config, len(setup.loader)
+    seconds = setup.examiner.estimated_seconds()
+    pace = measure_pace(setup.updater, setup.loader, seconds)
+    steps = config.total_steps(per_epoch)
+    if config.time_budget is not None:
+        left = config.time_budget - pace.eval_seconds
+        steps = setup.processes.told_by_first(pace.steps_within(left, per_epoch, config))
+    device = setup.placement.device
+    return Forecast(
+        steps=steps,
+        epochs=-(-steps // per_epoch),
+        warmup=round(config.warmup * steps),
+        images=setup.loader.images,
+        val_images=setup.val_loader.images,
+        trained=sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
+        pace=pace,
+        seconds=pace.seconds_of(steps, per_epoch, config),
+        processes=setup.processes.count,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        not_compiled=reason,
+    )

@@ -1,0 +1,125 @@
+"""How long steps take and what memory they need, measured by taking a few and undoing them."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiedconv.data import Loader
+from tiedconv.training.config import TrainConfig
+from tiedconv.training.update import Updater
+
+PROBE_EPOCH = -2
+"""The "epoch" whose images are used for steps that do not count."""
+
+_WARM_UP = 2  # steps in which memory is first allocated and kernels are chosen
+_STEPS = 8
+_SECONDS = 30.0
+_MARGIN = 0.97  # of a time budget: the rest is for writing the result
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a training takes.
+
+    Attributes:
+        step_seconds: of one step, with the reading of its images.
+        images_per_second: in training, over all processes.
+        eval_seconds: of one evaluation.
+        memory: the most bytes that a device, or on the CPU the process, has held.
+    """
+
+    step_seconds: float
+    images_per_second: float
+    eval_seconds: float
+    memory: int
+
+    def steps_within(self, seconds: float, per_epoch: int, config: TrainConfig) -> int:
+        """How many steps fit into a time, with the evaluations that come between them.
+
+        Args:
+            seconds: that are left.
+            per_epoch: steps in an epoch.
+            config: whether each epoch ends with an evaluation.
+        """
+        left = _MARGIN * seconds - self.eval_seconds  # one at the end in any case
+        each = self.eval_seconds / per_epoch if config.eval_every_epoch else 0.0
+        return max(1, int(left / (self.step_seconds + each)))
+
+    def seconds_of(self, steps: int, per_epoch: int, config: TrainConfig) -> float:
+        """How long a run takes, with an evaluation before and after it."""
+        between = max(0, -(-steps // per_epoch) - 1) if config.eval_every_epoch else 0
+        return steps * self.step_seconds + (2 + between) * self.eval_seconds
+
+
+def measure_pace(updater: Updater, loader: Loader, eval_seconds: float) -> Pace:
+    """Takes a few steps, and leaves model and optimiser as they were.
+
+    Args:
+        updater: takes the steps; its optimiser has taken none yet.
+        loader: of the training images.
+        eval_seconds: of one evaluation, measured before.
+    """
+    device = updater.placement.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with undone(updater):
+        start = time.perf_counter()
+        begun, steps, images = start, 0, 0
+        for i, batch in enumerate(itertools.islice(loader.epoch(PROBE_EPOCH), _WARM_UP + _STEPS)):
+            if not len(batch.images):
+                continue
+            # Read back, as the loop does now and then: it waits for the device.
+            float(updater.step(batch.images, batch.labels, updater.config.lr, i, 1.0))
+            now = time.perf_counter()
+            if i < _WARM_UP and now - begun < _SECONDS:
+                start, steps, images = now, 0, 0
+                continue
+            steps, images = steps + 1, images + len(batch.images)
+            if now - begun > _SECONDS:
+                break
+        passed = time.perf_counter() - start
+    steps, images = max(1, steps), max(1, images)
+    speed = images * updater.processes.count / max(passed, 1e-9)
+    return Pace(passed / steps, speed, eval_seconds, peak_memory(device))
+
+
+@contextmanager
+def undone(updater: Updater) -> Iterator[None]:
+    """A context after which model and optimiser are what they were before."""
+    model, optimizer = updater.learner.model, updater.optimizer
+    before = {n: _copy(t) for n, t in model.state_dict().items()}
+    was_training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(before[name])
+        optimizer.state.clear()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this device has held so far, or on the CPU the process; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()

@@ -1,0 +1,88 @@
+"""What a training works with: loaders, the model on its device, what updates and evaluates it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from tiedconv.data import Loader
+from tiedconv.training.batchnorm import modes_kept
+from tiedconv.training.compiling import Switched, compile_if_possible
+from tiedconv.training.config import TrainConfig
+from tiedconv.training.device import Placement
+from tiedconv.training.evaluation import class_count
+from tiedconv.training.examiner import Examiner
+from tiedconv.training.objective import Objective
+from tiedconv.training.optim import make_optimizer
+from tiedconv.training.parallel import make_learner
+from tiedconv.training.processes import Processes, check_shares
+from tiedconv.training.update import Updater
+
+
+class Setup:
+    """The parts of a training, made for one model and these data.
+
+    Arguments and errors are those of `train`, with a device and processes that are settled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Dataset[Any],
+        val_data: Dataset[Any],
+        config: TrainConfig,
+        teacher: nn.Module | None,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
+        images = min(len(train_data), len(val_data))  # type: ignore[arg-type]
+        check_shares(processes, config.batch_size, images)
+        self.given, self.teacher, self.config, self.processes = model, teacher, config, processes
+        size, seed, pin = config.batch_size, config.seed, device.type == "cuda"
+        part = processes.rank, processes.count
+        self.loader = Loader(
+            train_data, size, shuffle=True, seed=seed, workers=config.workers, pin=pin, part=part
+        )
+        self.val_loader = Loader(
+            val_data, size, seed=seed, workers=config.workers, pin=pin, part=part
+        )
+        self.placement = Placement.choose(model, device, config.amp, config.channels_last)
+        for each in (model, teacher):
+            if each is not None:
+                self.placement.place(each)
+        if teacher is not None:
+            teacher.eval()
+        self.learner = make_learner(model, processes, device, config.sharding)
+        self.model = self.learner.model
+        self.forward = Switched(self.learner.forward)
+        objective = Objective(
+            config, self.forward, self.model, teacher, class_count(train_data), self.placement
+        )  # fmt: skip
+        self.optimizer = make_optimizer(self.model, config)
+        self.updater = Updater(
+            self.learner, self.optimizer, objective, config, self.placement, processes
+        )  # fmt: skip
+        self.examiner = Examiner(
+            self.learner, self.loader, self.val_loader, class_count(val_data), config,
+            self.placement, processes,
+        )  # fmt: skip
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """A context that ends with readers stopped, and modes and layouts as they were."""
+        with modes_kept(self.given), closing(self.loader), closing(self.val_loader):
+            try:
+                yield
+            finally:
+                self.placement.release(self.given, self.teacher)
+
+    def compile(self) -> str | None:
+        """Lets torch compile the model if that was asked for; gives the reason if it can't."""
+        if not self.config.compile:
+            return None
+        return compile_if_possible(self.forward, self.updater, self.loader)
