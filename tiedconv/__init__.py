@@ -19,7 +19,7 @@ from tiedconv.convert import convert, plan
 from tiedconv.errors import TiedconvError
 from tiedconv.evaluate import evaluate
 from tiedconv.export import export
-from tiedconv.finetune import finetune
+from tiedconv.finetune import finetune, forecast
 from tiedconv.loading import load
 from tiedconv.plan import Plan
 from tiedconv.recipe import Recipe
@@ -44,6 +44,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "forecast",
     "freeze",
     "load",
     "plan",

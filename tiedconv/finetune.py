@@ -1,4 +1,4 @@
-"""The verb `finetune`: a short training that heals a compact model."""
+"""The verb `finetune`: a short training that heals a compact model; and what it would take."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from tiedconv.evaluate import open_teacher
 from tiedconv.files import check_output
 from tiedconv.loading import load, source_of, with_preprocess
 from tiedconv.progressive import OriginalFading
-from tiedconv.sources import Preprocess
+from tiedconv.sources import Preprocess, Source
 from tiedconv.training import (
     FREE_TO_CHANGE,
     Agreement,
+    Forecast,
     OnEvent,
     TrainConfig,
     TrainResult,
@@ -36,6 +37,7 @@ from tiedconv.training import (
     joined,
     train,
 )
+from tiedconv.training import forecast as training_forecast
 from tiedconv.version import __version__
 
 
@@ -118,6 +120,97 @@ def finetune(
     config = config or TrainConfig()
     output = Path(output)
     check_output(output, force=force)
+    work = _open(
+        file, data, config, teacher, preprocess=preprocess, val_split=val_split, limit=limit,
+        unlabelled=unlabelled, strict=strict, trust_code=trust_code,
+    )  # fmt: skip
+    model, split = work.model, work.split
+    fading = OriginalFading(model, work.teacher) if config.progressive > 0 else None
+    folder = output.with_name(output.name + ".run")
+    val_data, agreement = work.val_data, None
+    with joined(device) as (processes, place):
+        if not split.labelled:
+            if on_event is not None and processes.first:
+                on_event(Unlabelled(len(split.train)))
+            val_data = answered(val_data, _needed(work.teacher, data), model, config, place)
+        try:
+            result = train(
+                model, work.train_data, val_data, config, teacher=work.teacher, fading=fading,
+                device=place, checkpoint_dir=folder, resume=resume, labelled=split.labelled,
+                on_event=on_event,
+            )  # fmt: skip
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where no state was written, there is nothing to go on from
+        if not split.labelled:
+            agreement, result = as_agreement(result)
+        entry = _entry(work, config, result, agreement, command, processes.count)
+        history = (*state_of(model).history, entry)
+        set_state(model, source=work.source.to_json(), history=history)
+        if processes.first:
+            save(model.cpu(), output, force=force)
+            shutil.rmtree(folder, ignore_errors=True)
+        processes.wait()
+    return Finetuned(
+        output, output.stat().st_size, work.name, len(split.train), len(split.val),
+        split.held_out, result, agreement,
+    )  # fmt: skip
+
+
+def forecast(
+    file: str | Path,
+    data: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    teacher: str | nn.Module = "auto",
+    preprocess: Callable[[Preprocess], Preprocess] | None = None,
+    val_split: float = 0.1,
+    limit: int | None = None,
+    unlabelled: bool = False,
+    device: str = "auto",
+    strict: bool = False,
+    trust_code: bool = False,
+) -> Forecast:
+    """What `finetune` with these arguments would be and take: a few steps are taken and undone.
+
+    Nothing is written. Arguments and errors are those of `finetune`.
+    """
+    config = config or TrainConfig()
+    work = _open(
+        file, data, config, teacher, preprocess=preprocess, val_split=val_split, limit=limit,
+        unlabelled=unlabelled, strict=strict, trust_code=trust_code,
+    )  # fmt: skip
+    return training_forecast(
+        work.model, work.train_data, work.val_data, config, teacher=work.teacher, device=device
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a training is made of: the model, who teaches it, and what both are shown."""
+
+    model: nn.Module
+    source: Source
+    teacher: nn.Module | None
+    name: str
+    split: Split
+    train_data: Dataset[Any]
+    val_data: Dataset[Any]
+
+
+def _open(
+    file: str | Path,
+    data: str | Path,
+    config: TrainConfig,
+    teacher: str | nn.Module,
+    *,
+    preprocess: Callable[[Preprocess], Preprocess] | None,
+    val_split: float,
+    limit: int | None,
+    unlabelled: bool,
+    strict: bool,
+    trust_code: bool,
+) -> _Work:
     wants = _labels_wanted(config, teacher, unlabelled)
     split = open_split(
         data, val_fraction=val_split, seed=config.seed, limit=limit, labels=wants
@@ -128,38 +221,11 @@ def finetune(
         master, name = open_teacher(teacher, source, trust_code=trust_code)
     else:
         master, name = teacher, type(teacher).__name__
-    fading = OriginalFading(model, master) if config.progressive > 0 else None
     wanted = source.preprocess or Preprocess(224)
     shown = train_transform(wanted, config.augment, config.erasing)
-    folder = output.with_name(output.name + ".run")
     train_data = ImageList(split.train, shown, strict=strict)
-    val_data: Dataset[Any] = ImageList(split.val, eval_transform(wanted), strict=strict)
-    agreement = None
-    with joined(device) as (processes, place):
-        if not split.labelled:
-            if on_event is not None and processes.first:
-                on_event(Unlabelled(len(split.train)))
-            val_data = answered(val_data, _needed(master, data), model, config, place)
-        try:
-            result = train(
-                model, train_data, val_data, config, teacher=master, fading=fading, device=place,
-                checkpoint_dir=folder, resume=resume, labelled=split.labelled, on_event=on_event,
-            )  # fmt: skip
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # where no state was written, there is nothing to go on from
-        if not split.labelled:
-            agreement, result = as_agreement(result)
-        entry = _entry(split, name, config, result, agreement, command, processes.count)
-        set_state(model, source=source.to_json(), history=(*state_of(model).history, entry))
-        if processes.first:
-            save(model.cpu(), output, force=force)
-            shutil.rmtree(folder, ignore_errors=True)
-        processes.wait()
-    size = output.stat().st_size
-    return Finetuned(
-        output, size, name, len(split.train), len(split.val), split.held_out, result, agreement
-    )  # fmt: skip
+    val_data = ImageList(split.val, eval_transform(wanted), strict=strict)
+    return _Work(model, source, master, name, split, train_data, val_data)
 
 
 def _labels_wanted(config: TrainConfig, teacher: str | nn.Module, unlabelled: bool) -> Labels:
@@ -185,8 +251,7 @@ def _needed(teacher: nn.Module | None, data: str | Path) -> nn.Module:
 
 
 def _entry(
-    split: Split,
-    teacher: str,
+    work: _Work,
     config: TrainConfig,
     result: TrainResult,
     agreement: Agreement | None,
@@ -195,14 +260,15 @@ def _entry(
 ) -> Mapping[str, Any]:
     """What the file's history says of this run. Figures that are no number are left out."""
     # What does not change the result is left out: a resumed run ends with the same bytes.
-    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_TO_CHANGE}
+    used = dataclasses.replace(config, batch_size=result.batch_size)
+    options = {k: v for k, v in dataclasses.asdict(used).items() if k not in FREE_TO_CHANGE}
     return {
         "step": "finetune",
-        "data": split.title,
-        "train_images": len(split.train),
-        "val_images": len(split.val),
-        "held_out": split.held_out,
-        "teacher": teacher,
+        "data": work.split.title,
+        "train_images": len(work.split.train),
+        "val_images": len(work.split.val),
+        "held_out": work.split.held_out,
+        "teacher": work.name,
         "options": options,
         "epochs": result.epochs,
         "steps": result.steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,9 @@ from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import TrainingBar
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
+from tiedconv.finetune import Finetuned, forecast
 from tiedconv.finetune import finetune as run
-from tiedconv.training import TrainConfig, rank_in_environment
+from tiedconv.training import Forecast, TrainConfig, rank_in_environment
 
 # Options by the part of the help they stand in; the others are of files and of the run.
 _schedule = functools.partial(common.option_in, "Schedule")
@@ -34,7 +36,12 @@ def finetune(
     output: Annotated[Path, typer.Option("-o", "--output", help="The compact file to write.")],
     epochs: Annotated[float | None, _schedule("Passes over the images; 1 if not given.")] = None,
     steps: Annotated[int | None, _schedule("Optimiser steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, _schedule("Images in a step.")] = 64,
+    time_budget: Annotated[
+        str | None, _schedule("As many steps as fit into a time, such as 20m or 1h30m, instead.")
+    ] = None,
+    batch_size: Annotated[
+        str, _schedule("Images in a step; [b]auto[/b] finds a number that fits and is fast.")
+    ] = "64",
     lr: Annotated[float, _schedule("The highest learning rate.")] = 5e-4,
     warmup: Annotated[float, _schedule("Share of the steps, before a cosine.")] = 0.05,
     layer_decay: Annotated[
@@ -91,6 +98,9 @@ def finetune(
         int, typer.Option(help="Parts in which a step's images pass the model, for memory.")
     ] = 1,
     amp: Annotated[str, typer.Option(help="auto, off, bf16 or fp16.")] = "auto",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Let torch compile the step, where it can.")
+    ] = False,
     sharding: Annotated[
         str, typer.Option(help="What each of several processes has: ddp (all) or fsdp (a part).")
     ] = "ddp",
@@ -104,6 +114,12 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of this output.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Take a few steps, tell what all would take; write nothing."
+        ),
+    ] = False,
     strict: common.Strict = False,
     trust_code: common.TrustCode = False,
     force: common.Force = False,
@@ -114,20 +130,31 @@ def finetune(
     Stored tensors are trained, so ties hold by construction. An interrupted run goes on with
     [b]--resume[/b]. On several GPUs: torchrun --nproc-per-node 8 -m tiedconv finetune ...
     """
-    if epochs is not None and steps is not None:
-        raise UserError("--epochs and --steps were both given", remedy="Give one of them")
+    lengths = {"--epochs": epochs, "--steps": steps, "--time-budget": time_budget}
+    given = [name for name, value in lengths.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} were both given", remedy="Give one of them")
     config = TrainConfig(
-        epochs=None if steps is not None else (1 if epochs is None else epochs),
-        steps=steps, batch_size=batch_size, lr=lr, optimizer=optimizer,
+        epochs=epochs if given else 1, steps=steps, time_budget=_seconds(time_budget),
+        batch_size=_batch_size(batch_size), lr=lr, optimizer=optimizer,
         weight_decay=weight_decay, layer_decay=layer_decay, warmup=warmup,
         distillation=distillation, temperature=temperature, distill_weight=distill,
         features=features, label_smoothing=label_smoothing, clip=clip, ema=ema, augment=augment,
         erasing=erasing, mixup=mixup, cutmix=cutmix, progressive=progressive,
         bn_recalibrate=bn_batches, seed=seed, workers=workers,
-        accumulate=accumulate, amp=amp, sharding=sharding,
+        accumulate=accumulate, amp=amp, sharding=sharding, compile=compile_,
         checkpoint_minutes=checkpoint_minutes, keep=keep,
     )  # fmt: skip
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
+    if dry_run:
+        found = forecast(
+            file, data, config, teacher=teacher, preprocess=change, val_split=val_split,
+            limit=limit, unlabelled=unlabelled, device=device, strict=strict,
+            trust_code=trust_code,
+        )  # fmt: skip
+        if rank_in_environment() == 0:
+            show_forecast(found, config, json_=json_)
+        return
     with TrainingBar() as bar:
         try:
             done = run(
@@ -140,8 +167,60 @@ def finetune(
             if output.with_name(output.name + ".run").is_dir():
                 hint("Its state is kept: the same command with --resume goes on from there.")
             raise
-    if rank_in_environment() > 0:
+    if rank_in_environment() == 0:
+        show_result(done, json_=json_)
+
+
+def _seconds(text: str | None) -> float | None:
+    """`90`, `45s`, `20m`, `1h30m` in seconds."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    numbers = [int(part or 0) for part in found.groups()] if found else [0]
+    if not any(numbers):
+        raise UserError(f"--time-budget {text} is no time", remedy="Write it as 45s, 20m or 1h30m")
+    hours, minutes, seconds = numbers
+    return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def _batch_size(text: str) -> int:
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(
+            f"--batch-size {text} is no number of images", remedy="Choose 1 or more, or auto"
+        )
+    return int(text)
+
+
+def show_forecast(found: Forecast, config: TrainConfig, *, json_: bool) -> None:
+    """What a training would be and take."""
+    if json_:
+        common.print_json(found)
         return
+    pace = found.pace
+    where = found.device if found.processes == 1 else f"{found.processes} x {found.device}"
+    rows: list[render.Row] = [
+        ("training images", f"{found.images:,}"),
+        ("validation images", f"{found.val_images:,}"),
+        ("steps", f"{found.steps:,} of {found.batch_size:,} images"),
+        ("epochs", f"{found.epochs:,}"),
+        ("learning rate", f"up to {config.lr:g} in {found.warmup:,} steps, "
+                          f"then down to {config.lr * config.min_lr:g}"),
+        ("trained numbers", f"{found.trained:,}"),
+        ("a step", f"{1000 * pace.step_seconds:,.1f} ms, {pace.images_per_second:,.0f} images/s"),
+        ("an evaluation", render.duration(pace.eval_seconds)),
+        ("all", render.duration(found.seconds)),
+        ("memory", f"{render.size(pace.memory)} on {where}" if pace.memory else "unknown"),
+    ]  # fmt: skip
+    if found.not_compiled is not None:
+        rows.append(("not compiled", found.not_compiled))
+    common.show_table(("", "forecast"), rows, text=2)
+    say("Nothing was written: without --dry-run the training begins.")
+
+
+def show_result(done: Finetuned, *, json_: bool) -> None:
+    """What a training did."""
     if json_:
         common.print_json(done)
         return

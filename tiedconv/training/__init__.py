@@ -7,6 +7,7 @@ events, results as dataclasses.
 from __future__ import annotations
 
 from tiedconv.training.agreement import Agreement, answered, as_agreement
+from tiedconv.training.batching import find_batch_size
 from tiedconv.training.batchnorm import has_batchnorm, recalibrate_batchnorm
 from tiedconv.training.blocks import Blocks
 from tiedconv.training.config import TrainConfig
@@ -79,6 +80,7 @@ __all__ = [
     "distillation_loss",
     "evaluate_model",
     "feature_loss",
+    "find_batch_size",
     "fit_inputs",
     "forecast",
     "hard_distillation_loss",

@@ -84,7 +84,7 @@ def answered(
     placement = Placement.choose(teacher, place, config.amp, config.channels_last)
     placement.place(teacher)
     loader = Loader(
-        Relabelled(data), config.batch_size, workers=config.workers, pin=place.type == "cuda"
+        Relabelled(data), config.batch_size or 64, workers=config.workers, pin=place.type == "cuda"
     )
     labels = torch.zeros(loader.images, dtype=torch.int64)
     asked = False

@@ -25,7 +25,7 @@ class TrainConfig:
     Attributes:
         epochs: passes over the training images; a fraction is allowed.
         steps: exactly so many optimiser steps instead, however many epochs that takes.
-        batch_size: images in a step.
+        batch_size: images in a step, over all processes; 0 to find a size that fits and is fast.
         lr: the highest learning rate.
         optimizer: "adamw" or "sgd" (Nesterov momentum 0.9).
         weight_decay: for weights with two or more dimensions, but not for embeddings of
@@ -114,7 +114,7 @@ class TrainConfig:
             _between("epochs", self.epochs, 0, math.inf, open_low=True)
         if self.steps is not None:
             _between("steps", self.steps, 1, math.inf)
-        _between("batch_size", self.batch_size, 1, math.inf)
+        _between("batch_size", self.batch_size, 0, math.inf)
         _between("lr", self.lr, 0, math.inf, open_low=True)
         _between("temperature", self.temperature, 0, math.inf, open_low=True)
         for name in _SHARES:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from tiedconv.training.batching import find_batch_size
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
 from tiedconv.training.pace import Pace, measure_pace
@@ -24,6 +25,7 @@ class Forecast:
         steps: optimiser steps in all.
         epochs: the last may be partial.
         warmup: steps of these in which the learning rate rises.
+        batch_size: images in a step.
         images: in the training set.
         val_images: in the validation set.
         trained: numbers that are trained.
@@ -37,6 +39,7 @@ class Forecast:
     steps: int
     epochs: int
     warmup: int
+    batch_size: int
     images: int
     val_images: int
     trained: int
@@ -62,6 +65,11 @@ def forecast(
     """
     config = config or TrainConfig()
     with joined(device) as (processes, place), seeds_apart(place):
+        if config.batch_size == 0:
+            size = find_batch_size(
+                model, train_data, val_data, config, teacher=teacher, device=place
+            )
+            config = replace(config, batch_size=size)
         setup = Setup(model, train_data, val_data, config, teacher, place, processes)
         with setup.opened():
             reason = setup.compile()
@@ -81,6 +89,7 @@ def _forecast(setup: Setup, reason: str | None) -> Forecast:
         steps=steps,
         epochs=-(-steps // per_epoch),
         warmup=round(config.warmup * steps),
+        batch_size=config.batch_size,
         images=setup.loader.images,
         val_images=setup.val_loader.images,
         trained=sum(p.numel() for p in setup.model.parameters() if p.requires_grad),

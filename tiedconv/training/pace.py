@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiedconv.data import Loader
+from tiedconv.data import Batch, Loader
 from tiedconv.training.config import TrainConfig
+from tiedconv.training.evaluation import require_some
 from tiedconv.training.update import Updater
 
 PROBE_EPOCH = -2
@@ -71,24 +72,31 @@ def measure_pace(updater: Updater, loader: Loader, eval_seconds: float) -> Pace:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with undone(updater):
-        start = time.perf_counter()
-        begun, steps, images = start, 0, 0
-        for i, batch in enumerate(itertools.islice(loader.epoch(PROBE_EPOCH), _WARM_UP + _STEPS)):
-            if not len(batch.images):
-                continue
+        start = begun = time.perf_counter()
+        steps = images = 0
+        for i, batch in enumerate(itertools.islice(_endless(loader), _WARM_UP + _STEPS)):
             # Read back, as the loop does now and then: it waits for the device.
             float(updater.step(batch.images, batch.labels, updater.config.lr, i, 1.0))
-            now = time.perf_counter()
-            if i < _WARM_UP and now - begun < _SECONDS:
-                start, steps, images = now, 0, 0
-                continue
             steps, images = steps + 1, images + len(batch.images)
-            if now - begun > _SECONDS:
+            if time.perf_counter() - begun > _SECONDS:
                 break
+            if i < _WARM_UP:
+                start, steps, images = time.perf_counter(), 0, 0
         passed = time.perf_counter() - start
-    steps, images = max(1, steps), max(1, images)
     speed = images * updater.processes.count / max(passed, 1e-9)
     return Pace(passed / steps, speed, eval_seconds, peak_memory(device))
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    """Batches that have images, epoch after epoch."""
+    some = True
+    while some:
+        some = False
+        for batch in loader.epoch(PROBE_EPOCH):
+            if len(batch.images):
+                some = True
+                yield batch
+    require_some(0, batch.broken)
 
 
 @contextmanager

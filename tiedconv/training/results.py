@@ -52,6 +52,7 @@ class TrainResult:
         steps: optimiser steps done.
         images: training images seen, counted each time.
         seconds: time taken, with evaluations, over all resumed parts.
+        batch_size: images in a step.
         skipped: different images, of both sets, that could not be read.
         history: for each epoch: epoch, step, loss, top1, top5 (None if not evaluated), seconds.
     """
@@ -66,4 +67,5 @@ class TrainResult:
     images: int
     seconds: float
     skipped: int
+    batch_size: int
     history: list[dict[str, Any]]

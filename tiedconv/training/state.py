@@ -83,6 +83,13 @@ class StateFolder:
                 old.unlink()
         return path
 
+    def batch_size(self) -> int | None:
+        """That of the newest state that is whole; None where there is none."""
+        for path in reversed(self.files()):
+            with contextlib.suppress(CheckpointError):
+                return int(_read(path)["identity"]["batch_size"])
+        return None
+
     def load(self, identity: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
         """The newest state that is whole, and its file; None where there is no file.
 

@@ -1,0 +1,201 @@
+"""What a training takes: measured in a few steps, and made to fit a time."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_helpers import QUICK, World, figures, files_of, make_world, refused, run
+from test_training import QUICK as CONFIG
+from test_training import assert_same, make_data, make_net
+from test_training import run as train_net
+from torch import Tensor, nn
+
+import tiedconv
+from tiedconv.errors import DataError, UserError
+from tiedconv.training import (
+    Event,
+    NotCompiled,
+    Pace,
+    Start,
+    TrainConfig,
+    find_batch_size,
+    forecast,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def arguments(world: World, output: Path, *more: object) -> list[object]:
+    return [
+        "finetune", world.tied, "--data", world.data, "-o", output, *QUICK, "--teacher",
+        world.weights, *more,
+    ]  # fmt: skip
+
+
+class Slow(nn.Module):
+    """A model whose passes take a known time."""
+
+    def __init__(self, seconds: float, broken_for: int = 10**9) -> None:
+        super().__init__()
+        self.net, self.seconds, self.broken_for = make_net(), seconds, broken_for
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.broken_for:
+            raise torch.OutOfMemoryError("no more")
+        time.sleep(self.seconds)
+        out: Tensor = self.net(x)
+        return out
+
+
+def test_a_forecast_measures_and_changes_nothing() -> None:
+    model = Slow(0.02)
+    before = copy.deepcopy(model)
+    state = torch.get_rng_state()
+    found = forecast(model, make_data(), make_data(48, 1), replace(CONFIG, epochs=7), device="cpu")
+    assert_same(before, model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert (found.steps, found.epochs, found.images, found.val_images) == (42, 7, 96, 48)
+    assert found.trained == sum(p.numel() for p in model.parameters())
+    assert 0.02 <= found.pace.step_seconds < 0.2
+    assert found.pace.images_per_second == pytest.approx(16 / found.pace.step_seconds, rel=0.01)
+    assert 3 * 0.02 <= found.pace.eval_seconds < 0.6
+    assert found.seconds == pytest.approx(
+        42 * found.pace.step_seconds + 8 * found.pace.eval_seconds
+    )  # fmt: skip
+    assert found.pace.memory > 10**7
+    # And a training after it is the training without it.
+    plain = make_net()
+    forecast(model.net, make_data(), make_data(48, 1), CONFIG, device="cpu")
+    train_net(model.net)
+    train_net(plain)
+    assert_same(plain, model.net)
+
+
+def test_a_forecast_of_few_images_takes_them_again_and_again() -> None:
+    found = forecast(Slow(0.01), make_data(6), make_data(3, 1), CONFIG, device="cpu")
+    assert found.steps == 3
+    assert found.pace.step_seconds >= 0.01
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_steps_within_a_time(every: bool) -> None:
+    config = replace(CONFIG, eval_every_epoch=every)
+    pace = Pace(step_seconds=0.5, images_per_second=1, eval_seconds=4.0, memory=0)
+    steps = pace.steps_within(1000, per_epoch=20, config=config)
+    # The evaluation before the training is done when the time is asked for.
+    assert 0.9 * 1000 < pace.seconds_of(steps, 20, config) - 4.0 <= 1000
+    assert pace.steps_within(1, 20, config) == 1
+
+
+def test_a_time_budget_is_kept_and_told() -> None:
+    events: list[Event] = []
+    config = replace(CONFIG, epochs=None, time_budget=3.0, eval_every_epoch=False)
+    start = time.monotonic()
+    result = train_net(Slow(0.03), config, on_event=events.append)
+    assert 1.5 < time.monotonic() - start < 4.5
+    starts = [event for event in events if isinstance(event, Start)]
+    assert starts[-1].steps == result.steps > 10
+
+
+def test_a_resumed_run_keeps_the_steps_of_its_budget(tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=None, time_budget=0.8)
+    options: dict[str, Any] = {"checkpoint_dir": tmp_path}
+    first = train_net(make_net(), config, **options)
+    again = train_net(make_net(), config, resume=True, **options)
+    assert again.steps == first.steps
+
+
+def test_batches_grow_while_they_fit_and_pay() -> None:
+    data = make_data(96 * 16)
+    quick = Slow(0.02, broken_for=50)  # all sizes take the same time, so the largest is fastest
+    options: dict[str, Any] = {"device": "cpu", "train_data": data, "val_data": make_data(48, 1)}
+    before = copy.deepcopy(quick)
+    assert find_batch_size(quick, config=CONFIG, **options) == 32
+    assert_same(before, quick)
+    assert max(quick.sizes) == 64
+    # Sixteen steps are left in an epoch.
+    assert find_batch_size(Slow(0.02), config=CONFIG, **options) == 64
+    with pytest.raises(UserError, match="Not even 8 images"):
+        find_batch_size(Slow(0, broken_for=4), config=CONFIG, **options)
+    result = train_net(Slow(0.02, broken_for=50), replace(CONFIG, batch_size=0), train_data=data)
+    assert (result.batch_size, result.steps) == (32, 3 * 48)
+
+
+def test_where_nothing_compiles_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(call: object) -> Any:
+        def compiled(images: Tensor) -> Tensor:
+            raise RuntimeError("no compiler\nin this place")
+
+        return compiled
+
+    events: list[Event] = []
+    plain, model = make_net(), make_net()
+    train_net(plain)
+    monkeypatch.setattr(torch, "compile", broken)
+    train_net(model, replace(CONFIG, compile=True), on_event=events.append)
+    assert NotCompiled("no compiler") in events
+    assert_same(plain, model)
+
+
+def test_what_compiles_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def eager(call: Any) -> Any:
+        def compiled(images: Tensor) -> Any:
+            nonlocal calls
+            calls += 1
+            return call(images)
+
+        return compiled
+
+    plain, model = make_net(), make_net()
+    train_net(plain)
+    monkeypatch.setattr(torch, "compile", eager)
+    train_net(model, replace(CONFIG, compile=True))
+    assert calls == 18 + 1  # one to try it
+    assert_same(plain, model)
+
+
+def test_no_image_at_all_is_an_error() -> None:
+    from test_training import Flawed
+
+    data = Flawed(make_data(6), set(range(6)))
+    with pytest.raises(DataError, match="None of the images could be read"):
+        forecast(make_net(), data, make_data(3, 1), TrainConfig(), device="cpu")
+
+
+def test_a_dry_run_tells_and_writes_nothing(world: World, tmp_path: Path) -> None:
+    told = run(*arguments(world, tmp_path / "o.safetensors", "--epochs", 5, "--dry-run")).stdout
+    for word in ("learning rate", "images/s", "Nothing was written", "20,611"):
+        assert word in told
+    found = figures(*arguments(world, tmp_path / "o.safetensors", "--epochs", 5, "--dry-run"))
+    assert found["steps"] == 15
+    assert files_of(tmp_path) == set()
+
+
+def test_lengths_of_the_command(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "o.safetensors"
+    for text in ("abc", "0", "-5m", "1.5h", ""):
+        refused(*arguments(world, out, "--time-budget", text), words=["no time", "1h30m"])
+    refused(*arguments(world, out, "--time-budget", "1m", "--steps", 2), words=["were both given"])
+    for text in ("x", "0", "-2"):
+        refused(*arguments(world, out, "--batch-size", text), words=["--batch-size", "auto"])
+
+
+def test_a_size_that_was_found_stands_in_the_history(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "o.safetensors"
+    run(*arguments(world, out, "--batch-size", "auto", "--time-budget", "1s"))
+    options = tiedconv.report(out).history[-1]["options"]
+    assert options["batch_size"] == 8
+    assert options["time_budget"] == 1.0

@@ -1,0 +1,93 @@
+"""The size of batches that a device can do, and that it does fast."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tiedconv.errors import UserError
+from tiedconv.training.config import TrainConfig
+from tiedconv.training.device import seeds_apart
+from tiedconv.training.pace import undone
+from tiedconv.training.processes import joined
+from tiedconv.training.setup import Setup
+
+LARGEST = 1024
+"""Images in a batch at most: beyond it, a short training has too few steps."""
+
+_GAIN = 1.05  # what doubling must win in images a second to be worth it
+
+
+def find_batch_size(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    val_data: Dataset[Any],
+    config: TrainConfig,
+    *,
+    teacher: nn.Module | None = None,
+    device: str | torch.device = "auto",
+) -> int:
+    """A batch size, over all processes: doubled from 8 while it fits and is faster by 5 %.
+
+    At least 16 steps are left in an epoch. The model stays as it is. Arguments are those of
+    `train`.
+
+    Raises:
+        UserError: not even 8 images fit.
+    """
+    with joined(device) as (processes, place), seeds_apart(place):
+        first = 8 * processes.count
+        small = replace(config, batch_size=first)
+        setup = Setup(model, train_data, val_data, small, teacher, place, processes)
+        with setup.opened(), undone(setup.updater):
+            images, labels = _some(setup)
+            most = max(first, min(LARGEST, setup.loader.images // 16))
+            best, fastest = 0, 0.0
+            for size in _doubled(first, most):
+                speed = _speed(setup, images, labels, size // processes.count)
+                speed = processes.told_by_first(int(1e6 * speed)) / 1e6  # all go on, or none
+                if not speed or speed < _GAIN * fastest:
+                    break
+                best, fastest = size, speed
+    if not best:
+        raise UserError(
+            "Not even 8 images at a time fit into the device's memory",
+            "The model can't be trained there",
+            "Use --accumulate with a small --batch-size, --sharding fsdp, or a smaller image size",
+        )
+    return best
+
+
+def _doubled(first: int, most: int) -> Iterator[int]:
+    while first <= most:
+        yield first
+        first *= 2
+
+
+def _some(setup: Setup) -> tuple[Tensor, Tensor]:
+    batch = next(b for b in setup.loader.epoch() if len(b.images))
+    return batch.images, batch.labels
+
+
+def _speed(setup: Setup, images: Tensor, labels: Tensor, size: int) -> float:
+    """Images a second in this process; 0 where they don't fit."""
+    times = -(-size // len(images))
+    images = images.repeat(times, 1, 1, 1)[:size]
+    labels = labels.repeat(times)[:size]
+    seconds: list[float] = []
+    try:
+        for step in range(4):
+            start = time.perf_counter()
+            float(setup.updater.step(images, labels, setup.config.lr, step, 1.0))
+            seconds.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        setup.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return 0.0
+    return size / min(seconds[1:])  # the first allocates
