@@ -182,3 +182,18 @@ def test_a_mistake_is_told_once(world: World, tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert done.stderr.count("error: 2 processes share batches of 1 images") == 1
+
+
+def test_the_command_of_the_readme_runs(world: World, tmp_path: Path) -> None:
+    readme = (HERE.parent / "README.md").read_text("utf-8")
+    (line,) = [row for row in readme.splitlines() if row.startswith(".venv/bin/torchrun ")]
+    for name, path in {
+        "demo-output/vit-tied.safetensors": world.tied,
+        "demo-output/vit-dense.safetensors": world.weights,
+        "demo-output/digits": world.data,
+    }.items():
+        assert name in line
+        line = line.replace(name, str(path))
+    words = line.split()[1:]
+    started([*TORCHRUN[:3], *words, "--workers", 0], cwd=tmp_path)
+    assert (tmp_path / "healed.safetensors").is_file()

@@ -505,6 +505,10 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ({"optimizer": "lion"}, "optimizer is 'lion'. Choose one of adamw, sgd"),
         ({"augment": "mixup"}, "augment is 'mixup'"),
         ({"amp": "fp8"}, "amp is 'fp8'"),
+        ({"sharding": "fsdp", "progressive": 0.5}, "fsdp and progressive"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"keep": 0}, "keep is 0"),
+        ({"time_budget": 0.0}, "time_budget is 0"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:

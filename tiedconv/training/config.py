@@ -140,6 +140,13 @@ class TrainConfig:
         _one_of("augment", self.augment, AUGMENTS)
         _one_of("amp", self.amp, AMPS)
         _one_of("sharding", self.sharding, SHARDINGS)
+        if self.sharding == "fsdp" and (self.progressive > 0 or self.amp == "fp16"):
+            option = "progressive" if self.progressive > 0 else "fp16"
+            raise UserError(
+                f"The training options sharding=fsdp and {option} were both given",
+                "They can't be done together",
+                "Use sharding=ddp, or leave the other out",
+            )
         _one_of("channels_last", self.channels_last, ("auto", "on", "off"))
 
     def total_steps(self, steps_per_epoch: int) -> int:
