@@ -368,7 +368,7 @@ def test_resuming_another_run(
 ) -> None:
     command = (
         "finetune", world.tied, "--data", world.data, "-o", tmp_path / "out.safetensors", *QUICK,
-        "--teacher", "none", "--epochs", 2,
+        "--teacher", "none", "--epochs", 2, "--no-picture",
     )  # fmt: skip
     take = engine._Run.take
 

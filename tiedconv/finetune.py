@@ -131,7 +131,7 @@ def finetune(
     fading = OriginalFading(model, master) if config.progressive > 0 else None
     wanted = source.preprocess or Preprocess(224)
     shown = train_transform(wanted, config.augment, config.erasing)
-    folder = output.with_name(output.name + ".run")
+    folder = run_folder(output)
     train_data = ImageList(split.train, shown, strict=strict)
     val_data: Dataset[Any] = ImageList(split.val, eval_transform(wanted), strict=strict)
     agreement = None
@@ -160,6 +160,11 @@ def finetune(
     return Finetuned(
         output, size, name, len(split.train), len(split.val), split.held_out, result, agreement
     )  # fmt: skip
+
+
+def run_folder(output: Path) -> Path:
+    """Where the states of a run are kept that makes this file."""
+    return output.with_name(output.name + ".run")
 
 
 def _labels_wanted(config: TrainConfig, teacher: str | nn.Module, unlabelled: bool) -> Labels:

@@ -201,6 +201,13 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
 def work(found: Report) -> str:
     """What the converted layers take to run."""
     text = "FLOPs are unchanged: every weight keeps its shape when it is used."

@@ -239,8 +239,8 @@ class _Run:
         top5 = evaluation.top5 if evaluation else None
         best = max(self.at.best_top1, -1.0 if top1 is None else top1)
         self.at = replace(self.at, best_top1=best)
-        end = EpochEnd(self.at.epoch, loss, top1, top5, time.perf_counter() - start)
-        self.history.append({**asdict(end), "step": self.at.step})
+        end = EpochEnd(self.at.epoch, loss, top1, top5, time.perf_counter() - start, self.at.step)
+        self.history.append(asdict(end))
         self.emit(end)
         self.save()
 
@@ -300,8 +300,8 @@ class _Run:
         self.at = replace(self.at, loss=meter.total, losses=meter.count)
         if losses and (self.at.step >= self.steps or clock.untold >= EVENT_SECONDS):
             lr = learning_rate(self.at.step - 1, self.steps, self.config)
-            mean = sum(losses) / len(losses)
-            self.emit(Step(self.at.step, mean, lr, *clock.told(self.at.step, self.steps)))
+            speed = clock.told(self.at.step, self.steps)
+            self.emit(Step(self.at.epoch, self.at.step, tuple(losses), lr, *speed))
 
     def look_around(self) -> None:
         """Stops if a signal asked for it; saves if it is time."""
@@ -379,7 +379,7 @@ class _Run:
         }
         if self.processes.first:
             path = self.folder.save(self.at.step, state)
-            self.emit(Checkpointed(str(path)))
+            self.emit(Checkpointed(str(path), self.at.step))
         self.processes.wait()
         self.saved = time.monotonic()
 
