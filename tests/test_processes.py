@@ -174,7 +174,7 @@ def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> 
 def test_the_command_runs_in_two_processes(world: World, tmp_path: Path) -> None:
     written = ["log.jsonl", "board", "out.training.png"]
     arguments = command(
-        world, "--epochs", 1, "--json", "--log", "log.jsonl", "--tensorboard", "board"
+        world, "--epochs", 1, "--json", "--log-file", "log.jsonl", "--tensorboard", "board"
     )
     done = started([*TORCHRUN, "-m", "tiedconv", *arguments], cwd=tmp_path)
     told = json.loads(done.stdout)  # one of them tells

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import sys
@@ -15,8 +16,9 @@ from cli_helpers import QUICK, World, figures, files_of, make_world, plain, refu
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
-from tiedconv.cli import common, progress
+from tiedconv.cli import progress
 from tiedconv.errors import OutputError
 from tiedconv.training import (
     Baseline,
@@ -443,23 +445,26 @@ def test_without_tensorboard_it_says_what_to_install(
 # The progress line
 
 
-def test_the_progress_line_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    console = Console(force_terminal=True, width=140, record=True, file=None, stderr=True)
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_progress_line_says_how_far_it_is(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(
+        force_terminal=True, width=width, record=True, file=io.StringIO(), _environ={}
+    )  # fmt: skip
     monkeypatch.setattr(progress, "err", console)
-    assert common.err is not console
     with progress.TrainingBar() as bar:
-        bar(Start(1200, 3, 25_600))
-        bar(Step(2, 640, (0.5, 0.7), 3e-4, 1234.5, 3723.0))
+        bar(Start(125_100, 300, 25_600))
+        console.export_text(clear=True)
+        bar(Step(212, 64_000, (0.5, 0.7), 3e-4, 1234.5, 37_230.0))
         bar._progress.refresh()
         shown = plain(console.export_text(clear=True))
         bar(EvalStep(500, 1000, 250.0))
         bar._progress.refresh()
         evaluating = plain(console.export_text())
-    for part in ("640/1200", "epoch 2/3", "loss 0.600", "lr 3.0e-04", "1,234 images/s",
-                 "1:02:03 left", "B"):  # fmt: skip
+    parts = ["64000/125100", "epoch 212/300", "loss 0.600", "10:20:30 left"]
+    parts += ["1,234 images/s", "lr 3.0e-04", "MB"] if width == 140 else []
+    for part in parts:
         assert part in shown, (part, shown)
+    assert "\u2026" not in shown  # nothing is cut short
     assert "0:00:02 left" in evaluating
 
 

@@ -112,7 +112,7 @@ class TrainingBar(Bar):
 
     def __init__(self, what: str = "training") -> None:
         # Training tells the time left; the bar's own guess is upset by evaluations between.
-        super().__init__(what, BarColumn(bar_width=20), MofNCompleteColumn())
+        super().__init__(what, BarColumn(bar_width=_bar_width()), MofNCompleteColumn())
         self._total = self._epochs = 0
         self._figure = "top-1"
 
@@ -127,12 +127,10 @@ class TrainingBar(Bar):
                 self.line(f"before: {self._figure} {accuracy(top1)}")
             case Step(epoch, step, _, lr, speed, left):
                 used = memory_in_use()
-                note = "  ".join(
-                    [
-                        f"epoch {epoch}/{self._epochs}", f"loss {event.loss:.3f}", f"lr {lr:.1e}",
-                        f"{speed:,.0f} images/s", f"{duration(left)} left",
-                        *([size(used)] if used is not None else []),
-                    ]
+                note = self._fitting(
+                    step, self._total, f"epoch {epoch}/{self._epochs}", f"loss {event.loss:.3f}",
+                    f"{duration(left)} left", f"{speed:,.0f} images/s", f"lr {lr:.1e}",
+                    *([size(used)] if used is not None else []),
                 )  # fmt: skip
                 self.update(step, self._total, note, "training")
             case EvalStep(images, total, speed):
@@ -150,3 +148,14 @@ class TrainingBar(Bar):
                 self.line(f"{images:,} images have no labels: measuring agreement with the teacher")
             case Checkpointed():
                 pass
+
+    def _fitting(self, done: int, total: int, *parts: str) -> str:
+        """A note of as many parts, the first of them, as there is room for."""
+        room = err.width - _bar_width() - len(f"training   {done}/{total} ")
+        while len(parts) > 1 and len("  ".join(parts)) > room:
+            parts = parts[:-1]
+        return "  ".join(parts)
+
+
+def _bar_width() -> int:
+    return 20 if err.width >= 100 else 8

@@ -25,7 +25,13 @@ from tiedconv.watching import Curve, JsonLog, TensorBoard, Watcher, Watchers, dr
 _option = functools.partial(option_in, "Watching")
 
 Log = Annotated[
-    Path | None, _option("A log to write: one JSON object a line. --resume appends to it.")
+    Path | None,
+    _option(
+        "A log to write: one JSON object a line. --resume appends to it.",
+        # torchrun takes --log, wherever it stands, for one of its own options, cut short.
+        "--log",
+        "--log-file",
+    ),
 ]
 Board = Annotated[Path | None, _option("A folder for TensorBoard.", metavar="DIR")]
 Picture = Annotated[
