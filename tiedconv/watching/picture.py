@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tiedconv.watching.watchers import Run
 INK, GREY, PALE = "#111827", "#6b7280", "#e5e7eb"
 LOSS, RATE, SCORE = "#0f766e", "#d97706", "#1d4ed8"
 FEW = 60
-"""Up to so many losses are shown as dots, and up to a third of that as they are."""
+"""Up to so many losses are dots, and the third of that is not smoothed."""
 
 MARKED = 40
 """Up to so many accuracies have a mark each."""
@@ -40,8 +41,8 @@ def draw(course: Course, run: Run, path: Path, *, force: bool = False) -> None:
         _plain(axis)
     figure.align_ylabels(axes)
     axes[-1].set_xlim(-0.02 * last if scored else 0, last * 1.02)
-    _steps(axes[-1], last)
-    _epochs(axes[0], course, last)
+    _steps(axes[-1])
+    _epochs(axes[0], course)
     write_figure(figure, path, force=force)
 
 
@@ -49,7 +50,7 @@ def _title(figure: Any, run: Run) -> None:
     share = 100 * run.stored / max(1, run.original)
     # Two texts in one title: the layout makes room for it.
     figure.suptitle(
-        f"{run.model}, {run.scheme}\n", x=0.012, ha="left", fontsize=13, fontweight="bold",
+        f"{_shortened(run.model)}, {run.scheme}\n", x=0.012, ha="left", fontsize=13, fontweight="bold",
         color=INK, parse_math=False,
     )  # fmt: skip
     figure.text(
@@ -58,6 +59,11 @@ def _title(figure: Any, run: Run) -> None:
         f"{run.start.images:,} images",
         ha="left", va="top", fontsize=10, color=GREY,
     )  # fmt: skip
+
+
+def _shortened(name: str, most: int = 44) -> str:
+    """The end of a long name, such as that of a file."""
+    return name if len(name) <= most else f"\u2026{name[1 - most :]}"
 
 
 def _losses(axis: Any, course: Course) -> None:
@@ -83,7 +89,9 @@ def _losses(axis: Any, course: Course) -> None:
 
 def _rates(axis: Any, points: Sequence[Point]) -> None:
     """The learning rate, faint and without a scale of its own: its shape and its highest value."""
-    points = [p for p in points if math.isfinite(p.lr)]
+    known = [p for p in points if math.isfinite(p.lr)]
+    # It is told once for several steps, and is that of the last of them.
+    points = known[:1] + [p for p, q in pairwise([*known, None]) if p and (not q or p.lr != q.lr)]
     rates = [p.lr for p in points]
     highest = max(rates, default=0)
     if highest <= 0:
@@ -122,8 +130,8 @@ def _accuracies(axis: Any, accuracies: Sequence[tuple[int, float]], name: str) -
     before, after = shares[0] if steps[0] == 0 else None, shares[-1]
     low, high = min(shares), max(shares)
     room = max(0.2 * (high - low), 1.0)
-    axis.set_ylim(max(0, low - room), high + room)
-    axis.set_yticks([tick for tick in axis.get_yticks() if low - room <= tick <= 100])
+    axis.set_ylim(low - room, high + room)
+    axis.set_yticks([tick for tick in axis.get_yticks() if max(0, low - room) <= tick <= 100])
     up = before is None or after >= before
     if before is not None:
         axis.axhline(before, color=GREY, lw=1, ls=(0, (4, 2)), zorder=2)
@@ -154,7 +162,7 @@ def _no_frame(axis: Any) -> None:
         spine.set_visible(False)
 
 
-def _steps(axis: Any, last: int) -> None:
+def _steps(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_xlabel("step", color=INK)
@@ -163,7 +171,7 @@ def _steps(axis: Any, last: int) -> None:
     axis.spines["bottom"].set(visible=True, color=GREY)
 
 
-def _epochs(axis: Any, course: Course, last: int) -> None:
+def _epochs(axis: Any, course: Course) -> None:
     """A second scale above, in epochs, where there are several."""
     if len(course.epochs) < 2:
         return
