@@ -50,8 +50,8 @@ def _title(figure: Any, run: Run) -> None:
     share = 100 * run.stored / max(1, run.original)
     # Two texts in one title: the layout makes room for it.
     figure.suptitle(
-        f"{_shortened(run.model)}, {run.scheme}\n", x=0.012, ha="left", fontsize=13, fontweight="bold",
-        color=INK, parse_math=False,
+        f"{_shortened(run.model)}, {run.scheme}\n", x=0.012, ha="left", fontsize=13,
+        fontweight="bold", color=INK, parse_math=False,
     )  # fmt: skip
     figure.text(
         0.012, 0.945 if len(figure.axes) > 1 else 0.918,
