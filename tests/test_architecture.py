@@ -68,7 +68,7 @@ LAYERS: dict[str, int] = {
         ],
         6,
     ),
-    **dict.fromkeys(["progressive", "pricing", "compare", "sensitivity"], 6),
+    **dict.fromkeys(["progressive", "pricing", "compare", "sensitivity", "watching"], 6),
     **dict.fromkeys(["cli", "__main__"], 7),
 }
 TOP = 8  # the package's own __init__, which shows what the rest makes
@@ -83,7 +83,7 @@ ONLY = {
     "sklearn": {"demo"},
     "datasets": {"data"},
     "webdataset": {"data"},
-    "matplotlib": {"demo", "pictures"},
+    "matplotlib": {"demo", "pictures", "watching"},
 }
 # With the module ready to be imported by `sources.torchvision_compat`, these use it as well.
 COMPAT = {"data", "demo"}
@@ -238,7 +238,7 @@ def test_the_api_page_documents_exactly_what_is_public() -> None:
 
 def test_importing_tiedconv_imports_no_model_library() -> None:
     heavy = ["torchvision", "timm", "transformers", "typer", "rich", "scipy", "sklearn",
-             "matplotlib", "PIL", "datasets", "webdataset"]  # fmt: skip
+             "matplotlib", "PIL", "datasets", "webdataset", "tensorboard"]  # fmt: skip
     code = f"import sys, tiedconv; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -64,7 +64,8 @@ def finetuned(world: World) -> Path:
         ("finetune", "--data --output --epochs --steps --teacher --batch-size --lr --optimizer "
                      "--warmup --temperature --distill --clip --augment --bn-batches --val-split "
                      "--layer-decay --ema --distillation --features --erasing --mixup --cutmix "
-                     "--limit --device --workers --resume --strict --trust-code --force --json"),
+                     "--limit --device --workers --resume --strict --trust-code --force --json "
+                     "--log --tensorboard --picture --no-picture"),
         ("evaluate", "--data --weights --model-arg --batch-size --limit --image-size --resize "
                      "--mean --std --interpolation --device --workers --strict --trust-code "
                      "--json"),
@@ -374,7 +375,7 @@ def test_an_interrupted_run_goes_on(
     def command(output: Path) -> tuple[object, ...]:
         return (
             "finetune", world.tied, "--data", world.data, "-o", output, "--epochs", 2, *QUICK,
-            "--teacher", "none",
+            "--teacher", "none", "--no-picture",
         )  # fmt: skip
 
     run(*command(whole))

@@ -333,7 +333,7 @@ def test_a_broken_image_is_skipped_and_counted_or_refused(
         ("--epochs 1 --steps 2", ["--epochs and --steps", "one of them"]),
         ("--epochs 0", ["epochs", "more than 0"]),
         ("--steps 0", ["steps", "1 or more"]),
-        ("--batch-size 0", ["batch_size", "1 or more"]),
+        ("--batch-size 0", ["--batch-size 0", "1 or more"]),
         ("--lr -1", ["lr", "more than 0"]),
         ("--optimizer lion", ["'lion'", "adamw"]),
         ("--augment all", ["'all'", "randaugment"]),
@@ -368,7 +368,7 @@ def test_resuming_another_run(
 ) -> None:
     command = (
         "finetune", world.tied, "--data", world.data, "-o", tmp_path / "out.safetensors", *QUICK,
-        "--teacher", "none", "--epochs", 2,
+        "--teacher", "none", "--epochs", 2, "--no-picture",
     )  # fmt: skip
     take = engine._Run.take
 

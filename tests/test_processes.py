@@ -128,13 +128,20 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_bytes(
         "crop",
         "--lr",
         1e-3,
+        "--log",
+        "log.jsonl",
     )
     started([sys.executable, WORKER, "killed", tmp_path, 10, *arguments])
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["killed"] == 10
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert digest(whole / "out.safetensors") == digest(parts / "out.safetensors")
-    assert [p.name for p in parts.iterdir()] == ["out.safetensors"]
+    assert {p.name for p in parts.iterdir()} == {
+        "out.safetensors", "out.training.png", "log.jsonl",
+    }  # fmt: skip
+    # Each epoch stands in the log once, in order, though most were begun more than once.
+    lines = [json.loads(line) for line in (parts / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["event"] == "epoch"] == list(range(1, 25))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -165,14 +172,19 @@ def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> 
 
 
 def test_the_command_runs_in_two_processes(world: World, tmp_path: Path) -> None:
-    arguments = command(world, "--epochs", 1, "--json")
+    written = ["log.jsonl", "board", "out.training.png"]
+    arguments = command(
+        world, "--epochs", 1, "--json", "--log-file", "log.jsonl", "--tensorboard", "board"
+    )
     done = started([*TORCHRUN, "-m", "tiedconv", *arguments], cwd=tmp_path)
     told = json.loads(done.stdout)  # one of them tells
     assert told["result"]["steps"] > 0
     import tiedconv
 
     assert tiedconv.report(tmp_path / "out.safetensors").history[-1]["processes"] == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["out.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {"out.safetensors", *written}
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines].count("end") == 1
 
 
 def test_a_mistake_is_told_once(world: World, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,6 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,21 @@ def strict_json(text: str) -> Any:
     return data
 
 
+def json_ready(value: Any) -> Any:
+    """Plain data for strict JSON: dataclasses become objects, what is no finite number null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        names += [n for n, kind in vars(type(value)).items() if isinstance(kind, property)]
+        return {name: json_ready(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
 def _level_below(level: list[Any]) -> list[Any]:
     """What the values of one level hold, after a look at the texts and numbers among them."""
     below: list[Any] = []
@@ -95,7 +110,7 @@ def _no_number(constant: str) -> Any:
     raise ValueError(f"{constant} is no number")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Entry:
     dtype: str
     shape: Shape
@@ -257,21 +272,22 @@ def is_shape(sides: list[Any]) -> bool:
     )
 
 
-def check_output(path: Path, *, force: bool = False) -> None:
+def check_output(path: Path, *, force: bool = False, option: str = "-o") -> None:
     """Raise OutputError, before any work, if `path` can't be written.
 
     Args:
         path: the file to be.
         force: an existing file may be replaced.
+        option: of the command, by which another place can be chosen.
     """
-    _check_place(path, force)
+    _check_place(path, force, option)
     try:
         handle, probe = tempfile.mkstemp(dir=path.parent, prefix=_hidden(path))
     except OSError as error:
         raise OutputError(
             f"{path.parent} can't be written to ({error.strerror})",
             "Nothing was written",
-            "Choose another folder with -o, or change its permissions",
+            f"Choose another folder with {option}, or change its permissions",
         ) from None
     try:
         os.close(handle)
@@ -279,7 +295,7 @@ def check_output(path: Path, *, force: bool = False) -> None:
         os.unlink(probe)
 
 
-def _check_place(path: Path, force: bool) -> None:
+def _check_place(path: Path, force: bool, option: str = "-o") -> None:
     parent = path.parent
     if path.is_dir():
         raise OutputError(f"{path} is a folder", remedy="Name a file, such as model.safetensors")
@@ -287,7 +303,7 @@ def _check_place(path: Path, force: bool) -> None:
         raise OutputError(
             f"The folder {parent} does not exist",
             "Nothing can be written there",
-            "Create it, or choose another with -o",
+            f"Create it, or choose another with {option}",
         )
     if path.exists() and not force:
         raise _exists(path)

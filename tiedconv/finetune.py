@@ -126,7 +126,7 @@ def finetune(
     )  # fmt: skip
     model, split = work.model, work.split
     fading = OriginalFading(model, work.teacher) if config.progressive > 0 else None
-    folder = output.with_name(output.name + ".run")
+    folder = run_folder(output)
     val_data, agreement = work.val_data, None
     with joined(device) as (processes, place):
         if not split.labelled:
@@ -226,6 +226,11 @@ def _open(
     train_data = ImageList(split.train, shown, strict=strict)
     val_data = ImageList(split.val, eval_transform(wanted), strict=strict)
     return _Work(model, source, master, name, split, train_data, val_data)
+
+
+def run_folder(output: Path) -> Path:
+    """Where the states of a run are kept that makes this file."""
+    return output.with_name(output.name + ".run")
 
 
 def _labels_wanted(config: TrainConfig, teacher: str | nn.Module, unlabelled: bool) -> Labels:

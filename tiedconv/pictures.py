@@ -9,13 +9,13 @@ from tiedconv.errors import MissingExtra, OutputError
 from tiedconv.files import check_output, replacing
 
 
-def check_picture(path: Path, *, force: bool = False) -> None:
+def check_picture(path: Path, *, force: bool = False, option: str = "-o") -> None:
     """Raise OutputError, before any work, if no picture can be written to `path`."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise OutputError(
             f"{path} names no kind of picture", "Nothing was drawn", "Use .png, .svg or .pdf"
         )
-    check_output(path, force=force)
+    check_output(path, force=force, option=option)
 
 
 def new_figure(width: float, height: float) -> Any:

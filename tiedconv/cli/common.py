@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import math
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
@@ -21,6 +19,7 @@ from rich.text import Text
 
 from tiedconv.cli import render
 from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError
+from tiedconv.files import json_ready
 from tiedconv.sources import Preprocess, parse_model_args
 from tiedconv.training import rank_in_environment
 
@@ -30,9 +29,9 @@ IMAGES = "Images"
 """The part of a command's help that tells how images are chosen and prepared."""
 
 
-def option_in(panel: str, help: str) -> Any:
-    """A plain option that stands in this part of the help."""
-    return typer.Option(help=help, rich_help_panel=panel)
+def option_in(panel: str, help: str, *names: str, metavar: str | None = None) -> Any:
+    """An option that stands in this part of the help; named after its variable if no name is."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON on standard output.")]
@@ -201,21 +200,7 @@ def show_groups(rows: Sequence[render.Row], title: str = "") -> None:
 
 def print_json(data: Any) -> None:
     """Figures as JSON; dataclasses become objects, and what is no finite number null."""
-    typer.echo(json.dumps(_plain(data), indent=2, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [f.name for f in dataclasses.fields(value)]
-        names += [n for n, kind in vars(type(value)).items() if isinstance(kind, property)]
-        return {name: _plain(getattr(value, name)) for name in names}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+    typer.echo(json.dumps(json_ready(data), indent=2, allow_nan=False))
 
 
 def model_args(pairs: Sequence[str] | None) -> dict[str, Any]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tiedconv.cli import common, render
+from tiedconv.cli import common, render, watching
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import TrainingBar
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
-from tiedconv.finetune import Finetuned, forecast
+from tiedconv.files import json_ready
+from tiedconv.finetune import Finetuned, forecast, run_folder
 from tiedconv.finetune import finetune as run
-from tiedconv.training import Forecast, TrainConfig, rank_in_environment
+from tiedconv.training import Event, Forecast, OnEvent, TrainConfig, rank_in_environment
 
 # Options by the part of the help they stand in; the others are of files and of the run.
 _schedule = functools.partial(common.option_in, "Schedule")
@@ -108,6 +110,10 @@ def finetune(
         float, typer.Option(help="Time between two states that --resume can go on from.")
     ] = 10.0,
     keep: Annotated[int, typer.Option(help="So many of the newest states are kept.")] = 2,
+    log: watching.Log = None,
+    tensorboard: watching.Board = None,
+    picture: watching.Picture = None,
+    no_picture: watching.NoPicture = False,
     device: common.Device = "auto",
     workers: common.Workers = None,
     seed: Annotated[int, typer.Option(help="Of order, augmentation and the held-out part.")] = 0,
@@ -155,20 +161,26 @@ def finetune(
         if rank_in_environment() == 0:
             show_forecast(found, config, json_=json_)
         return
-    with TrainingBar() as bar:
+    files = watching.Files.wanted(
+        output, log, tensorboard, picture, no_picture, force=force, resume=resume
+    )
+    noted = {"data": data, "teacher": teacher, "device": device, "command": common.command_line()}
+    with TrainingBar() as bar, files.watchers(file, config, bar.line, noted) as watch:
         try:
             done = run(
                 file, data, output, config, teacher=teacher, preprocess=change,
                 val_split=val_split, limit=limit, unlabelled=unlabelled, device=device,
                 strict=strict, resume=resume, force=force, trust_code=trust_code,
-                command=common.command_line(), on_event=bar,
+                command=common.command_line(), on_event=_both(bar, watch),
             )  # fmt: skip
         except KeyboardInterrupt:
-            if output.with_name(output.name + ".run").is_dir():
+            if run_folder(output).is_dir():
                 hint("Its state is kept: the same command with --resume goes on from there.")
             raise
-    if rank_in_environment() == 0:
-        show_result(done, json_=json_)
+        if rank_in_environment() > 0:
+            return
+        written = watch.finish(done.result)
+    show_result(done, written, json_=json_)
 
 
 def _seconds(text: str | None) -> float | None:
@@ -209,7 +221,7 @@ def show_forecast(found: Forecast, config: TrainConfig, *, json_: bool) -> None:
                           f"then down to {config.lr * config.min_lr:g}"),
         ("trained numbers", f"{found.trained:,}"),
         ("a step", f"{1000 * pace.step_seconds:,.1f} ms, {pace.images_per_second:,.0f} images/s"),
-        ("an evaluation", render.duration(pace.eval_seconds)),
+        ("an evaluation", f"{pace.eval_seconds:,.1f} s"),
         ("all", render.duration(found.seconds)),
         ("memory", f"{render.size(pace.memory)} on {where}" if pace.memory else "unknown"),
     ]  # fmt: skip
@@ -219,10 +231,10 @@ def show_forecast(found: Forecast, config: TrainConfig, *, json_: bool) -> None:
     say("Nothing was written: without --dry-run the training begins.")
 
 
-def show_result(done: Finetuned, *, json_: bool) -> None:
+def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: bool) -> None:
     """What a training did."""
     if json_:
-        common.print_json(done)
+        common.print_json({**json_ready(done), **written})
         return
     result = done.result
     columns: tuple[str, ...] = ("", "top-1", "top-5")
@@ -245,3 +257,13 @@ def show_result(done: Finetuned, *, json_: bool) -> None:
         f"Wrote {done.path} ({render.size(done.size)}); {result.steps:,} steps in "
         f"{result.seconds:.0f} s, teacher {done.teacher}."
     )
+    if written["picture"]:
+        say(f"Loss and accuracy are drawn in {written['picture']}.")
+
+
+def _both(first: OnEvent, second: OnEvent) -> OnEvent:
+    def tell(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return tell

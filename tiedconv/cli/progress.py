@@ -9,6 +9,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -18,7 +19,7 @@ from rich.text import Text
 from tiedconv.calibrate import Measuring
 from tiedconv.calibration import CalibEvent, Fitted, Fitting, Joint
 from tiedconv.cli.common import err
-from tiedconv.cli.render import accuracy
+from tiedconv.cli.render import accuracy, duration, size
 from tiedconv.training import (
     Baseline,
     Checkpointed,
@@ -31,22 +32,28 @@ from tiedconv.training import (
     Start,
     Step,
     Unlabelled,
+    rank_in_environment,
 )
+from tiedconv.watching import memory_in_use
 
 
 class Bar:
-    """One bar with a note beside it."""
+    """One bar with a note beside it.
 
-    def __init__(self, what: str) -> None:
+    Args:
+        what: is done.
+        columns: between that and the note; a bar, counts and the time left if none are given.
+    """
+
+    def __init__(self, what: str, *columns: ProgressColumn) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            *(columns or (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())),
             TextColumn("{task.fields[note]}"),
             console=err,
             transient=True,
-            disable=not err.is_terminal,
+            # Of several processes only the first hears of anything.
+            disable=not err.is_terminal or rank_in_environment() > 0,
         )
         self._task: TaskID = self._progress.add_task(what, total=None, note="")
 
@@ -105,24 +112,32 @@ class TrainingBar(Bar):
     """A bar that listens to training and evaluation."""
 
     def __init__(self, what: str = "training") -> None:
-        super().__init__(what)
-        self._total = 0
+        # Training tells the time left; the bar's own guess is upset by evaluations between.
+        super().__init__(what, BarColumn(bar_width=_bar_width()), MofNCompleteColumn())
+        self._total = self._epochs = 0
         self._figure = "top-1"
 
     def __call__(self, event: Event) -> None:
         match event:
             case Start(steps, epochs, images):
-                self._total = steps
+                self._total, self._epochs = steps, epochs
                 self.line(f"{steps:,} steps, {epochs} epochs of {images:,} images")
             case Resumed(epoch, step):
                 self.line(f"resumed after epoch {epoch}, step {step:,}")
             case Baseline(top1, _, _):
                 self.line(f"before: {self._figure} {accuracy(top1)}")
-            case Step(step, loss, lr, speed, _):
-                note = f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} images/s"
+            case Step(epoch, step, _, lr, speed, left):
+                used = memory_in_use()
+                note = self._fitting(
+                    step, self._total, f"epoch {epoch}/{self._epochs}", f"loss {event.loss:.3f}",
+                    f"{duration(left)} left", f"{speed:,.0f} images/s", f"lr {lr:.1e}",
+                    *([size(used)] if used is not None else []),
+                )  # fmt: skip
                 self.update(step, self._total, note, "training")
             case EvalStep(images, total, speed):
-                self.update(images, total, f"{speed:,.0f} images/s", "evaluating")
+                left = (total - images) / max(speed, 1e-9)
+                note = f"{speed:,.0f} images/s  {duration(left)} left"
+                self.update(images, total, note, "evaluating")
             case EpochEnd(epoch, loss, top1, _, seconds):
                 score = f", {self._figure} {accuracy(top1)}" if top1 is not None else ""
                 self.line(f"epoch {epoch}: loss {loss:.3f}{score}, {seconds:.0f} s")
@@ -136,3 +151,14 @@ class TrainingBar(Bar):
                 self.line(f"not compiled: {reason}")
             case Checkpointed():
                 pass
+
+    def _fitting(self, done: int, total: int, *parts: str) -> str:
+        """A note of as many parts, the first of them, as there is room for."""
+        room = err.width - _bar_width() - len(f"training   {done}/{total} ")
+        while len(parts) > 1 and len("  ".join(parts)) > room:
+            parts = parts[:-1]
+        return "  ".join(parts)
+
+
+def _bar_width() -> int:
+    return 20 if err.width >= 100 else 8

@@ -192,17 +192,6 @@ def skipped(count: int) -> str:
     return f"{what} skipped."
 
 
-def duration(seconds: float) -> str:
-    """A time in its two largest units."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
-
-
 def size(count: float) -> str:
     """Bytes in decimal units, as disks and downloads count them."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -210,6 +199,13 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def work(found: Report) -> str:

@@ -161,14 +161,18 @@ class _Run:
         if found is not None:
             self.begin()
             self.load(*found)
-        self.emit(Start(self.steps, -(-self.steps // len(self.loader)), self.loader.images))
         if found is not None:
+            self.tell_start()
             self.emit(Resumed(self.at.epoch, self.at.step))
         else:
+            if self.config.time_budget is None:
+                self.tell_start()
             before = self.evaluate()
+            if self.config.time_budget is not None:  # only now is known how many steps there are
+                self.fit_to(self.config.time_budget)
+                self.tell_start()
             self.at = replace(self.at, top1_before=before.top1, top5_before=before.top5)
             self.emit(Baseline(before.top1, before.top5, before.loss))
-            self.fit_to_clock()
             # Only now: a fading may change tensors, and the baseline is the model as it came.
             self.begin()
         self.saved = time.monotonic()
@@ -178,15 +182,16 @@ class _Run:
             self.ema.settle()
         return self.result()
 
-    def fit_to_clock(self) -> None:
-        """Settles how many steps a time budget has room for, and tells; the first decides."""
-        if self.config.time_budget is None:
-            return
+    def tell_start(self) -> None:
+        """Tells how long the training is."""
+        self.emit(Start(self.steps, -(-self.steps // len(self.loader)), self.loader.images))
+
+    def fit_to(self, seconds: float) -> None:
+        """Settles how many steps a time has room for; the first process decides."""
         pace = measure_pace(self.updater, self.loader, self.setup.examiner.seconds)
-        left = self.config.time_budget - (time.monotonic() - self.begun)
+        left = seconds - (time.monotonic() - self.begun)
         steps = pace.steps_within(left, len(self.loader), self.config)
         self.steps = self.processes.told_by_first(steps)
-        self.emit(Start(self.steps, -(-self.steps // len(self.loader)), self.loader.images))
 
     def begin(self) -> None:
         """Adds what is to be faded, if there is anything, and then begins to average."""
@@ -213,8 +218,8 @@ class _Run:
         top5 = evaluation.top5 if evaluation else None
         best = max(self.at.best_top1, -1.0 if top1 is None else top1)
         self.at = replace(self.at, best_top1=best)
-        end = EpochEnd(self.at.epoch, loss, top1, top5, time.perf_counter() - start)
-        self.history.append({**asdict(end), "step": self.at.step})
+        end = EpochEnd(self.at.epoch, loss, top1, top5, time.perf_counter() - start, self.at.step)
+        self.history.append(asdict(end))
         self.emit(end)
         self.save()
 
@@ -274,8 +279,8 @@ class _Run:
         self.at = replace(self.at, loss=meter.total, losses=meter.count)
         if losses and (self.at.step >= self.steps or clock.untold >= EVENT_SECONDS):
             lr = learning_rate(self.at.step - 1, self.steps, self.config)
-            mean = sum(losses) / len(losses)
-            self.emit(Step(self.at.step, mean, lr, *clock.told(self.at.step, self.steps)))
+            speed = clock.told(self.at.step, self.steps)
+            self.emit(Step(self.at.epoch, self.at.step, tuple(losses), lr, *speed))
 
     def look_around(self) -> None:
         """Stops if a signal asked for it; saves if it is time."""
@@ -346,7 +351,7 @@ class _Run:
         }
         if self.processes.first:
             path = self.folder.save(self.at.step, state)
-            self.emit(Checkpointed(str(path)))
+            self.emit(Checkpointed(str(path), self.at.step))
         self.processes.wait()
         self.saved = time.monotonic()
 

@@ -34,13 +34,19 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress; at most ten a second. `loss` is the mean of the last few steps."""
+    """Progress; at most ten a second. `losses` are those of the last few steps, up to `step`."""
 
+    epoch: int
     step: int
-    loss: float
+    losses: tuple[float, ...]
     lr: float
     images_per_second: float
     eta_seconds: float
+
+    @property
+    def loss(self) -> float:
+        """The mean of them."""
+        return sum(self.losses) / len(self.losses)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class EvalStep:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """An epoch is over. `loss` is its mean training loss.
+    """An epoch is over, after `step` steps in all. `loss` is its mean training loss.
 
     The accuracies are None when this epoch was not evaluated.
     """
@@ -64,6 +70,7 @@ class EpochEnd:
     top1: float | None
     top5: float | None
     seconds: float
+    step: int
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,10 @@ class NotCompiled:
 
 @dataclass(frozen=True)
 class Checkpointed:
-    """The state of training was written to `path`."""
+    """The state of training after `step` steps was written to `path`."""
 
     path: str
+    step: int
 
 
 Event = (
