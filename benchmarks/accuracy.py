@@ -206,7 +206,9 @@ class Bench:
         plain = made.model if made.stage == "converted" else made.datafree
         converted = None if plain is None else top1(plain, self.test)
         fitted = copy.deepcopy(made.model)
-        renewed = recalibrate(fitted, self.ctx.pixels["train"])
+        # What was fitted to these statistics has them; the others' are of the weights of before.
+        ours = made.stage == "calibrated" and made.datafree is not None
+        renewed = not ours and recalibrate(fitted, self.ctx.pixels["train"])
         calibrated = None
         if made.stage == "calibrated" or (made.stage == "converted" and renewed):
             calibrated = top1(fitted, self.test)

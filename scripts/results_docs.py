@@ -28,8 +28,8 @@ news to it); the others are self-trained on the 45,000 (`benchmarks/train_models
 makes a model of at most the budget, in parameters of the whole model, and each gets the same
 training: {steps} steps of {batch} images ({images:,} images, crops and flips), AdamW, the original as teacher
 (temperature {temperature:g}, weight {distill:g}). The learning rate, one of {rates}, and a rival's variant are chosen after
-{select_steps} steps at the middle budget on {select_images:,} held-out images; tiedconv's schemes share the rate chosen by
-`auto`. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
+{select_steps} steps on {select_images:,} held-out images, on `resnet-narrow` at each budget, on `vit-real` at 30 % for all
+of them. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
 at the end. Seeds: {seeds}. What each rival does, and where it falls short of its paper, is in
 `benchmarks/rivals.py`.
 

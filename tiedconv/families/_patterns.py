@@ -113,13 +113,18 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Names of a ResNet bottleneck's convolutions and BatchNorms below the prefix `at`."""
+    """Names of a ResNet bottleneck's convolutions and BatchNorms below the prefix `at`.
+
+    `shortcuts` are the names that a convolution on the way around the block may have: a sixth of
+    a ResNet's weights lies there, which no pair and no stack takes, but a low rank can.
+    """
 
     at: str
     convs: tuple[str, str, str]
     norms: tuple[str, str, str]
     acts: tuple[str, ...] = ("relu", "act1", "act2")
     harmless: tuple[str, ...] = field(default=("downsample", "se", "shortcut"))
+    shortcuts: tuple[str, ...] = ("downsample.0.weight", "downsample.1.weight")
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
         """Every bottleneck with three convolutions and three BatchNorms."""
@@ -144,6 +149,10 @@ class Bottleneck:
                 "bottleneck", prefix, stack, index, slots, vectors,
                 relu=set(filter(None, acts)) == {"relu"}, eps=float(eps),
             )  # fmt: skip
+            for name in (f"{prefix}.{shortcut}" for shortcut in self.shortcuts):
+                if len(shapes.get(name, ())) == 4:
+                    around = {"shortcut": Slot.whole(name, shapes[name], False)}
+                    yield Block("linear", prefix, stack, index, around)
 
 
 def pattern_family(

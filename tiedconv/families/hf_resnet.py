@@ -10,5 +10,6 @@ FAMILY = pattern_family(
         convs=tuple(f"layer.{i}.convolution.weight" for i in range(3)),  # type: ignore[arg-type]
         norms=tuple(f"layer.{i}.normalization" for i in range(3)),  # type: ignore[arg-type]
         acts=("layer.0.activation", "layer.1.activation"),
+        shortcuts=("shortcut.convolution.weight",),
     ),
 )
