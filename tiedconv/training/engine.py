@@ -136,13 +136,13 @@ class _Run:
         processes: Processes,
     ) -> None:
         self.given, self.teacher, self.config, self.processes = model, teacher, config, processes
-        size, seed, pin = config.batch_size, config.seed, device.type == "cuda"
-        part = processes.rank, processes.count
+        size, seed, part = config.batch_size, config.seed, (processes.rank, processes.count)
+        workers = config.workers
         self.loader = Loader(
-            train_data, size, shuffle=True, seed=seed, workers=config.workers, pin=pin, part=part
+            train_data, size, shuffle=True, seed=seed, workers=workers, device=device, part=part
         )
         self.val_loader = Loader(
-            val_data, size, seed=seed, workers=config.workers, pin=pin, part=part
+            val_data, size, seed=seed, workers=workers, device=device, part=part
         )
         self.val_classes = class_count(val_data)
         self.placement = Placement.choose(model, device, config.amp, config.channels_last)
