@@ -298,7 +298,7 @@ def on_gpu(args: argparse.Namespace) -> None:
 
 def written(path: Path, row: dict[str, Any], keys: Sequence[str]) -> None:
     """Puts a row into the file, for the one of the same setting."""
-    name = platform.processor() or platform.machine()
+    name = f"{platform.machine()} with {os.cpu_count()} cores"
     if row["device"] == "cuda" and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     row |= {"device_name": name, "torch": str(torch.__version__)}
