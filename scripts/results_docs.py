@@ -81,6 +81,28 @@ CPU time of the tied model over that of the dense one, taken by turns in one pro
 {table}
 """
 
+TRAINING_SPEED = """## Speed of fine-tuning
+
+{cpu}{gpu}"""
+
+TRAINING_SPEED_CPU = """Time of a step of `tiedconv.training.train`, with all that belongs to it, reading and augmenting the images
+included. Each contender is a process of its own, and they take turns, {rounds} rounds; ratios of CPU
+time are taken within a round, median and middle 80 %. *Dense*: the same loop on the dense model. *By hand*: a
+minimal loop on the dense model with the same recipe. `lors` stores half of the parameters. {device}, {threads}
+thread, float32, batches of {batch}, torch {torch}; the machine had other work as well.
+
+    python benchmarks/training_speed.py
+
+{table}
+"""
+
+TRAINING_SPEED_GPU = """On {device} in bfloat16, random bytes, torch {torch}:
+
+    python benchmarks/training_speed.py --device cuda
+
+{table}
+"""
+
 CONVERSION = """## Time and memory of conversion
 
 ViT-B/16 ({dense:.0f} MB dense). Seconds are wall-clock without imports, each run a process of its own;
@@ -194,6 +216,7 @@ def main() -> None:
         ("ablation", ablation),
         ("datafree", datafree),
         ("speed", speed),
+        ("training_speed", training_speed),
         ("export", export),
         ("conversion", conversion),
         ("streaming", streaming),
@@ -332,6 +355,44 @@ def speed(data: dict[str, Any]) -> str:
         threads=data["threads"],
         table=table(("model", "scheme", "batch", "what", "tied / dense"), rows, words=2),
     )
+
+
+def training_speed(data: dict[str, Any]) -> str:
+    done = [row for row in data["rows"] if "error" not in row]
+    cpu = [row for row in done if row["device"] == "cpu" and "ratios" in row]
+    gpu = [row for row in done if row["device"] == "cuda"]
+    parts = {"cpu": "", "gpu": ""}
+    if cpu:
+        pairs = tuple(cpu[0]["ratios"])
+        rows = [
+            (
+                r["model"], f"{r['size']} px", r["images"], "yes" if r["teacher"] else "no",
+                *(_middle(r["ratios"][pair]["cpu"]) for pair in pairs),
+            )
+            for r in cpu
+        ]  # fmt: skip
+        parts["cpu"] = TRAINING_SPEED_CPU.format(
+            rounds=cpu[0]["rounds"], threads=cpu[0]["threads"], batch=cpu[0]["batch"],
+            device=cpu[0]["device_name"], torch=cpu[0]["torch"],
+            table=table(("model", "size", "images", "teacher", *pairs), rows, words=4),
+        )  # fmt: skip
+    if gpu:
+        rows = [
+            (
+                r["model"], r["form"], r["loop"], "yes" if r["compile"] else "no",
+                f"{r['images_per_second']:,.0f}", f"{r['peak_bytes'] / 2**30:.2f}",
+            )
+            for r in gpu
+        ]  # fmt: skip
+        columns = ("model", "form", "loop", "compiled", "images/s", "peak GiB")
+        parts["gpu"] = TRAINING_SPEED_GPU.format(
+            device=gpu[0]["device_name"], torch=gpu[0]["torch"], table=table(columns, rows, words=4)
+        )
+    return TRAINING_SPEED.format(**parts)
+
+
+def _middle(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 
 def conversion(data: dict[str, Any]) -> str:

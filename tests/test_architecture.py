@@ -26,7 +26,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: dict[str, int] = {
     **dict.fromkeys(["errors", "version"], 0),
-    "expr": 1,
+    **dict.fromkeys(["expr", "scaling"], 1),
     **dict.fromkeys(["plan", "grouping", "applied"], 2),
     **dict.fromkeys(["linalg", "metric", "leastsquares", "gauge", "schemes", "families"], 3),
     "limits": 3,

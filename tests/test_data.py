@@ -25,6 +25,7 @@ from tiedconv.data import (
     TensorList,
     default_workers,
     eval_transform,
+    in_bytes,
     open_images,
     open_split,
     train_transform,
@@ -315,6 +316,76 @@ def test_labels_must_belong_to_the_images() -> None:
         TensorList(torch.zeros(3, 1, 2, 2), [0, 1])
     with pytest.raises(DataError, match="empty"):
         Loader(TensorList(torch.zeros(0, 1, 2, 2), []), 4)
+
+
+# --- bytes -------------------------------------------------------------------------------------
+
+
+def float_batches(data: ImageList | TensorList, seed: int) -> list[torch.Tensor]:
+    """What a loader should give, normalised by the data set itself."""
+
+    class Plain(torch.utils.data.Dataset[object]):  # has no `in_bytes`
+        classes = data.classes if isinstance(data, ImageList) else ()
+        if isinstance(data, TensorList):
+            read_batch = data.read_batch
+
+        def __len__(self) -> int:
+            return len(data)
+
+        def __getitem__(self, index: int) -> object:
+            return data[index]
+
+    loader = Loader(Plain(), 4, shuffle=True, seed=seed, workers=0)
+    return [batch.images for batch in loader.epoch(1)]
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("erasing", [0.0, 1.0])
+def test_images_that_travel_as_bytes_end_as_the_same_bits(
+    tmp_path: Path, augment: str, erasing: float
+) -> None:
+    preprocess = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    folder = open_images(make_folder(tmp_path, {"a": 5, "b": 5}))
+    data = ImageList(folder, train_transform(preprocess, augment, erasing))
+    plain, normalisation = in_bytes(data)
+    assert (normalisation is None) is (erasing > 0)  # what is erased is set to exactly the mean
+    assert plain[0][0].dtype == (torch.float32 if erasing else torch.uint8)
+    here = [b.images for b in Loader(data, 4, shuffle=True, seed=5, workers=0).epoch(1)]
+    assert all(torch.equal(a, b) for a, b in zip(here, float_batches(data, 5), strict=True))
+    assert all(image.is_contiguous() and image.dtype == torch.float32 for image in here)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "shift", "crop"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_tensors_that_travel_as_bytes_end_as_the_same_bits(
+    augment: str, dtype: torch.dtype, normalised: bool
+) -> None:
+    images = torch.randint(0, 256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    mean, std = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)) if normalised else (None, None)
+    data = TensorList(images.to(dtype), [0] * 10, mean=mean, std=std, augment=augment)
+    kept = data.images.clone()
+    plain, normalisation = in_bytes(data)
+    assert (normalisation is not None) is (dtype == torch.uint8)
+    assert next(iter(plain))[0].dtype == (torch.uint8 if normalisation else torch.float32)
+    there = Loader(data, 4, shuffle=True, seed=5, workers=0, device=torch.device("cpu"))
+    read = [batch.images for batch in there.epoch(1)]
+    assert all(torch.equal(a, b) for a, b in zip(read, float_batches(data, 5), strict=True))
+    assert torch.equal(data.images, kept)
+    assert data[0][0].dtype == torch.float32  # the data set itself is what it was
+    if augment == "none" and dtype == torch.uint8 and normalised:
+        expected = (images[3] / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+            3, 1, 1
+        )
+        assert torch.equal(data[3][0], expected)
+
+
+def test_whoever_has_a_transform_of_his_own_keeps_his_numbers(tmp_path: Path) -> None:
+    images = open_images(make_folder(tmp_path, {"a": 2, "b": 2}))
+    data = ImageList(images, lambda image: torch.full((3, 8, 8), 7, dtype=torch.uint8))
+    assert in_bytes(data) == (data, None)
+    (batch,) = batches_of(Loader(data, 8, workers=0))
+    assert batch.images.dtype == torch.uint8
 
 
 # --- loaders -----------------------------------------------------------------------------------

@@ -333,3 +333,50 @@ def test_an_expression_that_grows_like_a_power_of_two_is_refused_quickly() -> No
         data = ["add", data, data]
     with pytest.raises(PlanError):
         from_json(data)
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("trained", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (1, 0, 0)])
+def test_scales_of_rows_and_columns_have_the_gradients_of_plain_products(
+    transposed: bool, trained: tuple[int, ...]
+) -> None:
+    w, s, t = Ref("w", (5, 3)), Ref("s", (5, 1)), Ref("t", (1, 3))
+    expr: Expr = Mul(Mul(w, s), t)
+    stored = {"w": doubles(5, 3), "s": doubles(5, 1), "t": doubles(1, 3)}
+    for tensor, wanted in zip(stored.values(), trained, strict=True):
+        tensor.requires_grad_(bool(wanted))
+
+    def value(*tensors: torch.Tensor) -> torch.Tensor:
+        found = expr.evaluate(dict(zip("wst", tensors, strict=True)).__getitem__)
+        return found.T if transposed else found
+
+    assert torch.equal(value(*stored.values()), value(*(x.detach() for x in stored.values())))
+    # Also a gradient that lies the other way, and one that others read as well.
+    weight = doubles(*value(*stored.values()).shape).T.contiguous().T
+    aim = (value(*stored.values()) * weight).sum()
+    plain = stored["w"] * stored["s"] * stored["t"]
+    wanted = ((plain.T if transposed else plain) * weight).sum()
+    kept = weight.clone()
+    sources = [x for x in stored.values() if x.requires_grad]
+    for one, other in zip(
+        torch.autograd.grad(aim, sources), torch.autograd.grad(wanted, sources), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(weight, kept)
+    assert torch.autograd.gradcheck(value, tuple(stored.values()))
+    assert torch.autograd.gradgradcheck(value, tuple(stored.values()))
+
+
+def test_the_gradient_that_others_read_too_is_left_as_it_is() -> None:
+    w, s, t = doubles(4, 3).requires_grad_(), doubles(4, 1), doubles(1, 3)
+    expr = Mul(Mul(Ref("w", (4, 3)), Ref("s", (4, 1))), Ref("t", (1, 3)))
+    value = expr.evaluate({"w": w, "s": s, "t": t}.__getitem__)
+    beside = doubles(4, 3).requires_grad_()
+    upstream = doubles(3, 4).T  # lies the other way; both summands are given this very tensor
+    (value + beside).backward(upstream)
+    assert torch.equal(beside.grad, upstream)
+    torch.testing.assert_close(w.grad, upstream * s * t)

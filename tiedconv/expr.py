@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tiedconv.errors import PlanError
+from tiedconv.scaling import scaled
 
 Shape = tuple[int, ...]
 Lookup = Callable[[str], Tensor]
@@ -292,7 +293,10 @@ class Mul(_Binary):
         return self._broadcast()
 
     def evaluate(self, lookup: Lookup) -> Tensor:
-        a, b = self.a.evaluate(lookup), self.b.evaluate(lookup)
+        inner, b = self.a, self.b.evaluate(lookup)
+        if isinstance(inner, Mul) and inner._scales((-1, 1)) and self._scales((1, -1)):
+            return scaled(inner.a.evaluate(lookup), inner.b.evaluate(lookup), b)
+        a = inner.evaluate(lookup)
         if (
             isinstance(self.a, _Binary)
             and self.a.shape == self.shape
@@ -300,6 +304,11 @@ class Mul(_Binary):
         ):
             return a.mul_(b)  # a is a temporary: one pass over memory, no new allocation
         return a * b
+
+    def _scales(self, of: Shape) -> bool:
+        """Whether `b` is a column (-1, 1) or a row (1, -1) of factors for the matrix `a`."""
+        sizes = tuple(n if one < 0 else 1 for n, one in zip(self.shape, of, strict=False))
+        return len(self.shape) == 2 and self.a.shape == self.shape and self.b.shape == sizes
 
 
 @dataclass(frozen=True)

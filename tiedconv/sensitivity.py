@@ -276,7 +276,8 @@ class _Meter:
     ) -> list[tuple[float, float]]:
         """Mean KL(original || changed), and the share of changed first answers, for each."""
         self._placement.place(self._model)
-        loader = Loader(data, batch_size, workers=self._calib.workers)
+        device = self._placement.device
+        loader = Loader(data, batch_size, workers=self._calib.workers, device=device)
         sums = torch.zeros(len(self._slots), 2, dtype=torch.float64)
         images = 0
         try:

@@ -98,7 +98,7 @@ def fit_blocks(
     placement = Placement.choose(student, pick_device(device), config.amp)
     for model in (student, teacher):
         placement.place(model)
-    loader = Loader(data, config.batch_size, workers=workers, pin=placement.device.type == "cuda")
+    loader = Loader(data, config.batch_size, workers=workers)
     try:
         with _ready(student, teacher), Cache(config.cache_bytes) as cache, closing(loader):
             images, broken = read_images(loader, cache)

@@ -95,7 +95,10 @@ def gather_moments(
     # has tokens before images, so that nothing tells whose rows are whose.
     count = len(data)  # type: ignore[arg-type]
     batches = 2 * max(1, -(-count // (2 * batch_size)))
-    loader = Loader(data, -(-count // batches), shuffle=True, seed=seed, workers=workers)
+    loader = Loader(
+        data, -(-count // batches), shuffle=True, seed=seed, workers=workers,
+        device=placement.device,
+    )  # fmt: skip
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     watch = _Watch(model, weights)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from tiedconv.data.images import Images, Store
 from tiedconv.data.lists import Broken, ImageList, Sample, TensorList
 from tiedconv.data.loading import Batch, Loader, Ticket, default_workers
+from tiedconv.data.normalising import Normalisation, in_bytes
 from tiedconv.data.opening import Labels, Split, open_images, open_split, open_unlabelled
 from tiedconv.data.transforms import (
     AUGMENTS,
@@ -27,6 +28,7 @@ __all__ = [
     "Images",
     "Labels",
     "Loader",
+    "Normalisation",
     "PreprocessLike",
     "Sample",
     "Split",
@@ -35,6 +37,7 @@ __all__ = [
     "Ticket",
     "default_workers",
     "eval_transform",
+    "in_bytes",
     "open_images",
     "open_split",
     "open_unlabelled",

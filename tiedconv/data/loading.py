@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tiedconv.data.lists import Broken
+from tiedconv.data.normalising import in_bytes
 from tiedconv.data.seeds import epoch_seed, sample_seeds
 from tiedconv.errors import DataError, TiedconvError
 
@@ -56,7 +57,8 @@ class Loader:
             one image would harm both batch norm and the gradient); otherwise in order.
         seed: decides order and augmentation, together with the epoch.
         workers: reading processes; 0 reads in this one; None chooses.
-        pin: whether to put batches in page-locked memory, for a CUDA device.
+        device: where images are needed: they are put there, on the way as bytes where the data
+            set can give bytes. None leaves them in this machine's memory.
         part: (rank, count) of several processes that share the work: each batch is divided
             evenly between them, so one process has a part of each, which may be empty.
 
@@ -72,7 +74,7 @@ class Loader:
         shuffle: bool = False,
         seed: int = 0,
         workers: int | None = None,
-        pin: bool = False,
+        device: torch.device | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
         count = len(data)  # type: ignore[arg-type]
@@ -82,7 +84,8 @@ class Loader:
         self._sampler = _EpochBatches(count, batch_size, shuffle, seed, part)
         # A data set with few batches has no use for more readers than batches.
         workers = min(default_workers(data) if workers is None else workers, len(self._sampler))
-        self._data, self._workers, self._pin = data, workers, pin
+        self._data, self._normalisation = in_bytes(data)
+        self._workers, self._device = workers, device
         self._loader: DataLoader[Batch] | None = None
 
     def __len__(self) -> int:
@@ -102,7 +105,7 @@ class Loader:
             if batch.error is not None:
                 self.close()
                 raise batch.error
-            yield batch
+            yield batch._replace(images=self._ready(batch.images))
 
     def close(self) -> None:
         """Ends the workers; another epoch would start new ones.
@@ -111,6 +114,14 @@ class Loader:
         them takes five seconds.
         """
         self._loader = None
+
+    def _ready(self, images: Tensor) -> Tensor:
+        """Images as the model takes them, where it takes them."""
+        if self._device is not None:
+            images = images.to(self._device, non_blocking=True)
+        if self._normalisation is not None and len(images):
+            images = self._normalisation(images)
+        return images
 
     def _open(self) -> DataLoader[Batch]:
         workers = self._workers
@@ -122,7 +133,8 @@ class Loader:
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
             multiprocessing_context=_context() if workers else None,
-            pin_memory=self._pin,
+            # Page-locked memory is copied to the device while this process goes on.
+            pin_memory=self._device is not None and self._device.type == "cuda",
             # Its own generator: otherwise making an iterator draws from the global one.
             generator=torch.Generator(),
         )

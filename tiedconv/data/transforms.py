@@ -8,13 +8,14 @@ ever imported behind its guard.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tiedconv.data.normalising import Normalisation
 from tiedconv.errors import UserError
 
 AUGMENTS = ("none", "flip", "shift", "crop", "randaugment", "trivialaugment")
@@ -73,7 +74,8 @@ class ImageTransform:
     """A PIL image in RGB to a normalised float32 tensor of shape (3, size, size).
 
     An image that already has the model's size is not resized. Random choices come from torch's
-    global generator, which the loader seeds for each sample.
+    global generator, which the loader seeds for each sample. Without `normalise` the tensor is
+    uint8: pixels as they are.
     """
 
     size: int
@@ -83,6 +85,7 @@ class ImageTransform:
     interpolation: str = "bilinear"
     augment: str = "none"
     erasing: float = 0.0
+    normalise: bool = True
 
     def __post_init__(self) -> None:
         check_augment(self.augment)
@@ -92,16 +95,22 @@ class ImageTransform:
         fit, augment, erase = _operations(self)
         if image.size != (self.size, self.size) or self._crops_freely:
             image = fit(image)
-        values: Tensor = erase(self._normalised(augment(image)))
+        # Not torchvision's ToDtype and Normalize: for small images their checks would take longer
+        # than the decoding.
+        pixels = torch.from_numpy(np.array(augment(image))).permute(2, 0, 1)
+        if not self.normalise:
+            return pixels
+        values: Tensor = erase(self.normalisation(pixels))
         return values
 
-    def _normalised(self, image: Any) -> Tensor:
-        # What torchvision's ToDtype and Normalize compute, in a fraction of their time: for small
-        # images their checks would take longer than the decoding.
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        values = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        mean, std = _columns(self.mean), _columns(self.std)
-        return values.sub_(mean).div_(std)
+    @property
+    def normalisation(self) -> Normalisation:
+        """What makes numbers of the pixels."""
+        return Normalisation(self.mean, self.std)
+
+    def in_bytes(self) -> ImageTransform | None:
+        """The same without normalising; None if something is done to the numbers after that."""
+        return None if self.erasing else replace(self, normalise=False)
 
     @property
     def _crops_freely(self) -> bool:
@@ -172,12 +181,6 @@ def _operations(spec: ImageTransform) -> tuple[Any, Any, Any]:
     # On the normalised tensor, where 0 is the mean colour.
     erase = v2.RandomErasing(spec.erasing, ERASED_AREA, ERASED_RATIO) if spec.erasing else None
     return fit, v2.Compose(steps) if steps else _unchanged, erase or _unchanged
-
-
-@functools.lru_cache(maxsize=16)
-def _columns(values: tuple[float, ...]) -> Tensor:
-    """One number per channel, of shape (C, 1, 1)."""
-    return torch.tensor(values).view(-1, 1, 1)
 
 
 def _unchanged(image: Any) -> Any:

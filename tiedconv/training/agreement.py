@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.data import Broken, Loader, Sample
+from tiedconv.data import Broken, Loader, Normalisation, Sample, in_bytes
 from tiedconv.errors import DataError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.config import TrainConfig
@@ -49,6 +49,11 @@ class Relabelled(Dataset[Sample | Broken]):
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]
 
+    def in_bytes(self) -> tuple[Relabelled, Normalisation] | None:
+        """The same with images as uint8, where the data set within can give them."""
+        data, normalisation = in_bytes(self.data)
+        return (Relabelled(data, self.labels), normalisation) if normalisation else None
+
     def __getitem__(self, index: int) -> Sample | Broken:
         sample = self.data[index]
         if isinstance(sample, Broken):
@@ -83,9 +88,8 @@ def answered(
     place = pick_device(device)
     placement = Placement.choose(teacher, place, config.amp, config.channels_last)
     placement.place(teacher)
-    loader = Loader(
-        Relabelled(data), config.batch_size or 64, workers=config.workers, pin=place.type == "cuda"
-    )
+    size = config.batch_size or 64
+    loader = Loader(Relabelled(data), size, workers=config.workers, device=place)
     labels = torch.zeros(loader.images, dtype=torch.int64)
     asked = False
     with modes_kept(teacher):

@@ -78,8 +78,7 @@ def evaluate_model(
     """
     placement = Placement.choose(model, pick_device(device), amp, channels_last)
     placement.place(model)
-    pin = placement.device.type == "cuda"
-    loader = Loader(data, batch_size, workers=workers, pin=pin)
+    loader = Loader(data, batch_size, workers=workers, device=placement.device)
     on_event = on_event or ignore
     try:
         result = score(model, loader, placement, on_event, class_count(data))

@@ -43,13 +43,13 @@ class Setup:
         images = min(len(train_data), len(val_data))  # type: ignore[arg-type]
         check_shares(processes, config.batch_size, images)
         self.given, self.teacher, self.config, self.processes = model, teacher, config, processes
-        size, seed, pin = config.batch_size, config.seed, device.type == "cuda"
+        size, seed, workers = config.batch_size, config.seed, config.workers
         part = processes.rank, processes.count
         self.loader = Loader(
-            train_data, size, shuffle=True, seed=seed, workers=config.workers, pin=pin, part=part
+            train_data, size, shuffle=True, seed=seed, workers=workers, device=device, part=part
         )
         self.val_loader = Loader(
-            val_data, size, seed=seed, workers=config.workers, pin=pin, part=part
+            val_data, size, seed=seed, workers=workers, device=device, part=part
         )
         self.placement = Placement.choose(model, device, config.amp, config.channels_last)
         for each in (model, teacher):

@@ -1,0 +1,59 @@
+"""Bytes to the numbers that a model takes, on whichever device the bytes are.
+
+A byte is a quarter of a number. So a loader has its readers give bytes wherever the data set can
+(`in_bytes`), and normalises a whole batch on the device where it is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What is left to do to an image of bytes: `(x / 255 - mean) / std`.
+
+    Args:
+        mean: one number per channel, or None for no subtraction.
+        std: one number per channel, or None for no division.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (..., C, H, W), uint8, as float32 on the same device, contiguous."""
+        values = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return self.of_numbers(values.div_(255))
+
+    def of_numbers(self, values: Tensor) -> Tensor:
+        """The same for numbers (..., C, H, W) that need no scaling; they may be overwritten."""
+        if self.mean is not None:
+            values.sub_(_columns(self.mean, values.device))
+        if self.std is not None:
+            values.div_(_columns(self.std, values.device))
+        return values
+
+
+def in_bytes(data: Dataset[Any]) -> tuple[Dataset[Any], Normalisation | None]:
+    """A data set that gives bytes, and what then makes numbers of them.
+
+    A data set says so itself, by a method `in_bytes()` that returns such a pair, or None if it
+    can't. Any other is returned as it is, with None.
+    """
+    method = getattr(data, "in_bytes", None)
+    found: tuple[Dataset[Any], Normalisation] | None = method() if method is not None else None
+    return found or (data, None)
+
+
+@functools.lru_cache(maxsize=16)
+def _columns(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One number per channel, of shape (C, 1, 1)."""
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        return torch.tensor(values, device=device).view(-1, 1, 1)
