@@ -229,7 +229,9 @@ def test_a_budget_out_of_reach_names_the_smallest_and_ways_that_reach_it() -> No
 def test_a_model_that_cannot_be_halved_is_told_so_by_a_scheme_that_halves() -> None:
     for name in ("torchvision-resnet", "timm-resnet"):
         with pytest.raises(BudgetError, match=r"50% is [\d,]+ parameters, and .* can't store less"):
-            tiedconv.plan(model(name), "auto")
+            tiedconv.plan(model(name), "auto", include="layer1*")
+        whole = tiedconv.plan(model(name), "auto")
+        assert whole.stored <= 0.5 * whole.original
         assert tiedconv.plan(model(name), "auto", params="70%").stored > 0
 
 
@@ -454,3 +456,11 @@ def test_every_scheme_alone_finds_only_what_the_families_found(name: str) -> Non
             # Every row is given once: sorted spans follow on each other without overlap.
             ordered = sorted(spans)
             assert all(a[1] == b[0] for a, b in itertools.pairwise(ordered))
+
+
+def test_one_pattern_may_be_a_text() -> None:
+    vit = model("timm-vit")
+    for option in ("include", "exclude"):
+        one = tiedconv.plan(vit, "lowrank", **{option: "*mlp*"})
+        assert one == tiedconv.plan(vit, "lowrank", **{option: ["*mlp*"]})
+        assert one != tiedconv.plan(vit, "lowrank")

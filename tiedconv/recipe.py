@@ -96,11 +96,14 @@ class Recipe:
         scheme: str = "tied",
         *,
         params: str | None = None,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
         **options: Any,
     ) -> Recipe:
         """A recipe of one rule."""
+        # A text is one pattern, not a pattern for each of its letters: `*` would match all.
+        include = (include,) if isinstance(include, str) else include
+        exclude = (exclude,) if isinstance(exclude, str) else exclude
         rule = Rule(scheme, options, tuple(include) or ("*",), tuple(exclude))
         return cls((rule,), Budget(params) if params else None)
 
