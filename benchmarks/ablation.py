@@ -153,8 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     store = json.loads(args.result.read_text()) if args.result.is_file() else {}
     pixels = read_pixels(args.data)
-    order = torch.randperm(len(pixels["train"]), generator=torch.Generator().manual_seed(0))
-    calib = pixels["train"].take(order[: args.images])
+    calib = pixels["train"].some(args.images)
     data = TensorList(calib.images, calib.labels, mean=MEAN, std=STD)
     original = load(args).eval()
     runs = store.setdefault(args.model, {"images": args.images})

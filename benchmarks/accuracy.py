@@ -30,7 +30,7 @@ from typing import Any
 import rivals
 import torch
 from healing import Teacher, flops, heal, recalibrate, stored_bytes, stored_parameters
-from models import MEAN, SIZES, STD, Pixels, read_pixels, top1
+from models import MEAN, SIZES, STD, read_pixels, top1
 from rivals import Context
 from safetensors.torch import load_file
 from torch import nn
@@ -160,10 +160,10 @@ class Bench:
             self.store = json.loads(args.result.read_text())
         device = "cuda" if torch.cuda.is_available() else "cpu"
         pixels = {k: v.to(device) for k, v in read_pixels(args.data).items()}
-        self.test = _some(pixels.pop("test"), args.limit)
+        self.test = pixels.pop("test").some(args.limit)
         dense = load(args).to(device).eval()
-        calib = _some(pixels["train"], args.calib_images)
-        self.held_out = _some(pixels["val"], args.select_images)
+        calib = pixels["train"].some(args.calib_images)
+        self.held_out = pixels["val"].some(args.select_images)
         self.ctx = Context(args.model, dense, Teacher(dense), pixels, calib)
         self.prepared = functools.lru_cache(1)(self._prepared)
         self._check_setting(device)
@@ -279,12 +279,6 @@ class Bench:
                 runs[key] = {"infeasible": str(error)}
             self.write()
             print(key, runs[key], flush=True)
-
-
-def _some(pixels: Pixels, count: int | None) -> Pixels:
-    """So many images at random, the same ones each time; they lie in the order of the classes."""
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    return pixels.take(order[:count].to(pixels.labels.device))
 
 
 def _size(model: nn.Module) -> dict[str, int]:

@@ -82,6 +82,11 @@ class Pixels:
         """Some of them."""
         return Pixels(self.images[index], self.labels[index])
 
+    def some(self, count: int | None) -> Pixels:
+        """So many images at random, the same each time; they lie in the order of the classes."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        return self.take(order[:count].to(self.labels.device))
+
     def to(self, device: torch.device | str) -> Pixels:
         """The same on a device."""
         return Pixels(self.images.to(device), self.labels.to(device))

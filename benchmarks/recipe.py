@@ -97,11 +97,11 @@ class Bench:
             self.store = json.loads(args.result.read_text())
         pixels = read_pixels(args.data)
         self.train = pixels["train"]
-        self.held_out = _listed(_some(pixels["val"], args.held_out_images))
-        self.test = _listed(_some(pixels["test"], args.limit))
+        self.held_out = _listed(pixels["val"].some(args.held_out_images))
+        self.test = _listed(pixels["test"].some(args.limit))
         self.dense = load(args).eval()
         self._check_setting()
-        self.start = self._converted(_some(self.train, args.calib_images))
+        self.start = self._converted(self.train.some(args.calib_images))
         if "before" not in self.store:
             self.store["before"] = {
                 "dense": self._measured(self.dense), "compact": self._measured(self.start),
@@ -230,12 +230,6 @@ class Bench:
 
 def _listed(pixels: Pixels, **options: Any) -> TensorList:
     return TensorList(pixels.images, pixels.labels, mean=MEAN, std=STD, **options)
-
-
-def _some(pixels: Pixels, count: int | None) -> Pixels:
-    """So many images at random, the same ones each time; they lie in the order of the classes."""
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    return pixels.take(order[:count])
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+from cli_helpers import World, make_world
 
 torch.set_num_threads(1)
 
@@ -32,3 +33,9 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_rng_state(state)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Small weights, a compact file and images, for tests of commands."""
+    return make_world(tmp_path_factory.mktemp("world"))

@@ -25,7 +25,7 @@ PACKAGE = Path(tiedconv.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(["errors", "version"], 0),
+    **dict.fromkeys(["errors", "memory", "version"], 0),
     **dict.fromkeys(["expr", "scaling"], 1),
     **dict.fromkeys(["plan", "grouping", "applied"], 2),
     **dict.fromkeys(["linalg", "metric", "leastsquares", "gauge", "schemes", "families"], 3),

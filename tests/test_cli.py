@@ -22,7 +22,6 @@ from cli_helpers import (
     World,
     figures,
     files_of,
-    make_world,
     plain,
     refused,
     run,
@@ -34,11 +33,6 @@ from safetensors.torch import load_file
 import tiedconv
 from tiedconv.cli import common, render
 from tiedconv.schemes import all_schemes
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from cli_helpers import (
     World,
     figures,
     files_of,
-    make_world,
     plain,
     refused,
     run,
@@ -24,11 +23,6 @@ from tiedconv.calibration import EFFORTS, Effort, config
 from tiedconv.cli import progress
 
 HERE = ["--workers", "0", "--device", "cpu", "-n", 16]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(autouse=True)

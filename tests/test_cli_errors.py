@@ -19,7 +19,6 @@ from cli_helpers import (
     World,
     figures,
     files_of,
-    make_world,
     refused,
     run,
     write_images,
@@ -28,11 +27,6 @@ from safetensors.torch import load_file, save_file
 
 from tiedconv import planner
 from tiedconv.training import engine, update
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

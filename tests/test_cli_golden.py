@@ -11,15 +11,10 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_helpers import MODEL_ARGS, SPEC, World, make_world, plain, run
+from cli_helpers import MODEL_ARGS, SPEC, World, plain, run
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDEST = 120  # characters, of a table
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def check(name: str, text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import MODEL_ARGS, SPEC, World, figures, make_world, plain, refused, run
+from cli_helpers import MODEL_ARGS, SPEC, World, figures, plain, refused, run
 from micro import all_micros
 from torch import Tensor, nn
 
@@ -25,11 +25,6 @@ from tiedconv.schemes import all_schemes
 
 FAST = CalibConfig(effort="fast")
 HERE = ["--workers", "0", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def images(side: int = 16, count: int = 8) -> TensorList:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import MODEL_ARGS, QUICK, SPEC, World, figures, make_world, plain, refused, run
+from cli_helpers import MODEL_ARGS, QUICK, SPEC, World, figures, plain, refused, run
 from data_helpers import (
     CLASSES,
     WRITERS,
@@ -287,11 +287,6 @@ def test_a_missing_package_is_named(
 
 
 # --- commands ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def healed(world: World, output: Path, data: object, *options: object) -> tuple[object, ...]:

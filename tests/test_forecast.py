@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import QUICK, World, figures, files_of, make_world, refused, run
+from cli_helpers import QUICK, World, figures, files_of, refused, run
 from test_training import QUICK as CONFIG
 from test_training import assert_same, make_data, make_net
 from test_training import run as train_net
@@ -27,11 +27,6 @@ from tiedconv.training import (
     find_batch_size,
     forecast,
 )
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def arguments(world: World, output: Path, *more: object) -> list[object]:

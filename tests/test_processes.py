@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import World, make_world
+from cli_helpers import World
 
 HERE = Path(__file__).parent
 WORKER = HERE / "training_worker.py"
@@ -29,11 +29,6 @@ pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="forks and signals are those of POSIX"),
     pytest.mark.xdist_group("processes"),  # they share what a minute's training gives
 ]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def started(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:

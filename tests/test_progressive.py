@@ -19,7 +19,6 @@ from cli_helpers import (
     SPEC,
     World,
     files_of,
-    make_world,
     refused,
     run,
     tiny_images,
@@ -66,11 +65,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "basis": {"scheme": "basis", "params": "80%"},
     "auto": {"scheme": "auto", "params": "70%"},
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def pair(name: str, recipe: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -682,14 +681,6 @@ def test_each_step_mixes_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None
     first, again, other = drawn[:6], drawn[6:12], drawn[12:]
     assert first == again
     assert len({mix.share for mix in first + other}) == 12
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Interruption(KeyboardInterrupt):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import MODEL_ARGS, SPEC, World, figures, make_world, plain, refused, run
+from cli_helpers import MODEL_ARGS, SPEC, World, figures, plain, refused, run
 from micro import all_micros
 from torch import Tensor, nn
 
@@ -25,11 +25,6 @@ FAST = CalibConfig(effort="fast")
 HERE = ["--workers", "0", "--device", "cpu"]
 SIDES = {"timm-vit": 16, "torchvision-vit": 16, "hf-vit": 16, "torchvision-resnet": 32,
          "torchvision-resnext": 32, "convmixer": 16}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def pixels(side: int, count: int = 6) -> Tensor:
@@ -105,8 +100,9 @@ def test_matrices_stand_in_the_models_order_under_its_names() -> None:
         "blocks.0 attn.qkv", "blocks.0 attn.o", "blocks.0 mlp.up", "blocks.0 mlp.down",
         "blocks.1 attn.qkv",
     ]  # fmt: skip
-    assert names("torchvision-resnet")[:4] == [
-        "layer1.0 conv1", "layer1.0 conv2", "layer1.0 conv3", "layer1.1 conv1"
+    assert names("torchvision-resnet")[:5] == [
+        "layer1.0 conv1", "layer1.0 conv2", "layer1.0 conv3", "layer1.0 shortcut",
+        "layer1.1 conv1",
     ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from cli_helpers import MODEL_ARGS, SPEC, World, files_of, make_world, refused, run, tiny_model
+from cli_helpers import MODEL_ARGS, SPEC, World, files_of, refused, run, tiny_model
 from micro import all_micros
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -295,11 +295,6 @@ def test_a_shared_tensor_is_given_by_its_last_name(
 
 
 # Shards.
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.parametrize("by", ["index", "folder"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_helpers import QUICK, World, figures, files_of, make_world, plain, refused, run
+from cli_helpers import QUICK, World, figures, files_of, plain, refused, run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -44,11 +44,6 @@ from tiedconv.watching import (
 )
 from tiedconv.watching import tensorboard as board
 from tiedconv.watching.picture import smoothed
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(autouse=True)
@@ -451,6 +446,7 @@ def test_the_progress_line_says_how_far_it_is(width: int, monkeypatch: pytest.Mo
         force_terminal=True, width=width, record=True, file=io.StringIO(), _environ={}
     )  # fmt: skip
     monkeypatch.setattr(progress, "err", console)
+    monkeypatch.setattr(progress, "memory_in_use", lambda: 345_000_000)
     with progress.TrainingBar() as bar:
         bar(Start(125_100, 300, 25_600))
         console.export_text(clear=True)
@@ -461,7 +457,7 @@ def test_the_progress_line_says_how_far_it_is(width: int, monkeypatch: pytest.Mo
         bar._progress.refresh()
         evaluating = plain(console.export_text())
     parts = ["64000/125100", "epoch 212/300", "loss 0.600", "10:20:30 left"]
-    parts += ["1,234 images/s", "lr 3.0e-04", "MB"] if width == 140 else []
+    parts += ["1,234 images/s", "lr 3.0e-04", "345.00 MB"] if width == 140 else []
     for part in parts:
         assert part in shown, (part, shown)
     assert "\u2026" not in shown  # nothing is cut short

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from tiedconv.errors import RunError
+from tiedconv.memory import most_resident
 
 RUNTIMES = ("eager", "frozen", "applied", "compiled", "onnx", "pt2")
 LOADS = 3
@@ -134,9 +135,7 @@ def held_bytes() -> int:
         for line in fields.read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return most_resident() or 0
 
 
 def main() -> None:
@@ -163,7 +162,7 @@ def main() -> None:
                 runner(question["run"])
                 answer = {"seconds": time.perf_counter() - start}
             elif "peak" in question:
-                answer = {"bytes": _peak() - base}
+                answer = {"bytes": (most_resident() or 0) - base}
         except Exception as error:  # to be told by the driver
             words = str(error).strip().splitlines()
             answer = {"error": words[0] if words else type(error).__name__}
@@ -225,12 +224,6 @@ def _onnx(contender: Contender) -> Runner:
         session.run(None, {name: np.zeros((batch, *contender.shape), np.float32)})
 
     return run
-
-
-def _peak() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

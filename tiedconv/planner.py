@@ -358,6 +358,8 @@ def _too_small(
     recipe: Recipe, wanted: Budget, anatomy: Anatomy, smallest: int, budget: int, original: int
 ) -> BudgetError:  # fmt: skip
     ways = [w for w in smaller_ways(anatomy, Recipe(recipe.rules)) if w[1] <= budget]
+    asked_for = tuple(f"--scheme {rule.scheme} " for rule in recipe.rules)
+    ways.sort(key=lambda way: not f"{way[0]} ".startswith(asked_for))
     what = "; ".join(f"{flags} reaches {_share(size, original)}" for flags, size in ways[:4])
     return BudgetError(
         f"{wanted.text} is {budget:,} parameters, and this recipe can't store less than "

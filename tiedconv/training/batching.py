@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
+from tiedconv.data import Batch
 from tiedconv.errors import UserError
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
-from tiedconv.training.pace import undone
+from tiedconv.training.pace import probes, undone
 from tiedconv.training.processes import joined
 from tiedconv.training.setup import Setup
 
@@ -22,6 +23,24 @@ LARGEST = 1024
 """Images in a batch at most: beyond it, a short training has too few steps."""
 
 _GAIN = 1.05  # what doubling must win in images a second to be worth it
+
+
+def with_batch_size(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    val_data: Dataset[Any],
+    config: TrainConfig,
+    *,
+    teacher: nn.Module | None = None,
+    device: str | torch.device = "auto",
+    known: int | None = None,
+) -> TrainConfig:
+    """The options with a batch size: as given, else the `known` one, else one that is found."""
+    if config.batch_size:
+        return config
+    return replace(config, batch_size=known or find_batch_size(
+        model, train_data, val_data, config, teacher=teacher, device=device
+    ))  # fmt: skip
 
 
 def find_batch_size(
@@ -46,11 +65,11 @@ def find_batch_size(
         small = replace(config, batch_size=first)
         setup = Setup(model, train_data, val_data, small, teacher, place, processes)
         with setup.opened(), undone(setup.updater):
-            images, labels = _some(setup)
+            batch = next(probes(setup.loader))
             most = max(first, min(LARGEST, setup.loader.images // 16))
             best, fastest = 0, 0.0
             for size in _doubled(first, most):
-                speed = _speed(setup, images, labels, size // processes.count)
+                speed = _speed(setup, batch, size // processes.count)
                 speed = processes.told_by_first(int(1e6 * speed)) / 1e6  # all go on, or none
                 if not speed or speed < _GAIN * fastest:
                     break
@@ -70,16 +89,11 @@ def _doubled(first: int, most: int) -> Iterator[int]:
         first *= 2
 
 
-def _some(setup: Setup) -> tuple[Tensor, Tensor]:
-    batch = next(b for b in setup.loader.epoch() if len(b.images))
-    return batch.images, batch.labels
-
-
-def _speed(setup: Setup, images: Tensor, labels: Tensor, size: int) -> float:
+def _speed(setup: Setup, batch: Batch, size: int) -> float:
     """Images a second in this process; 0 where they don't fit."""
-    times = -(-size // len(images))
-    images = images.repeat(times, 1, 1, 1)[:size]
-    labels = labels.repeat(times)[:size]
+    times = -(-size // len(batch.images))
+    images = batch.images.repeat(times, 1, 1, 1)[:size]
+    labels = batch.labels.repeat(times)[:size]
     seconds: list[float] = []
     try:
         for step in range(4):

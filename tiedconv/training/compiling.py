@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiedconv.data import Loader
 from tiedconv.errors import TiedconvError
-from tiedconv.training.pace import PROBE_EPOCH, undone
+from tiedconv.training.pace import probes, undone
 from tiedconv.training.update import Updater
 
 
@@ -45,11 +45,9 @@ def compile_if_possible(call: Switched, updater: Updater, loader: Loader) -> str
     call.current = torch.compile(call.plain)
     try:
         with undone(updater):
-            for batch in loader.epoch(PROBE_EPOCH):
-                if len(batch.images):
-                    float(updater.step(batch.images, batch.labels, updater.config.lr, 0, 1.0))
-                    return None
-        return "there is no image to try it with"
+            batch = next(probes(loader))
+            float(updater.step(batch.images, batch.labels, updater.config.lr, 0, 1.0))
+        return None
     except TiedconvError:
         raise
     except Exception as error:  # a compiler fails in any way that its many parts may

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.data import Batch
 from tiedconv.errors import TrainingError, UserError
-from tiedconv.training.batching import find_batch_size
+from tiedconv.training.batching import with_batch_size
 from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
@@ -105,12 +105,10 @@ def train(
     check_fading(config, fading)
     folder = StateFolder(Path(checkpoint_dir), config.keep) if checkpoint_dir is not None else None
     with joined(device) as (processes, place), seeds_apart(place):
-        if config.batch_size == 0:
-            known = folder.batch_size() if resume and folder is not None else None
-            found = known or find_batch_size(
-                model, train_data, val_data, config, teacher=teacher, device=place
-            )
-            config = replace(config, batch_size=found)
+        known = folder.batch_size() if resume and folder is not None else None
+        config = with_batch_size(
+            model, train_data, val_data, config, teacher=teacher, device=place, known=known
+        )
         run = _Run(Setup(model, train_data, val_data, config, teacher, place, processes))
         run.listener = on_event if on_event is not None and processes.first else ignore
         run.labelled = labelled

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from tiedconv.training.batching import find_batch_size
+from tiedconv.training.batching import with_batch_size
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
 from tiedconv.training.pace import Pace, measure_pace
@@ -65,11 +65,7 @@ def forecast(
     """
     config = config or TrainConfig()
     with joined(device) as (processes, place), seeds_apart(place):
-        if config.batch_size == 0:
-            size = find_batch_size(
-                model, train_data, val_data, config, teacher=teacher, device=place
-            )
-            config = replace(config, batch_size=size)
+        config = with_batch_size(model, train_data, val_data, config, teacher=teacher, device=place)
         setup = Setup(model, train_data, val_data, config, teacher, place, processes)
         with setup.opened():
             reason = setup.compile()

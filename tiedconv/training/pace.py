@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tiedconv.data import Batch, Loader
+from tiedconv.memory import most_resident
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.evaluation import require_some
 from tiedconv.training.update import Updater
@@ -74,7 +73,7 @@ def measure_pace(updater: Updater, loader: Loader, eval_seconds: float) -> Pace:
     with undone(updater):
         start = begun = time.perf_counter()
         steps = images = 0
-        for i, batch in enumerate(itertools.islice(_endless(loader), _WARM_UP + _STEPS)):
+        for i, batch in enumerate(itertools.islice(probes(loader), _WARM_UP + _STEPS)):
             # Read back, as the loop does now and then: it waits for the device.
             float(updater.step(batch.images, batch.labels, updater.config.lr, i, 1.0))
             steps, images = steps + 1, images + len(batch.images)
@@ -87,8 +86,12 @@ def measure_pace(updater: Updater, loader: Loader, eval_seconds: float) -> Pace:
     return Pace(passed / steps, speed, eval_seconds, peak_memory(device))
 
 
-def _endless(loader: Loader) -> Iterator[Batch]:
-    """Batches that have images, epoch after epoch."""
+def probes(loader: Loader) -> Iterator[Batch]:
+    """Batches that have images, epoch after epoch, for steps that do not count.
+
+    Raises:
+        DataError: no image at all can be read.
+    """
     some = True
     while some:
         some = False
@@ -103,7 +106,8 @@ def _endless(loader: Loader) -> Iterator[Batch]:
 def undone(updater: Updater) -> Iterator[None]:
     """A context after which model and optimiser are what they were before."""
     model, optimizer = updater.learner.model, updater.optimizer
-    before = {n: _copy(t) for n, t in model.state_dict().items()}
+    before = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    scale = updater.scaler.state_dict()
     was_training = model.training
     model.train()
     try:
@@ -115,19 +119,11 @@ def undone(updater: Updater) -> Iterator[None]:
             for name, tensor in model.state_dict().items():
                 tensor.copy_(before[name])
         optimizer.state.clear()
+        updater.scaler.load_state_dict(scale)
 
 
 def peak_memory(device: torch.device) -> int:
     """The most bytes that this device has held so far, or on the CPU the process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
+    return most_resident() or 0

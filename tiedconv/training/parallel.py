@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,7 +33,6 @@ class Learner:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.forward: Callable[[Tensor], Any] = model
-        self.whole = model
 
     def accumulating(self) -> AbstractContextManager[None]:
         """Within it, gradients are not exchanged between the processes yet."""
@@ -55,12 +54,8 @@ class Learner:
         self.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The model's state dict, each tensor whole. All processes must call it."""
-        return dict(self.model.state_dict())
-
     def finish(self) -> None:
-        """Bring what was learned into the model that the caller gave."""
+        """Bring what was learned into the caller's model. All processes must call it."""
 
 
 class Replicated(Learner):
@@ -88,22 +83,19 @@ class Sharded(Learner):
 
         own = copy.deepcopy(model).to(device)
         super().__init__(own)
-        self.whole = model
+        self._given = model
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         # One group: any layer may read any stored tensor, so all must be there together.
         self._sharded: Any = fully_shard(own, mesh=mesh)
         self.forward = own
 
     @contextlib.contextmanager
-    def _accumulating(self) -> Any:
+    def accumulating(self) -> Iterator[None]:
         self._sharded.set_requires_gradient_sync(False)
         try:
             yield
         finally:
             self._sharded.set_requires_gradient_sync(True)
-
-    def accumulating(self) -> AbstractContextManager[None]:
-        return self._accumulating()
 
     def after_evaluation(self) -> None:
         self._sharded.reshard()  # it stays put together until a backward pass
@@ -125,11 +117,9 @@ class Sharded(Learner):
             optim_state_dict=state["optimizer"], options=_full_state(),
         )  # fmt: skip
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: whole(value) for name, value in self.model.state_dict().items()}
-
     def finish(self) -> None:
-        self.whole.load_state_dict(self.tensors())
+        state = self.model.state_dict()
+        self._given.load_state_dict({name: whole(tensor) for name, tensor in state.items()})
 
 
 def make_learner(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
+
+from tiedconv.memory import most_resident
 
 _STATM = Path("/proc/self/statm")
 
@@ -22,13 +23,4 @@ def memory_in_use() -> int | None:
     try:
         return int(_STATM.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError, AttributeError):
-        return _most_resident()
-
-
-def _most_resident() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+        return most_resident()
