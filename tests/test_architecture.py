@@ -47,7 +47,7 @@ LAYERS: dict[str, int] = {
         ],
         4,
     ),
-    **dict.fromkeys(["sources", "data", "training", "calibration"], 5),
+    **dict.fromkeys(["sources", "data", "training", "calibration", "detection"], 5),
     **dict.fromkeys(
         [
             "loading",

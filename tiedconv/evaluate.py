@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import nn
 import tiedconv.sources as sources
 from tiedconv.binding import state_of
 from tiedconv.data import ImageList, eval_transform, open_images
+from tiedconv.detection import DetectionList, Precision, detects
 from tiedconv.errors import UserError
 from tiedconv.loading import is_compact, load, source_of, with_preprocess
 from tiedconv.sources import Preprocess, Source
@@ -29,12 +32,14 @@ class Evaluation:
         result: figures.
         preprocess: how images were prepared.
         classes: number of classes in the data.
+        precision: of a detector; its accuracies are NaN.
     """
 
     model: str
     result: EvalResult
     preprocess: Preprocess
     classes: int
+    precision: Precision | None = None
 
 
 def evaluate(
@@ -48,16 +53,18 @@ def evaluate(
     limit: int | None = None,
     device: str = "auto",
     workers: int | None = None,
+    task: str = "auto",
     strict: bool = False,
     trust_code: bool = False,
     on_event: OnEvent | None = None,
 ) -> Evaluation:
-    """Top-1 and top-5 of a model on images in class folders.
+    """Top-1 and top-5 of a model on images in class folders; average precision of a detector.
 
     Args:
         model: a compact file, or a model spec.
         data: a folder with `val/` or `test/`, or of class folders; a folder or pattern of tar
-            shards; `hf:` with the name or folder of a Hugging Face data set.
+            shards; `hf:` with the name or folder of a Hugging Face data set. For a detector, a
+            folder in COCO's form.
         weights: for a spec: `default`, `none`, or a file.
         model_args: arguments of the model's constructor, for a spec.
         preprocess: changes how images are prepared.
@@ -65,6 +72,7 @@ def evaluate(
         limit: at most so many images, spread evenly over the classes.
         device: `auto`, `cpu`, `cuda`, ...
         workers: processes that decode images, None to choose.
+        task: `classification`, `detection`, or `auto`: what the data are for.
         strict: a broken image is an error rather than skipped.
         trust_code: allow the file to name a function that builds the model.
         on_event: called with progress.
@@ -75,7 +83,11 @@ def evaluate(
     images = open_images(data, limit=limit)
     network, source = open_any(model, weights, model_args, trust_code=trust_code)
     wanted = with_preprocess(source, preprocess).preprocess or Preprocess(224)
-    listed = ImageList(images, eval_transform(wanted), strict=strict)
+    listed = (
+        DetectionList(images, wanted, strict=strict)
+        if detects(task, images)
+        else ImageList(images, eval_transform(wanted), strict=strict)
+    )
     result = evaluate_model(
         network,
         listed,
@@ -84,6 +96,10 @@ def evaluate(
         workers=workers,
         on_event=on_event,
     )
+    if isinstance(listed, DetectionList):
+        result = dataclasses.replace(result, top1=math.nan, top5=math.nan)
+        names = listed.task.objects.names
+        return Evaluation(str(model), result, wanted, len(names), listed.task.precision)
     return Evaluation(str(model), result, wanted, len(images.classes))
 
 

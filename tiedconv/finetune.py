@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from tiedconv.binding import set_state, state_of
 from tiedconv.checkpoint import save
 from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, train_transform
+from tiedconv.detection import DetectionList, PrecisionChange, as_precision, detects, for_detector
 from tiedconv.errors import DataError, UserError
 from tiedconv.evaluate import open_teacher
 from tiedconv.files import check_output
@@ -27,6 +28,7 @@ from tiedconv.sources import Preprocess, Source
 from tiedconv.training import (
     FREE_TO_CHANGE,
     Agreement,
+    Detecting,
     Forecast,
     OnEvent,
     TrainConfig,
@@ -53,6 +55,7 @@ class Finetuned:
         held_out: whether the validation images were held out of the training folder.
         result: figures; accuracies are NaN where the images have no labels.
         agreement: what was measured then: how often the teacher's class was chosen.
+        precision: what was measured of a detector.
     """
 
     path: Path
@@ -63,6 +66,7 @@ class Finetuned:
     held_out: bool
     result: TrainResult
     agreement: Agreement | None = None
+    precision: PrecisionChange | None = None
 
 
 def finetune(
@@ -76,6 +80,7 @@ def finetune(
     val_split: float = 0.1,
     limit: int | None = None,
     unlabelled: bool = False,
+    task: str = "auto",
     device: str = "auto",
     strict: bool = False,
     resume: bool = False,
@@ -96,7 +101,8 @@ def finetune(
         data: a folder with `train/` and `val/` (or `test/`), or of class folders; a folder or
             pattern of tar shards; `hf:` with the name or folder of a Hugging Face data set.
             Without labels where the teacher's share of the loss (`distill_weight`) is 1; the
-            agreement with the teacher is then measured in place of accuracies.
+            agreement with the teacher is then measured in place of accuracies. For a detector, a
+            folder in COCO's form.
         output: the compact file to write.
         config: training options. With `progressive` the training begins at the original model,
             which is faded out over that share of the steps; the teacher must be the original.
@@ -105,6 +111,7 @@ def finetune(
         val_split: share of the images to hold out where there is no validation folder.
         limit: at most so many images in each part.
         unlabelled: don't look for labels: class folders may be any folders.
+        task: `classification`, `detection`, or `auto`: what the data are for.
         device: `auto`, `cpu`, `cuda`, ...
         strict: a broken image is an error rather than skipped.
         resume: go on with an interrupted run.
@@ -122,29 +129,34 @@ def finetune(
     check_output(output, force=force)
     work = _open(
         file, data, config, teacher, preprocess=preprocess, val_split=val_split, limit=limit,
-        unlabelled=unlabelled, strict=strict, trust_code=trust_code,
+        unlabelled=unlabelled, task=task, strict=strict, trust_code=trust_code,
     )  # fmt: skip
-    model, split = work.model, work.split
+    model, split, config = work.model, work.split, work.config
     fading = OriginalFading(model, work.teacher) if config.progressive > 0 else None
     folder = run_folder(output)
-    val_data, agreement = work.val_data, None
+    val_data, agreement, precision = work.val_data, None, None
     with joined(device) as (processes, place):
-        if not split.labelled:
+        if work.detects:
+            if on_event is not None and processes.first and split.train.objects is not None:
+                on_event(Detecting(len(split.train), len(split.train.objects)))
+        elif not split.labelled:
             if on_event is not None and processes.first:
                 on_event(Unlabelled(len(split.train)))
             val_data = answered(val_data, _needed(work.teacher, data), model, config, place)
         try:
             result = train(
                 model, work.train_data, val_data, config, teacher=work.teacher, fading=fading,
-                device=place, checkpoint_dir=folder, resume=resume, labelled=split.labelled,
+                device=place, checkpoint_dir=folder, resume=resume, labelled=work.labelled,
                 on_event=on_event,
             )  # fmt: skip
         finally:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # where no state was written, there is nothing to go on from
-        if not split.labelled:
+        if work.detects:
+            precision, result = as_precision(result)
+        elif not split.labelled:
             agreement, result = as_agreement(result)
-        entry = _entry(work, config, result, agreement, command, processes.count)
+        entry = _entry(work, result, _measured(agreement, precision), command, processes.count)
         history = (*state_of(model).history, entry)
         set_state(model, source=work.source.to_json(), history=history)
         if processes.first:
@@ -153,7 +165,7 @@ def finetune(
         processes.wait()
     return Finetuned(
         output, output.stat().st_size, work.name, len(split.train), len(split.val),
-        split.held_out, result, agreement,
+        split.held_out, result, agreement, precision,
     )  # fmt: skip
 
 
@@ -167,6 +179,7 @@ def forecast(
     val_split: float = 0.1,
     limit: int | None = None,
     unlabelled: bool = False,
+    task: str = "auto",
     device: str = "auto",
     strict: bool = False,
     trust_code: bool = False,
@@ -178,10 +191,10 @@ def forecast(
     config = config or TrainConfig()
     work = _open(
         file, data, config, teacher, preprocess=preprocess, val_split=val_split, limit=limit,
-        unlabelled=unlabelled, strict=strict, trust_code=trust_code,
+        unlabelled=unlabelled, task=task, strict=strict, trust_code=trust_code,
     )  # fmt: skip
     return training_forecast(
-        work.model, work.train_data, work.val_data, config, teacher=work.teacher, device=device
+        work.model, work.train_data, work.val_data, work.config, teacher=work.teacher, device=device
     )
 
 
@@ -196,6 +209,17 @@ class _Work:
     split: Split
     train_data: Dataset[Any]
     val_data: Dataset[Any]
+    config: TrainConfig
+
+    @property
+    def detects(self) -> bool:
+        """Whether it is a detector's."""
+        return isinstance(self.train_data, DetectionList)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether people have said what is in the images."""
+        return self.detects or self.split.labelled
 
 
 def _open(
@@ -208,6 +232,7 @@ def _open(
     val_split: float,
     limit: int | None,
     unlabelled: bool,
+    task: str,
     strict: bool,
     trust_code: bool,
 ) -> _Work:
@@ -222,10 +247,13 @@ def _open(
     else:
         master, name = teacher, type(teacher).__name__
     wanted = source.preprocess or Preprocess(224)
+    if detects(task, split.train):
+        train, val = (DetectionList(p, wanted, strict=strict) for p in (split.train, split.val))
+        return _Work(model, source, master, name, split, train, val, for_detector(config))
     shown = train_transform(wanted, config.augment, config.erasing)
     train_data = ImageList(split.train, shown, strict=strict)
     val_data = ImageList(split.val, eval_transform(wanted), strict=strict)
-    return _Work(model, source, master, name, split, train_data, val_data)
+    return _Work(model, source, master, name, split, train_data, val_data, config)
 
 
 def run_folder(output: Path) -> Path:
@@ -257,15 +285,14 @@ def _needed(teacher: nn.Module | None, data: str | Path) -> nn.Module:
 
 def _entry(
     work: _Work,
-    config: TrainConfig,
     result: TrainResult,
-    agreement: Agreement | None,
+    measured: Mapping[str, float | None],
     command: str | None,
     processes: int,
 ) -> Mapping[str, Any]:
     """What the file's history says of this run. Figures that are no number are left out."""
     # What does not change the result is left out: a resumed run ends with the same bytes.
-    used = dataclasses.replace(config, batch_size=result.batch_size)
+    used = dataclasses.replace(work.config, batch_size=result.batch_size)
     options = {k: v for k, v in dataclasses.asdict(used).items() if k not in FREE_TO_CHANGE}
     return {
         "step": "finetune",
@@ -282,7 +309,7 @@ def _entry(
         "top5_before": _finite(result.top5_before),
         "top1": _finite(result.top1),
         "top5": _finite(result.top5),
-        **_agreed(agreement),
+        **measured,
         "skipped": result.skipped,
         "processes": processes,
         "command": command,
@@ -290,12 +317,20 @@ def _entry(
     }
 
 
-def _agreed(agreement: Agreement | None) -> dict[str, float | None]:
-    if agreement is None:
-        return {}
-    return {
-        "agreement_before": _finite(agreement.before), "agreement": _finite(agreement.after)
-    }  # fmt: skip
+def _measured(
+    agreement: Agreement | None, precision: PrecisionChange | None
+) -> dict[str, float | None]:
+    """What was measured in place of accuracies."""
+    if precision is not None:
+        return {
+            "ap_before": _finite(precision.before), "ap": _finite(precision.after),
+            "ap50_before": _finite(precision.before50), "ap50": _finite(precision.after50),
+        }  # fmt: skip
+    if agreement is not None:
+        return {
+            "agreement_before": _finite(agreement.before), "agreement": _finite(agreement.after)
+        }  # fmt: skip
+    return {}
 
 
 def _finite(value: float) -> float | None:

@@ -135,8 +135,8 @@ def checked_history(history: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _is_entry(entry: Mapping[str, Any]) -> bool:
-    figures = ("top1", "top5", "top1_before", "top5_before", "agreement", "agreement_before")
-    if not all(_is_share(entry.get(key)) for key in figures):
+    figures = ("top1", "top5", "agreement", "ap", "ap50")
+    if not all(_is_share(entry.get(f"{key}{when}")) for key in figures for when in ("", "_before")):
         return False
     match entry.get("step", ""):
         case "finetune":

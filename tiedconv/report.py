@@ -95,6 +95,11 @@ class Report:
         """Likewise the agreement with the teacher, of a training on images without labels."""
         return self._last("agreement")
 
+    @property
+    def ap(self) -> float | None:
+        """Likewise the average precision of a detector."""
+        return self._last("ap")
+
     def _last(self, figure: str) -> float | None:
         # An older figure is of a model that a later training has changed.
         measured = [e for e in self.history if _measured(e)]
@@ -165,7 +170,7 @@ def _report(
 
 
 def _measured(entry: Mapping[str, Any]) -> bool:
-    return any(entry.get(figure) is not None for figure in ("top1", "agreement"))
+    return any(entry.get(figure) is not None for figure in ("top1", "agreement", "ap"))
 
 
 def _applied(plan: Plan) -> float:

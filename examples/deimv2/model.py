@@ -118,8 +118,14 @@ def deimv2_atto() -> nn.Module:
         head.act = nn.SiLU()
     model.class_embed, model.bbox_embed = decoder.class_embed, decoder.bbox_embed
     # Folded norms hold no statistics: in training they would begin to normalise.
-    replace_batch_norm(inner.encoder)
+    with torch.no_grad():
+        replace_batch_norm(inner.encoder)
     return model
+
+
+deimv2_atto.preprocess = {  # type: ignore[attr-defined]
+    "size": SIZE, "resize": None, "mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"
+}  # fmt: skip
 
 
 def upstream_weights(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,7 +152,7 @@ def upstream_weights(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif re.search(r"conv_bn_fused|bottlenecks\.\d+\.conv\.", name):
             _folded(found, _renamed(name), tensor)
         else:
-            found[_renamed(name)] = tensor
+            found[_renamed(name)] = tensor.float()  # some single numbers are published whole
     return found
 
 

@@ -75,7 +75,8 @@ Data = Annotated[
         metavar="IMAGES",
         help="A folder with train/ and val/ (or test/) of class folders, or class folders "
         "directly; tar shards: a folder of them, or a pattern such as "
-        "'train-{000000..000147}.tar'; or hf:NAME, hf:NAME:CONFIG or hf:FOLDER.",
+        "'train-{000000..000147}.tar'; or hf:NAME, hf:NAME:CONFIG or hf:FOLDER. For a detector: "
+        "a folder in COCO's form.",
     ),
 ]
 Calib = Annotated[
@@ -88,6 +89,10 @@ Calib = Annotated[
 ]
 CalibImages = Annotated[
     int, typer.Option("-n", "--calib-images", help="At most so many of them.", min=2)
+]
+Task = Annotated[
+    str,
+    option_in(IMAGES, "classification, detection, or [b]auto[/b]: what the data are for."),
 ]
 Limit = Annotated[
     int | None, option_in(IMAGES, "At most so many images, spread evenly over the classes.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from tiedconv.cli import common, render
 from tiedconv.cli.common import say
 from tiedconv.cli.progress import TrainingBar
+from tiedconv.detection import Precision
 from tiedconv.evaluate import evaluate as run
 
 
@@ -23,6 +25,7 @@ def evaluate(
     weights: common.Weights = "default",
     model_arg: common.ModelArg = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
+    task: common.Task = "auto",
     limit: common.Limit = None,
     image_size: common.ImageSize = None,
     resize: common.Resize = None,
@@ -35,20 +38,31 @@ def evaluate(
     trust_code: common.TrustCode = False,
     json_: common.Json = False,
 ) -> None:
-    """Measure top-1 and top-5 accuracy on labelled images."""
+    """Measure top-1 and top-5 accuracy on labelled images, or a detector's average precision."""
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with TrainingBar("evaluating") as bar:
         done = run(
             model, data, weights=weights, model_args=common.model_args(model_arg),
-            preprocess=change, batch_size=batch_size, limit=limit, device=device,
+            preprocess=change, batch_size=batch_size, task=task, limit=limit, device=device,
             workers=workers, strict=strict, trust_code=trust_code, on_event=bar,
         )  # fmt: skip
     if json_:
         common.print_json(done)
         return
     result = done.result
+    if done.precision is not None:
+        show_precision(done.model, result.images, done.precision)
+        return
     row = (done.model, f"{result.images:,}", render.accuracy(result.top1))
     columns = ("model", "images", "top-1", "top-5", "loss")
     common.show_table(columns, [(*row, render.accuracy(result.top5), f"{result.loss:.4f}")])
     if result.skipped:
         say(render.skipped(result.skipped))
+
+
+def show_precision(model: str, images: int, precision: Precision) -> None:
+    """A detector's score, as COCO tells it."""
+    figures = dataclasses.astuple(precision)
+    shown = (render.accuracy(f if f >= 0 else None) for f in figures)
+    columns = ("model", "images", "AP", "AP50", "AP75", "small", "medium", "large")
+    common.show_table(columns, [(model, f"{images:,}", *shown)])

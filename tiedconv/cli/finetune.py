@@ -84,6 +84,7 @@ def finetune(
     val_split: Annotated[
         float, _images("Share to hold out where there is no val/ or test/.")
     ] = 0.1,
+    task: common.Task = "auto",
     limit: common.Limit = None,
     unlabelled: Annotated[
         bool,
@@ -155,7 +156,7 @@ def finetune(
     if dry_run:
         found = forecast(
             file, data, config, teacher=teacher, preprocess=change, val_split=val_split,
-            limit=limit, unlabelled=unlabelled, device=device, strict=strict,
+            limit=limit, unlabelled=unlabelled, task=task, device=device, strict=strict,
             trust_code=trust_code,
         )  # fmt: skip
         if rank_in_environment() == 0:
@@ -169,8 +170,8 @@ def finetune(
         try:
             done = run(
                 file, data, output, config, teacher=teacher, preprocess=change,
-                val_split=val_split, limit=limit, unlabelled=unlabelled, device=device,
-                strict=strict, resume=resume, force=force, trust_code=trust_code,
+                val_split=val_split, limit=limit, unlabelled=unlabelled, task=task,
+                device=device, strict=strict, resume=resume, force=force, trust_code=trust_code,
                 command=common.command_line(), on_event=_both(bar, watch),
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -242,7 +243,13 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
         ("before", render.accuracy(result.top1_before), render.accuracy(result.top5_before)),
         ("after", render.accuracy(result.top1), render.accuracy(result.top5)),
     ]
-    if done.agreement is not None:
+    if done.precision is not None:
+        columns, score = ("", "AP", "AP50"), done.precision
+        rows = [
+            ("before", render.accuracy(score.before), render.accuracy(score.before50)),
+            ("after", render.accuracy(score.after), render.accuracy(score.after50)),
+        ]
+    elif done.agreement is not None:
         columns = ("", "agreement with the teacher")
         rows = [
             ("before", render.accuracy(done.agreement.before)),

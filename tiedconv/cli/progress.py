@@ -21,8 +21,11 @@ from tiedconv.calibration import CalibEvent, Fitted, Fitting, Joint
 from tiedconv.cli.common import err
 from tiedconv.cli.render import accuracy, duration, size
 from tiedconv.training import (
+    AGREEMENT,
+    PRECISION,
     Baseline,
     Checkpointed,
+    Detecting,
     EpochEnd,
     EvalStep,
     Event,
@@ -145,8 +148,11 @@ class TrainingBar(Bar):
                 what = "image that can't be read:" if count == 1 else "images that can't be read,"
                 self.line(f"skipped {count} {what} {'' if count == 1 else 'such as '}{example}")
             case Unlabelled(images):
-                self._figure = "agreement"
+                self._figure = AGREEMENT.short
                 self.line(f"{images:,} images have no labels: measuring agreement with the teacher")
+            case Detecting(images, objects):
+                self._figure = PRECISION.short
+                self.line(f"{objects:,} objects in {images:,} images: measuring average precision")
             case NotCompiled(reason):
                 self.line(f"not compiled: {reason}")
             case Checkpointed():

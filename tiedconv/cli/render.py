@@ -250,12 +250,13 @@ def _history_line(entry: Mapping[str, Any]) -> str:
         return f"converted by {rules}{budget}"
     if entry.get("step") == "finetune":
         unlabelled = entry.get("agreement") is not None
-        name = "agreement" if unlabelled else "top1"
+        name = "agreement" if unlabelled else "ap" if "ap" in entry else "top1"
+        titles = {"agreement": "agreement with the teacher", "ap": "AP", "top1": "top-1"}
         return (
             f"fine-tuned on {entry.get('data')} ({entry.get('train_images'):,} images"
             f"{' without labels' if unlabelled else ''}, "
             f"{entry.get('steps'):,} steps, teacher {entry.get('teacher')}): "
-            f"{'agreement with the teacher' if unlabelled else 'top-1'} "
+            f"{titles[name]} "
             f"{accuracy(entry.get(f'{name}_before'))} before, "
             f"{accuracy(entry.get(name))} after, on "
             f"{entry.get('val_images'):,} {'held-out ' if entry.get('held_out') else ''}images"

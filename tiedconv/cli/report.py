@@ -17,7 +17,8 @@ from tiedconv.report import report as run
 T = TypeVar("T")
 
 COLUMNS = ("file", "model", "original", "stored", "ratio", "file size", "top-1")
-AGREEMENT = "agreement"
+FURTHER = {"agreement": "agreement", "AP": "ap"}
+"""Columns that only some files have something for, and the figure in each."""
 """One more column where a file was trained on images without labels."""
 
 
@@ -76,25 +77,29 @@ def _rows(one: Report, *, each: bool) -> list[render.Row]:
 
 
 def _table(
-    reports: Sequence[Report], line: Callable[[Report], Sequence[T]]
+    reports: Sequence[Report], line: Callable[[Report, Sequence[str]], Sequence[T]]
 ) -> tuple[Sequence[str], list[Sequence[T]]]:
     """Columns and a line for each file."""
-    agreed = any(one.agreement is not None for one in reports)
-    columns = (*COLUMNS, AGREEMENT) if agreed else COLUMNS
-    return columns, [line(one)[: len(columns)] for one in reports]
+    further = {
+        name: figure
+        for name, figure in FURTHER.items()
+        if any(getattr(one, figure) is not None for one in reports)
+    }
+    return (*COLUMNS, *further), [line(one, tuple(further.values())) for one in reports]
 
 
-def _line(one: Report) -> render.Row:
+def _line(one: Report, further: Sequence[str]) -> render.Row:
     return (
         one.name, one.model, f"{one.original:,}", f"{one.stored:,}", render.percent(one.ratio),
-        render.size(one.file_bytes), render.accuracy(one.top1), render.accuracy(one.agreement),
+        render.size(one.file_bytes), render.accuracy(one.top1),
+        *(render.accuracy(getattr(one, figure)) for figure in further),
     )  # fmt: skip
 
 
-def _exact_line(one: Report) -> Sequence[object]:
+def _exact_line(one: Report, further: Sequence[str]) -> Sequence[object]:
     return (
         one.name, one.model, one.original, one.stored, one.ratio, one.file_bytes, one.top1,
-        one.agreement,
+        *(getattr(one, figure) for figure in further),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from tiedconv.data.images import Images, Store
 from tiedconv.data.lists import Broken, ImageList, Sample, TensorList
 from tiedconv.data.loading import Batch, Loader, Ticket, default_workers
 from tiedconv.data.normalising import Normalisation, in_bytes
+from tiedconv.data.objects import Objects
 from tiedconv.data.opening import Labels, Split, open_images, open_split, open_unlabelled
 from tiedconv.data.transforms import (
     AUGMENTS,
@@ -29,6 +30,7 @@ __all__ = [
     "Labels",
     "Loader",
     "Normalisation",
+    "Objects",
     "PreprocessLike",
     "Sample",
     "Split",

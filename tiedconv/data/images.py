@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tiedconv.data.objects import Objects
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 """File name endings of images, compared in lower case."""
@@ -41,19 +44,26 @@ class Images:
         places: which of the store's images these are, shape (N,), int64.
         labels: for each an index into `classes`, shape (N,), int64; None if they have none.
         classes: the class names; empty without labels.
+        objects: of all images of the store, where the data set has boxes.
     """
 
     store: Store
     places: Ints
     labels: Ints | None
     classes: tuple[str, ...]
+    objects: Objects | None = None
 
     @classmethod
     def all_of(
-        cls, store: Store, count: int, labels: Ints | None, classes: tuple[str, ...]
+        cls,
+        store: Store,
+        count: int,
+        labels: Ints | None,
+        classes: tuple[str, ...],
+        objects: Objects | None = None,
     ) -> Images:
         """All images of a store that holds `count`."""
-        return cls(store, np.arange(count, dtype=np.int64), labels, classes)
+        return cls(store, np.arange(count, dtype=np.int64), labels, classes, objects)
 
     def __len__(self) -> int:
         return len(self.places)

@@ -81,7 +81,11 @@ class ImageList(Dataset[Sample | Broken]):
                     "Repair or remove the image, or leave --strict out to skip it",
                 ) from error
             return Broken(name, reason)
-        return self.transform(image), self.images.label(index)
+        return self.transform(image), self.label(index)
+
+    def label(self, index: int) -> int:
+        """What stands beside an image; here its class."""
+        return self.images.label(index)
 
     def in_bytes(self) -> tuple[ImageList, Normalisation] | None:
         """The same images as uint8, and what then makes the transform's numbers of them.
@@ -93,7 +97,8 @@ class ImageList(Dataset[Sample | Broken]):
         transform = self.transform.in_bytes()
         if transform is None:
             return None
-        plain = ImageList(self.images, transform, strict=self.strict)
+        plain = copy.copy(self)
+        plain.transform = transform
         return plain, self.transform.normalisation
 
 

@@ -151,7 +151,7 @@ def _check_limit(limit: int | None) -> None:
 
 
 def _check_labels(images: Images, spec: str | Path, layout: Layout, labels: Labels) -> None:
-    if labels == "needed" and images.labels is None:
+    if labels == "needed" and images.labels is None and images.objects is None:
         raise DataError(
             f"The images of {spec} have no labels (no {layout.labels_from})",
             "Nothing says what they show",

@@ -18,6 +18,7 @@ from tiedconv.training.evaluation import EvalResult, evaluate_model
 from tiedconv.training.events import (
     Baseline,
     Checkpointed,
+    Detecting,
     EpochEnd,
     EvalStep,
     Event,
@@ -38,6 +39,7 @@ from tiedconv.training.losses import (
     hard_distillation_loss,
     logits_of,
 )
+from tiedconv.training.measures import ACCURACY, AGREEMENT, PRECISION, Measure
 from tiedconv.training.mixing import Mix
 from tiedconv.training.objective import Objective, Outcome
 from tiedconv.training.optim import learning_rate, parameter_groups
@@ -48,11 +50,15 @@ from tiedconv.training.state import FREE_TO_CHANGE
 from tiedconv.training.teacher import fit_inputs
 
 __all__ = [
+    "ACCURACY",
+    "AGREEMENT",
     "FREE_TO_CHANGE",
+    "PRECISION",
     "Agreement",
     "Baseline",
     "Blocks",
     "Checkpointed",
+    "Detecting",
     "Ema",
     "EpochEnd",
     "EvalResult",
@@ -61,6 +67,7 @@ __all__ = [
     "Fading",
     "Forecast",
     "Interrupted",
+    "Measure",
     "Mix",
     "NotCompiled",
     "Objective",

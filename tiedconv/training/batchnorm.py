@@ -20,7 +20,7 @@ from tiedconv.training.processes import ALONE, Processes, SpareImage
 
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether a model has batch norms that keep statistics."""
-    return bool(_batchnorms(model))
+    return bool(norms_of(model))
 
 
 def recalibrate_batchnorm(
@@ -38,7 +38,7 @@ def recalibrate_batchnorm(
     Returns:
         The number of batches used; 0 leaves the statistics as they were.
     """
-    norms = _batchnorms(model)
+    norms = norms_of(model)
     momenta = [norm.momentum for norm in norms]
     used = 0
     spare = SpareImage(processes)
@@ -81,7 +81,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _batchnorms(model: nn.Module) -> list[_BatchNorm]:
+def norms_of(model: nn.Module) -> list[_BatchNorm]:
     return [
         module
         for module in model.modules()

@@ -21,12 +21,12 @@ class Switched:
         plain: the model's forward pass.
     """
 
-    def __init__(self, plain: Callable[[Tensor], Any]) -> None:
+    def __init__(self, plain: Callable[..., Any]) -> None:
         self.plain = plain
         self.current = plain
 
-    def __call__(self, images: Tensor) -> Any:
-        return self.current(images)
+    def __call__(self, images: Tensor, **more: Any) -> Any:
+        return self.current(images, **more)
 
 
 def compile_if_possible(call: Switched, updater: Updater, loader: Loader) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ def evaluate_model(
     loader = Loader(data, batch_size, workers=workers, device=placement.device)
     on_event = on_event or ignore
     try:
-        result = score(model, loader, placement, on_event, class_count(data))
+        result = scorer_of(data)(model, loader, placement, on_event, ALONE)
     finally:
         loader.close()
         placement.release(model)
@@ -139,6 +139,30 @@ def score(
     seconds = time.perf_counter() - start
     example = broken[0] if broken else None
     return EvalResult(top1, top5, loss, images, outputs, skipped, example, seconds)
+
+
+Scorer = Callable[[nn.Module, Loader, Placement, OnEvent, Processes], EvalResult]
+"""What evaluates a model that is on its device already."""
+
+
+def scorer_of(data: Dataset[Any]) -> Scorer:
+    """How a model is evaluated on a data set: as its own task has it, or as a classifier."""
+    task = getattr(data, "task", None)
+    if task is not None:
+        own: Scorer = task.score
+        return own
+    classes = class_count(data)
+
+    def scorer(
+        model: nn.Module,
+        loader: Loader,
+        placement: Placement,
+        on_event: OnEvent,
+        processes: Processes,
+    ) -> EvalResult:
+        return score(model, loader, placement, on_event, classes, processes)
+
+    return scorer
 
 
 def class_count(data: Dataset[Any]) -> int | None:

@@ -89,6 +89,14 @@ class Unlabelled:
 
 
 @dataclass(frozen=True)
+class Detecting:
+    """A detector is trained: what follows as top 1 and top 5 is AP and AP50."""
+
+    images: int
+    objects: int
+
+
+@dataclass(frozen=True)
 class NotCompiled:
     """The model can't be compiled, for this reason; training goes on without."""
 
@@ -113,6 +121,7 @@ Event = (
     | Skipped
     | Checkpointed
     | Unlabelled
+    | Detecting
     | NotCompiled
 )
 

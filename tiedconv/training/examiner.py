@@ -11,7 +11,7 @@ from tiedconv.data import Loader
 from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_batchnorm
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.evaluation import EvalResult, score
+from tiedconv.training.evaluation import EvalResult, Scorer
 from tiedconv.training.events import OnEvent
 from tiedconv.training.losses import logits_of
 from tiedconv.training.parallel import Learner
@@ -30,7 +30,7 @@ class Examiner:
         learner: the model.
         loader: of the training images, for the statistics.
         val_loader: of the images to evaluate on.
-        val_classes: of those, where that is known.
+        scorer: what evaluates.
         config: the options.
         placement: where and how to compute.
         processes: that evaluate together.
@@ -41,22 +41,21 @@ class Examiner:
         learner: Learner,
         loader: Loader,
         val_loader: Loader,
-        val_classes: int | None,
+        scorer: Scorer,
         config: TrainConfig,
         placement: Placement,
         processes: Processes,
     ) -> None:
         self.learner, self.loader, self.val_loader = learner, loader, val_loader
-        self.val_classes, self.placement, self.processes = val_classes, placement, processes
+        self.scorer, self.placement, self.processes = scorer, placement, processes
         norms = has_batchnorm(learner.model)
         self.batches = config.bn_recalibrate if norms else 0
         self.seconds = 0.0  # that the last one took
 
     def evaluate(self, emit: OnEvent) -> EvalResult:
         """The figures of the model as it is now."""
-        result = score(
-            self.learner.model, self.val_loader, self.placement, emit, self.val_classes,
-            self.processes,
+        result = self.scorer(
+            self.learner.model, self.val_loader, self.placement, emit, self.processes
         )  # fmt: skip
         self.learner.after_evaluation()
         self.seconds = result.seconds

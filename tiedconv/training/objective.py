@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,12 @@ class Outcome(NamedTuple):
 
     loss: Tensor
     logits: Tensor
+
+
+class Loss(Protocol):
+    """What `Updater` calls: images (B, C, H, W), what stands beside them (B,), and a seed."""
+
+    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> Outcome: ...
 
 
 class Objective:
@@ -57,7 +63,7 @@ class Objective:
         classes: int | None,
         placement: Placement,
     ) -> None:
-        _check_teacher(config, teacher)
+        check_teacher(config, teacher)
         self.config = config
         self._forward, self._student, self._teacher = forward, student, teacher
         self._classes, self._placement = classes, placement
@@ -83,7 +89,7 @@ class Objective:
         if self.config.mixup > 0 or self.config.cutmix > 0:
             mix = Mix.draw(self.config.mixup, self.config.cutmix, images.shape, seed)
             shown = self._placement.images(mix.images(shown))
-        with _outputs(self._student, self._blocks) as own, self._placement.autocast():
+        with outputs_of(self._student, self._blocks) as own, self._placement.autocast():
             logits = logits_of(self._forward(shown))
         self._check_labels(labels, logits.shape[-1])
         wanted = labels.to(self._placement.device, non_blocking=True)
@@ -102,7 +108,7 @@ class Objective:
             return None, {}
         with (
             torch.no_grad(),
-            _outputs(self._teacher, self._blocks) as aims,
+            outputs_of(self._teacher, self._blocks) as aims,
             self._placement.autocast(),
         ):
             logits = logits_of(self._teacher(images))
@@ -139,7 +145,7 @@ def common_blocks(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
     return own
 
 
-def _check_teacher(config: TrainConfig, teacher: nn.Module | None) -> None:
+def check_teacher(config: TrainConfig, teacher: nn.Module | None) -> None:
     """Raises UserError for options that would do nothing without a teacher."""
     if teacher is not None:
         return
@@ -156,7 +162,7 @@ def _check_teacher(config: TrainConfig, teacher: nn.Module | None) -> None:
 
 
 @contextmanager
-def _outputs(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def outputs_of(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """What these blocks give while the context lasts: name to output, filled by each forward."""
     found: dict[str, Tensor] = {}
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from tiedconv.errors import DataError, UserError
 from tiedconv.training.device import pick_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Processes:
             return flags
         votes = torch.tensor(flags, dtype=torch.float32, device=device)
         return [vote > 0 for vote in self.sum(votes).tolist()]
+
+    def gathered(self, thing: T) -> list[T]:
+        """What each process has, in all of them. All must call it at the same point."""
+        if not self.several:
+            return [thing]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, thing)
+        return found
 
     def told_by_first(self, number: int) -> int:
         """A number of the first process, in all of them."""

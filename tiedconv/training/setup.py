@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -15,9 +15,9 @@ from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.compiling import Switched, compile_if_possible
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.evaluation import class_count
+from tiedconv.training.evaluation import class_count, scorer_of
 from tiedconv.training.examiner import Examiner
-from tiedconv.training.objective import Objective
+from tiedconv.training.objective import Loss, Objective
 from tiedconv.training.optim import make_optimizer
 from tiedconv.training.parallel import make_learner
 from tiedconv.training.processes import Processes, check_shares
@@ -60,15 +60,15 @@ class Setup:
         self.learner = make_learner(model, processes, device, config.sharding)
         self.model = self.learner.model
         self.forward = Switched(self.learner.forward)
-        objective = Objective(
-            config, self.forward, self.model, teacher, class_count(train_data), self.placement
+        objective = _objective(
+            config, self.forward, self.model, teacher, train_data, self.placement
         )  # fmt: skip
         self.optimizer = make_optimizer(self.model, config)
         self.updater = Updater(
             self.learner, self.optimizer, objective, config, self.placement, processes
         )  # fmt: skip
         self.examiner = Examiner(
-            self.learner, self.loader, self.val_loader, class_count(val_data), config,
+            self.learner, self.loader, self.val_loader, scorer_of(val_data), config,
             self.placement, processes,
         )  # fmt: skip
 
@@ -86,3 +86,19 @@ class Setup:
         if not self.config.compile:
             return None
         return compile_if_possible(self.forward, self.updater, self.loader)
+
+
+def _objective(
+    config: TrainConfig,
+    forward: Callable[..., Any],
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Dataset[Any],
+    placement: Placement,
+) -> Loss:
+    """What is minimised: as the data set's own task has it, or a classifier's loss."""
+    task = getattr(data, "task", None)
+    if task is not None:
+        made: Loss = task.objective(config, forward, student, teacher, placement)
+        return made
+    return Objective(config, forward, student, teacher, class_count(data), placement)

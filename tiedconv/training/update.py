@@ -10,7 +10,7 @@ from torch import Tensor
 from tiedconv.data.seeds import step_seed
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.objective import Objective
+from tiedconv.training.objective import Loss
 from tiedconv.training.optim import set_learning_rate
 from tiedconv.training.parallel import Learner
 from tiedconv.training.processes import Processes
@@ -32,7 +32,7 @@ class Updater:
         self,
         learner: Learner,
         optimizer: torch.optim.Optimizer,
-        objective: Objective,
+        objective: Loss,
         config: TrainConfig,
         placement: Placement,
         processes: Processes,

@@ -74,7 +74,7 @@ class JsonLog(Watcher):
             )
 
     def begin(self, run: Run) -> None:
-        self._figures = ("top1", "top5") if run.labelled else ("agreement",)
+        self._figures = run.measure.keys
         if run.resumed is not None and self.path.exists():
             self._keep(run.resumed)
             self._file = self.path.open("ab", buffering=0)
@@ -84,9 +84,9 @@ class JsonLog(Watcher):
         self._start = time.perf_counter()
         self._write(
             "start", format=FORMAT, time=_now(), output=self.output, model=run.model,
-            scheme=run.scheme, original=run.original, stored=run.stored, labels=run.labelled,
-            steps=run.start.steps, epochs=run.start.epochs, images=run.start.images,
-            **run.settings,
+            scheme=run.scheme, original=run.original, stored=run.stored,
+            labels=run.measure.labelled, steps=run.start.steps,
+            epochs=run.start.epochs, images=run.start.images, **run.settings,
         )  # fmt: skip
 
     def see(self, event: Event) -> None:

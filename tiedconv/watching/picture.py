@@ -34,8 +34,7 @@ def draw(course: Course, run: Run, path: Path, *, force: bool = False) -> None:
     _title(figure, run)
     _losses(axes[0], course)
     if scored:
-        name = "top-1" if run.labelled else "agreement with the teacher"
-        _accuracies(axes[1], course.accuracies, f"{name}, %")
+        _accuracies(axes[1], course.accuracies, f"{run.measure.name}, %")
     last = max([p.step for p in course.points] + [e[1] for e in course.epochs] + [1])
     for axis in axes:
         _plain(axis)

@@ -52,7 +52,7 @@ class TensorBoard(Watcher):
             )
 
     def begin(self, run: Run) -> None:
-        self._figures = ("top1", "top5") if run.labelled else ("agreement",)
+        self._figures = run.measure.keys
         # What an earlier part or run wrote from that step on is hidden by TensorBoard.
         first = 0 if run.resumed is None else run.resumed + 1
         self._writer = _summary_writer()(

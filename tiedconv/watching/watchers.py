@@ -10,7 +10,18 @@ from typing import Any, Self
 
 from tiedconv.errors import TiedconvError
 from tiedconv.report import Report
-from tiedconv.training import Event, Resumed, Start, TrainResult, Unlabelled
+from tiedconv.training import (
+    ACCURACY,
+    AGREEMENT,
+    PRECISION,
+    Detecting,
+    Event,
+    Measure,
+    Resumed,
+    Start,
+    TrainResult,
+    Unlabelled,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Run:
         settings: whatever else is to be noted: data, options, versions, ...
         start: how much is to be done.
         resumed: steps that were done before; None for a run that begins.
-        labelled: False where agreement with the teacher is measured in place of accuracies.
+        measure: what is measured, accuracies or something in their place.
     """
 
     model: str
@@ -35,18 +46,18 @@ class Run:
     settings: Mapping[str, Any]
     start: Start
     resumed: int | None = None
-    labelled: bool = True
+    measure: Measure = ACCURACY
 
     @classmethod
     def of(
         cls, report: Report, settings: Mapping[str, Any], start: Start, resumed: int | None,
-        labelled: bool,
+        measure: Measure,
     ) -> Run:  # fmt: skip
         """The run that trains the file of this report."""
         schemes = " + ".join(dict.fromkeys(group.scheme for group in report.groups))
         return cls(
             report.model, schemes, report.original, report.stored, settings, start, resumed,
-            labelled,
+            measure,
         )  # fmt: skip
 
 
@@ -90,13 +101,15 @@ class Watchers:
     ) -> None:
         self.watchers, self._report, self._settings, self._tell = watchers, report, settings, tell
         self._start: Start | None = None
-        self._labelled = True
+        self._measure = ACCURACY
         self._begun = False
 
     def __call__(self, event: Event) -> None:
         match event:
             case Unlabelled():
-                self._labelled = False
+                self._measure = AGREEMENT
+            case Detecting():
+                self._measure = PRECISION
             case Start():
                 self._start = event
             case _:
@@ -123,7 +136,7 @@ class Watchers:
             return
         self._begun = True
         resumed = event.step if isinstance(event, Resumed) else None
-        run = Run.of(self._report(), self._settings, self._start, resumed, self._labelled)
+        run = Run.of(self._report(), self._settings, self._start, resumed, self._measure)
         self._each(lambda watcher: watcher.begin(run))
 
     def _each(self, call: Callable[[Watcher], None]) -> None:

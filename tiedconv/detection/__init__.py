@@ -1,0 +1,31 @@
+"""Detectors: what they give and lose, how they are taught, and COCO's average precision.
+
+A detector here is a module that takes images (B, 3, H, W) and returns an object with `logits`
+(B, Q, classes) and `pred_boxes` (B, Q, 4), centre and size relative to the image, as those of
+transformers do. Called with `labels` as well it returns a `loss`.
+"""
+
+from __future__ import annotations
+
+from tiedconv.detection.choosing import TASKS, detects, for_detector
+from tiedconv.detection.classes import class_map
+from tiedconv.detection.lists import DetectionList
+from tiedconv.detection.outputs import Detections, detections_of, is_detector
+from tiedconv.detection.scoring import Precision, average_precision
+from tiedconv.detection.task import Detection, PrecisionChange, as_precision
+
+__all__ = [
+    "TASKS",
+    "Detection",
+    "DetectionList",
+    "Detections",
+    "Precision",
+    "PrecisionChange",
+    "as_precision",
+    "average_precision",
+    "class_map",
+    "detections_of",
+    "detects",
+    "for_detector",
+    "is_detector",
+]

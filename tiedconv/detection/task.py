@@ -1,0 +1,137 @@
+"""What training and evaluation do differently for a detector."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tiedconv.data import Loader, Objects
+from tiedconv.detection.classes import class_map
+from tiedconv.detection.objective import DetectionObjective
+from tiedconv.detection.outputs import Detections, detections_of, parts_of
+from tiedconv.detection.scoring import Precision, average_precision
+from tiedconv.training.batchnorm import modes_kept
+from tiedconv.training.config import TrainConfig
+from tiedconv.training.device import Placement
+from tiedconv.training.evaluation import EVENT_SECONDS, EvalResult, require_some
+from tiedconv.training.events import EvalStep, OnEvent, ignore
+from tiedconv.training.processes import ALONE, Processes, SpareImage
+from tiedconv.training.results import TrainResult
+
+
+class Detection:
+    """The task of finding objects; data sets carry it as their `task`.
+
+    Args:
+        objects: of the data.
+    """
+
+    def __init__(self, objects: Objects) -> None:
+        self.objects = objects
+        self.precision: Precision | None = None
+        """Of the last evaluation."""
+
+    def objective(
+        self,
+        config: TrainConfig,
+        forward: Callable[..., Any],
+        student: nn.Module,
+        teacher: nn.Module | None,
+        placement: Placement,
+    ) -> DetectionObjective:
+        """The loss of a training; arguments as for `training.Objective`."""
+        return DetectionObjective(config, forward, student, teacher, placement, self.objects)
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        placement: Placement,
+        on_event: OnEvent = ignore,
+        processes: Processes = ALONE,
+    ) -> EvalResult:
+        """The model's average precision, in the places of the accuracies.
+
+        Args:
+            model: on its device already.
+            loader: of a `DetectionList`.
+            placement: where and how to compute.
+            on_event: called with progress.
+            processes: that evaluate together.
+
+        Returns:
+            `top1` is AP, `top5` is AP50, `loss` is 0, or not finite if an output isn't.
+
+        Raises:
+            DataError: no image could be read, or classes that the model doesn't know.
+        """
+        start = reported = time.perf_counter()
+        found: dict[int, Detections] = {}
+        broken: list[str] = []
+        finite = torch.zeros((), device=placement.device)
+        outputs = 0
+        with modes_kept(model):
+            model.eval()
+            spare = SpareImage(processes)
+            for batch in loader.epoch():
+                broken += batch.broken
+                some = spare.instead_of_none(batch.images)
+                if some is None:
+                    continue
+                with placement.autocast():
+                    output = model(placement.images(some))
+                logits, boxes = parts_of(output)
+                outputs = logits.shape[-1]
+                finite = finite + 0 * (logits.sum() + boxes.sum())
+                best = detections_of(output, model)[: len(batch.labels)]  # none of a spare one
+                found |= dict(zip(batch.labels.tolist(), best, strict=True))
+                now = time.perf_counter()
+                if now - reported >= EVENT_SECONDS:
+                    reported = now
+                    share = len(found) * processes.count  # about, as the others are not asked
+                    on_event(EvalStep(share, loader.images, share / (now - start)))
+        found = {i: each for part in processes.gathered(found) for i, each in part.items()}
+        broken = [name for part in processes.gathered(broken) for name in part]
+        require_some(len(found), broken)
+        classes = class_map(model, self.objects, outputs)
+        self.precision = precision = average_precision(found, self.objects, classes)
+        return EvalResult(
+            precision.ap, precision.ap50, float(finite), len(found), outputs, len(broken),
+            broken[0] if broken else None, time.perf_counter() - start,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrecisionChange:
+    """A detector's score before and after a training.
+
+    Attributes:
+        before: AP; NaN if there is nothing to find.
+        before50: AP50.
+        after: likewise.
+        after50: likewise.
+    """
+
+    before: float
+    before50: float
+    after: float
+    after50: float
+
+
+def as_precision(result: TrainResult) -> tuple[PrecisionChange, TrainResult]:
+    """Takes the figures of a detector out of the places meant for accuracies."""
+    names = {"top1": "ap", "top5": "ap50"}
+    history = [{names.get(k, k): value for k, value in epoch.items()} for epoch in result.history]
+    nan = math.nan
+    bare = replace(
+        result, top1_before=nan, top5_before=nan, top1=nan, top5=nan, history=history
+    )  # fmt: skip
+    figures = result.top1_before, result.top5_before, result.top1, result.top5
+    return PrecisionChange(*(f if f >= 0 else nan for f in figures)), bare
