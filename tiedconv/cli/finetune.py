@@ -46,6 +46,10 @@ def finetune(
     ] = "64",
     lr: Annotated[float, _schedule("The highest learning rate.")] = 5e-4,
     warmup: Annotated[float, _schedule("Share of the steps, before a cosine.")] = 0.05,
+    only: Annotated[
+        list[str] | None,
+        _schedule("Train only parameters of these names, such as '*decoder*'. Repeatable."),
+    ] = None,
     layer_decay: Annotated[
         float, _schedule("Factor of the rate for each block further from the output; 1 for none.")
     ] = 1.0,
@@ -143,7 +147,7 @@ def finetune(
         raise UserError(f"{' and '.join(given)} were both given", remedy="Give one of them")
     config = TrainConfig(
         epochs=epochs if given else 1, steps=steps, time_budget=_seconds(time_budget),
-        batch_size=_batch_size(batch_size), lr=lr, optimizer=optimizer,
+        batch_size=_batch_size(batch_size), lr=lr, only=tuple(only or ()), optimizer=optimizer,
         weight_decay=weight_decay, layer_decay=layer_decay, warmup=warmup,
         distillation=distillation, temperature=temperature, distill_weight=distill,
         features=features, label_smoothing=label_smoothing, clip=clip, ema=ema, augment=augment,

@@ -27,6 +27,8 @@ class TrainConfig:
         steps: exactly so many optimiser steps instead, however many epochs that takes.
         batch_size: images in a step, over all processes; 0 to find a size that fits and is fast.
         lr: the highest learning rate.
+        only: patterns, such as `*decoder*` and `tied/*`, of the names of the parameters that are
+            trained; empty for all.
         optimizer: "adamw" or "sgd" (Nesterov momentum 0.9).
         weight_decay: for weights with two or more dimensions, but not for embeddings of
             positions and tokens, nor for scales.
@@ -75,6 +77,7 @@ class TrainConfig:
     steps: int | None = None
     batch_size: int = 64
     lr: float = 5e-4
+    only: tuple[str, ...] = ()
     optimizer: str = "adamw"
     weight_decay: float = 0.05
     layer_decay: float = 1.0

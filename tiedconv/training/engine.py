@@ -47,7 +47,7 @@ from tiedconv.training.events import (
 from tiedconv.training.fading import Fading, check_fading, share_left
 from tiedconv.training.interrupts import Interrupted, Interrupts
 from tiedconv.training.losses import LossMeter, diverged
-from tiedconv.training.optim import learning_rate
+from tiedconv.training.optim import learning_rate, trained_only
 from tiedconv.training.pace import measure_pace
 from tiedconv.training.processes import SpareImage, joined
 from tiedconv.training.results import Progress, TrainResult
@@ -104,7 +104,11 @@ def train(
     config = config or TrainConfig()
     check_fading(config, fading)
     folder = StateFolder(Path(checkpoint_dir), config.keep) if checkpoint_dir is not None else None
-    with joined(device) as (processes, place), seeds_apart(place):
+    with (
+        joined(device) as (processes, place),
+        seeds_apart(place),
+        trained_only(model, config.only),
+    ):
         known = folder.batch_size() if resume and folder is not None else None
         config = with_batch_size(
             model, train_data, val_data, config, teacher=teacher, device=place, known=known

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tiedconv.training.batching import with_batch_size
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
+from tiedconv.training.optim import trained_only
 from tiedconv.training.pace import Pace, measure_pace
 from tiedconv.training.processes import joined
 from tiedconv.training.setup import Setup
@@ -64,7 +65,11 @@ def forecast(
     Arguments and errors are those of `train`.
     """
     config = config or TrainConfig()
-    with joined(device) as (processes, place), seeds_apart(place):
+    with (
+        joined(device) as (processes, place),
+        seeds_apart(place),
+        trained_only(model, config.only),
+    ):
         config = with_batch_size(model, train_data, val_data, config, teacher=teacher, device=place)
         setup = Setup(model, train_data, val_data, config, teacher, place, processes)
         with setup.opened():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -33,6 +36,38 @@ tokens, over timm, torchvision and HF, and the coefficients that mix stored tens
 
 SCALE = "lr_scale"
 """Under this name an optimiser's group holds what its learning rate is multiplied by."""
+
+
+@contextmanager
+def trained_only(model: nn.Module, patterns: Sequence[str]) -> Iterator[None]:
+    """A context in which only parameters of these names are trainable.
+
+    Args:
+        model: its parameters; those that were not trainable stay so.
+        patterns: as a shell has them, such as `*decoder*`; empty for all.
+
+    Raises:
+        UserError: a pattern that is no parameter's.
+    """
+    frozen: list[nn.Parameter] = []
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise UserError(
+                f"No parameter is called {pattern!r}; one is {next(iter(named))!r}",
+                "Nothing would be trained for it",
+                "Correct the pattern; stored tensors of converted weights begin with tied/",
+            )
+    try:
+        for name, parameter in named.items():
+            wanted = not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+            if parameter.requires_grad and not wanted:
+                parameter.requires_grad_(False)
+                frozen.append(parameter)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def parameter_groups(
