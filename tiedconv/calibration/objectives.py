@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tiedconv.calibration.lenses import Lens
 from tiedconv.calibration.probing import Call
 from tiedconv.calibration.streams import Stream, chunks, run_tapped, take
+from tiedconv.detection import answer_distance
 from tiedconv.training.device import Placement
-from tiedconv.training.losses import distillation_loss, logits_of
 
 Outputs = Callable[[list[Tensor]], list[Tensor]]
 """From the per-image tensors of a batch to the outputs of a span's units."""
@@ -112,7 +112,7 @@ class SpanObjective:
 
 @dataclass
 class JointObjective:
-    """KL(teacher || student) of the outputs, plus the mean error of all units in the loss.
+    """The distance of the answers, plus the mean error of all units in the loss.
 
     Args:
         model: the student.
@@ -145,16 +145,16 @@ class JointObjective:
         with torch.no_grad():
             targets, wanted = self._tapped(self.teacher, self.teacher_units if taps else (), index)
         outputs, given = self._tapped(self.model, self.units if taps else (), index)
-        loss = distillation_loss(logits_of(given), logits_of(wanted), 1.0)
+        loss = answer_distance(given, wanted, self.model)
         if taps:
             loss = loss + torch.stack(relative_errors(outputs, targets, self.energies)).mean()
         return loss
 
     def error(self, index: Tensor) -> float:
-        """The KL of these images alone."""
+        """The distance of these images' answers alone."""
         _, wanted = self._tapped(self.teacher, (), index)
         _, given = self._tapped(self.model, (), index)
-        return float(distillation_loss(logits_of(given), logits_of(wanted), 1.0))
+        return float(answer_distance(given, wanted, self.model))
 
     def run(self, index: Tensor) -> None:
         """Runs the student."""

@@ -7,6 +7,7 @@ transformers do. Called with `labels` as well it returns a `loss`.
 
 from __future__ import annotations
 
+from tiedconv.detection.answers import answer_distance, answer_loss
 from tiedconv.detection.choosing import TASKS, detects, for_detector
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.lists import DetectionList
@@ -21,6 +22,8 @@ __all__ = [
     "Detections",
     "Precision",
     "PrecisionChange",
+    "answer_distance",
+    "answer_loss",
     "as_precision",
     "average_precision",
     "class_map",

@@ -1,0 +1,92 @@
+"""How far one detector's answer is from another's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiedconv.detection.outputs import (
+    corners,
+    generalised_iou,
+    label_count,
+    parts_of,
+    probabilities,
+)
+from tiedconv.errors import MissingExtra, UserError
+from tiedconv.training.losses import distillation_loss, logits_of
+
+L1, GIOU = 5.0, 2.0
+"""Weights of the parts of the distance between boxes, as in DETR (arXiv 2005.12872)."""
+
+
+def answer_loss(output: Any, answer: Any, model: nn.Module) -> Tensor:
+    """How far a detector's answer is from a teacher's.
+
+    Each query of the teacher is matched with one of the student by the Hungarian method, as
+    queries that are chosen from the image may come in another order. Classes by the divergence
+    KL(teacher || student), boxes by L1 and GIoU, weighted by the teacher's confidence; all
+    divided by the sum of that, about the number of objects that the teacher sees. It is 0 for the
+    teacher's own answer.
+
+    Args:
+        output: of the student.
+        answer: of the teacher.
+        model: the student.
+
+    Raises:
+        UserError: other queries or classes.
+        MissingExtra: SciPy is not installed.
+    """
+    (logits, boxes), (taught, aims) = parts_of(output), parts_of(answer)
+    if logits.shape != taught.shape:
+        raise UserError(
+            f"The teacher gives logits {tuple(taught.shape)} and the model {tuple(logits.shape)}",
+            "The one can't teach the other",
+            "Choose a teacher with the same queries and classes, such as --teacher auto",
+        )
+    labels = label_count(model, logits.shape[-1])
+    wanted = probabilities(taught, labels)
+    places = _matched(probabilities(logits, labels), boxes, wanted, aims)
+    logits = logits.gather(1, places[..., None].expand_as(logits))
+    boxes = boxes.gather(1, places[..., None].expand_as(boxes))
+    weight = wanted.max(dim=-1).values
+    if logits.shape[-1] == labels + 1:
+        known = taught.log_softmax(-1)
+        classes = F.kl_div(logits.log_softmax(-1), known, reduction="sum", log_target=True)
+    else:
+        crossed = F.binary_cross_entropy_with_logits
+        classes = crossed(logits, wanted, reduction="sum") - crossed(
+            taught, wanted, reduction="sum"
+        )
+    apart = L1 * (boxes - aims).abs().sum(-1)
+    apart = apart + GIOU * (1 - generalised_iou(corners(boxes), corners(aims)))
+    total: Tensor = (classes + (weight * apart).sum()) / weight.sum().clamp(min=1.0)
+    return total
+
+
+@torch.no_grad()
+def _matched(found: Tensor, boxes: Tensor, wanted: Tensor, aims: Tensor) -> Tensor:
+    """For each query of the teacher, the student's that stands for it, (B, Q)."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise MissingExtra.of("scipy", "detection", "Teaching a detector") from error
+    costs = L1 * torch.cdist(aims, boxes, p=1) + torch.cdist(wanted, found)
+    rows = [linear_sum_assignment(cost)[1] for cost in costs.double().cpu().numpy()]
+    return torch.stack([torch.from_numpy(row) for row in rows]).to(boxes.device)
+
+
+def answer_distance(output: Any, answer: Any, model: nn.Module) -> Tensor:
+    """What a student is to lose for its answer: a detector's `answer_loss`, else the divergence.
+
+    Args:
+        output: of the student.
+        answer: of the teacher.
+        model: the student.
+    """
+    if hasattr(output, "pred_boxes"):
+        return answer_loss(output, answer, model)
+    return distillation_loss(logits_of(output), logits_of(answer), 1.0)
