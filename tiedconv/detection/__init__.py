@@ -11,7 +11,8 @@ from tiedconv.detection.answers import answer_distance, answer_loss
 from tiedconv.detection.choosing import TASKS, detects, for_detector
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.lists import DetectionList
-from tiedconv.detection.outputs import Detections, detections_of, is_detector
+from tiedconv.detection.objective import DetectionObjective
+from tiedconv.detection.outputs import Detections, detections_of, generalised_iou, is_detector
 from tiedconv.detection.scoring import Precision, average_precision
 from tiedconv.detection.task import Detection, PrecisionChange, as_precision
 
@@ -19,6 +20,7 @@ __all__ = [
     "TASKS",
     "Detection",
     "DetectionList",
+    "DetectionObjective",
     "Detections",
     "Precision",
     "PrecisionChange",
@@ -30,5 +32,6 @@ __all__ = [
     "detections_of",
     "detects",
     "for_detector",
+    "generalised_iou",
     "is_detector",
 ]

@@ -1,0 +1,432 @@
+"""Detectors: data in COCO's form, scores, losses, and the commands that use them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_helpers import World, figures, files_of, plain, refused, run
+from detection_helpers import NAMES, QUERIES, TinyDetector, tiny_detector, write_coco
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tiedconv
+from tiedconv.data import Objects, open_images, open_split, open_unlabelled
+from tiedconv.detection import (
+    Detection,
+    DetectionList,
+    DetectionObjective,
+    Detections,
+    answer_distance,
+    answer_loss,
+    average_precision,
+    class_map,
+    detections_of,
+    for_detector,
+    generalised_iou,
+    is_detector,
+)
+from tiedconv.errors import DataError, MissingExtra, UserError
+from tiedconv.sources import Preprocess
+from tiedconv.training import TrainConfig
+from tiedconv.training.device import Placement
+
+SPEC = "detection_helpers:tiny_detector"
+HERE = str(Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Weights of the detector, and its decoder converted."""
+    root = tmp_path_factory.mktemp("detector")
+    weights, compact = root / "weights.safetensors", root / "lors.safetensors"
+    save_file(tiny_detector().state_dict(), weights)
+    run(
+        "convert", SPEC, "--weights", weights, "--scheme", "lors", "--option", "rank=2",
+        "--include", "decoder.*", "-o", compact,
+    )  # fmt: skip
+    return weights, compact
+
+
+# Data
+
+
+def test_photos_and_boxes_of_a_folder(coco: Path) -> None:
+    split = open_split(coco)
+    assert (len(split.train), len(split.val), split.labelled) == (6, 4, False)
+    objects = split.val.objects
+    assert objects is not None
+    assert objects.names == NAMES
+    assert [objects.of(i) for i in range(4)] == [slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 6)]
+    assert Path(split.val.name(2)) == coco / "images" / "val2017" / "2.png"
+    assert len(open_images(coco)) == 4
+    assert len(open_unlabelled(coco, count=5)) == 5
+
+
+@pytest.mark.parametrize("layout", ["annotations", "beside", "plain"])
+def test_other_places_of_the_same_files(layout: str, coco: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for part in ("train", "val"):
+        photos, file = coco / "images" / f"{part}2017", coco / f"instances_{part}2017.json"
+        if layout == "beside":
+            shutil.copytree(photos, root / part)
+            shutil.copy(file, root / part / "_annotations.coco.json")
+        else:
+            shutil.copytree(photos, root / f"{part}2017")
+            (root / "annotations").mkdir(exist_ok=True)
+            shutil.copy(file, root / ("annotations" if layout == "annotations" else "."))
+    split = open_split(root)
+    assert (len(split.train), len(split.val)) == (6, 4)
+    assert Path(split.train.name(0)).is_file()
+
+
+def test_some_images_keep_their_own_boxes(coco: Path) -> None:
+    images = open_split(coco).train.take(np.array([3, 1]))
+    data = DetectionList(images, Preprocess(32))
+    assert [data.label(i) for i in range(2)] == [3, 1]
+    assert data[0][1] == 3  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ["not in COCO's form", "images"]),
+        ('{"images": [], "annotations": [], "categories": []}', ["lists no images"]),
+        ('{"images": [{"id": 1}]}', ["not in COCO's form", "categories"]),
+        (
+            '{"images": [{"id": 1, "file_name": "x.png", "width": 2, "height": 2}], '
+            '"annotations": [{"image_id": 1, "category_id": 9, "bbox": [0, 0, 1, 1]}], '
+            '"categories": [{"id": 1, "name": "a"}]}',
+            ["not in COCO's form"],
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "x.png", "width": 2, "height": 2}], '
+            '"annotations": [], "categories": [{"id": 1, "name": "a"}]}',
+            ["x.png", "can't be found"],
+        ),
+    ],
+)
+def test_a_folder_that_is_not_quite_coco(content: str, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "instances_val2017.json").write_text(content)
+    with pytest.raises(DataError) as error:
+        open_images(tmp_path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_images_that_would_be_cropped_are_refused(coco: Path) -> None:
+    with pytest.raises(UserError, match="cropped"):
+        DetectionList(open_images(coco), Preprocess(32, resize=40))
+
+
+# Classes
+
+
+def model_with(**config: object) -> Any:
+    return SimpleNamespace(config=SimpleNamespace(**config))
+
+
+def objects_of(names: tuple[str, ...], numbers: tuple[int, ...]) -> Objects:
+    none = np.zeros(0, np.int64)
+    return Objects(
+        np.zeros(2, np.int64), np.zeros((0, 4)), none, np.zeros(0), none, np.array([[4, 4]]),
+        names, numbers,
+    )  # fmt: skip
+
+
+def test_classes_are_found_by_name_by_count_and_by_number() -> None:
+    named = model_with(num_labels=3, id2label={0: "N/A", 1: "Traffic_light", 2: "cat"})
+    assert class_map(named, objects_of(("cat", "traffic light"), (5, 6)), 3) == (2, 1)
+    nameless = model_with(num_labels=91, id2label={i: f"LABEL_{i}" for i in range(91)})
+    assert class_map(nameless, objects_of(("a", "b"), (3, 90)), 92) == (3, 90)
+    assert class_map(model_with(num_labels=2), objects_of(("a", "b"), (3, 90)), 2) == (0, 1)
+    with pytest.raises(DataError, match="'dog'"):
+        class_map(named, objects_of(("cat", "dog"), (0, 1)), 3)
+
+
+# Scores
+
+
+def found(boxes: list[list[float]], labels: list[int], scores: list[float]) -> Detections:
+    return Detections(torch.tensor(scores), torch.tensor(labels), torch.tensor(boxes))
+
+
+@pytest.fixture
+def pair() -> Objects:
+    """Two images of 100 x 200 pixels with an object each, of two classes."""
+    return Objects(
+        starts=np.array([0, 1, 2]), boxes=np.array([[10.0, 20, 40, 80], [0, 0, 100, 100]]),
+        classes=np.array([0, 1]), areas=np.array([3200.0, 10000]), crowds=np.array([0, 0]),
+        sizes=np.array([[100, 200], [100, 200]]), names=("a", "b"), numbers=(1, 2),
+    )  # fmt: skip
+
+
+EXACT = {0: [0.3, 0.3, 0.4, 0.4], 1: [0.5, 0.25, 1.0, 0.5]}  # centre and size, as shares
+
+
+def test_exact_boxes_have_full_marks_and_none_have_none(pair: Objects) -> None:
+    right = {i: found([EXACT[i]], [i + 4], [0.9]) for i in EXACT}
+    assert average_precision(right, pair, (4, 5)).ap == pytest.approx(1)
+    assert average_precision(right, pair, (5, 4)).ap == 0  # classes taken for each other
+    none = {i: Detections(torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 4)) for i in EXACT}
+    assert average_precision(none, pair, (4, 5)).ap == 0
+
+
+def test_a_box_counts_at_the_overlaps_that_it_reaches(pair: Objects) -> None:
+    narrow = [0.3, 0.3, 0.4, 0.4 * 0.72]  # overlap 0.72: right at 0.50 to 0.70, five of ten
+    some = {0: found([narrow], [0], [0.9]), 1: found([EXACT[1]], [1], [0.9])}
+    score = average_precision(some, pair, (0, 1))
+    assert score.ap == pytest.approx((0.5 + 1) / 2)
+    assert (score.ap50, score.ap75) == (pytest.approx(1), pytest.approx(0.5))
+    assert score.small == -1
+
+
+def test_only_images_that_were_looked_at_count(pair: Objects) -> None:
+    score = average_precision({0: found([EXACT[0]], [0], [0.9])}, pair, (0, 1))
+    assert score.ap == pytest.approx(1)
+
+
+def test_without_pycocotools_it_is_named(pair: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pycocotools.coco", None)
+    with pytest.raises(MissingExtra, match=r"tiedconv\[detection\]"):
+        average_precision({0: found([EXACT[0]], [0], [0.9])}, pair, (0, 1))
+
+
+def test_sigmoids_give_several_classes_and_a_softmax_one() -> None:
+    logits = torch.tensor([[[2.0, 1.0], [-3.0, 0.0]]])
+    boxes = torch.rand(1, 2, 4)
+    many = detections_of(
+        SimpleNamespace(logits=logits, pred_boxes=boxes), model_with(num_labels=2), most=3
+    )[0]
+    assert many.labels.tolist() == [0, 1, 1]
+    assert torch.equal(many.boxes, boxes[0, [0, 0, 1]])
+    torch.testing.assert_close(many.scores, torch.tensor([2.0, 1.0, 0.0]).sigmoid())
+    one = detections_of({"logits": logits, "pred_boxes": boxes}, model_with(num_labels=1))[0]
+    assert one.labels.tolist() == [0, 0]
+    torch.testing.assert_close(one.scores[0], torch.tensor([2.0, 1.0]).softmax(0)[0])
+
+
+def test_a_classifier_is_no_detector() -> None:
+    with pytest.raises(UserError, match="no boxes"):
+        detections_of(torch.zeros(1, 3), model_with(num_labels=3))
+    assert is_detector(tiny_detector())
+    assert not is_detector(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "value"),
+    [
+        ([0, 0, 2, 2], [0, 0, 2, 2], 1.0),
+        ([0, 0, 2, 2], [1, 0, 3, 2], 2 / 6),
+        ([0, 0, 1, 1], [2, 0, 3, 1], -1 / 3),
+    ],
+)
+def test_generalised_overlap(a: list[float], b: list[float], value: float) -> None:
+    result = generalised_iou(torch.tensor(a).float(), torch.tensor(b).float())
+    assert float(result) == pytest.approx(value, abs=1e-6)
+
+
+# Losses
+
+
+def answer(seed: int, classes: int = 2, batch: int = 2) -> SimpleNamespace:
+    generator = torch.Generator().manual_seed(seed)
+    return SimpleNamespace(
+        logits=2 * torch.randn(batch, QUERIES, classes, generator=generator),
+        pred_boxes=torch.rand(batch, QUERIES, 4, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("labels", [2, 1])
+def test_a_teachers_own_answer_costs_nothing_in_any_order(labels: int) -> None:
+    model, taught = model_with(num_labels=labels), answer(1)
+    order = torch.randperm(QUERIES)
+    same = SimpleNamespace(logits=taught.logits[:, order], pred_boxes=taught.pred_boxes[:, order])
+    assert float(answer_loss(same, taught, model)) == pytest.approx(0, abs=1e-4)
+    assert float(answer_loss(answer(2), taught, model)) > 0.1
+    assert answer_distance(same, taught, model) == answer_loss(same, taught, model)
+
+
+def test_an_answer_of_other_queries_is_refused() -> None:
+    with pytest.raises(UserError, match="can't teach"):
+        answer_loss(answer(1, classes=3), answer(1), model_with(num_labels=2))
+
+
+def objective(
+    coco: Path, student: TinyDetector, teacher: TinyDetector | None, **options: Any
+) -> tuple[DetectionObjective, Tensor]:
+    data = DetectionList(open_split(coco).train, Preprocess(32))
+    config = TrainConfig(**options)
+    placement = Placement.choose(student, torch.device("cpu"), "off")
+    images = torch.stack([data[i][0] for i in range(4)])  # type: ignore[index]
+    return data.task.objective(config, student, student, teacher, placement), images
+
+
+def test_labels_reach_the_model_and_mirror_with_the_images(coco: Path) -> None:
+    student = tiny_detector()
+    where = torch.tensor([1, 3])
+    plain_, images = objective(coco, student, None, augment="none")
+    plain_(images[[1, 3]], where, 0)
+    straight = student.seen
+    assert [len(label["class_labels"]) for label in straight] == [2, 2]
+    assert all(0 <= float(b) <= 1 for label in straight for b in label["boxes"].flatten())
+    mirrored, _ = objective(coco, student, None, augment="flip")
+    seeds = {tuple(torch.rand(2, generator=torch.Generator().manual_seed(s)) < 0.5): s
+             for s in range(40)}  # fmt: skip
+    seed = next(s for flips, s in seeds.items() if [bool(f) for f in flips] == [True, False])
+    mirrored(images[[1, 3]], where, seed)
+    first, second = student.seen
+    torch.testing.assert_close(first["boxes"][:, 0], 1 - straight[0]["boxes"][:, 0])
+    assert torch.equal(first["boxes"][:, 1:], straight[0]["boxes"][:, 1:])
+    assert torch.equal(second["boxes"], straight[1]["boxes"])
+
+
+def test_a_teacher_alone_needs_no_labels_and_norms_stay(coco: Path) -> None:
+    student, teacher = tiny_detector().train(), tiny_detector().eval()
+    with torch.no_grad():
+        student.class_head.weight.mul_(0.5)
+    before = student.norm.running_mean.clone()  # type: ignore[union-attr]
+    alone, images = objective(coco, student, teacher, distill_weight=1.0, augment="none")
+    outcome = alone(images, torch.arange(4), 0)
+    assert not hasattr(student, "seen")
+    assert torch.equal(before, student.norm.running_mean)  # type: ignore[arg-type]
+    outcome.loss.backward()
+    assert student.class_head.weight.grad is not None
+    assert outcome.loss.item() > 0
+    both, _ = objective(coco, student, teacher, distill_weight=0.5, features=0.1, augment="none")
+    assert both(images, torch.arange(4), 0).loss.item() > 0
+    assert len(student.seen) == 4
+
+
+def test_a_model_without_a_loss_is_told(coco: Path) -> None:
+    student = tiny_detector()
+    loss, images = objective(coco, student, None, augment="none")
+    loss._forward = lambda images, labels: {"logits": torch.zeros(1, 1, 2),
+                                            "pred_boxes": torch.zeros(1, 1, 4)}  # fmt: skip
+    with pytest.raises(UserError, match="without a loss"):
+        loss(images, torch.arange(4), 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mixup": 0.8}, {"cutmix": 1.0}, {"erasing": 0.1}, {"augment": "randaugment"},
+     {"distillation": "hard"}],
+)  # fmt: skip
+def test_what_boxes_do_not_go_with(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="for classifiers"):
+        for_detector(TrainConfig(**options))
+
+
+# Commands
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(HERE)
+
+
+def test_evaluate_tells_average_precision(coco: Path, files: tuple[Path, Path]) -> None:
+    weights, compact = files
+    done = figures("evaluate", SPEC, "--weights", weights, "--data", coco, "--workers", 0)
+    assert 0 <= done["precision"]["ap"] <= 1
+    assert done["result"]["top1"] is None
+    shown = plain(run("evaluate", compact, "--data", coco, "--trust-code", "--workers", 0).stdout)
+    assert "AP50" in shown
+    assert "top-1" not in shown
+
+
+def test_finetune_heals_a_detector_and_the_file_says_so(
+    coco: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    weights, compact = files
+    output = tmp_path / "healed.safetensors"
+    command = [
+        "finetune", compact, "--data", coco, "--teacher", weights, "-o", output, "--trust-code",
+        "--workers", 0, "--batch-size", 3, "--epochs", 2, "--only", "*decoder*", "--lr", 1e-3,
+    ]  # fmt: skip
+    forecast = figures(*command, "--dry-run")
+    assert forecast["images"] == 6
+    shown = plain(run(*command).stderr)
+    assert "9 objects in 6 images: measuring average precision" in shown
+    assert "AP" in shown
+    entry = tiedconv.report(output).history[-1]
+    assert {"ap", "ap_before", "ap50", "ap50_before"} <= entry.keys()
+    assert entry["top1"] is None
+    assert entry["options"]["augment"] == "flip"
+    assert "AP" in plain(run("report", output).stdout)
+    log = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()] if (
+        output.with_suffix(".jsonl").is_file()
+    ) else []  # fmt: skip
+    assert all("top1" not in line for line in log)
+    old, new = (tiedconv.load(f, trust_code=True).state_dict() for f in (compact, output))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert all("decoder" in name for name in changed)
+
+
+def test_only_needs_a_name_that_there_is(
+    coco: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = run(
+        "finetune", files[1], "--data", coco, "--teacher", files[0], "-o", tmp_path / "o",
+        "--trust-code", "--workers", 0, "--only", "*encoder.7*", code=2,
+    )  # fmt: skip
+    assert "*encoder.7*" in result.stderr
+    assert "begin with tied/" in result.stderr
+    assert files_of(tmp_path) == set()
+
+
+def test_calibration_takes_the_boxes_into_account(
+    coco: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "calibrated.safetensors"
+    run(
+        "convert", SPEC, "--weights", files[0], "--scheme", "lors", "--option", "rank=2",
+        "--include", "decoder.*", "--calib", coco, "-n", 6, "-o", output,
+    )  # fmt: skip
+    original, images = tiny_detector().eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        wanted = original(images)
+        apart = [
+            float(answer_loss(tiedconv.load(f, trust_code=True)(images), wanted, original))
+            for f in (files[1], output)
+        ]
+    assert apart[1] < apart[0]
+
+
+def test_tasks_and_data_that_do_not_go_together(
+    coco: Path, files: tuple[Path, Path], world: World
+) -> None:
+    start = ("evaluate", files[1], "--trust-code", "--workers", 0)
+    refused(*start, "--data", coco, "--task", "detektion", words=["detektion", "classification"])
+    refused(*start, "--data", coco, "--task", "classification", words=["no class for a whole"])
+    refused(*start, "--data", world.data, "--task", "detection", words=["no boxes", "COCO"])
+    refused("evaluate", world.tied, "--data", coco, words=["cropped", "--resize 0"])
+    refused("evaluate", world.tied, "--data", coco, "--resize", 0, words=["no boxes are found"])
+
+
+def test_nothing_to_find_is_no_score() -> None:
+    from tiedconv.detection import as_precision
+    from tiedconv.training import TrainResult
+
+    result = TrainResult(-1.0, -1.0, 0.5, 0.75, 1.0, 1, 1, 1, 1.0, 0, 1, [])
+    change, bare = as_precision(result)
+    assert math.isnan(change.before)
+    assert (change.after, change.after50) == (0.5, 0.75)
+    assert math.isnan(bare.top1)
+
+
+def test_the_task_is_the_data_sets_own(coco: Path) -> None:
+    assert isinstance(DetectionList(open_images(coco), Preprocess(32)).task, Detection)
