@@ -295,10 +295,13 @@ def _plain(value: object) -> str:
 
 
 def _governed(rule: Rule, blocks: Sequence[Block], taken: set[str]) -> list[Block]:
+    public = {s.tensor for b in blocks if not b.private for s in b.slots.values()}
+    narrow = rule.naming_none_of(public)  # what is private has to be meant
     mine: list[Block] = []
     for block in blocks:
+        mean = narrow if block.private else rule
         names = {s.tensor for s in block.slots.values()}
-        part = block.keep({n for n in names if rule.takes(n) and n not in taken})
+        part = block.keep({n for n in names if mean.takes(n) and n not in taken})
         if part.slots:
             mine.append(part)
     return mine
