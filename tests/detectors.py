@@ -29,7 +29,7 @@ def _resnet(stages: list[str]) -> Any:
     from transformers import ResNetConfig
 
     return ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=stages
+        embedding_size=8, hidden_sizes=[32] * 4, depths=[1] * 4, out_features=stages
     )
 
 
