@@ -225,7 +225,12 @@ VARIANTS: list[tuple[str, dict[str, object]]] = [
 ALIGNED = [
     *((name, *variant) for variant in VARIANTS for name in all_micros()),
     # How an architecture differs from another shows with any options.
-    *((name, s, {}) for s in ("tied", "lors") for name in all_detectors() if name not in all_micros()),
+    *(
+        (name, s, {})
+        for s in ("tied", "lors")
+        for name in all_detectors()
+        if name not in all_micros()
+    ),
 ]
 
 

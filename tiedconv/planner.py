@@ -394,7 +394,8 @@ def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToCon
     families = "; ".join(f"{f.name}: {f.looks_for}" for f in all_families())
     schemes = all_schemes()
     wanted = "; ".join(f"{r.scheme}: {schemes[r.scheme].looks_for}" for r in recipe.rules)
-    saw = sorted({f"{family} {block.kind}" for family, block in found})
+    ask = " (if --include names it alone)"
+    saw = sorted({f"{f} {block.kind}{ask if block.private else ''}" for f, block in found})
     return NothingToConvert(
         f"Nothing in this model can be converted by this recipe ({wanted})",
         f"Families looked for ({families}); found: {', '.join(saw) or 'none of them'}",

@@ -73,9 +73,14 @@ class Rule:
         )
 
     def naming_none_of(self, names: Iterable[str]) -> Rule:
-        """The same rule with only those of its patterns that match none of these names."""
+        """The same rule with only those of its patterns that match none of these names.
+
+        A pattern of stars alone names nothing, so it is left out in any case.
+        """
         common = list(names)
-        narrow = (p for p in self.include if not any(fnmatchcase(n, p) for n in common))
+        narrow = (
+            p for p in self.include if p.strip("*") and not any(fnmatchcase(n, p) for n in common)
+        )
         return dataclasses.replace(self, include=tuple(narrow))
 
 

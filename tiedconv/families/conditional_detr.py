@@ -12,7 +12,9 @@ _LAYER = r"(?:.*\.)?layers\.(?P<n>\d+)"
 
 
 def _hf(at: str) -> tuple[Attention, Linear]:
-    names = {f"{at}.{role}": f"{at}.{role}_proj.weight" for role in ("q_pos", "k_pos", "q_pos_sine")}
+    names = {
+        f"{at}.{role}": f"{at}.{role}_proj.weight" for role in ("q_pos", "k_pos", "q_pos_sine")
+    }
     attention = Attention(
         _LAYER + rf"\.{at}", q="q_content_proj.weight", k="k_content_proj.weight",
         v="v_proj.weight", o="o_proj.weight",

@@ -7,14 +7,18 @@ as elsewhere. Conditional and deformable attention have families of their own.
 from tiedconv.families._patterns import Attention, FeedForward, Linear, pattern_family
 
 _LAYER = r"(?:.*\.)?(?:encoder|decoder|aifi\.\d+)\.layers\.(?P<n>\d+)"
-_ATTENTION = _LAYER + r"\.(?:self_attn|encoder_attn|cross_attn)"
-_QKV = {"q": "q_proj.weight", "k": "k_proj.weight", "v": "v_proj.weight"}
+
+
+def _attention(o: str) -> Attention:
+    at = _LAYER + r"\.(?:self_attn|encoder_attn|cross_attn)"
+    return Attention(at, q="q_proj.weight", k="k_proj.weight", v="v_proj.weight", o=o)
+
 
 FAMILY = pattern_family(
     "detr",
     "model.decoder.layers.0.encoder_attn.q_proj.weight",
-    Attention(_ATTENTION, **_QKV, o="o_proj.weight"),
-    Attention(_ATTENTION, **_QKV, o="out_proj.weight"),
+    _attention("o_proj.weight"),
+    _attention("out_proj.weight"),
     FeedForward(
         _LAYER + r"\.mlp", up="fc1.weight", down="fc2.weight", act="activation_fn",
         # DAB-DETR's norm comes after the sum, and its PReLU has one slope for all units.
