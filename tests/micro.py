@@ -1,6 +1,7 @@
 """Tiny models, one for each family and more, on which every law of the package is tried.
 
-`all_micros()` lists them by name. Their weights are random but seeded, and everything that a
+`all_micros()` lists them by name; `all_detectors()` has more, on which only what depends on their
+architecture is tried. Their weights are random but seeded, and everything that a
 fresh model has at zero or one (biases, norms, BatchNorm statistics) is drawn too: a move that
 forgets to take a bias or a running mean along would otherwise go unnoticed.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detectors import DETECTORS, SIDE
 from torch import Tensor, nn
 
 from tiedconv.sources.torchvision_compat import import_torchvision
@@ -59,14 +61,14 @@ class Micro:
 def _built(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = all_micros()[name].build()
+        model = every_micro()[name].build()
     return settle(model).eval()
 
 
 @functools.cache
 def original_logits(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """The untouched model's answer."""
-    micro = all_micros()[name]
+    micro = every_micro()[name]
     return micro.logits(micro.model(dtype))
 
 
@@ -116,6 +118,17 @@ def _hf_ids(model: nn.Module, x: Tensor) -> Tensor:
     logits = model(input_ids=x).logits
     assert isinstance(logits, Tensor)
     return logits
+
+
+def _boxes(model: nn.Module, x: Tensor) -> Tensor:
+    """Classes and boxes of a detector, side by side."""
+    answer = model(pixel_values=x)
+    return torch.cat([answer.logits, answer.pred_boxes], -1)
+
+
+def _thawed(build: Callable[[], nn.Module]) -> nn.Module:
+    """A detector whose backbone trains too: some of transformers' do not, as they come."""
+    return build().requires_grad_(True)
 
 
 def _torchvision_vit() -> nn.Module:
@@ -227,6 +240,63 @@ class EncoderDecoder(nn.Module):
         return self.head(self.transformer(x, query).mean(1))
 
 
+class ConditionalDecoder(nn.Module):
+    """Conditional DETR's decoder in its authors' names: content and position apart."""
+
+    class Layer(nn.Module):
+        """Self-attention and cross-attention of two heads, and a feed-forward."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name in (
+                "sa_qcontent", "sa_qpos", "sa_kcontent", "sa_kpos", "sa_v",
+                "ca_qcontent", "ca_qpos", "ca_kcontent", "ca_kpos", "ca_v", "ca_qpos_sine",
+            ):  # fmt: skip
+                setattr(self, f"{name}_proj", nn.Linear(32, 32))
+            self.self_attn = nn.ModuleDict({"out_proj": nn.Linear(32, 32)})
+            self.cross_attn = nn.ModuleDict({"out_proj": nn.Linear(32, 32)})
+            self.linear1, self.linear2 = nn.Linear(32, 64), nn.Linear(64, 32)
+            self.activation = nn.functional.relu
+
+        def forward(self, x: Tensor, pos: Tensor, memory: Tensor, place: Tensor) -> Tensor:
+            """All `(n, tokens, 32)`."""
+            q = self.sa_qcontent_proj(x) + self.sa_qpos_proj(pos)
+            k = self.sa_kcontent_proj(x) + self.sa_kpos_proj(pos)
+            x = x + self.self_attn["out_proj"](_attend(q, k, self.sa_v_proj(x)))
+            here = self.ca_kpos_proj(place)
+            q = self.ca_qcontent_proj(x) + self.ca_qpos_proj(pos)
+            q = _beside(q, self.ca_qpos_sine_proj(pos.sin()))
+            k = _beside(self.ca_kcontent_proj(memory) + here, here)
+            x = x + self.cross_attn["out_proj"](_attend(q, k, self.ca_v_proj(memory)))
+            return x + self.linear2(self.activation(self.linear1(x)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
+        self.query, self.place = (nn.Parameter(torch.randn(1, n, 32)) for n in (3, 5))
+        self.class_embed = nn.ModuleList(nn.Linear(32, 7) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, 5, 32)` to `(n, 7)`."""
+        query, place = (p.expand(len(x), -1, -1) for p in (self.query, self.place))
+        answer, y = x.new_zeros(len(x), 7), x[:, :3]
+        for layer, head in zip(self.layers, self.class_embed, strict=True):
+            y = layer(y, query, x, place)
+            answer = answer + head(y.mean(1))
+        return answer
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of two heads."""
+    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _beside(a: Tensor, b: Tensor) -> Tensor:
+    """Two parts of each of two heads."""
+    return torch.cat([t.unflatten(-1, (2, -1)) for t in (a, b)], -1).flatten(2)
+
+
 class ConvMixer(nn.Module):
     """A model that no family knows by name: numbered layers with inverted bottlenecks."""
 
@@ -321,8 +391,24 @@ def all_micros() -> dict[str, Micro]:
         Micro("hf-imagegpt", _hf_imagegpt, _ids, _hf_ids, "transformers"),
         Micro("torch-encoder", Encoder, _tokens, _plain),
         Micro("torch-transformer", EncoderDecoder, _tokens, _plain),
+        Micro("conditional-decoder", ConditionalDecoder, _tokens, _plain),
+        all_detectors()["hf-deformable-detr-refined"],
         Micro("aliased", Aliased, _tokens, _plain),
         Micro("convmixer", ConvMixer, _image(), _plain),
         Micro("perceptron", _perceptron, _image(4), _plain),
     )  # fmt: skip
     return {m.name: m for m in micros}
+
+
+@functools.cache
+def all_detectors() -> dict[str, Micro]:
+    """A tiny model of each query-based detector of transformers, by name."""
+    return {
+        name: Micro(name, functools.partial(_thawed, build), _image(SIDE), _boxes, "transformers")
+        for name, build in DETECTORS.items()
+    }
+
+
+def every_micro() -> dict[str, Micro]:
+    """All of them."""
+    return {**all_micros(), **all_detectors()}

@@ -57,13 +57,13 @@ def _hints(model: nn.Module) -> dict[str, float | str]:
     hints: dict[str, float | str] = {}
     for name, module in model.named_modules():
         hints[name] = kind = type(module).__name__
-        for attribute in ("num_heads", "num_attention_heads", "eps"):
+        for attribute in ("num_heads", "num_attention_heads", "head_dim", "eps"):
             value = getattr(module, attribute, None)
             if isinstance(value, int | float):
                 hints[f"{name}.{attribute}"] = value
         activation = module.__dict__.get("activation") or module.__dict__.get("intermediate_act_fn")
         if callable(activation):
             hints[f"{name}.activation"] = getattr(activation, "__name__", "")
-        if "rot" in kind.lower() and "emb" in kind.lower():
+        if "emb" in kind.lower() and ("rot" in kind.lower() or "rope" in kind.lower()):
             hints["rotary"] = 1.0
     return hints

@@ -128,6 +128,8 @@ class Block:
         relu: True if the hidden units pass a ReLU and nothing else, so that they may be scaled.
         free: True if hidden units and heads may be permuted (nothing else reads them).
         eps: of the BatchNorms.
+        private: True for small parts that decide much (the heads of a detector, where it samples):
+            a recipe has them only where a pattern of its own names them.
     """
 
     kind: str
@@ -140,6 +142,7 @@ class Block:
     relu: bool = False
     free: bool = True
     eps: float = 1e-5
+    private: bool = False
 
     def keep(self, tensors: Iterable[str]) -> Block:
         """The same block with only the slots that lie in `tensors`."""

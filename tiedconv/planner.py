@@ -295,10 +295,13 @@ def _plain(value: object) -> str:
 
 
 def _governed(rule: Rule, blocks: Sequence[Block], taken: set[str]) -> list[Block]:
+    public = {s.tensor for b in blocks if not b.private for s in b.slots.values()}
+    narrow = rule.naming_none_of(public)  # what is private has to be meant
     mine: list[Block] = []
     for block in blocks:
+        mean = narrow if block.private else rule
         names = {s.tensor for s in block.slots.values()}
-        part = block.keep({n for n in names if rule.takes(n) and n not in taken})
+        part = block.keep({n for n in names if mean.takes(n) and n not in taken})
         if part.slots:
             mine.append(part)
     return mine
@@ -391,7 +394,8 @@ def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToCon
     families = "; ".join(f"{f.name}: {f.looks_for}" for f in all_families())
     schemes = all_schemes()
     wanted = "; ".join(f"{r.scheme}: {schemes[r.scheme].looks_for}" for r in recipe.rules)
-    saw = sorted({f"{family} {block.kind}" for family, block in found})
+    ask = " (if --include names it alone)"
+    saw = sorted({f"{f} {block.kind}{ask if block.private else ''}" for f, block in found})
     return NothingToConvert(
         f"Nothing in this model can be converted by this recipe ({wanted})",
         f"Families looked for ({families}); found: {', '.join(saw) or 'none of them'}",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -70,6 +71,17 @@ class Rule:
         return any(fnmatchcase(name, p) for p in self.include) and not any(
             fnmatchcase(name, p) for p in self.exclude
         )
+
+    def naming_none_of(self, names: Iterable[str]) -> Rule:
+        """The same rule with only those of its patterns that match none of these names.
+
+        A pattern of stars alone names nothing, so it is left out in any case.
+        """
+        common = list(names)
+        narrow = (
+            p for p in self.include if p.strip("*") and not any(fnmatchcase(n, p) for n in common)
+        )
+        return dataclasses.replace(self, include=tuple(narrow))
 
 
 @dataclass(frozen=True)

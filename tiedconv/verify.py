@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,17 +104,23 @@ def _outputs(model: nn.Module, images: Tensor) -> Check:
     """The tied, the frozen and the dense form must give one answer."""
     with torch.no_grad():
         try:
-            tied = logits_of(model(images))
+            tied = _answers(model(images))
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return Check("outputs", f"not compared: the model takes no image ({reason})", None)
-        frozen = logits_of(freeze(copy.deepcopy(model))(images))
-        dense = logits_of(untie(copy.deepcopy(model))(images))
-    off = max(apart(tied, dense), apart(frozen, dense))
+        frozen = _answers(freeze(copy.deepcopy(model))(images))
+        dense = _answers(untie(copy.deepcopy(model))(images))
+    off = max(apart(form[part], dense[part]) for form in (tied, frozen) for part in dense)
     if not off <= TOLERANCE:
         raise VerifyError(
             f"Tied and dense outputs differ by {off:.2g} of the largest",
             "The file does not give what it promises",
             "Report this as a bug, with the file",
         )
-    return Check("outputs", f"tied, frozen and dense logits agree to {off:.1e}")
+    return Check("outputs", f"tied, frozen and dense {' and '.join(dense)} agree to {off:.1e}")
+
+
+def _answers(output: Any) -> dict[str, Tensor]:
+    """The logits, and a detector's boxes beside them."""
+    boxes = getattr(output, "pred_boxes", None)
+    return {"logits": logits_of(output)} | ({} if boxes is None else {"boxes": boxes.float()})

@@ -35,7 +35,8 @@ class Attention:
     """Names of an attention's tensors below the prefix `at`.
 
     Either `qkv` names one fused tensor (rows q, k, v; `transposed` if it is stored as
-    `(in, 3 * out)`), or `q`, `k`, `v` name three.
+    `(in, 3 * out)`), or `q`, `k`, `v` name three. `part` tells two attentions below one prefix
+    apart.
     """
 
     at: str
@@ -47,6 +48,7 @@ class Attention:
     transposed: bool = False
     harmless: tuple[str, ...] = ()
     norm: str = ""
+    part: str = ""
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
         """Every attention whose four matrices are there."""
@@ -66,13 +68,17 @@ class Attention:
                 named = {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
             if not add_whole(slots, vectors, prefix, named, shapes, self.transposed):
                 continue
-            heads = hints.get(f"{prefix}.num_heads") or hints.get(f"{prefix}.num_attention_heads")
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
-            free = "rotary" not in hints and not _strangers(prefix, known, self.harmless, shapes)
+            free = (
+                "rotary" not in hints
+                and _is_even(slots)
+                and not _strangers(prefix, known, self.harmless, shapes)
+            )
             vectors |= _pre_norm(prefix, self.norm, shapes, hints)
+            part = f".{self.part}" if self.part else ""
             yield Block(
-                "attention", prefix, stack, index, slots, vectors,
-                heads=int(heads) if isinstance(heads, int | float) else None, free=free,
+                "attention", prefix + part, stack + part, index, slots, vectors,
+                heads=_heads(prefix, slots["q"].rows, hints), free=free,
             )  # fmt: skip
 
 
@@ -81,7 +87,8 @@ class FeedForward:
     """Names of a feed-forward's two matrices below the prefix `at`.
 
     `act` is where a hint may name the activation. `alone` means that nothing else lies below the
-    prefix, so that a stranger there (a norm, a gate) shows that hidden units are not free.
+    prefix, so that a stranger there (a norm, a gate) shows that hidden units are not free, unless
+    it is `harmless`.
     """
 
     at: str
@@ -90,6 +97,7 @@ class FeedForward:
     act: str = "act"
     transposed: bool = False
     alone: bool = True
+    harmless: tuple[str, ...] = ()
     norm: str = ""
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
@@ -103,7 +111,7 @@ class FeedForward:
             if slots["up"].matrix_shape != slots["down"].matrix_shape[::-1]:
                 continue
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
-            free = not (self.alone and _strangers(prefix, known, (), shapes))
+            free = not (self.alone and _strangers(prefix, known, self.harmless, shapes))
             vectors |= _pre_norm(prefix, self.norm, shapes, hints)
             relu = str(hints.get(f"{prefix}.{self.act}", "")).lower() == "relu"
             name = prefix if self.alone else f"{prefix}.ffn"
@@ -155,8 +163,31 @@ class Bottleneck:
                     yield Block("linear", prefix, stack, index, around)
 
 
+@dataclass(frozen=True)
+class Linear:
+    """Matrices below the prefix `at` whose neighbours are unknown: role to tensor name.
+
+    Those that are there make one block. If they are `private`, a recipe must ask for them.
+    """
+
+    at: str
+    roles: Mapping[str, str]
+    private: bool = False
+
+    def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
+        """One block for each prefix that has any of the matrices."""
+        del hints
+        found: dict[tuple[str, str, int], dict[str, Slot]] = {}
+        for role, name in self.roles.items():
+            for place in prefixes(self.at, name, shapes):
+                add_whole(found.setdefault(place, {}), {}, place[0], {role: name}, shapes, False)
+        for place, slots in found.items():
+            if slots:
+                yield Block("linear", *place, slots, free=False, private=self.private)
+
+
 def pattern_family(
-    name: str, looks_for: str, *patterns: Attention | FeedForward | Bottleneck
+    name: str, looks_for: str, *patterns: Attention | FeedForward | Bottleneck | Linear
 ) -> Family:
     """A family that is the union of patterns."""
 
@@ -213,6 +244,21 @@ def _pre_norm(prefix: str, norm: str, shapes: Shapes, hints: Hints) -> dict[str,
     if any(name not in shapes for name in names.values()):
         return {}
     return {role: Span(name, 0, shapes[name][0]) for role, name in names.items()}
+
+
+def _heads(prefix: str, rows: int, hints: Hints) -> int | None:
+    """Number of heads, from whichever of its facts the attention's module tells."""
+    for name in ("num_heads", "num_attention_heads"):
+        if isinstance(heads := hints.get(f"{prefix}.{name}"), int | float) and heads:
+            return int(heads)
+    width = hints.get(f"{prefix}.head_dim")
+    whole = isinstance(width, int | float) and width and rows % width == 0
+    return rows // int(width) if whole else None  # type: ignore[arg-type]
+
+
+def _is_even(slots: Mapping[str, Slot]) -> bool:
+    """Whether every query has a head of keys and of values of its own."""
+    return slots["q"].rows == slots["k"].rows == slots["v"].rows == slots["o"].columns
 
 
 def _bias(weight: str) -> str:

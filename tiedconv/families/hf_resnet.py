@@ -10,6 +10,7 @@ FAMILY = pattern_family(
         convs=tuple(f"layer.{i}.convolution.weight" for i in range(3)),  # type: ignore[arg-type]
         norms=tuple(f"layer.{i}.normalization" for i in range(3)),  # type: ignore[arg-type]
         acts=("layer.0.activation", "layer.1.activation"),
-        shortcuts=("shortcut.convolution.weight",),
+        # RT-DETR's backbone (ResNet-D) has a pooling before some of them.
+        shortcuts=("shortcut.convolution.weight", "shortcut.1.convolution.weight"),
     ),
 )

@@ -44,9 +44,7 @@ def to_data(
                 f"{spec} can't have {key}={value!r} ({first_line(error)})",
                 remedy="Give a value of the right type",
             ) from error
-    named = getattr(config, "architectures", None) or [
-        _image_classifier(transformers, spec, config)
-    ]
+    named = getattr(config, "architectures", None) or [_usual_class(transformers, spec, config)]
     stored: dict[str, JSON] = json.loads(config.to_json_string(use_diff=False))
     kept = {key: value for key, value in stored.items() if key not in _NOT_KEPT}
     return {**kept, "architecture": str(named[0])}
@@ -87,10 +85,13 @@ def architecture(transformers: Any, spec: str, name: object) -> Any:
     return found
 
 
-def _image_classifier(transformers: Any, spec: str, config: Any) -> str:
-    """The name of the class that AutoModelForImageClassification would choose."""
-    found = transformers.AutoModelForImageClassification._model_mapping.get(type(config), None)
-    if found is None:
+def _usual_class(transformers: Any, spec: str, config: Any) -> str:
+    """The name of the class that classifies images, or else finds objects, by transformers."""
+    for auto in ("AutoModelForImageClassification", "AutoModelForObjectDetection"):
+        found = getattr(transformers, auto)._model_mapping.get(type(config), None)
+        if found is not None:
+            break
+    else:
         raise SourceError(
             f"The configuration of {spec} names no architecture",
             "The class of its model is not known",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -145,7 +145,9 @@ class HfModel:
         where = str(self._directory) if self._local else self._name
         try:
             try:
-                return read(where, True)
+                # A directory's configuration may name a backbone that lies elsewhere.
+                with hub_offline() if self._local else nullcontext():
+                    return read(where, True)
             except OSError as error:
                 if self._local or not self._network:
                     raise

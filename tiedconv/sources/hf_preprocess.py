@@ -12,6 +12,7 @@ from .arguments import JSON, image_size
 from .source import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 _BICUBIC = 3  # Pillow's number for it, which the files hold
+_DETECTORS_SIZE = 640  # that of RT-DETR and those after it
 
 
 def from_image_processor(spec: str, path: Path, kwargs: Mapping[str, JSON]) -> Preprocess:
@@ -53,7 +54,10 @@ def from_model_config(config: Mapping[str, JSON]) -> Preprocess | None:
         None for a model that takes no images, as far as its configuration tells.
     """
     size = image_size(config)
-    if size is None and str(config.get("architecture")).endswith("ForImageClassification"):
+    architecture = str(config.get("architecture"))
+    if size is None and architecture.endswith("ForObjectDetection"):
+        return Preprocess(size=_DETECTORS_SIZE)  # the whole image: nothing is cropped away
+    if size is None and architecture.endswith("ForImageClassification"):
         size = 224
     return None if size is None else Preprocess(size=224, resize=256).scaled_to(size)
 
@@ -69,6 +73,9 @@ def _sizes(data: Mapping[str, Any]) -> tuple[int, int | None]:
     if data.get("crop_pct") and side < 384:
         # ConvNeXt states the final size, and resizes straight to it from 384 pixels on.
         return side, int(side / data["crop_pct"])
+    if isinstance(size, dict) and size.get("longest_edge"):
+        # A detector's images have many shapes. In a square of that side no object is cropped away.
+        return side, None
     if shorter is not None and not data.get("crop_pct"):
         return side, side
     return side, None
