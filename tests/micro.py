@@ -16,9 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedconv.schemes import all_schemes
 from tiedconv.sources.torchvision_compat import import_torchvision
 
 import_torchvision()
+
+
+# Schemes for one kind of layer only: the tiny model that has such layers, and what they have to be
+# told of it. No other model holds anything for them.
+MEANT_FOR: dict[str, tuple[str, dict[str, Any]]] = {
+    "lors-adaptive": ("generators", {"shape": [8, 8], "include": ["*channel*"]}),
+}
+
+
+def schemes() -> list[str]:
+    """The schemes that find something in most models, with no option needed."""
+    return [name for name in all_schemes() if name not in MEANT_FOR]
 
 
 @dataclass(frozen=True)
@@ -286,16 +299,19 @@ class AdaptiveMixing(nn.Module):
         self.spatial_generator = nn.Linear(32, 2 * 6 * 4)
         self.out = nn.Linear(2 * 6 * 8, 32)
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.norm1, self.norm2 = nn.LayerNorm(32), nn.LayerNorm(32)
 
     def forward(self, q: Tensor) -> Tensor:
         """`(n, tokens, 32)` to the same."""
+        act = torch.nn.functional.gelu
         lead = q.shape[:2]
         x = self.points(q).reshape(*lead, 2, 4, 8)
         channels = self.channel_generator(q).reshape(*lead, 2, 8, 8)
         spatial = self.spatial_generator(q).reshape(*lead, 2, 6, 4)
-        x = torch.nn.functional.gelu(x @ channels)
-        q = q + self.out(torch.nn.functional.gelu(spatial @ x).flatten(2))
-        return q + self.down(torch.nn.functional.gelu(self.up(q)))
+        x = act(torch.nn.functional.layer_norm(x @ channels, (8,)))
+        x = act(torch.nn.functional.layer_norm(spatial @ x, (8,)))
+        q = self.norm1(q + self.out(x.flatten(2)))
+        return self.norm2(q + self.down(act(self.up(q))))
 
 
 class Generators(nn.Module):
