@@ -148,7 +148,7 @@ def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     ("scheme", "options", "reason"),
     [
         ("teid", {}, "Did you mean tied"),
-        ("LORS", {}, "Known: auto, basis, lors, lowrank, shared, tied"),
+        ("LORS", {}, "Known: auto, basis, lors, lors-adaptive, lowrank"),
         ("", {}, "Known"),
         ("tied", {"ranks": 3}, "no option 'ranks'"),
         ("shared", {"rank": 3}, "no option 'rank'"),
