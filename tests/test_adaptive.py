@@ -242,7 +242,7 @@ def test_the_papers_sizes() -> None:
         assert stored == math.prod(shapes[0]) + 12 * a_term
         taken = [multiplications(expr) or 0 for expr in layout.weights]
         for count, k in zip(taken, options["k"], strict=True):
-            core, groups = 256 * (256 + bias), 2 * 16 * inputs * (16 + out)
+            core, groups = 256 * (256 + bias), 2 * 16 * out * (16 + inputs)
             assert count == math.prod(shapes[0]) + k * (core + groups)
         assert taken[0] < 1.09 * math.prod(shapes[0])
 

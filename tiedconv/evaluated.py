@@ -140,4 +140,5 @@ def _apply(self: nn.Module, x: Tensor) -> Tensor:
     if offset is not None and share:
         y = torch.add(y, F.linear(x, offset), alpha=share)
     bias: Any = self.bias
-    return y if bias is None else y + bias.to(y.dtype)
+    # In place, as y is large, and nobody else's: no product keeps its result for the gradient.
+    return y if bias is None else y.add_(bias)

@@ -61,9 +61,14 @@ class Features:
 
     def generated(self, x: Tensor, parts: Generated) -> Tensor:
         """`sum_k B_k^g X_k A_k^g`, where x is `(..., terms * r * s)`."""
-        terms, r, s = parts.inner
-        # Rows of features stand where the weight itself has the width of its query.
-        rows = math.prod(x.shape[:-1])
-        made = x.reshape(1, rows, terms, r, s) @ self.evaluate(parts.right)
-        made = self.evaluate(parts.left) @ made.flatten(2, 3)
-        return made.transpose(0, 1).reshape(*x.shape[:-1], parts.outputs)
+        (terms, r, s), n = parts.inner, math.prod(x.shape[:-1])
+        groups, _, out, _ = parts.left.shape
+        # Large products of few matrices rather than one small product for each row: B from the
+        # left for all rows of a term, then A from the right for all terms of a group.
+        rows = x.reshape(n, terms, r, s).permute(1, 0, 3, 2).reshape(terms, n * s, r)
+        left = self.evaluate(parts.left).reshape(groups * out, terms, r).permute(1, 2, 0)
+        inner = torch.bmm(rows, left).reshape(terms, n, s, groups, out)
+        inner = inner.permute(3, 1, 4, 0, 2).reshape(groups, n * out, terms * s)
+        made = torch.bmm(inner, self.evaluate(parts.right).reshape(groups, terms * s, -1))
+        made = made.reshape(groups, n, out, parts.right.shape[-1]).transpose(0, 1)
+        return made.reshape(*x.shape[:-1], parts.outputs)

@@ -52,7 +52,7 @@ class Generated:
         """Of both products, for each row of features, that with E not counted."""
         terms, r, s = self.inner
         groups, _, out, _ = self.left.shape
-        return groups * terms * r * (s + out) * self.right.shape[4]
+        return groups * terms * s * out * (r + self.right.shape[4])
 
 
 def generate(e: Expr, b: Expr, a: Expr, groups: int, terms: int) -> Expr:

@@ -112,7 +112,7 @@ class OnnxLinear:
         )
 
     def generated(self, x: ir.Value, parts: Generated) -> ir.Value:
-        """The products of a generated weight, as `tiedconv.features` takes them."""
+        """The products of a generated weight, A first: no stored factor need be transposed."""
         terms, r, s = parts.inner
         groups, inputs = parts.left.shape[0], parts.right.shape[-1]
         left, right = (emit(part, self.factors, self.tape) for part in (parts.left, parts.right))

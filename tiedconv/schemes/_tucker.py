@@ -21,7 +21,7 @@ from tiedconv.leastsquares import conjugate_gradients
 from tiedconv.linalg import energy
 
 STEPS = 100  # turns over base and terms, at most
-SWEEPS = 10  # over a new term, before it takes turns with the others
+SWEEPS = 3  # over a new term, before it takes turns with the others
 GAIN = 1e-3  # a turn that gains less of the error is the last
 EXACT = 2048  # unknowns of a system that is solved directly
 
@@ -139,7 +139,7 @@ def sweep(tensor: Tensor, term: Term) -> Term:
         rank = term.b.shape[2]
         a = _leading(torch.einsum("goic,gor->gric", tensor, term.b).transpose(1, 2), rank).mT
         b = _leading(torch.einsum("goic,gsi->gosc", tensor, a), rank)
-        return Term(b, torch.einsum("goic,gor,gsi->rsc", tensor, b, a), a)
+        return Term(b, _projected(tensor, b, a), a)
     b = _side(tensor, torch.einsum("rsc,gsi->gric", term.e, term.a), term.b)
     over = torch.einsum("gor,rsc->gsoc", b, term.e)
     term = Term(b, term.e, _side(tensor.transpose(1, 2), over, term.a.mT).mT)
@@ -168,7 +168,7 @@ def _stacked(tensor: Tensor, rank: int) -> Term:
     flat = tensor.reshape(1, groups * out, inputs, width)
     b = _leading(flat, rank)
     a = _leading(flat.transpose(1, 2), rank).mT
-    core = torch.einsum("goic,gor,gsi->rsc", flat, b, a)
+    core = _projected(flat, b, a)
     return Term(b.reshape(groups, out, -1), core, a.expand(groups, -1, -1))
 
 
@@ -203,30 +203,37 @@ def _side(tensor: Tensor, rest: Tensor, old: Tensor) -> Tensor:
     """
     made = []
     for m, x, now in zip(tensor.flatten(2), rest.flatten(2), old, strict=True):
-        made.append(now + _solved(x @ x.t(), x @ (m - now @ x).t()).t())
+        wide, right = x.double(), (x @ (m - now @ x).t()).double()
+        made.append(now + _solved(wide @ wide.t(), right).t().to(now.dtype))
     return torch.stack(made)
 
 
 def _core(tensor: Tensor, term: Term) -> Tensor:
     """The E that is best for the other two factors."""
-    (_, _, r), width = term.b.shape, tensor.shape[3]
+    r, wanted = term.b.shape[2], _projected(tensor, term.b, term.a).double()
+    left = (term.b.mT.double() @ term.b.double()).contiguous()
+    right = (term.a.double() @ term.a.mT.double()).contiguous()
 
     def gradient(e: Tensor) -> Tensor:
-        wrong = Term(term.b, e, term.a).value - tensor
-        return torch.einsum("goic,gor,gsi->rsc", wrong, term.b, term.a)
+        return torch.einsum("gpr,rsc,gsq->pqc", left, e, right) - wanted
 
+    e = term.e.double()
     if r * r > EXACT:
-        return conjugate_gradients(gradient, term.e, lambda x: x, 20)
-    system = torch.einsum("gpr,gqs->pqrs", term.b.mT @ term.b, term.a @ term.a.mT)
-    step = _solved(system.reshape(r * r, r * r), -gradient(term.e).reshape(r * r, width))
-    return term.e + step.reshape(r, r, width)
+        return conjugate_gradients(gradient, e, lambda x: x, 20).to(tensor.dtype)
+    system = torch.einsum("gpr,gqs->pqrs", left, right).reshape(r * r, r * r)
+    return (e + _solved(system, -gradient(e).flatten(0, 1)).reshape(e.shape)).to(tensor.dtype)
+
+
+def _projected(tensor: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """`sum_g B_g^T T_g A_g^T`, (r, s, width)."""
+    return torch.einsum("gric,gsi->rsc", torch.einsum("goic,gor->gric", tensor, b), a)
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor:
-    """The solution of a positive semidefinite system, held back where it says nothing."""
-    double = system.double()
-    double.diagonal().add_(1e-11 * float(double.diagonal().max().clamp(min=1e-200)))
-    return torch.cholesky_solve(right.double(), torch.linalg.cholesky(double)).to(right.dtype)
+    """The solution of a positive semidefinite system, float64, held back where it says nothing."""
+    least = 1e-11 * float(system.diagonal().max().clamp(min=1e-200))
+    factor = torch.linalg.cholesky(system + least * torch.eye(len(system), dtype=system.dtype))
+    return torch.cholesky_solve(right, factor)
 
 
 def _leading(tensor: Tensor, rank: int) -> Tensor:
