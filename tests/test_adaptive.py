@@ -244,7 +244,7 @@ def test_the_papers_sizes() -> None:
         for count, k in zip(taken, options["k"], strict=True):
             core, groups = 256 * (256 + bias), 2 * 16 * out * (16 + inputs)
             assert count == math.prod(shapes[0]) + k * (core + groups)
-        assert taken[0] < 1.09 * math.prod(shapes[0])
+        assert taken[0] < 1.1 * math.prod(shapes[0])
 
 
 def test_the_plan_of_many_terms_is_one_that_is_read_again() -> None:

@@ -53,7 +53,7 @@ class LorsAdaptive(Scheme):
             raise NothingToConvert(
                 "Scheme lors-adaptive was not told the shape of the matrices that are generated",
                 "It can't be read off a weight: rows are groups * out * in",
-                "Add --option shape=[out, in], and limit it with --include to the generators",
+                "Add --option shape=OUT,IN and limit it with --include to the generators",
             )
         for name, members in stacks(blocks, self.groups, fused=True):
             if len(members) > 1 and all(map(is_linear, members)):
