@@ -18,9 +18,22 @@ import torch
 from detectors import DETECTORS, SIDE
 from torch import Tensor, nn
 
+from tiedconv.schemes import all_schemes
 from tiedconv.sources.torchvision_compat import import_torchvision
 
 import_torchvision()
+
+
+# Schemes for one kind of layer only: the tiny model that has such layers, and what they have to be
+# told of it. No other model holds anything for them.
+MEANT_FOR: dict[str, tuple[str, dict[str, Any]]] = {
+    "lors-adaptive": ("generators", {"shape": [8, 8], "include": ["*channel*"]}),
+}
+
+
+def schemes() -> list[str]:
+    """The schemes that find something in most models, with no option needed."""
+    return [name for name in all_schemes() if name not in MEANT_FOR]
 
 
 @dataclass(frozen=True)
@@ -346,6 +359,46 @@ class Aliased(nn.Module):
         return self.decode(x).mean(1)
 
 
+class AdaptiveMixing(nn.Module):
+    """One layer of `Generators`: features are mixed by matrices that are made from a query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points = nn.Linear(32, 2 * 4 * 8)
+        self.channel_generator = nn.Linear(32, 2 * 8 * 8)
+        self.spatial_generator = nn.Linear(32, 2 * 6 * 4)
+        self.out = nn.Linear(2 * 6 * 8, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.norm1, self.norm2 = nn.LayerNorm(32), nn.LayerNorm(32)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """`(n, tokens, 32)` to the same."""
+        act = torch.nn.functional.gelu
+        lead = q.shape[:2]
+        x = self.points(q).reshape(*lead, 2, 4, 8)
+        channels = self.channel_generator(q).reshape(*lead, 2, 8, 8)
+        spatial = self.spatial_generator(q).reshape(*lead, 2, 6, 4)
+        x = act(torch.nn.functional.layer_norm(x @ channels, (8,)))
+        x = act(torch.nn.functional.layer_norm(spatial @ x, (8,)))
+        q = self.norm1(q + self.out(x.flatten(2)))
+        return self.norm2(q + self.down(act(self.up(q))))
+
+
+class Generators(nn.Module):
+    """Layers whose mixing weights are made from the query, as AdaMixer's decoder has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(AdaptiveMixing() for _ in range(3))
+        self.head = nn.Linear(32, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, tokens, 32)` to `(n, 7)`."""
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.mean(1))
+
+
 def _perceptron() -> nn.Module:
     layers: list[nn.Module] = [nn.Flatten(), nn.Linear(48, 24)]
     for _ in range(3):
@@ -396,6 +449,7 @@ def all_micros() -> dict[str, Micro]:
         Micro("aliased", Aliased, _tokens, _plain),
         Micro("convmixer", ConvMixer, _image(), _plain),
         Micro("perceptron", _perceptron, _image(4), _plain),
+        Micro("generators", Generators, _tokens, _plain),
     )  # fmt: skip
     return {m.name: m for m in micros}
 

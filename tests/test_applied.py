@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import tiedconv
 from tiedconv.applied import CantApplyError, apply, is_turned, matrix_of, multiplications
-from tiedconv.applying import _Features, apply_factors, make_weights, making
+from tiedconv.applying import apply_factors, make_weights, making
 from tiedconv.binding import freeze, state_of, tied_weights
 from tiedconv.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, transpose
+from tiedconv.features import Features
 
 SIZES = st.integers(1, 4)
 
@@ -81,7 +82,7 @@ def test_applying_is_multiplying_with_the_matrix(
     expr, tensors = made
     whole = expr.evaluate(tensors.__getitem__)
     x = torch.randn(3, whole.shape[0 if turned else 1], dtype=torch.float64)
-    features = _Features(lambda e: e.evaluate(tensors.__getitem__))
+    features = Features(lambda e: e.evaluate(tensors.__getitem__))
     found = apply(expr, x, features, turned)
     expected = x @ whole if turned else x @ whole.t()
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)

@@ -27,7 +27,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: dict[str, int] = {
     **dict.fromkeys(["errors", "memory", "version"], 0),
     **dict.fromkeys(["expr", "scaling"], 1),
-    **dict.fromkeys(["plan", "grouping", "applied"], 2),
+    **dict.fromkeys(["plan", "grouping", "generated", "applied", "features"], 2),
     **dict.fromkeys(["linalg", "metric", "leastsquares", "gauge", "schemes", "families"], 3),
     "limits": 3,
     **dict.fromkeys(
@@ -39,6 +39,7 @@ LAYERS: dict[str, int] = {
             "planner",
             "files",
             "binding",
+            "evaluated",
             "applying",
             "pictures",
             "checkpoint",

@@ -28,11 +28,11 @@ from cli_helpers import (
     tiny_images,
     tiny_model,
 )
+from micro import schemes
 from safetensors.torch import load_file
 
 import tiedconv
 from tiedconv.cli import common, render
-from tiedconv.schemes import all_schemes
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_every_group_on_a_line_of_its_own() -> None:
 # From a model to a compact file and back
 
 
-@pytest.mark.parametrize("scheme", sorted(all_schemes()))
+@pytest.mark.parametrize("scheme", sorted(schemes()))
 def test_convert_verify_export_and_load_into_the_original_class(
     scheme: str, world: World, tmp_path: Path
 ) -> None:

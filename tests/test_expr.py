@@ -43,7 +43,7 @@ def exprs(draw: st.DrawFn, shape: Shape | None = None, depth: int = 3) -> Expr:
     if depth:
         kinds += ["permute", "reshape", "add", "mul"]
         kinds += ["slice", "cat"] if shape else []
-        kinds += ["matmul"] * 2 if len(shape) == 2 else []
+        kinds += ["matmul"] * 2 if len(shape) >= 2 else []
     kind = draw(st.sampled_from(kinds))
 
     def below(of: Shape) -> Expr:
@@ -61,7 +61,9 @@ def exprs(draw: st.DrawFn, shape: Shape | None = None, depth: int = 3) -> Expr:
         return (Add if kind == "add" else Mul)(below(a), below(b))
     if kind == "matmul":
         inner = draw(st.integers(1, 4))
-        return MatMul(below((shape[0], inner)), below((inner, shape[1])))
+        batch, less = shape[:-2], draw(narrowed(shape[:-2]))
+        batch, less = (less, batch) if draw(st.booleans()) else (batch, less)
+        return MatMul(below((*batch, shape[-2], inner)), below((*less, inner, shape[-1])))
     if kind == "slice":
         d = draw(st.integers(0, len(shape) - 1))
         before, after = draw(st.integers(0, 2)), draw(st.integers(0, 2))

@@ -45,6 +45,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "basis, tied": ("torchvision-vit", "basis", {"tie": True}),
     "basis, joined": ("timm-vit", "basis", {"groups": "all", "join": True}),
     "shared": ("aliased", "shared", {}),
+    "lors-adaptive": (
+        "generators",
+        "lors-adaptive",
+        {"shape": [6, 4], "rank": 2, "k": [0, 1, 2], "include": ["*spatial*"]},
+    ),
     "halves": ("timm-vit", "lors", {}),
 }
 

@@ -21,13 +21,14 @@ from typing import Any
 
 import pytest
 import torch
-from micro import Micro, all_micros, original_logits, settle
+from micro import MEANT_FOR, Micro, all_micros, original_logits, schemes, settle
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tiedconv
 from tiedconv.anatomy import examine
+from tiedconv.applied import is_never_made
 from tiedconv.binding import dense_state_dict, is_tied, state_of
 from tiedconv.errors import NothingToConvert
 from tiedconv.families import all_families, find_blocks
@@ -37,11 +38,17 @@ from tiedconv.schemes import all_schemes
 from tiedconv.schemes._base import Ranked
 
 # Where a scheme truly finds nothing. A square stack has no pair of shapes (m, d) and (d, m).
-NOTHING = {("perceptron", "tied")}
+NOTHING = {
+    ("perceptron", "tied"),
+    *((m, s) for s, (of, _) in MEANT_FOR.items() for m in all_micros() if m != of),
+}
 PLAIN = [(m, s) for m, s in itertools.product(all_micros(), all_schemes()) if (m, s) not in NOTHING]
 
 # A scheme that chooses by size is given one: not all of these models can be halved.
-OPTIONS: dict[str, dict[str, Any]] = {"auto": {"params": "70%", "share": False}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "auto": {"params": "70%", "share": False},
+    **{scheme: options for scheme, (_, options) in MEANT_FOR.items()},
+}
 # Schemes whose options make another form of them, each on one model of each kind.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "basis of two": ("basis", {"groups": "adjacent:2"}),
@@ -56,7 +63,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, core and rank": ("tied", {"core": 0.4, "rank": 2}),
 }
 VARIED = ("timm-vit", "torchvision-resnet", "hf-imagegpt")
-PAIRS = [*PLAIN, *itertools.product(VARIED, VARIANTS)]
+# Likewise, of schemes for one kind of layer.
+MEANT_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lors-adaptive, terms": (
+        "lors-adaptive", {"shape": [6, 4], "rank": 2, "k": [0, 1, 2], "include": ["*spatial*"]}
+    ),
+    "lors-adaptive, budget": (
+        "lors-adaptive", {"shape": [8, 8], "params": "90%", "include": ["*channel*"]}
+    ),
+}  # fmt: skip
+PAIRS = [
+    *PLAIN,
+    *itertools.product(VARIED, VARIANTS),
+    *((MEANT_FOR[scheme][0], name) for name, (scheme, _) in MEANT_VARIANTS.items()),
+]
+VARIANTS |= MEANT_VARIANTS
 EXACT = 1e-4
 
 each_pair = pytest.mark.parametrize(("name", "scheme"), PAIRS)
@@ -381,7 +402,7 @@ def test_freezing_changes_no_output_and_training_or_loading_unfreezes(
     assert relative(micro.logits(tied), before) < 1e-6
     assert list(tied.state_dict()) == keys
     cached = dict(weights_of(tied))
-    computed = [n for n, e in plan.weights.items() if not e.is_view]
+    computed = [n for n, e in plan.weights.items() if not (e.is_view or is_never_made(e))]
     again = dict(weights_of(tied))
     assert all(cached[n] is again[n] for n in computed)
     other = copy.deepcopy(tied)
@@ -404,6 +425,12 @@ def test_freezing_changes_no_output_and_training_or_loading_unfreezes(
     assert_tied(other)
 
 
+def rounding(tied: nn.Module) -> float:
+    """How far a tied model may be from the one with its weights: made, they are the same bits."""
+    plan = state_of(tied).plan
+    return 1e-5 if any(map(is_never_made, plan.weights.values())) else 1e-6
+
+
 def classes(model: nn.Module) -> list[tuple[str, type[nn.Module]]]:
     return [(name, type(module)) for name, module in model.named_modules()]
 
@@ -415,6 +442,7 @@ def test_untying_gives_classes_names_and_outputs_back(name: str, scheme: str) ->
     assert [n for n, _ in classes(tied)] == [n for n, _ in classes(plain)]
     assert all(isinstance(m, c) for m, (_, c) in zip(tied.modules(), classes(plain), strict=True))
     before = micro.logits(tied)
+    off = rounding(tied)
     untied = tiedconv.untie(tied)
     assert untied is tied
     assert not is_tied(untied)
@@ -424,7 +452,7 @@ def test_untying_gives_classes_names_and_outputs_back(name: str, scheme: str) ->
         n for n, _ in sorted(plain.named_parameters())
     ]
     assert examine(untied).aliases.keys() == examine(plain).aliases.keys()
-    assert relative(micro.logits(untied), before) < 1e-6
+    assert relative(micro.logits(untied), before) < off
     # And what was untied can be tied again.
     assert_tied(convert(untied, scheme))
 
@@ -436,7 +464,7 @@ def test_the_dense_state_dict_fits_the_untouched_class(name: str, scheme: str) -
     plain = micro.model()
     assert set(dense) == set(plain.state_dict())
     plain.load_state_dict(dense, strict=True)
-    assert relative(micro.logits(plain), micro.logits(tied)) < 1e-6
+    assert relative(micro.logits(plain), micro.logits(tied)) < rounding(tied)
 
 
 def header_length(path: Path) -> int:
@@ -614,7 +642,7 @@ def test_weights_that_did_not_train_still_do_not(name: str, scheme: str) -> None
     assert not any(p.requires_grad for p in tiedconv.untie(tied).parameters())
 
 
-@pytest.mark.parametrize("scheme", all_schemes())
+@pytest.mark.parametrize("scheme", schemes())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_fitted_and_stay_half(scheme: str, dtype: torch.dtype) -> None:
     for name in ("timm-vit", "torchvision-resnet"):

@@ -36,6 +36,12 @@ FORMS: dict[str, tuple[str, dict[str, Any], Shapes]] = {
     "lors, core": ("lors", {"rank": 2, "core": 3}, [(8, 6)] * 3),
     "lors, bases": ("lors", {"rank": 1, "bases": 2}, [(8, 6)] * 3),
     "basis": ("basis", {"core": 3}, [(8, 6), (5, 6), (9, 6)]),
+    "lors-adaptive": ("lors-adaptive", {"shape": [4, 3], "rank": 2}, [(24, 5)] * 3),
+    "lors-adaptive, terms": (
+        "lors-adaptive",
+        {"shape": [4, 3], "rank": 1, "k": [0, 1, 3]},
+        [(12, 6)] * 3,
+    ),
     "basis, tied": ("basis", {"core": 3, "owners": [0, 0, 2]}, [(8, 6), (8, 6), (9, 6)]),
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from micro import all_micros, original_logits
+from micro import MEANT_FOR, all_micros, original_logits, schemes
 from torch import nn
 
 import tiedconv
@@ -38,7 +38,10 @@ from tiedconv.schemes._base import Ranked
 
 RANKED = [name for name, cls in all_schemes().items() if issubclass(cls, Ranked)]
 # A scheme that chooses by size is given one: not all of these models can be halved.
-OPTIONS: dict[str, dict[str, Any]] = {"auto": {"params": "90%"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "auto": {"params": "90%"},
+    **{scheme: options for scheme, (_, options) in MEANT_FOR.items()},
+}
 
 
 def model(name: str) -> nn.Module:
@@ -64,7 +67,7 @@ def test_an_include_that_takes_nothing_is_told_so() -> None:
     ("include", "exclude"),
     [(["*attn*"], []), (["*mlp*"], []), ([], ["*attn*"]), (["blocks.[01].*"], ["*mlp*"]), ([], [])],
 )
-@pytest.mark.parametrize("scheme", all_schemes())
+@pytest.mark.parametrize("scheme", schemes())
 def test_include_and_exclude_decide_which_tensors_change(
     scheme: str, include: list[str], exclude: list[str]
 ) -> None:
@@ -145,7 +148,7 @@ def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     ("scheme", "options", "reason"),
     [
         ("teid", {}, "Did you mean tied"),
-        ("LORS", {}, "Known: auto, basis, lors, lowrank, shared, tied"),
+        ("LORS", {}, "Known: auto, basis, lors, lors-adaptive, lowrank"),
         ("", {}, "Known"),
         ("tied", {"ranks": 3}, "no option 'ranks'"),
         ("shared", {"rank": 3}, "no option 'rank'"),
@@ -207,7 +210,7 @@ def test_what_is_no_budget(text: str) -> None:
 
 def test_a_budget_out_of_reach_names_the_smallest_and_ways_that_reach_it() -> None:
     original = tiedconv.plan(model("timm-vit")).original
-    for scheme in all_schemes():
+    for scheme in schemes():
         # With a budget, all but this one may store what they share as a product of thin matrices.
         share = 40 if scheme == "shared" else 15
         with pytest.raises(BudgetError) as caught:
@@ -443,7 +446,8 @@ def test_every_scheme_alone_finds_only_what_the_families_found(name: str) -> Non
     shapes = examine(model(name)).shapes
     for scheme in all_schemes():
         try:
-            plan = tiedconv.plan(model(name), scheme, **OPTIONS.get(scheme, {}))
+            told = OPTIONS.get(scheme, {}) if MEANT_FOR.get(scheme, (name,))[0] == name else {}
+            plan = tiedconv.plan(model(name), scheme, **told)
         except NothingToConvert:
             continue
         assert {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}} == shapes

@@ -2,7 +2,8 @@
 
 A linear layer needs `x W^T`, not W. By the algebra of `expr` the product goes factor by factor:
 `x (B A)^T = (x A^T) B^T`, `x (base + R)^T = x base^T + x R^T`, a scale of rows scales the result,
-joined rows join results. So memory holds the stored tensors alone, and low ranks save time as well.
+joined rows join results, a generated weight (see `generated`) takes the features through its core.
+So memory holds the stored tensors alone, and low ranks save time as well.
 
 What a product is belongs to who runs it: torch, an ONNX graph, a counter. Each is a set of
 `Operations`, and `apply` is the one place that knows the rules.
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from tiedconv.expr import Add, Cat, Expr, MatMul, Mul, Permute, Ref, Reshape, Slice
+from tiedconv.generated import Generated, parts_of
 
 V = TypeVar("V")
 
@@ -40,6 +42,9 @@ class Operations(Protocol[V]):
 
     def parted(self, x: V, sizes: Sequence[int]) -> list[V]:
         """Features in groups of these sizes."""
+
+    def generated(self, x: V, parts: Generated) -> V:
+        """`sum_k B_k^g X_k A_k^g` of all groups g, row by row, where x is `(terms * r * s)`."""
 
 
 def matrix_of(expr: Expr) -> Expr:
@@ -69,6 +74,9 @@ def apply(expr: Expr, x: V, on: Operations[V], turned: bool = False) -> V:
     Raises:
         CantApplyError: there is no such form.
     """
+    generated = None if turned else parts_of(expr)
+    if generated is not None:
+        return on.generated(apply(generated.core, x, on), generated)
     match expr:
         case Permute(x=inner):
             return apply(inner, x, on, not turned)
@@ -118,6 +126,16 @@ def multiplications(expr: Expr) -> int | None:
     return counter.total
 
 
+def is_never_made(expr: Expr) -> bool:
+    """Whether a weight has a generated part and can be applied, so that its layer never makes it.
+
+    Made, it takes `out * in * groups * width` numbers more in memory, and as many again for its
+    gradient; applied, a few hundredths of the multiplications that its base takes.
+    """
+    generated = any(parts_of(node) is not None for node in expr.walk())
+    return generated and multiplications(expr) is not None
+
+
 def is_turned(expr: Expr) -> bool:
     """Whether `apply` reads a stored matrix the other way round, as `x M`.
 
@@ -155,3 +173,8 @@ class _Counter:
     def parted(self, x: int, sizes: Sequence[int]) -> list[int]:
         del x
         return list(sizes)
+
+    def generated(self, x: int, parts: Generated) -> int:
+        del x
+        self.total += parts.multiplications
+        return parts.outputs

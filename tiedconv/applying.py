@@ -9,16 +9,16 @@ cheaper is known from shapes and the number of rows, and `apply_factors` chooses
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tiedconv.applied import apply, matrix_of, multiplications
 from tiedconv.binding import evaluator_of, is_frozen, tied_weights
+from tiedconv.evaluated import is_applied
 from tiedconv.expr import Expr, MatMul
+from tiedconv.features import Features
 
 _APPLIED = "_tiedconv_applied"
 
@@ -27,7 +27,8 @@ def apply_factors(model: nn.Module, rows: int | None = None) -> list[str]:
     """Let the linear layers of a tied model apply factors one by one, in place, for inference.
 
     Training uses the weights as before: only evaluation without gradients changes. Layers where
-    that takes more time than making the weight keep making it, one layer at a time.
+    that takes more time than making the weight keep making it, one layer at a time. Weights of
+    generators (scheme lors-adaptive) are never made, with or without this.
 
     Args:
         model: tied.
@@ -39,6 +40,9 @@ def apply_factors(model: nn.Module, rows: int | None = None) -> list[str]:
     """
     found: list[str] = []
     for name, module, attribute, expr in tied_weights(model):
+        if is_applied(module, attribute):
+            found.append(name)
+            continue
         if attribute != "weight" or type(module).forward is not nn.Linear.forward:
             continue
         cost = multiplications(expr)
@@ -63,7 +67,7 @@ def making(expr: Expr) -> int:
     total = 0
     for node in expr.walk():
         if isinstance(node, MatMul):
-            total += node.a.shape[0] * node.a.shape[1] * node.b.shape[1]
+            total += math.prod(node.shape) * node.a.shape[-1]
         elif not node.children:
             continue
         else:
@@ -83,29 +87,6 @@ class _Forward:
             made: Tensor = type(module).forward(module, x)
             return made
         expr: Expr = module.__dict__[_APPLIED]
-        y: Tensor = apply(matrix_of(expr), x, _Features(evaluator_of(module)))
+        y: Tensor = apply(matrix_of(expr), x, Features(evaluator_of(module)))
         bias: Any = module.bias
         return y if bias is None else y.add_(bias)
-
-
-class _Features:
-    """Products with features in the last dimension."""
-
-    def __init__(self, evaluate: Callable[[Expr], Tensor]) -> None:
-        self.evaluate = evaluate
-
-    def product(self, x: Tensor, matrix: Expr, turned: bool) -> Tensor:
-        stored = self.evaluate(matrix)
-        return x @ stored if turned else F.linear(x, stored)
-
-    def scaled(self, x: Tensor, vector: Expr) -> Tensor:
-        return x * self.evaluate(vector).reshape(-1)
-
-    def added(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
-
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts), dim=-1)
-
-    def parted(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        return list(torch.split(x, list(sizes), dim=-1))

@@ -1,8 +1,8 @@
 """Ties at run time: stored tensors on the root, weights as properties that evaluate.
 
 The stored tensors are parameters of the root module. Every module with a converted weight gets a
-subclass of its own class (made once for each class and set of attributes) in which the weight is
-a property that evaluates its expression. So the model keeps its class and its methods, its
+subclass of its own class (see `evaluated`) in which the weight is a property that evaluates its
+expression. So the model keeps its class and its methods, its
 `state_dict` holds each number once, and copies, pickles, `.to`, compilers and optimisers see
 ordinary parameters. `untie` gives the plain class back.
 
@@ -20,15 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import PlanError, UserError
+from tiedconv.evaluated import EXPRS, FROZEN, OFFSET, ROOT, SHARE, drop, evaluate, is_applied
 from tiedconv.expr import Expr
 from tiedconv.plan import Plan
 
-_ROOT = "_tiedconv_root"
-_EXPRS = "_tiedconv_exprs"
 _STATE = "_tiedconv_state"
-_FROZEN = "_tiedconv_frozen_"
-_OFFSET = "_tiedconv_offset_"
-_SHARE = "_tiedconv_offset_share"
 
 
 @dataclass(frozen=True)
@@ -107,14 +103,8 @@ def untie(model: nn.Module) -> nn.Module:
                 value.detach().clone(memory_format=torch.contiguous_format), trained
             )
     for name, module, attribute in list(_places(model, plan)):
-        exprs = module.__dict__[_EXPRS]
-        exprs.pop(attribute)
-        if not exprs:
-            module.__class__ = type(module).__mro__[1]
-            del module.__dict__[_EXPRS]
-            module.__dict__.pop(_ROOT, None)
-        else:
-            module.__class__ = _tied_class(_plain_class(module), frozenset(exprs))
+        exprs = module.__dict__[EXPRS]
+        evaluate(module, {a: e for a, e in exprs.items() if a != attribute}, model)
         module._parameters[attribute] = made[_first(plan, name)]
     for name in plan.factors:
         del model._parameters[name]
@@ -165,8 +155,10 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def freeze(model: nn.Module) -> nn.Module:
     """Cache every weight that takes arithmetic, for inference; returns the model in eval mode.
 
-    Views cost nothing and are not cached. Training mode and loading a state dict drop the cache;
-    if you change a stored tensor by hand, call `unfreeze` first.
+    Views cost nothing and are not cached, nor are the weights of generators, which would take far
+    more memory than their factors and are applied by these (see `evaluated`). Training mode and
+    loading a state dict drop the cache; if you change a stored tensor by hand, call `unfreeze`
+    first.
 
     Raises:
         UserError: the model has offsets, which a cache would hide the end of.
@@ -179,10 +171,10 @@ def freeze(model: nn.Module) -> nn.Module:
         )
     model.eval()
     for _, module, attribute in list(_places(model, state_of(model).plan)):
-        if not module.__dict__[_EXPRS][attribute].is_view:
+        if not (module.__dict__[EXPRS][attribute].is_view or is_applied(module, attribute)):
             with torch.no_grad():
                 module.register_buffer(
-                    _FROZEN + attribute,
+                    FROZEN + attribute,
                     getattr(module, attribute).detach().contiguous(),
                     persistent=False,
                 )
@@ -192,24 +184,24 @@ def freeze(model: nn.Module) -> nn.Module:
 def tied_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Expr]]:
     """Every converted weight: its name, the module and attribute that hold it, its expression."""
     for name, module, attribute in _places(model, state_of(model).plan):
-        yield name, module, attribute, module.__dict__[_EXPRS][attribute]
+        yield name, module, attribute, module.__dict__[EXPRS][attribute]
 
 
 def evaluator_of(module: nn.Module) -> Callable[[Expr], Tensor]:
     """What gives the value of an expression over the stored tensors of this module's model."""
-    root: nn.Module = module.__dict__[_ROOT]
+    root: nn.Module = module.__dict__[ROOT]
     return lambda expr: expr.evaluate(root._parameters.__getitem__)  # type: ignore[arg-type]
 
 
 def is_frozen(module: nn.Module, attribute: str) -> bool:
     """Whether `freeze` has cached this weight of a module."""
-    return _FROZEN + attribute in module._buffers
+    return FROZEN + attribute in module._buffers
 
 
 def unfreeze(model: nn.Module) -> None:
     """Drop what `freeze` cached."""
     for module in model.modules():
-        _drop_frozen(module)
+        drop(module, FROZEN)
 
 
 def set_offsets(model: nn.Module, offsets: Mapping[str, Tensor], share: float = 1.0) -> None:
@@ -240,10 +232,10 @@ def set_offsets(model: nn.Module, offsets: Mapping[str, Tensor], share: float = 
     for name, module, attribute in list(_places(model, plan)):
         offset_of = offsets.get(_first(plan, name))
         if offset_of is not None:
-            like = _parameter(model, next(iter(module.__dict__[_EXPRS][attribute].refs)))
+            like = _parameter(model, next(iter(module.__dict__[EXPRS][attribute].refs)))
             value = offset_of.detach().to(like.device, like.dtype)
-            module.register_buffer(_OFFSET + attribute, value, persistent=False)
-    model.__dict__[_SHARE] = share
+            module.register_buffer(OFFSET + attribute, value, persistent=False)
+    model.__dict__[SHARE] = share
 
 
 def scale_offsets(model: nn.Module, share: float) -> float:
@@ -252,105 +244,28 @@ def scale_offsets(model: nn.Module, share: float) -> float:
     Returns:
         the share of before; 0 for a model without offsets, which stays as it is.
     """
-    before: float = model.__dict__.get(_SHARE, 0.0)
+    before: float = model.__dict__.get(SHARE, 0.0)
     if has_offsets(model):
-        model.__dict__[_SHARE] = share
+        model.__dict__[SHARE] = share
     return before
 
 
 def clear_offsets(model: nn.Module) -> None:
     """Drop the offsets and free their memory."""
     for module in model.modules():
-        _drop(module, _OFFSET)
-    model.__dict__.pop(_SHARE, None)
+        drop(module, OFFSET)
+    model.__dict__.pop(SHARE, None)
 
 
 def has_offsets(model: nn.Module) -> bool:
     """Whether `set_offsets` is in force, at whatever share."""
-    return _SHARE in model.__dict__
-
-
-def _drop_frozen(module: nn.Module) -> None:
-    _drop(module, _FROZEN)
-
-
-def _drop(module: nn.Module, prefix: str) -> None:
-    for name in [n for n in module._buffers if n.startswith(prefix)]:
-        delattr(module, name)
+    return SHARE in model.__dict__
 
 
 def _bind(module: nn.Module, attribute: str, expr: Expr, root: nn.Module) -> None:
-    exprs = {**module.__dict__.get(_EXPRS, {}), attribute: expr}
+    exprs = {**module.__dict__.get(EXPRS, {}), attribute: expr}
     del module._parameters[attribute]
-    module.__class__ = _tied_class(_plain_class(module), frozenset(exprs))
-    # Past nn.Module's __setattr__: the root must not become a child of its own child.
-    module.__dict__[_EXPRS] = exprs
-    module.__dict__[_ROOT] = root
-
-
-def _plain_class(module: nn.Module) -> type[nn.Module]:
-    cls = type(module)
-    return cls.__mro__[1] if _EXPRS in module.__dict__ else cls
-
-
-_classes: dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = {}
-
-
-def _tied_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
-    """The subclass of `base` in which `attributes` are evaluated, made once."""
-    if (base, attributes) not in _classes:
-        _classes[base, attributes] = _make_tied_class(base, attributes)
-    return _classes[base, attributes]
-
-
-def _make_tied_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn.Module]:
-    def reduce_ex(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-        # A class made at run time can't be pickled by name: pickle how to make it again.
-        return _empty, (base, attributes), self.__getstate__()  # type: ignore[no-untyped-call]
-
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        if mode:
-            _drop_frozen(self)
-        return base.train(self, mode)
-
-    def load(self: nn.Module, *args: Any) -> None:
-        _drop_frozen(self)
-        base._load_from_state_dict(self, *args)
-
-    namespace: dict[str, Any] = {
-        "__reduce_ex__": reduce_ex,
-        "train": train,
-        "_load_from_state_dict": load,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    namespace |= {attribute: property(_getter(attribute)) for attribute in attributes}
-    made: type[nn.Module] = type(base)(base.__name__, (base,), namespace)  # type: ignore[misc]
-    return made
-
-
-def _getter(attribute: str) -> Any:
-    frozen_name, offset_name = _FROZEN + attribute, _OFFSET + attribute
-
-    def get(self: nn.Module) -> Tensor:
-        frozen = self._buffers.get(frozen_name)
-        if frozen is not None:
-            return frozen
-        root: nn.Module = self.__dict__[_ROOT]
-        expr: Expr = self.__dict__[_EXPRS][attribute]
-        value = expr.evaluate(root._parameters.__getitem__)  # type: ignore[arg-type]
-        offset = self._buffers.get(offset_name)
-        share: float = root.__dict__.get(_SHARE, 0.0)
-        # At 0 nothing is added: the bits are those of a model without offsets.
-        return torch.add(value, offset, alpha=share) if offset is not None and share else value
-
-    return get
-
-
-def _empty(base: type[nn.Module], attributes: frozenset[str]) -> nn.Module:
-    cls = _tied_class(base, attributes)
-    return cls.__new__(cls)
+    evaluate(module, exprs, root)
 
 
 def _places(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:

@@ -257,12 +257,13 @@ class _Binary(Expr):
     def to_json(self) -> list[Any]:
         return [self.tag, self.a.to_json(), self.b.to_json()]
 
-    def _broadcast(self) -> Shape:
-        a, b = self.a.shape, self.b.shape
+    def _broadcast(self, last: int = 0) -> Shape:
+        """The shape that both have by broadcasting, of all dimensions but the `last` ones."""
+        a, b = (x.shape[: len(x.shape) - last] for x in self.children)
         count = max(len(a), len(b))
         pairs = list(zip((1,) * (count - len(a)) + a, (1,) * (count - len(b)) + b, strict=True))
         if any(m != n and 1 not in (m, n) for m, n in pairs):
-            raise _mismatch(f"{self.tag} of {a} and {b}")
+            raise _mismatch(f"{self.tag} of {self.a.shape} and {self.b.shape}")
         return tuple(max(pair) for pair in pairs)
 
 
@@ -276,7 +277,8 @@ class Add(_Binary):
         return self._broadcast()
 
     def evaluate(self, lookup: Lookup) -> Tensor:
-        if isinstance(self.b, MatMul) and len(self.a.shape) == 2 and self.b.shape == self.shape:
+        flat = len(self.a.shape) == len(self.shape) == 2
+        if isinstance(self.b, MatMul) and flat and self.b.shape == self.shape:
             # base + B A in one pass over memory: the product is never a tensor of its own.
             base, product = self.a.evaluate(lookup), self.b
             return torch.addmm(base, product.a.evaluate(lookup), product.b.evaluate(lookup))
@@ -313,15 +315,15 @@ class Mul(_Binary):
 
 @dataclass(frozen=True)
 class MatMul(_Binary):
-    """`a @ b` of two matrices."""
+    """`a @ b` of matrices, in the last two dimensions; those before are broadcast."""
 
     tag: ClassVar[str] = "matmul"
 
     def _infer_shape(self) -> Shape:
         a, b = self.a.shape, self.b.shape
-        if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+        if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
             raise _mismatch(f"matmul of {a} and {b}")
-        return (a[0], b[1])
+        return (*self._broadcast(last=2), a[-2], b[-1])
 
     def evaluate(self, lookup: Lookup) -> Tensor:
         return self.a.evaluate(lookup) @ self.b.evaluate(lookup)

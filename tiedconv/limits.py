@@ -67,7 +67,7 @@ def effort(expr: Expr) -> tuple[int, int]:
         if isinstance(node, Add | Cat | MatMul | Mul | Reshape):
             numbers += math.prod(node.shape)
         if isinstance(node, MatMul):
-            products += math.prod(node.shape) * node.a.shape[1]
+            products += math.prod(node.shape) * node.a.shape[-1]
     return numbers, products
 
 

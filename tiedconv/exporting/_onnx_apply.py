@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tiedconv.applied import CantApplyError
 from tiedconv.exporting._onnx_factors import Factors, emit, kernel_use, numbers
 from tiedconv.expr import Expr, Ref, Reshape, Shape
+from tiedconv.generated import Generated
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -47,6 +48,11 @@ class NoteLinear:
         """Features in groups."""
         return [None] * len(sizes)
 
+    def generated(self, x: None, parts: Generated) -> None:
+        """The products of a generated weight."""
+        for name in {**parts.left.refs, **parts.right.refs}:
+            self.factors.note(name, "whole")
+
 
 class OnnxLinear:
     """Products with features in the last dimension."""
@@ -73,11 +79,9 @@ class OnnxLinear:
     def _across(self, x: ir.Value, matrix: ir.Value, shape: Shape) -> ir.Value:
         if self.rank == 2:
             return self.tape.op("Gemm", [x, matrix], {"transB": 1})
-        rows = self.tape.op("Reshape", [x, numbers(self.tape, [-1, shape[1]])])
+        rows = self._shaped(x, [-1, shape[1]])
         made = self.tape.op("Gemm", [rows, matrix], {"transB": 1})
-        lead = self.tape.op("Shape", [x], {"end": -1})
-        whole = self.tape.op("Concat", [lead, numbers(self.tape, [shape[0]])], {"axis": 0})
-        return self.tape.op("Reshape", [made, whole])
+        return self._led(made, x, shape[0])
 
     def scaled(self, x: ir.Value, vector: Expr) -> ir.Value:
         """Each feature times its number."""
@@ -106,6 +110,28 @@ class OnnxLinear:
         return list(
             self.tape.op_multi_out("Split", [x, split], {"axis": self.axis}, num_outputs=len(sizes))
         )
+
+    def generated(self, x: ir.Value, parts: Generated) -> ir.Value:
+        """The products of a generated weight, A first: no stored factor need be transposed."""
+        terms, r, s = parts.inner
+        groups, inputs = parts.left.shape[0], parts.right.shape[-1]
+        left, right = (emit(part, self.factors, self.tape) for part in (parts.left, parts.right))
+        rows = self._shaped(x, [1, -1, terms, r, s])
+        inner = self.tape.op("MatMul", [rows, right])
+        inner = self._shaped(inner, [groups, -1, terms * r, inputs])
+        made = self.tape.op("MatMul", [left, inner])
+        made = self.tape.op("Transpose", [made], {"perm": [1, 0, 2, 3]})
+        made = self._shaped(made, [-1, parts.outputs])
+        return made if self.rank == 2 else self._led(made, x, parts.outputs)
+
+    def _shaped(self, x: ir.Value, shape: list[int]) -> ir.Value:
+        return self.tape.op("Reshape", [x, numbers(self.tape, shape)])
+
+    def _led(self, rows: ir.Value, like: ir.Value, features: int) -> ir.Value:
+        """Rows of features in the leading dimensions of another value."""
+        lead = self.tape.op("Shape", [like], {"end": -1})
+        whole = self.tape.op("Concat", [lead, numbers(self.tape, [features])], {"axis": 0})
+        return self.tape.op("Reshape", [rows, whole])
 
 
 @dataclass(frozen=True)
@@ -167,6 +193,10 @@ class NoteKernel:
         self._check(x)
         return [x] * len(sizes)
 
+    def generated(self, x: Pixels, parts: Generated) -> Pixels:
+        """Features of pixels are no matrices: what generates kernels is made."""
+        raise CantApplyError
+
     def _check(self, x: Pixels) -> None:
         if x.fresh and not self.kernel.is_point:
             raise CantApplyError  # the features are patches, which nothing holds
@@ -216,6 +246,10 @@ class OnnxKernel:
     def parted(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
         """Features in groups."""
         return [Pixels(v, x.fresh) for v in self.linear.parted(_of(x), sizes)]
+
+    def generated(self, x: Pixels, parts: Generated) -> Pixels:
+        """Not let through by `NoteKernel`."""
+        raise CantApplyError
 
 
 def _of(x: Pixels) -> ir.Value:

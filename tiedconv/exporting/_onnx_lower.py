@@ -1,9 +1,10 @@
 """Lowering: a plan's factors in an ONNX graph, so that neither file nor runtime doubles them.
 
 `auto` applies factors where that takes fewer products than the weight itself: time and memory are
-won. A tied matrix takes as many; applied it costs up to a tenth more time, and wins memory only
-where the runtime is told not to pack matrices. A kernel read both ways needs ConvTranspose, which
-took 1.2 times the time of Conv, and ONNX Runtime copies kernels into a layout of its own anyway.
+won. So it does for a generator (see `tiedconv.generated`), for memory alone. A tied matrix takes as
+many; applied it costs up to a tenth more time, and wins memory only where the runtime is told not
+to pack matrices. A kernel read both ways needs ConvTranspose, which took 1.2 times the time of
+Conv, and ONNX Runtime copies kernels into a layout of its own anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tiedconv.applied import CantApplyError, apply, is_turned, matrix_of, multiplications
+from tiedconv.applied import (
+    CantApplyError,
+    apply,
+    is_never_made,
+    is_turned,
+    matrix_of,
+    multiplications,
+)
 from tiedconv.binding import state_of, untie
 from tiedconv.errors import UserError
 from tiedconv.exporting._onnx_apply import (
@@ -176,8 +184,9 @@ def _applied(plan: Plan, sites: Mapping[str, list[Site]], lower: str) -> set[str
     slow = {ref for n in kernels if is_turned(plan.weights[n]) for ref in plan.weights[n].refs}
     return {
         n for n in able
-        if (multiplications(plan.weights[n]) or 0) <= CHEAPER * math.prod(plan.weights[n].shape)
-        and not (n in kernels and slow & plan.weights[n].refs.keys())
+        if is_never_made(plan.weights[n])
+        or ((multiplications(plan.weights[n]) or 0) <= CHEAPER * math.prod(plan.weights[n].shape)
+        and not (n in kernels and slow & plan.weights[n].refs.keys()))
     }  # fmt: skip
 
 

@@ -1,0 +1,95 @@
+"""LORS, adaptive: stacked weight generators share one and keep private Tucker-2 parts.
+
+    W_i^g(q) = base^g(q) + sum_k B_ik^g E_ik(q) A_ik^g     (Li et al., arXiv 2403.04303, adaptive)
+
+A generator is a linear layer whose output is a weight: rows `groups * out * in`, columns the width
+of q. E_ik(q) is a small generator, of (rank, rank), shared by the groups of the layer. At run time
+the factors are applied to q, in training as well; the private generator is never made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tiedconv.errors import NothingToConvert
+from tiedconv.expr import Shape
+from tiedconv.metric import Metric
+from tiedconv.plan import Block
+from tiedconv.schemes._base import Dial, Draft, Layout, Scheme, stacks
+from tiedconv.schemes._generators import Form, is_linear
+
+
+@dataclass(frozen=True)
+class LorsAdaptive(Scheme):
+    """One base generator for each group of a stack, terms of a given rank for each layer.
+
+    Args:
+        shape: (out, in) of the matrices that are generated; has to be given.
+        rank: of a term: a number, or a share of the larger side of `shape` (below 1).
+        k: terms of each layer of the group (the paper's K list), 1 for all if empty. With a budget
+            it is the number of terms that is chosen, at the given rank.
+        groups: which layers share a base: `all`, `adjacent:N` or `cycle:N`.
+        scratch: draw the factors as the paper does for training from scratch, rather than fit them.
+    """
+
+    name: ClassVar[str] = "lors-adaptive"
+    looks_for: ClassVar[str] = (
+        "stacks of at least two linear layers that generate matrices of the option shape"
+    )
+
+    shape: tuple[int, ...] = ()
+    rank: int | float = 0.125
+    k: tuple[int, ...] = ()
+    groups: str = "all"
+    scratch: bool = False
+
+    def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
+        if blocks and not self.shape:
+            raise NothingToConvert(
+                "Scheme lors-adaptive was not told the shape of the matrices that are generated",
+                "It can't be read off a weight: rows are groups * out * in",
+                "Add --option shape=OUT,IN and limit it with --include to the generators",
+            )
+        for name, members in stacks(blocks, self.groups, fused=True):
+            if len(members) > 1 and all(map(is_linear, members)):
+                draft = Draft(name, self, members)
+                self._form(draft.shapes, members[0].slot.tensor)
+                yield draft
+
+    def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
+        factors: dict[str, Shape] = {}
+        form = self._form(shapes)
+        return Layout(factors, form.layout(factors, form.terms(self.k, len(shapes))))
+
+    def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+        form = self._form([(m.shape[0], m.shape[1]) for m in matrices])
+        make = form.drawn if self.scratch else form.fitted
+        return make(matrices, form.terms(self.k, len(matrices)))
+
+    def with_ranks(self, ranks: Sequence[int]) -> Scheme:
+        return dataclasses.replace(self, k=tuple(ranks))
+
+    def rank_slots(self, count: int) -> list[bool]:
+        return [True] * count
+
+    def dials(self, shapes: Sequence[tuple[int, int]]) -> list[Dial | None]:
+        # A term of rank r takes r^2 numbers for each of q's: no further rank has a price of its
+        # own, but a further term has.
+        return [*[self._form(shapes).dial] * len(shapes), None]
+
+    def gains(
+        self, matrices: Sequence[Tensor], metrics: Sequence[Metric]
+    ) -> list[Tensor | None]:  # fmt: skip
+        form = self._form([(m.shape[0], m.shape[1]) for m in matrices])
+        return [*form.gains(matrices, metrics), None]
+
+    def _form(self, shapes: Sequence[tuple[int, int]], where: str = "A layer") -> Form:
+        return Form.of(self.shape, self.rank, shapes[0], where)
+
+
+SCHEME = LorsAdaptive
