@@ -537,3 +537,16 @@ def test_convolutional_networks_get_channels_last_while_they_train() -> None:
     assert all(seen)
     assert model[1].weight is parameter
     assert parameter.is_contiguous()
+
+
+def test_only_some_parameters_are_trained_and_all_are_trainable_again() -> None:
+    model = make_net()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = list(before)
+    wanted = names[-1].rpartition(".")[0]
+    run(model, replace(QUICK, epochs=1, only=(f"{wanted}.*",)))
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in names if n.startswith(f"{wanted}.")}
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(UserError, match=r"called 'nothing\.\*'"):
+        run(model, replace(QUICK, only=("nothing.*",)))

@@ -21,6 +21,8 @@ from rich.console import Console
 from tiedconv.cli import progress
 from tiedconv.errors import OutputError
 from tiedconv.training import (
+    ACCURACY,
+    AGREEMENT,
     Baseline,
     EpochEnd,
     EvalStep,
@@ -229,7 +231,7 @@ def test_one_that_fails_does_not_stop_the_others() -> None:
 
     class Sound(Watcher):
         def begin(self, run: Run) -> None:
-            seen.append(f"begin {run.resumed} {run.labelled}")
+            seen.append(f"begin {run.resumed} {run.measure.labelled}")
 
         def see(self, event: object) -> None:
             seen.append(type(event).__name__)
@@ -304,7 +306,8 @@ def is_drawn(path: Path) -> bool:
 
 
 def a_run(labelled: bool = True) -> Run:
-    return Run("timm:$odd_name", "tied", 5_717_416, 3_060_712, {}, Start(9, 3, 24), None, labelled)
+    measure = ACCURACY if labelled else AGREEMENT
+    return Run("timm:$odd_name", "tied", 5_717_416, 3_060_712, {}, Start(9, 3, 24), None, measure)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 50, 100_000])

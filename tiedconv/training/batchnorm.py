@@ -82,6 +82,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def norms_of(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that keep statistics."""
     return [
         module
         for module in model.modules()
