@@ -14,6 +14,8 @@ import pytest
 import torch
 from cli_helpers import World, figures, files_of, plain, refused, run
 from detection_helpers import NAMES, QUERIES, TinyDetector, tiny_detector, write_coco
+from detectors import DETECTORS, SIDE
+from micro import all_detectors
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,7 +37,7 @@ from tiedconv.detection import (
 )
 from tiedconv.errors import DataError, MissingExtra, UserError
 from tiedconv.sources import Preprocess
-from tiedconv.training import TrainConfig
+from tiedconv.training import TrainConfig, train
 from tiedconv.training.device import Placement
 
 SPEC = "detection_helpers:tiny_detector"
@@ -327,6 +329,27 @@ def test_a_model_without_a_loss_is_told(coco: Path) -> None:
 def test_what_boxes_do_not_go_with(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="for classifiers"):
         for_detector(TrainConfig(**options))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_of_transformers_learn_from_boxes_and_from_their_teacher(
+    name: str, coco: Path
+) -> None:
+    split = open_split(coco)
+    data = [DetectionList(part, Preprocess(SIDE)) for part in (split.train, split.val)]
+    student, teacher = all_detectors()[name].model(), all_detectors()[name].model()
+    config = TrainConfig(
+        epochs=1, batch_size=6, workers=0, distill_weight=0.5, bn_recalibrate=0, augment="flip",
+        amp="off",
+    )  # fmt: skip
+    result = train(student, *data, config, teacher=teacher, device="cpu")
+    assert result.loss > 0
+    assert 0 <= result.top1 <= 1
+    assert data[1].task.precision is not None
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(student.parameters(), teacher.parameters(), strict=True)
+    )
 
 
 # Commands
