@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 from collections import defaultdict
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 import tiedconv
 from tiedconv.anatomy import examine
 from tiedconv.binding import state_of
+from tiedconv.calibration.pair import Pair
+from tiedconv.calibration.streams import Cache
 from tiedconv.errors import NothingToConvert, SourceError
 from tiedconv.families import find_blocks
 from tiedconv.plan import Plan
 from tiedconv.recipe import Rule
 from tiedconv.sources import open_source
+from tiedconv.training.device import Placement
 
 DECODER = "model.decoder.*"
 each_detector = pytest.mark.parametrize("name", DETECTORS)
@@ -339,3 +343,23 @@ def test_nothing_but_private_parts_is_nothing_to_convert() -> None:
     with pytest.raises(NothingToConvert, match=r"detection-heads linear \(if --include"):
         tiedconv.plan(model, "lors")
     assert len(tiedconv.plan(model, "lors", include="class_embed.*").weights) == 3
+
+
+def test_a_decoder_that_moves_boxes_is_calibrated_without_its_backbone(root: Path) -> None:
+    it = made(root, "hf-deformable-detr-refined")
+    original, tied = copy.deepcopy(it.original).eval(), tiedconv.load(it.file).eval()
+    images = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    placement = Placement.choose(tied, torch.device("cpu"), "off")
+    pair = Pair.probed(tied, original, images, placement)
+    (span,) = pair.spans
+    assert span.around == "model.decoder"
+    assert not span.from_images
+    with torch.no_grad(), Cache(2**30) as cache:
+        for side in (pair.student, pair.teacher):
+            stream = side.stream(span, images, 2, cache)
+            index = torch.arange(4)
+            inside = side.outputs(span)(stream.take(index, placement))
+            whole = dataclasses.replace(span, around="")
+            outside = side.outputs(whole)([images])
+            for a, b in zip(inside, outside, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -36,11 +36,11 @@ def chain(modules: Sequence[nn.Module], calls: Sequence[Call], links: Sequence[o
     return outputs
 
 
-def tapped(model: nn.Module, modules: Sequence[nn.Module]) -> Outputs:
-    """Runs a whole model on images, as far as its last unit."""
+def tapped(run: Callable[[list[Tensor]], Any], modules: Sequence[nn.Module]) -> Outputs:
+    """Runs a model, or a module that holds all units, as far as the last unit."""
 
     def outputs(tensors: list[Tensor]) -> list[Tensor]:
-        return run_tapped(lambda: model(tensors[0]), modules, stop=True)[0]
+        return run_tapped(lambda: run(tensors), modules, stop=True)[0]
 
     return outputs
 

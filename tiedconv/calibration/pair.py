@@ -31,7 +31,10 @@ class Side:
     def outputs(self, span: Span) -> Outputs:
         """Runs the units of a span on what `stream` gives."""
         if span.from_images:
-            return tapped(self.model, self.modules(span))
+            return tapped(lambda tensors: self.model(tensors[0]), self.modules(span))
+        if span.around:
+            outer, call = self.model.get_submodule(span.around), self.probe.calls[span.around]
+            return tapped(lambda tensors: call.run(outer, tensors), self.modules(span))
         calls = [self.probe.calls[name] for name in span.units]
         return chain(self.modules(span), calls, span.links)
 
@@ -39,7 +42,8 @@ class Side:
         """What reaches a span, for all images."""
         if span.from_images:
             return Stream((images,))
-        module, call = self.modules(span)[0], self.probe.calls[span.units[0]]
+        first = span.around or span.units[0]
+        module, call = self.model.get_submodule(first), self.probe.calls[first]
         return capture(self.model, module, call, images, batch_size, self.placement, cache)
 
     def advance(
@@ -76,7 +80,13 @@ class Pair:
         ours, theirs = (Side(m, probe(m, images, forward), placement) for m in (student, teacher))
         spans = find_spans(teacher, state_of(student).plan, theirs.probe)
         # A student that takes another way than its teacher is compared as a whole.
-        if any(u not in ours.probe.calls for s in spans if not s.from_images for u in s.units):
+        needed = (
+            name
+            for span in spans
+            if not span.from_images
+            for name in ([span.around] if span.around else span.units)
+        )
+        if any(name not in ours.probe.calls for name in needed):
             spans = [Span(("",))]
         return cls(ours, theirs, spans)
 

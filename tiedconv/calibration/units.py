@@ -40,11 +40,14 @@ class Span:
         units: names of modules, in order of execution; "" is the whole model.
         links: between each and the next, see `Probe.link`; None where something lies between.
         entry: likewise, between the last unit of the span before and the first of this.
+        around: of a span that is not chained, the smallest module that holds all units and whose
+            call can be made again; "" where there is none but the whole model.
     """
 
     units: tuple[str, ...]
     links: tuple[Link | None, ...] = ()
     entry: Link | None = None
+    around: str = ""
 
     @property
     def chained(self) -> bool:
@@ -53,8 +56,8 @@ class Span:
 
     @property
     def from_images(self) -> bool:
-        """Whether it is run as part of the whole model: it is that, or not chained."""
-        return self.units == ("",) or not self.chained
+        """Whether it is run as part of the whole model: it is that, or nothing less will do."""
+        return self.units == ("",) or not (self.chained or self.around)
 
 
 def find_spans(model: nn.Module, plan: Plan, probe: Probe) -> list[Span]:
@@ -79,8 +82,18 @@ def find_spans(model: nn.Module, plan: Plan, probe: Probe) -> list[Span]:
         # A span that is run from the images leaves no stream behind to go on from.
         chained = bool(spans) and spans[-1].chained and None not in links
         entry = probe.link(units[start - 1], units[start]) if chained else None
-        spans.append(Span(names, links, entry))
+        around = "" if None not in links else _around(names, probe)
+        spans.append(Span(names, links, entry, around))
     return spans
+
+
+def _around(names: Sequence[str], probe: Probe) -> str:
+    """The smallest module around all of these that can be called again; "" if there is none.
+
+    So a detector's decoder, whose layers move boxes between them, is run without its backbone.
+    """
+    outer = (name for name in _upwards(names[0]) if all(inside(n, name) for n in names))
+    return next((name for name in outer if name in probe.calls), "")
 
 
 def find_units(model: nn.Module, plan: Plan, probe: Probe) -> list[str]:
