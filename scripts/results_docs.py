@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import results_detectors
+from markdown_table import table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -213,6 +216,9 @@ def main() -> None:
     parts = [HEAD]
     for name, section in (
         ("accuracy", accuracy),
+        ("detection", results_detectors.detection),
+        ("adamixer_overfit", results_detectors.overfit),
+        ("adamixer_speed", results_detectors.times),
         ("ablation", ablation),
         ("datafree", datafree),
         ("speed", speed),
@@ -411,12 +417,6 @@ def conversion(data: dict[str, Any]) -> str:
         rounds=data["rounds"],
         table=table(("", "seconds", "ratio", "peak memory", "imports, seconds"), rows),
     )
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table; columns after the first `words` are figures."""
-    marks = ["---" if i < words else "---:" for i in range(len(columns))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, marks, *rows))
 
 
 if __name__ == "__main__":

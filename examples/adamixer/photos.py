@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,10 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from adamixer.losses import Objects
+from tiedconv import data
+from tiedconv.detection import average_precision as tiedconv_precision
+from tiedconv.detection import detections_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision wants
 
@@ -45,12 +46,12 @@ def load_photos(folder: Path, annotations: Path, count: int, size: int = 256) ->
         count: how many.
         size: of the square.
     """
-    data = json.loads(annotations.read_text("utf-8"))
+    listed = json.loads(annotations.read_text("utf-8"))
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for annotation in data["annotations"]:
+    for annotation in listed["annotations"]:
         found[annotation["image_id"]].append(annotation)
     photos: list[Photo] = []
-    for entry in sorted(data["images"], key=lambda e: int(e["id"])):
+    for entry in sorted(listed["images"], key=lambda e: int(e["id"])):
         mine = found[entry["id"]]
         least = max(entry["width"], entry["height"]) / 16
         if 2 <= len(mine) <= 4 and all(min(a["bbox"][2:]) >= least for a in mine):
@@ -74,23 +75,7 @@ def _photo(path: Path, number: int, annotations: list[dict[str, Any]], size: int
     return Photo(number, square, Objects(labels, corners, (size, size)))
 
 
-def detections(
-    number: int, logits: Tensor, boxes: Tensor, most: int = 100
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The best answers of one image, in COCO's form: logits (queries, classes), corners."""
-    scores, places = logits.sigmoid().flatten().topk(min(most, logits.numel()))
-    queries, labels = places // logits.shape[1], places % logits.shape[1]
-    corners = boxes[queries]
-    sides = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    return [
-        {"image_id": number, "category_id": int(c), "bbox": b, "score": float(s)}
-        for c, b, s in zip(labels, sides.tolist(), scores, strict=True)
-    ]
-
-
-def average_precision(
-    photos: list[Photo], logits: Tensor, boxes: Tensor
-) -> tuple[float, float]:  # fmt: skip
+def average_precision(photos: list[Photo], logits: Tensor, boxes: Tensor) -> tuple[float, float]:
     """COCO's AP (of IoU 0.50 to 0.95) and AP50, over the classes that the photos show.
 
     Args:
@@ -98,39 +83,28 @@ def average_precision(
         logits: of the last stage, (photos, queries, classes).
         boxes: corners in pixels, (photos, queries, 4).
     """
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    answers = [
-        d for p, scores, found in zip(photos, logits, boxes, strict=True)
-        for d in detections(p.number, scores, found)
-    ]  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports each step
-        truth = COCO()
-        truth.dataset = _dataset(photos, logits.shape[-1])
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(answers), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0]), float(evaluation.stats[1])
+    width, height = photos[0].objects.size
+    shares = boxes / torch.tensor([width, height, width, height])
+    middles = torch.cat(
+        [(shares[..., :2] + shares[..., 2:]) / 2, shares[..., 2:] - shares[..., :2]], -1
+    )
+    answers = detections_of({"logits": logits, "pred_boxes": middles}, nn.Identity())
+    classes = range(logits.shape[-1])
+    score = tiedconv_precision(dict(enumerate(answers)), _as_data(photos, len(classes)), classes)
+    return score.ap, score.ap50
 
 
-def _dataset(photos: list[Photo], classes: int) -> dict[str, Any]:
-    annotations: list[dict[str, Any]] = []
-    for photo in photos:
-        for label, box in zip(photo.objects.labels, photo.objects.boxes, strict=True):
-            x1, y1, x2, y2 = box.tolist()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1, "image_id": photo.number, "iscrowd": 0,
-                    "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                }
-            )  # fmt: skip
-    return {
-        "info": {},  # loadRes reads it
-        "images": [{"id": photo.number} for photo in photos],
-        "categories": [{"id": c} for c in range(classes)],
-        "annotations": annotations,
-    }
+def _as_data(photos: list[Photo], classes: int) -> data.Objects:
+    corners = torch.cat([p.objects.boxes for p in photos])
+    sides = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).double().numpy()
+    counts = [len(p.objects.labels) for p in photos]
+    return data.Objects(
+        starts=np.cumsum([0, *counts]),
+        boxes=sides,
+        classes=torch.cat([p.objects.labels for p in photos]).numpy(),
+        areas=sides[:, 2] * sides[:, 3],
+        crowds=np.zeros(len(sides), np.int64),
+        sizes=np.array([p.objects.size for p in photos]),
+        names=tuple(map(str, range(classes))),
+        numbers=tuple(range(classes)),
+    )
