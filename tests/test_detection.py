@@ -31,6 +31,7 @@ from tiedconv.detection import (
     average_precision,
     class_map,
     detections_of,
+    drawn_loss,
     for_detector,
     generalised_iou,
     is_detector,
@@ -264,6 +265,28 @@ def test_a_teachers_own_answer_costs_nothing_in_any_order(labels: int) -> None:
 def test_an_answer_of_other_queries_is_refused() -> None:
     with pytest.raises(UserError, match="can't teach"):
         answer_loss(answer(1, classes=3), answer(1), model_with(num_labels=2))
+
+
+@pytest.mark.parametrize("labels", [2, 1])
+def test_drawn_answers_have_the_fisher_matrix_as_their_gradients_moment(labels: int) -> None:
+    model, believed = model_with(num_labels=labels), answer(3, batch=1)
+    logits = believed.logits.requires_grad_()
+    boxes = believed.pred_boxes.requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    squares = [torch.zeros_like(logits), torch.zeros_like(boxes)]
+    count = 2000
+    for _ in range(count):
+        loss = drawn_loss(SimpleNamespace(logits=logits, pred_boxes=boxes), model, generator)
+        for total, gradient in zip(
+            squares, torch.autograd.grad(loss, [logits, boxes]), strict=True
+        ):
+            total += gradient.square() / count
+    shares = logits.detach().softmax(-1) if labels == 1 else logits.detach().sigmoid()
+    torch.testing.assert_close(squares[0], shares * (1 - shares), atol=0.02, rtol=0.1)
+    sure = (shares[..., :1] if labels == 1 else shares).max(-1, keepdim=True).values
+    torch.testing.assert_close(
+        squares[1], (5 * sure).square().expand_as(boxes), atol=1e-3, rtol=1e-3
+    )
 
 
 def objective(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.calibration.probing import first_tensor
+from tiedconv.detection import drawn_loss
 from tiedconv.training.device import Placement
 from tiedconv.training.losses import logits_of
 
@@ -76,14 +77,14 @@ def measure_lenses(
         handles = [unit.register_forward_hook(hook) for unit in units]
         try:
             with torch.enable_grad(), placement.autocast():
-                logits = logits_of(model(followed(model, images))).float()
+                output = model(followed(model, images))
         finally:
             for handle in handles:
                 handle.remove()
             model.requires_grad_(False)
-        if not torch.isfinite(logits).all():
+        if not torch.isfinite(logits_of(output)).all():
             return [None] * len(units)  # who fits will say so
-        loss = drawn_loss(logits, generator)
+        loss = drawn_loss(output, model, generator)
         known = [i for i, unit in enumerate(units) if id(unit) in outputs]
         if not known:
             continue
@@ -100,13 +101,6 @@ def measure_lenses(
         None if total is None else _lens(*total, is_map)
         for total, is_map in zip(sums, first, strict=True)
     ]
-
-
-def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Minus the log-likelihood of a class drawn from each answer, summed: the model's own loss."""
-    shares = logits.detach().softmax(-1).cpu().double().flatten(0, -2)
-    drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
-    return -logits.log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
 
 
 def followed(model: nn.Module, images: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from tiedconv.calibration.lenses import drawn_loss, followed
+from tiedconv.calibration.lenses import followed
 from tiedconv.data import Loader
+from tiedconv.detection import drawn_loss
 from tiedconv.errors import DataError
 from tiedconv.metric import Metric, shrunk
-from tiedconv.training import logits_of, pick_device
+from tiedconv.training import pick_device
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement
 
@@ -137,8 +138,7 @@ def _one_batch(
     with torch.enable_grad(), watch:
         images = followed(model, images)
         watch.backward = False
-        logits = logits_of(model(images)).float()
-        loss = drawn_loss(logits, generator)
+        loss = drawn_loss(model(images), model, generator)
         watch.backward = True
         asking = [images] if images.requires_grad else [*model.parameters()]
         torch.autograd.grad(loss, asking, allow_unused=True)

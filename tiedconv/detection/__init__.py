@@ -7,7 +7,7 @@ transformers do. Called with `labels` as well it returns a `loss`.
 
 from __future__ import annotations
 
-from tiedconv.detection.answers import answer_distance, answer_loss
+from tiedconv.detection.answers import answer_distance, answer_loss, drawn_loss
 from tiedconv.detection.choosing import TASKS, detects, for_detector
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.lists import DetectionList
@@ -31,6 +31,7 @@ __all__ = [
     "class_map",
     "detections_of",
     "detects",
+    "drawn_loss",
     "for_detector",
     "generalised_iou",
     "is_detector",

@@ -90,3 +90,39 @@ def answer_distance(output: Any, answer: Any, model: nn.Module) -> Tensor:
     if hasattr(output, "pred_boxes"):
         return answer_loss(output, answer, model)
     return distillation_loss(logits_of(output), logits_of(answer), 1.0)
+
+
+def drawn_loss(output: Any, model: nn.Module, generator: torch.Generator) -> Tensor:
+    """Minus the log-likelihood of an answer drawn from what the model believes, summed.
+
+    Its gradients have the Fisher matrix as their second moment: what a change of the answer costs.
+    A classifier's classes are drawn from its softmax; a detector's one by one where it has
+    sigmoids, and its boxes from a Laplace distribution, whose likelihood falls as L1 does in
+    `answer_loss`.
+
+    Args:
+        output: of the model.
+        model: the model.
+        generator: what is drawn, on the CPU.
+    """
+    boxes = getattr(output, "pred_boxes", None)
+    if boxes is None:
+        return _drawn_class(logits_of(output), generator)
+    logits = logits_of(output)
+    labels = label_count(model, logits.shape[-1])
+    believed = probabilities(logits.detach(), labels)
+    if logits.shape[-1] == labels + 1:
+        classes = _drawn_class(logits, generator)
+    else:
+        drawn = torch.rand(logits.shape, generator=generator).to(logits.device) < believed
+        classes = F.binary_cross_entropy_with_logits(logits, drawn.float(), reduction="sum")
+    signs = torch.randint(2, boxes.shape, generator=generator).to(boxes.device) * 2.0 - 1
+    sure = believed.max(dim=-1, keepdim=True).values
+    total: Tensor = classes + L1 * (sure * signs * boxes.float()).sum()
+    return total
+
+
+def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
+    shares = logits.detach().softmax(-1).cpu().double().flatten(0, -2)
+    drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
+    return -logits.log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()
