@@ -16,12 +16,11 @@ from tiedconv.detection.classes import class_map
 from tiedconv.detection.objective import DetectionObjective
 from tiedconv.detection.outputs import Detections, detections_of, parts_of
 from tiedconv.detection.scoring import Precision, average_precision
-from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.evaluation import EVENT_SECONDS, EvalResult, require_some
-from tiedconv.training.events import EvalStep, OnEvent, ignore
-from tiedconv.training.processes import ALONE, Processes, SpareImage
+from tiedconv.training.evaluation import EvalResult, answers, require_some
+from tiedconv.training.events import OnEvent, ignore
+from tiedconv.training.processes import ALONE, Processes
 from tiedconv.training.results import TrainResult
 
 
@@ -72,31 +71,16 @@ class Detection:
         Raises:
             DataError: no image could be read, or classes that the model doesn't know.
         """
-        start = reported = time.perf_counter()
+        start = time.perf_counter()
         found: dict[int, Detections] = {}
         broken: list[str] = []
         finite = torch.zeros((), device=placement.device)
         outputs = 0
-        with modes_kept(model):
-            model.eval()
-            spare = SpareImage(processes)
-            for batch in loader.epoch():
-                broken += batch.broken
-                some = spare.instead_of_none(batch.images)
-                if some is None:
-                    continue
-                with placement.autocast():
-                    output = model(placement.images(some))
-                logits, boxes = parts_of(output)
-                outputs = logits.shape[-1]
-                finite = finite + 0 * (logits.sum() + boxes.sum())
-                best = detections_of(output, model)[: len(batch.labels)]  # none of a spare one
-                found |= dict(zip(batch.labels.tolist(), best, strict=True))
-                now = time.perf_counter()
-                if now - reported >= EVENT_SECONDS:
-                    reported = now
-                    share = len(found) * processes.count  # about, as the others are not asked
-                    on_event(EvalStep(share, loader.images, share / (now - start)))
+        for batch, output in answers(model, loader, placement, broken, on_event, processes):
+            logits, boxes = parts_of(output)
+            outputs = logits.shape[-1]
+            finite = finite + 0 * (logits.sum() + boxes.sum())
+            found |= dict(zip(batch.labels.tolist(), detections_of(output, model), strict=True))
         found = {i: each for part in processes.gathered(found) for i, each in part.items()}
         broken = [name for part in processes.gathered(broken) for name in part]
         require_some(len(found), broken)

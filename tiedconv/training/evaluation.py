@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.data import Loader
+from tiedconv.data import Batch, Loader
 from tiedconv.errors import DataError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
@@ -104,12 +104,50 @@ def score(
     `classes` is the number of classes of the data, where it is known. Of several processes each
     reads a part, and all get the figures of the whole.
     """
-    start = reported = time.perf_counter()
+    start = time.perf_counter()
     # Hits of top 1 and top 5 and the summed loss stay on the device until the end.
     sums = torch.zeros(3, dtype=torch.float64 if placement.device.type != "mps" else None)
     sums = sums.to(placement.device)
     images = outputs = 0
     broken: list[str] = []
+    for batch, output in answers(model, loader, placement, broken, on_event, processes):
+        logits = logits_of(output)
+        outputs = logits.shape[-1]
+        check_labels(batch.labels, outputs, classes)
+        sums += _sums(logits, batch.labels.to(placement.device, non_blocking=True))
+        images += len(batch.images)
+    processes.sum(sums)
+    counts = torch.tensor([images, len(broken)], device=placement.device)
+    images, skipped = processes.sum(counts).tolist()
+    require_some(images, broken)
+    top1, top5, loss = (sums / images).tolist()
+    seconds = time.perf_counter() - start
+    example = broken[0] if broken else None
+    return EvalResult(top1, top5, loss, images, outputs, skipped, example, seconds)
+
+
+def answers(
+    model: nn.Module,
+    loader: Loader,
+    placement: Placement,
+    broken: list[str],
+    on_event: OnEvent = ignore,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[Batch, Any]]:
+    """Batches with what the model, in evaluation mode, gives for them.
+
+    Of several processes each gives its own part, and calls the model as often as the others.
+
+    Args:
+        model: on its device already.
+        loader: of the images.
+        placement: where and how to compute.
+        broken: the names of images that can't be read are added to it.
+        on_event: called with progress.
+        processes: that evaluate together.
+    """
+    start = reported = time.perf_counter()
+    images = 0
     with modes_kept(model):
         model.eval()
         spare = SpareImage(processes)
@@ -119,26 +157,16 @@ def score(
             if some is None:
                 continue
             with placement.autocast():
-                logits = logits_of(model(placement.images(some)))
+                output = model(placement.images(some))
             if not len(batch.images):
                 continue
-            outputs = logits.shape[-1]
-            check_labels(batch.labels, outputs, classes)
-            sums += _sums(logits, batch.labels.to(placement.device, non_blocking=True))
             images += len(batch.images)
+            yield batch, output
             now = time.perf_counter()
             if now - reported >= EVENT_SECONDS:
                 reported = now
                 share = images * processes.count  # about, as the others are not asked
                 on_event(EvalStep(share, loader.images, share / (now - start)))
-    processes.sum(sums)
-    counts = torch.tensor([images, len(broken)], device=placement.device)
-    images, skipped = processes.sum(counts).tolist()
-    require_some(images, broken)
-    top1, top5, loss = (sums / images).tolist()
-    seconds = time.perf_counter() - start
-    example = broken[0] if broken else None
-    return EvalResult(top1, top5, loss, images, outputs, skipped, example, seconds)
 
 
 Scorer = Callable[[nn.Module, Loader, Placement, OnEvent, Processes], EvalResult]
