@@ -14,6 +14,7 @@ from tiedconv.detection.outputs import (
     label_count,
     parts_of,
     probabilities,
+    tensor_in,
 )
 from tiedconv.errors import MissingExtra, UserError
 from tiedconv.training.losses import distillation_loss, logits_of
@@ -87,7 +88,7 @@ def answer_distance(output: Any, answer: Any, model: nn.Module) -> Tensor:
         answer: of the teacher.
         model: the student.
     """
-    if hasattr(output, "pred_boxes"):
+    if tensor_in(output, "pred_boxes") is not None:
         return answer_loss(output, answer, model)
     return distillation_loss(logits_of(output), logits_of(answer), 1.0)
 
@@ -105,7 +106,7 @@ def drawn_loss(output: Any, model: nn.Module, generator: torch.Generator) -> Ten
         model: the model.
         generator: what is drawn, on the CPU.
     """
-    boxes = getattr(output, "pred_boxes", None)
+    boxes = tensor_in(output, "pred_boxes")
     if boxes is None:
         return _drawn_class(logits_of(output), generator)
     logits = logits_of(output)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tiedconv.data import Objects
 from tiedconv.detection.answers import answer_loss
 from tiedconv.detection.classes import class_map
-from tiedconv.detection.outputs import label_count, parts_of
+from tiedconv.detection.outputs import label_count, parts_of, tensor_in
 from tiedconv.errors import UserError
 from tiedconv.training.batchnorm import norms_of
 from tiedconv.training.config import TrainConfig
@@ -131,8 +131,8 @@ def some_labels(objects: Objects, images: Tensor, classes: Tensor) -> list[dict[
 
 
 def _own_loss(output: Any) -> Tensor:
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
+    loss = tensor_in(output, "loss")
+    if loss is None:
         raise UserError(
             f"The model was given labels and returns {type(output).__name__} without a loss",
             "It can't be trained with labels",

@@ -35,17 +35,20 @@ def parts_of(output: Any) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: there are none.
     """
-    logits, boxes = (
-        output.get(name) if isinstance(output, dict) else getattr(output, name, None)
-        for name in ("logits", "pred_boxes")
-    )
-    if not (isinstance(logits, Tensor) and isinstance(boxes, Tensor)):
+    logits, boxes = tensor_in(output, "logits"), tensor_in(output, "pred_boxes")
+    if logits is None or boxes is None:
         raise UserError(
             f"The model returns {type(output).__name__}, in which no boxes are found",
             "It can't be scored or taught as a detector",
             "Use a model that returns .logits and .pred_boxes, as transformers' detectors do",
         )
     return logits.float(), boxes.float()
+
+
+def tensor_in(output: Any, name: str) -> Tensor | None:
+    """What a model returned under a name; None if that is no tensor."""
+    found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+    return found if isinstance(found, Tensor) else None
 
 
 def is_detector(model: nn.Module) -> bool:
