@@ -21,7 +21,6 @@ class TinyDetector(nn.Module):
     """Patches, a stack of decoder layers over learned queries, and two heads."""
 
     num_labels = len(NAMES)
-    detects = True
 
     def __init__(self, width: int = 16, depth: int = 3) -> None:
         super().__init__()

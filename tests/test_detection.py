@@ -34,7 +34,6 @@ from tiedconv.detection import (
     drawn_loss,
     for_detector,
     generalised_iou,
-    is_detector,
 )
 from tiedconv.errors import DataError, MissingExtra, UserError
 from tiedconv.sources import Preprocess
@@ -224,8 +223,6 @@ def test_sigmoids_give_several_classes_and_a_softmax_one() -> None:
 def test_a_classifier_is_no_detector() -> None:
     with pytest.raises(UserError, match="no boxes"):
         detections_of(torch.zeros(1, 3), model_with(num_labels=3))
-    assert is_detector(tiny_detector())
-    assert not is_detector(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiedconv.detection.choosing import TASKS, detects, for_detector
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.lists import DetectionList
 from tiedconv.detection.objective import DetectionObjective
-from tiedconv.detection.outputs import Detections, detections_of, generalised_iou, is_detector
+from tiedconv.detection.outputs import Detections, detections_of, generalised_iou
 from tiedconv.detection.scoring import Precision, average_precision
 from tiedconv.detection.task import Detection, PrecisionChange, as_precision
 
@@ -34,5 +34,4 @@ __all__ = [
     "drawn_loss",
     "for_detector",
     "generalised_iou",
-    "is_detector",
 ]

@@ -51,11 +51,6 @@ def tensor_in(output: Any, name: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def is_detector(model: nn.Module) -> bool:
-    """Whether the model's own class says that it finds objects."""
-    return type(model).__name__.endswith("ForObjectDetection") or getattr(model, "detects", False)
-
-
 def label_count(model: nn.Module, outputs: int) -> int:
     """The model's classes, without one for "no object".
 
