@@ -42,7 +42,7 @@ from tiedconv.recipe import Recipe  # noqa: E402
 from tiedconv.training import TrainConfig  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "detection.json"
-PICTURE = ROOT / "docs" / "detection.png"
+PICTURE = ROOT / "docs" / "detection.jpg"
 SPEC = "examples.deimv2.model:deimv2_atto"
 DECODER = "model.decoder.layers."
 INCLUDE = (f"{DECODER}*", "*sampling_offsets*", "*attention_weights*")
