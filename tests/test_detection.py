@@ -129,6 +129,78 @@ def test_a_folder_that_is_not_quite_coco(content: str, words: list[str], tmp_pat
         assert word in str(error.value)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+def one_file(folder: Path, **parts: Any) -> Path:
+    """Two images with an object each; what is named is merged into the first of each part."""
+    content: dict[str, Any] = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": 50, "height": 40} for i in (7, 8)
+        ],
+        "annotations": [
+            {"image_id": i, "category_id": 1, "bbox": [1, 2, 3, 4]} for i in (7, 8)
+        ],
+        "categories": [{"id": i, "name": f"kind {i}"} for i in (1, 2)],
+    }  # fmt: skip
+    for part, more in parts.items():
+        content[part][0].update(more)
+    (folder / "8.png").touch()
+    file = folder / "instances_train.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("part", "more", "words"),
+    [
+        ("annotations", {"bbox": [NAN, 1, 2, 3]}, "image 7 has the bbox"),
+        ("annotations", {"bbox": [INF, 1, 2, 3]}, "image 7 has the bbox"),
+        ("annotations", {"bbox": [9, 9, -4, 4]}, "image 7 has the bbox"),
+        ("annotations", {"bbox": []}, "image 7 has the bbox"),
+        ("annotations", {"bbox": [1] * 8}, "image 7 has the bbox"),
+        ("annotations", {"bbox": None}, "image 7 has the bbox"),
+        ("annotations", {"area": NAN}, "image 7 has the area"),
+        ("annotations", {"image_id": INF}, "OverflowError"),
+        ("annotations", {"category_id": 5}, "category 5, which is not listed"),
+        ("images", {"width": 0}, "image 7 has the width 0"),
+        ("images", {"height": -5}, "height -5"),
+        ("images", {"width": INF}, "width inf"),
+        ("images", {"id": 8}, "two images have the id 8"),
+        ("images", {"file_name": None}, "image 7 has the file_name None"),
+        ("images", {"file_name": ""}, "image 7 has the file_name ''"),
+        ("categories", {"id": 2}, "two categories have the id 2"),
+    ],
+)
+def test_content_that_can_not_be_meant(
+    part: str, more: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=words):
+        open_split(one_file(tmp_path, **{part: more}))
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "null", '{"images": 3}'])
+def test_a_file_that_is_no_json_of_this_form(content: str, tmp_path: Path) -> None:
+    file = one_file(tmp_path)
+    file.write_text(content)
+    with pytest.raises(DataError, match="not in COCO's form"):
+        open_split(tmp_path)
+
+
+def test_one_file_may_be_named_and_its_first_photo_be_missing(tmp_path: Path) -> None:
+    file = one_file(tmp_path, annotations={"bbox": [-9, 0, 0, 99], "iscrowd": None})
+    images = open_images(file)
+    assert [images.name(i) for i in range(2)] == [str(tmp_path / f"{i}.png") for i in (7, 8)]
+    assert images.objects is not None
+    assert images.objects.areas.tolist() == [0, 12]  # where none is given, that of the box
+    with pytest.raises(DataError, match=r"instances_train\.json to evaluate"):
+        open_images(tmp_path)
+    file.write_text("\ufeff" + file.read_text("utf-8"), "utf-8")
+    assert len(open_images(file)) == 2
+    (tmp_path / "annotations").mkdir()
+    assert len(open_images(shutil.move(file, tmp_path / "annotations"))) == 2
+
+
 def test_images_that_would_be_cropped_are_refused(coco: Path) -> None:
     with pytest.raises(UserError, match="cropped"):
         DetectionList(open_images(coco), Preprocess(32, resize=40))
