@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from tiedconv.detection import (
     Detections,
     answer_distance,
     answer_loss,
+    as_precision,
     average_precision,
     class_map,
     detections_of,
@@ -36,10 +39,12 @@ from tiedconv.detection import (
     generalised_iou,
     is_detector,
 )
+from tiedconv.detection.objective import some_labels
 from tiedconv.errors import DataError, MissingExtra, UserError
 from tiedconv.sources import Preprocess
-from tiedconv.training import TrainConfig, train
+from tiedconv.training import Baseline, TrainConfig, TrainResult, train
 from tiedconv.training.device import Placement
+from tiedconv.watching.curve import Curve
 
 SPEC = "detection_helpers:tiny_detector"
 HERE = str(Path(__file__).parent)
@@ -231,6 +236,26 @@ def test_classes_are_found_by_name_by_count_and_by_number() -> None:
         class_map(named, objects_of(("cat", "dog"), (0, 1)), 3)
 
 
+def test_names_of_any_script_and_names_that_differ_by_a_sign() -> None:
+    foreign = model_with(num_labels=3, id2label={0: "人", 1: "車", 2: "🍎"})
+    assert class_map(foreign, objects_of(("🍎", "人"), (1, 2)), 3) == (2, 0)
+    signs = model_with(num_labels=3, id2label={0: "C", 1: "C++", 2: "d"})
+    assert class_map(signs, objects_of(("C++", "C"), (1, 2)), 3) == (1, 0)
+    gaps = model_with(num_labels=4, id2label={0: "N/A", 1: "a", 2: "N/A", 3: "b"})
+    assert class_map(gaps, objects_of(("B", "a"), (1, 2)), 4) == (3, 1)
+    with pytest.raises(DataError, match="same name"):
+        class_map(signs, objects_of(("c--", "d"), (1, 2)), 3)
+
+
+def test_names_that_stand_twice_and_numbers_below_zero_are_no_map() -> None:
+    named = model_with(num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+    with pytest.raises(DataError, match="same name"):
+        class_map(named, objects_of(("a", "A"), (0, 1)), 3)
+    assert class_map(model_with(num_labels=2), objects_of(("a", "a"), (0, 1)), 2) == (0, 1)
+    with pytest.raises(DataError, match="'x'"):
+        class_map(model_with(num_labels=9), objects_of(("x", "y"), (-1, 3)), 9)
+
+
 # Scores
 
 
@@ -390,6 +415,62 @@ def test_labels_reach_the_model_and_mirror_with_the_images(coco: Path) -> None:
     assert torch.equal(second["boxes"], straight[1]["boxes"])
 
 
+def test_labels_end_at_the_border_and_what_is_nothing_is_left_out(pair: Objects) -> None:
+    odd = dataclasses.replace(
+        pair, starts=np.array([0, 3, 3]), classes=np.array([0, 1, 0]), areas=np.ones(3),
+        crowds=np.zeros(3, np.int64),
+        boxes=np.array([[-50.0, 150, 100, 100], [10, 10, 0, 5], [200, 0, 50, 50]]),
+    )  # fmt: skip
+    first, second = some_labels(odd, torch.tensor([0, 1]), torch.tensor([7, 8]))
+    assert first["class_labels"].tolist() == [7]
+    torch.testing.assert_close(first["boxes"], torch.tensor([[0.25, 0.875, 0.5, 0.25]]))
+    assert second["boxes"].shape == (0, 4)
+
+
+def test_labels_are_the_classes_that_are_scored(coco: Path) -> None:
+    """A model of 91 classes without names takes the data's own numbers, in both."""
+    student = tiny_detector()
+    student.num_labels = 91
+    student.class_head = torch.nn.Linear(16, 92)
+    root = coco.parent / "sparse"
+    if not root.exists():
+        write_coco(root, sparse=True)
+    loss, images = objective(root, student, None, augment="none")
+    loss(images, torch.arange(4), 0)
+    assert {int(c) for label in student.seen for c in label["class_labels"]} == {3, 90}
+    del student.num_labels
+    TinyDetector.num_labels, before = None, TinyDetector.num_labels  # type: ignore[assignment]
+    try:
+        untold, _ = objective(root, student, None, augment="none")
+        with pytest.raises(UserError, match="num_labels"):
+            untold(images, torch.arange(4), 0)
+    finally:
+        TinyDetector.num_labels = before
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_model_that_breaks_down_has_no_loss_and_no_traceback(coco: Path, share: float) -> None:
+    student, teacher = tiny_detector(), tiny_detector().eval()
+    broken, images = objective(coco, student, teacher, distill_weight=share, augment="none")
+    with torch.no_grad():
+        student.class_head.weight.fill_(NAN)
+    assert math.isnan(float(broken(images, torch.arange(4), 0).loss.detach()))
+
+    def strict(images: Tensor, labels: Any = None) -> Any:
+        """Matches as transformers' detectors do."""
+        if labels is not None:
+            raise ValueError("matrix contains invalid numeric entries")
+        return student(images)
+
+    broken._forward = strict
+    assert math.isnan(float(broken(images, torch.arange(4), 0).loss.detach()))
+    with torch.no_grad():
+        student.class_head.weight.fill_(1)
+    if share < 1:
+        with pytest.raises(ValueError, match="numeric"):
+            broken(images, torch.arange(4), 0)
+
+
 def test_a_teacher_alone_needs_no_labels_and_norms_stay(coco: Path) -> None:
     student, teacher = tiny_detector().train(), tiny_detector().eval()
     with torch.no_grad():
@@ -535,15 +616,32 @@ def test_tasks_and_data_that_do_not_go_together(
     refused("evaluate", world.tied, "--data", coco, "--resize", 0, words=["no boxes are found"])
 
 
-def test_nothing_to_find_is_no_score() -> None:
-    from tiedconv.detection import as_precision
-    from tiedconv.training import TrainResult
+def test_nothing_to_find_is_no_score(coco: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(coco, root)
+    for part in ("train", "val"):
+        file = root / f"instances_{part}2017.json"
+        content = json.loads(file.read_text())
+        for mark in content["annotations"]:
+            mark["iscrowd"] = 1
+        file.write_text(json.dumps(content))
+    command = [
+        "finetune", files[1], "--data", root, "--teacher", files[0], "-o", tmp_path / "o",
+        "--trust-code", "--workers", 0, "--steps", 1,
+    ]  # fmt: skip
+    done = run(*command)
+    assert "before: AP -\n" in plain(done.stderr)
+    assert not re.search(r"nan|-100", plain(done.stdout))
+    again = figures(*command, "--force")
+    assert again["precision"] == dict.fromkeys(["before", "before50", "after", "after50"])
 
-    result = TrainResult(-1.0, -1.0, 0.5, 0.75, 1.0, 1, 1, 1, 1.0, 0, 1, [])
-    change, bare = as_precision(result)
-    assert math.isnan(change.before)
-    assert (change.after, change.after50) == (0.5, 0.75)
-    assert math.isnan(bare.top1)
+
+def test_the_picture_shows_precision_after_each_epoch(tmp_path: Path) -> None:
+    curve = Curve(tmp_path)
+    curve.see(Baseline(0.1, 0.2, 1.0))
+    history = [{"epoch": 1, "step": 3, "loss": 0.5, "top1": 0.4, "top5": 0.6}]
+    curve.end(as_precision(TrainResult(0.1, 0.2, 0.4, 0.6, 1.0, 1, 3, 1, 1.0, 0, 1, history))[1])
+    assert curve.course.accuracies == [(0, 0.1), (3, 0.4)]
 
 
 def test_the_task_is_the_data_sets_own(coco: Path) -> None:

@@ -75,7 +75,8 @@ def _matched(found: Tensor, boxes: Tensor, wanted: Tensor, aims: Tensor) -> Tens
     except ImportError as error:
         raise MissingExtra.of("scipy", "detection", "Teaching a detector") from error
     costs = L1 * torch.cdist(aims, boxes, p=1) + torch.cdist(wanted, found)
-    rows = [linear_sum_assignment(cost)[1] for cost in costs.double().cpu().numpy()]
+    costs = costs.double().nan_to_num()  # of no numbers any pairing will do: so is the loss none
+    rows = [linear_sum_assignment(cost)[1] for cost in costs.cpu().numpy()]
     return torch.stack([torch.from_numpy(row) for row in rows]).to(boxes.device)
 
 

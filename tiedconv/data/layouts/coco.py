@@ -180,9 +180,8 @@ def _boxes(marks: list[Any]) -> Floats:
 def _checked(values: Floats, marks: list[Any], key: str, *, signed: bool = False) -> Floats:
     """The values, if they can be meant: one that is no number would match any detection."""
     right = np.isfinite(values) & (signed | (values >= 0))
-    wrong = np.flatnonzero(~right.reshape(len(marks), -1).all(axis=1)) if len(marks) else ()
-    if len(wrong):
-        mark = marks[int(wrong[0])]
+    if len(wrong := np.argwhere(~right)):
+        mark = marks[int(wrong[0, 0])]
         raise _Odd(f"an object of the image {mark['image_id']} has the {key} {mark[key]}")
     return values
 
