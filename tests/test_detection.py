@@ -616,6 +616,29 @@ def test_tasks_and_data_that_do_not_go_together(
     refused("evaluate", world.tied, "--data", coco, "--resize", 0, words=["no boxes are found"])
 
 
+def test_a_detector_is_no_classifier(coco: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for kind in ("a", "b"):
+            shutil.copytree(coco / "images" / "val2017", tmp_path / part / kind)
+    start = ("--trust-code", "--workers", 0, "--data", tmp_path)
+    words = ["one row for each image", "COCO"]
+    refused("evaluate", files[1], *start, words=words)
+    train_ = ("finetune", files[1], *start, "-o", tmp_path / "o", "--teacher", files[0])
+    for more in ([], ["--distill", 1, "--unlabelled"]):
+        result = run(*train_, *more, code=2)
+        assert all(word in result.stderr.splitlines()[-1] for word in words)
+
+
+def test_parts_with_other_categories_are_refused(coco: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(coco, root)
+    file = root / "instances_val2017.json"
+    file.write_text(file.read_text().replace('"red"', '"green"'))
+    with pytest.raises(DataError, match=r"0 \(green\), 0 \(red\)"):
+        open_split(root)
+    assert len(open_images(root)) == 4
+
+
 def test_nothing_to_find_is_no_score(coco: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(coco, root)

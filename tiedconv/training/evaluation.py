@@ -17,7 +17,7 @@ from tiedconv.errors import DataError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.events import EvalStep, OnEvent, Skipped, ignore
-from tiedconv.training.losses import logits_of
+from tiedconv.training.losses import rows_of
 from tiedconv.training.processes import ALONE, Processes, SpareImage
 
 EVENT_SECONDS = 0.1
@@ -119,7 +119,7 @@ def score(
             if some is None:
                 continue
             with placement.autocast():
-                logits = logits_of(model(placement.images(some)))
+                logits = rows_of(model(placement.images(some)))
             if not len(batch.images):
                 continue
             outputs = logits.shape[-1]
