@@ -34,7 +34,9 @@ from tiedconv.detection import (
     average_precision,
     class_map,
     detections_of,
+    divergence,
     drawn_loss,
+    first_answers,
     for_detector,
     generalised_iou,
     is_detector,
@@ -384,6 +386,35 @@ def test_drawn_answers_have_the_fisher_matrix_as_their_gradients_moment(labels: 
     torch.testing.assert_close(
         squares[1], (5 * sure).square().expand_as(boxes), atol=1e-3, rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("labels", [2, 1])
+def test_the_divergence_of_a_small_change_is_what_fisher_says(labels: int) -> None:
+    model, believed = model_with(num_labels=labels), answer(3, batch=1)
+    change = 1e-3 * torch.randn(believed.logits.shape, generator=torch.Generator().manual_seed(1))
+    logits, boxes = believed.logits.double() + change, believed.pred_boxes.double()
+    shares = believed.logits.softmax(-1) if labels == 1 else believed.logits.sigmoid()
+    by_fisher = shares * change.square()
+    if labels == 1:
+        by_fisher = by_fisher - shares * (shares * change).sum(-1, keepdim=True) * change
+    else:
+        by_fisher = by_fisher * (1 - shares)
+    moved = SimpleNamespace(logits=logits, pred_boxes=boxes)
+    assert float(divergence(believed, believed, model)) == 0
+    assert float(divergence(moved, believed, model)) == pytest.approx(
+        float(by_fisher.sum() / 2), rel=0.05
+    )
+    moved.pred_boxes = boxes + 1e-3
+    sure = (shares[..., :1] if labels == 1 else shares).max(-1).values
+    more = divergence(moved, believed, model) - by_fisher.sum() / 2
+    assert float(more) == pytest.approx(float(4 * (5e-3 * sure).square().sum() / 2), rel=0.05)
+
+
+def test_the_first_answer_of_a_detector_is_one_class_for_an_image() -> None:
+    logits = torch.tensor([[[0.0, 1.0], [3.0, 0.0]], [[0.0, 5.0], [3.0, 0.0]]])
+    found_ = SimpleNamespace(logits=logits, pred_boxes=torch.rand(2, 2, 4))
+    assert first_answers(found_, model_with(num_labels=2)).tolist() == [0, 1]
+    assert first_answers(logits[0], model_with()).tolist() == [1, 0]
 
 
 def objective(

@@ -123,6 +123,45 @@ def drawn_loss(output: Any, model: nn.Module, generator: torch.Generator) -> Ten
     return total
 
 
+@torch.no_grad()
+def divergence(output: Any, answer: Any, model: nn.Module) -> Tensor:
+    """KL(answer || output) of what `drawn_loss` draws from, summed over images.
+
+    Args:
+        output: of a changed model.
+        answer: of the model as it was.
+        model: either of them.
+    """
+    found, known = (logits_of(part).cpu().double() for part in (output, answer))
+    if getattr(answer, "pred_boxes", None) is None:
+        return _softmax_divergence(found, known)
+    boxes, aims = (parts_of(part)[1].cpu().double() for part in (output, answer))
+    labels = label_count(model, known.shape[-1])
+    believed = probabilities(known, labels)
+    if known.shape[-1] == labels + 1:
+        classes = _softmax_divergence(found, known)
+    else:
+        yes = F.logsigmoid(known) - F.logsigmoid(found)
+        no = F.logsigmoid(-known) - F.logsigmoid(-found)
+        classes = (believed * yes + (1 - believed) * no).sum()
+    apart = L1 * believed.max(dim=-1, keepdim=True).values * (boxes - aims).abs()
+    return classes + (apart + torch.expm1(-apart)).sum()
+
+
+def first_answers(output: Any, model: nn.Module) -> Tensor:
+    """The class of each image, (B,); of a detector that of its surest detection."""
+    logits = logits_of(output)
+    if getattr(output, "pred_boxes", None) is None:
+        return logits.argmax(-1).cpu()
+    labels = label_count(model, logits.shape[-1])
+    return (probabilities(logits, labels).flatten(1).argmax(-1) % labels).cpu()
+
+
+def _softmax_divergence(found: Tensor, known: Tensor) -> Tensor:
+    found, known = found.log_softmax(-1), known.log_softmax(-1)
+    return (known.exp() * (known - found)).sum()
+
+
 def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
     shares = logits.detach().softmax(-1).cpu().double().flatten(0, -2)
     drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
