@@ -531,7 +531,7 @@ def test_a_model_without_a_loss_is_told(coco: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"mixup": 0.8}, {"cutmix": 1.0}, {"erasing": 0.1}, {"augment": "randaugment"},
-     {"distillation": "hard"}],
+     {"distillation": "hard"}, {"label_smoothing": 0.1}],
 )  # fmt: skip
 def test_what_boxes_do_not_go_with(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="for classifiers"):
