@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,17 +30,22 @@ from tiedconv.detection import (
     Detections,
     answer_distance,
     answer_loss,
+    as_precision,
     average_precision,
     class_map,
     detections_of,
+    divergence,
     drawn_loss,
+    first_answers,
     for_detector,
     generalised_iou,
 )
+from tiedconv.detection.objective import some_labels
 from tiedconv.errors import DataError, MissingExtra, UserError
 from tiedconv.sources import Preprocess
-from tiedconv.training import TrainConfig, train
+from tiedconv.training import Baseline, TrainConfig, TrainResult, train
 from tiedconv.training.device import Placement
+from tiedconv.watching.curve import Curve
 
 SPEC = "detection_helpers:tiny_detector"
 HERE = str(Path(__file__).parent)
@@ -128,6 +135,78 @@ def test_a_folder_that_is_not_quite_coco(content: str, words: list[str], tmp_pat
         assert word in str(error.value)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+def one_file(folder: Path, **parts: Any) -> Path:
+    """Two images with an object each; what is named is merged into the first of each part."""
+    content: dict[str, Any] = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": 50, "height": 40} for i in (7, 8)
+        ],
+        "annotations": [
+            {"image_id": i, "category_id": 1, "bbox": [1, 2, 3, 4]} for i in (7, 8)
+        ],
+        "categories": [{"id": i, "name": f"kind {i}"} for i in (1, 2)],
+    }  # fmt: skip
+    for part, more in parts.items():
+        content[part][0].update(more)
+    (folder / "8.png").touch()
+    file = folder / "instances_train.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("part", "more", "words"),
+    [
+        ("annotations", {"bbox": [NAN, 1, 2, 3]}, "image 7 has the bbox"),
+        ("annotations", {"bbox": [INF, 1, 2, 3]}, "image 7 has the bbox"),
+        ("annotations", {"bbox": [9, 9, -4, 4]}, "image 7 has the bbox"),
+        ("annotations", {"bbox": []}, "image 7 has the bbox"),
+        ("annotations", {"bbox": [1] * 8}, "image 7 has the bbox"),
+        ("annotations", {"bbox": None}, "image 7 has the bbox"),
+        ("annotations", {"area": NAN}, "image 7 has the area"),
+        ("annotations", {"image_id": INF}, "OverflowError"),
+        ("annotations", {"category_id": 5}, "category 5, which is not listed"),
+        ("images", {"width": 0}, "image 7 has the width 0"),
+        ("images", {"height": -5}, "height -5"),
+        ("images", {"width": INF}, "width inf"),
+        ("images", {"id": 8}, "two images have the id 8"),
+        ("images", {"file_name": None}, "image 7 has the file_name None"),
+        ("images", {"file_name": ""}, "image 7 has the file_name ''"),
+        ("categories", {"id": 2}, "two categories have the id 2"),
+    ],
+)
+def test_content_that_can_not_be_meant(
+    part: str, more: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=words):
+        open_split(one_file(tmp_path, **{part: more}))
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "null", '{"images": 3}'])
+def test_a_file_that_is_no_json_of_this_form(content: str, tmp_path: Path) -> None:
+    file = one_file(tmp_path)
+    file.write_text(content)
+    with pytest.raises(DataError, match="not in COCO's form"):
+        open_split(tmp_path)
+
+
+def test_one_file_may_be_named_and_its_first_photo_be_missing(tmp_path: Path) -> None:
+    file = one_file(tmp_path, annotations={"bbox": [-9, 0, 0, 99], "iscrowd": None})
+    images = open_images(file)
+    assert [images.name(i) for i in range(2)] == [str(tmp_path / f"{i}.png") for i in (7, 8)]
+    assert images.objects is not None
+    assert images.objects.areas.tolist() == [0, 12]  # where none is given, that of the box
+    with pytest.raises(DataError, match=r"instances_train\.json to evaluate"):
+        open_images(tmp_path)
+    file.write_text("\ufeff" + file.read_text("utf-8"), "utf-8")
+    assert len(open_images(file)) == 2
+    (tmp_path / "annotations").mkdir()
+    assert len(open_images(shutil.move(file, tmp_path / "annotations"))) == 2
+
+
 def test_images_that_would_be_cropped_are_refused(coco: Path) -> None:
     with pytest.raises(UserError, match="cropped"):
         DetectionList(open_images(coco), Preprocess(32, resize=40))
@@ -156,6 +235,26 @@ def test_classes_are_found_by_name_by_count_and_by_number() -> None:
     assert class_map(model_with(num_labels=2), objects_of(("a", "b"), (3, 90)), 2) == (0, 1)
     with pytest.raises(DataError, match="'dog'"):
         class_map(named, objects_of(("cat", "dog"), (0, 1)), 3)
+
+
+def test_names_of_any_script_and_names_that_differ_by_a_sign() -> None:
+    foreign = model_with(num_labels=3, id2label={0: "人", 1: "車", 2: "🍎"})
+    assert class_map(foreign, objects_of(("🍎", "人"), (1, 2)), 3) == (2, 0)
+    signs = model_with(num_labels=3, id2label={0: "C", 1: "C++", 2: "d"})
+    assert class_map(signs, objects_of(("C++", "C"), (1, 2)), 3) == (1, 0)
+    gaps = model_with(num_labels=4, id2label={0: "N/A", 1: "a", 2: "N/A", 3: "b"})
+    assert class_map(gaps, objects_of(("B", "a"), (1, 2)), 4) == (3, 1)
+    with pytest.raises(DataError, match="same name"):
+        class_map(signs, objects_of(("c--", "d"), (1, 2)), 3)
+
+
+def test_names_that_stand_twice_and_numbers_below_zero_are_no_map() -> None:
+    named = model_with(num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+    with pytest.raises(DataError, match="same name"):
+        class_map(named, objects_of(("a", "A"), (0, 1)), 3)
+    assert class_map(model_with(num_labels=2), objects_of(("a", "a"), (0, 1)), 2) == (0, 1)
+    with pytest.raises(DataError, match="'x'"):
+        class_map(model_with(num_labels=9), objects_of(("x", "y"), (-1, 3)), 9)
 
 
 # Scores
@@ -286,6 +385,35 @@ def test_drawn_answers_have_the_fisher_matrix_as_their_gradients_moment(labels: 
     )
 
 
+@pytest.mark.parametrize("labels", [2, 1])
+def test_the_divergence_of_a_small_change_is_what_fisher_says(labels: int) -> None:
+    model, believed = model_with(num_labels=labels), answer(3, batch=1)
+    change = 1e-3 * torch.randn(believed.logits.shape, generator=torch.Generator().manual_seed(1))
+    logits, boxes = believed.logits.double() + change, believed.pred_boxes.double()
+    shares = believed.logits.softmax(-1) if labels == 1 else believed.logits.sigmoid()
+    by_fisher = shares * change.square()
+    if labels == 1:
+        by_fisher = by_fisher - shares * (shares * change).sum(-1, keepdim=True) * change
+    else:
+        by_fisher = by_fisher * (1 - shares)
+    moved = SimpleNamespace(logits=logits, pred_boxes=boxes)
+    assert float(divergence(believed, believed, model)) == 0
+    assert float(divergence(moved, believed, model)) == pytest.approx(
+        float(by_fisher.sum() / 2), rel=0.05
+    )
+    moved.pred_boxes = boxes + 1e-3
+    sure = (shares[..., :1] if labels == 1 else shares).max(-1).values
+    more = divergence(moved, believed, model) - by_fisher.sum() / 2
+    assert float(more) == pytest.approx(float(4 * (5e-3 * sure).square().sum() / 2), rel=0.05)
+
+
+def test_the_first_answer_of_a_detector_is_one_class_for_an_image() -> None:
+    logits = torch.tensor([[[0.0, 1.0], [3.0, 0.0]], [[0.0, 5.0], [3.0, 0.0]]])
+    found_ = SimpleNamespace(logits=logits, pred_boxes=torch.rand(2, 2, 4))
+    assert first_answers(found_, model_with(num_labels=2)).tolist() == [0, 1]
+    assert first_answers(logits[0], model_with()).tolist() == [1, 0]
+
+
 def objective(
     coco: Path, student: TinyDetector, teacher: TinyDetector | None, **options: Any
 ) -> tuple[DetectionObjective, Tensor]:
@@ -313,6 +441,62 @@ def test_labels_reach_the_model_and_mirror_with_the_images(coco: Path) -> None:
     torch.testing.assert_close(first["boxes"][:, 0], 1 - straight[0]["boxes"][:, 0])
     assert torch.equal(first["boxes"][:, 1:], straight[0]["boxes"][:, 1:])
     assert torch.equal(second["boxes"], straight[1]["boxes"])
+
+
+def test_labels_end_at_the_border_and_what_is_nothing_is_left_out(pair: Objects) -> None:
+    odd = dataclasses.replace(
+        pair, starts=np.array([0, 3, 3]), classes=np.array([0, 1, 0]), areas=np.ones(3),
+        crowds=np.zeros(3, np.int64),
+        boxes=np.array([[-50.0, 150, 100, 100], [10, 10, 0, 5], [200, 0, 50, 50]]),
+    )  # fmt: skip
+    first, second = some_labels(odd, torch.tensor([0, 1]), torch.tensor([7, 8]))
+    assert first["class_labels"].tolist() == [7]
+    torch.testing.assert_close(first["boxes"], torch.tensor([[0.25, 0.875, 0.5, 0.25]]))
+    assert second["boxes"].shape == (0, 4)
+
+
+def test_labels_are_the_classes_that_are_scored(coco: Path) -> None:
+    """A model of 91 classes without names takes the data's own numbers, in both."""
+    student = tiny_detector()
+    student.num_labels = 91
+    student.class_head = torch.nn.Linear(16, 92)
+    root = coco.parent / "sparse"
+    if not root.exists():
+        write_coco(root, sparse=True)
+    loss, images = objective(root, student, None, augment="none")
+    loss(images, torch.arange(4), 0)
+    assert {int(c) for label in student.seen for c in label["class_labels"]} == {3, 90}
+    del student.num_labels
+    TinyDetector.num_labels, before = None, TinyDetector.num_labels  # type: ignore[assignment]
+    try:
+        untold, _ = objective(root, student, None, augment="none")
+        with pytest.raises(UserError, match="num_labels"):
+            untold(images, torch.arange(4), 0)
+    finally:
+        TinyDetector.num_labels = before
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_model_that_breaks_down_has_no_loss_and_no_traceback(coco: Path, share: float) -> None:
+    student, teacher = tiny_detector(), tiny_detector().eval()
+    broken, images = objective(coco, student, teacher, distill_weight=share, augment="none")
+    with torch.no_grad():
+        student.class_head.weight.fill_(NAN)
+    assert math.isnan(float(broken(images, torch.arange(4), 0).loss.detach()))
+
+    def strict(images: Tensor, labels: Any = None) -> Any:
+        """Matches as transformers' detectors do."""
+        if labels is not None:
+            raise ValueError("matrix contains invalid numeric entries")
+        return student(images)
+
+    broken._forward = strict
+    assert math.isnan(float(broken(images, torch.arange(4), 0).loss.detach()))
+    with torch.no_grad():
+        student.class_head.weight.fill_(1)
+    if share < 1:
+        with pytest.raises(ValueError, match="numeric"):
+            broken(images, torch.arange(4), 0)
 
 
 def test_a_teacher_alone_needs_no_labels_and_norms_stay(coco: Path) -> None:
@@ -344,7 +528,7 @@ def test_a_model_without_a_loss_is_told(coco: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"mixup": 0.8}, {"cutmix": 1.0}, {"erasing": 0.1}, {"augment": "randaugment"},
-     {"distillation": "hard"}],
+     {"distillation": "hard"}, {"label_smoothing": 0.1}],
 )  # fmt: skip
 def test_what_boxes_do_not_go_with(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="for classifiers"):
@@ -460,15 +644,55 @@ def test_tasks_and_data_that_do_not_go_together(
     refused("evaluate", world.tied, "--data", coco, "--resize", 0, words=["no boxes are found"])
 
 
-def test_nothing_to_find_is_no_score() -> None:
-    from tiedconv.detection import as_precision
-    from tiedconv.training import TrainResult
+def test_a_detector_is_no_classifier(coco: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for kind in ("a", "b"):
+            shutil.copytree(coco / "images" / "val2017", tmp_path / part / kind)
+    start = ("--trust-code", "--workers", 0, "--data", tmp_path)
+    words = ["one row for each image", "COCO"]
+    refused("evaluate", files[1], *start, words=words)
+    train_ = ("finetune", files[1], *start, "-o", tmp_path / "o", "--teacher", files[0])
+    for more in ([], ["--distill", 1, "--unlabelled"]):
+        result = run(*train_, *more, code=2)
+        assert all(word in result.stderr.splitlines()[-1] for word in words)
 
-    result = TrainResult(-1.0, -1.0, 0.5, 0.75, 1.0, 1, 1, 1, 1.0, 0, 1, [])
-    change, bare = as_precision(result)
-    assert math.isnan(change.before)
-    assert (change.after, change.after50) == (0.5, 0.75)
-    assert math.isnan(bare.top1)
+
+def test_parts_with_other_categories_are_refused(coco: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(coco, root)
+    file = root / "instances_val2017.json"
+    file.write_text(file.read_text().replace('"red"', '"green"'))
+    with pytest.raises(DataError, match=r"0 \(green\), 0 \(red\)"):
+        open_split(root)
+    assert len(open_images(root)) == 4
+
+
+def test_nothing_to_find_is_no_score(coco: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(coco, root)
+    for part in ("train", "val"):
+        file = root / f"instances_{part}2017.json"
+        content = json.loads(file.read_text())
+        for mark in content["annotations"]:
+            mark["iscrowd"] = 1
+        file.write_text(json.dumps(content))
+    command = [
+        "finetune", files[1], "--data", root, "--teacher", files[0], "-o", tmp_path / "o",
+        "--trust-code", "--workers", 0, "--steps", 1,
+    ]  # fmt: skip
+    done = run(*command)
+    assert "before: AP -\n" in plain(done.stderr)
+    assert not re.search(r"nan|-100", plain(done.stdout))
+    again = figures(*command, "--force")
+    assert again["precision"] == dict.fromkeys(["before", "before50", "after", "after50"])
+
+
+def test_the_picture_shows_precision_after_each_epoch(tmp_path: Path) -> None:
+    curve = Curve(tmp_path)
+    curve.see(Baseline(0.1, 0.2, 1.0))
+    history = [{"epoch": 1, "step": 3, "loss": 0.5, "top1": 0.4, "top5": 0.6}]
+    curve.end(as_precision(TrainResult(0.1, 0.2, 0.4, 0.6, 1.0, 1, 3, 1, 1.0, 0, 1, history))[1])
+    assert curve.course.accuracies == [(0, 0.1), (3, 0.4)]
 
 
 def test_the_task_is_the_data_sets_own(coco: Path) -> None:

@@ -138,7 +138,8 @@ def finetune(
     with joined(device) as (processes, place):
         if work.detects:
             if on_event is not None and processes.first and split.train.objects is not None:
-                on_event(Detecting(len(split.train), len(split.train.objects)))
+                objects = split.train.objects.count(split.train.places)
+                on_event(Detecting(len(split.train), objects))
         elif not split.labelled:
             if on_event is not None and processes.first:
                 on_event(Unlabelled(len(split.train)))

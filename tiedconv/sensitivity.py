@@ -28,6 +28,7 @@ from tiedconv.calibrate import Calibration
 from tiedconv.calibration import Moments
 from tiedconv.compare import opened
 from tiedconv.data import Loader
+from tiedconv.detection import divergence, first_answers
 from tiedconv.errors import NothingToConvert, UserError
 from tiedconv.families import find_blocks
 from tiedconv.linalg import spectrum
@@ -37,7 +38,7 @@ from tiedconv.pictures import check_picture, new_figure, write_figure
 from tiedconv.plan import Member, Slot
 from tiedconv.schemes._base import fuse
 from tiedconv.sources import Preprocess
-from tiedconv.training import logits_of, pick_device
+from tiedconv.training import pick_device
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement
 
@@ -295,17 +296,15 @@ class _Meter:
 
     def _batch(self, images: Tensor) -> Tensor:
         # All matrices for one batch, so that images are decoded once and never kept.
-        right = self._answers(images)
+        right = self._model(images)
         found = torch.zeros(len(self._slots), 2, dtype=torch.float64)
         for i, slot in enumerate(self._slots):
             with self._replaced(slot, self._thin[i]):
-                wrong = self._answers(images)
-            found[i, 0] = (right.exp() * (right - wrong)).sum()
-            found[i, 1] = (right.argmax(-1) != wrong.argmax(-1)).sum()
+                wrong = self._model(images)
+            found[i, 0] = divergence(wrong, right, self._model)
+            first, other = (first_answers(each, self._model) for each in (right, wrong))
+            found[i, 1] = (first != other).sum()
         return found
-
-    def _answers(self, images: Tensor) -> Tensor:
-        return logits_of(self._model(images)).cpu().double().log_softmax(-1)
 
     @contextmanager
     def _replaced(self, slot: Slot, thin: tuple[Tensor, Tensor]) -> Iterator[None]:

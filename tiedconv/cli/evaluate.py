@@ -52,10 +52,10 @@ def evaluate(
     result = done.result
     if done.precision is not None:
         show_precision(done.model, result.images, done.precision)
-        return
-    row = (done.model, f"{result.images:,}", render.accuracy(result.top1))
-    columns = ("model", "images", "top-1", "top-5", "loss")
-    common.show_table(columns, [(*row, render.accuracy(result.top5), f"{result.loss:.4f}")])
+    else:
+        row = (done.model, f"{result.images:,}", render.accuracy(result.top1))
+        columns = ("model", "images", "top-1", "top-5", "loss")
+        common.show_table(columns, [(*row, render.accuracy(result.top5), f"{result.loss:.4f}")])
     if result.skipped:
         say(render.skipped(result.skipped))
 

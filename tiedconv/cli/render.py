@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -180,8 +181,8 @@ def percent(share: float | None) -> str:
 
 
 def accuracy(share: float | None) -> str:
-    """An accuracy as a percentage with two decimals."""
-    return "-" if share is None else f"{100 * share:.2f} %"
+    """An accuracy as a percentage with two decimals; a dash where none could be measured."""
+    return "-" if share is None or math.isnan(share) else f"{100 * share:.2f} %"
 
 
 def skipped(count: int) -> str:

@@ -40,6 +40,10 @@ class Objects:
         """Where in the arrays the objects of an image are."""
         return slice(int(self.starts[image]), int(self.starts[image + 1]))
 
+    def count(self, images: Ints) -> int:
+        """How many objects some of the images have."""
+        return int(np.diff(self.starts)[images].sum())
+
     def __len__(self) -> int:
         """Number of objects."""
         return len(self.boxes)

@@ -165,6 +165,17 @@ def _matched(train: Images, val: Images) -> tuple[Images, Images]:
     Raises:
         DataError: their classes differ.
     """
+    if train.objects is not None and val.objects is not None:
+        known = dict(zip(train.objects.numbers, train.objects.names, strict=True))
+        found = dict(zip(val.objects.numbers, val.objects.names, strict=True))
+        if known != found:
+            odd = sorted(set(known.items()) ^ set(found.items()))
+            raise DataError(
+                "The categories of training and validation differ: only one of them has "
+                f"{listed(f'{number} ({name})' for number, name in odd)}",
+                "The model would be scored for other classes than it is taught",
+                "Give both JSON files the same list of categories",
+            )
     if train.labels is None or val.labels is None:
         return train.unlabelled(), val.unlabelled()
     if train.classes == val.classes:

@@ -7,7 +7,13 @@ transformers do. Called with `labels` as well it returns a `loss`.
 
 from __future__ import annotations
 
-from tiedconv.detection.answers import answer_distance, answer_loss, drawn_loss
+from tiedconv.detection.answers import (
+    answer_distance,
+    answer_loss,
+    divergence,
+    drawn_loss,
+    first_answers,
+)
 from tiedconv.detection.choosing import TASKS, detects, for_detector
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.lists import DetectionList
@@ -31,7 +37,9 @@ __all__ = [
     "class_map",
     "detections_of",
     "detects",
+    "divergence",
     "drawn_loss",
+    "first_answers",
     "for_detector",
     "generalised_iou",
 ]

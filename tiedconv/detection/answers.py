@@ -76,7 +76,8 @@ def _matched(found: Tensor, boxes: Tensor, wanted: Tensor, aims: Tensor) -> Tens
     except ImportError as error:
         raise MissingExtra.of("scipy", "detection", "Teaching a detector") from error
     costs = L1 * torch.cdist(aims, boxes, p=1) + torch.cdist(wanted, found)
-    rows = [linear_sum_assignment(cost)[1] for cost in costs.double().cpu().numpy()]
+    costs = costs.double().nan_to_num()  # of no numbers any pairing will do: so is the loss none
+    rows = [linear_sum_assignment(cost)[1] for cost in costs.cpu().numpy()]
     return torch.stack([torch.from_numpy(row) for row in rows]).to(boxes.device)
 
 
@@ -121,6 +122,45 @@ def drawn_loss(output: Any, model: nn.Module, generator: torch.Generator) -> Ten
     sure = believed.max(dim=-1, keepdim=True).values
     total: Tensor = classes + L1 * (sure * signs * boxes.float()).sum()
     return total
+
+
+@torch.no_grad()
+def divergence(output: Any, answer: Any, model: nn.Module) -> Tensor:
+    """KL(answer || output) of what `drawn_loss` draws from, summed over images.
+
+    Args:
+        output: of a changed model.
+        answer: of the model as it was.
+        model: either of them.
+    """
+    found, known = (logits_of(part).cpu().double() for part in (output, answer))
+    if getattr(answer, "pred_boxes", None) is None:
+        return _softmax_divergence(found, known)
+    boxes, aims = (parts_of(part)[1].cpu().double() for part in (output, answer))
+    labels = label_count(model, known.shape[-1])
+    believed = probabilities(known, labels)
+    if known.shape[-1] == labels + 1:
+        classes = _softmax_divergence(found, known)
+    else:
+        yes = F.logsigmoid(known) - F.logsigmoid(found)
+        no = F.logsigmoid(-known) - F.logsigmoid(-found)
+        classes = (believed * yes + (1 - believed) * no).sum()
+    apart = L1 * believed.max(dim=-1, keepdim=True).values * (boxes - aims).abs()
+    return classes + (apart + torch.expm1(-apart)).sum()
+
+
+def first_answers(output: Any, model: nn.Module) -> Tensor:
+    """The class of each image, (B,); of a detector that of its surest detection."""
+    logits = logits_of(output)
+    if getattr(output, "pred_boxes", None) is None:
+        return logits.argmax(-1).cpu()
+    labels = label_count(model, logits.shape[-1])
+    return (probabilities(logits, labels).flatten(1).argmax(-1) % labels).cpu()
+
+
+def _softmax_divergence(found: Tensor, known: Tensor) -> Tensor:
+    found, known = found.log_softmax(-1), known.log_softmax(-1)
+    return (known.exp() * (known - found)).sum()
 
 
 def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:

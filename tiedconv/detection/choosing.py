@@ -41,7 +41,6 @@ def for_detector(config: TrainConfig) -> TrainConfig:
         "mixup": config.mixup > 0,
         "cutmix": config.cutmix > 0,
         "erasing": config.erasing > 0,
-        "distillation": config.distillation == "hard",
     }
     for option in (name for name, set_ in odd.items() if set_):
         raise UserError(
@@ -49,5 +48,13 @@ def for_detector(config: TrainConfig) -> TrainConfig:
             "A detector's boxes would not follow it",
             f"Leave --{option} out; --augment flip mirrors images and boxes",
         )
+    for option, usual in (("distillation", "soft"), ("label_smoothing", 0.0)):
+        if getattr(config, option) != usual:
+            raise UserError(
+                f"{option}={getattr(config, option)} is for classifiers",
+                "A detector's own loss, and its distance to the teacher's answer, have no place "
+                "for it",
+                f"Leave --{option.replace('_', '-')} out",
+            )
     augment = "none" if config.augment == "none" else "flip"
     return replace(config, augment=augment, bn_recalibrate=0)

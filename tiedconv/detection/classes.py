@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -27,24 +29,38 @@ def class_map(model: nn.Module, objects: Objects, outputs: int) -> tuple[int, ..
     """
     count = label_count(model, outputs)
     named = getattr(getattr(model, "config", None), "id2label", None) or {}
-    by_name = {_plain(str(name)): int(i) for i, name in named.items()}
-    wanted = [_plain(name) for name in objects.names]
-    if all(name in by_name for name in wanted):
-        return tuple(by_name[name] for name in wanted)
-    if count == len(wanted):
+    known = {int(i): str(name) for i, name in named.items()}
+    by_name = _by_name(known, objects.names)
+    if by_name is not None:
+        return by_name
+    if count == len(objects.names):
         return tuple(range(count))
-    if max(objects.numbers) < count and not any(_is_named(str(n)) for n in named.values()):
-        return objects.numbers
-    missing = next(name for name in wanted if name not in by_name)
+    numbers = objects.numbers
+    if min(numbers) >= 0 and max(numbers) < count and not any(map(_is_named, known.values())):
+        return numbers
+    spelled = {_plain(name) for name in known.values()}
+    missing = [name for name in objects.names if _plain(name) not in spelled]
+    unlike = f"it knows no {missing[0]!r}" if missing else "some have the same name"
     raise DataError(
-        f"The data have {len(wanted)} classes, the model {count}, and it knows no {missing!r}",
+        f"The data have {len(objects.names)} classes, the model {count}, and {unlike}",
         "Its detections can't be compared with the data",
         "Use data with the classes that the model was made for",
     )
 
 
+def _by_name(known: Mapping[int, str], wanted: Sequence[str]) -> tuple[int, ...] | None:
+    """The model's class for each name; spelled alike, if exactly doesn't do. None if unclear."""
+    for spelled in (str, _plain):
+        numbers = {spelled(name): i for i, name in known.items()}
+        times = Counter(spelled(name) for name in (*known.values(), *wanted))
+        if all(spelled(n) in numbers and times[spelled(n)] == 2 for n in wanted):  # once in each
+            return tuple(numbers[spelled(name)] for name in wanted)
+    return None
+
+
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    """A name in small letters and digits of any script; one that has none stays as it is."""
+    return re.sub(r"[\W_]", "", name.casefold()) or name
 
 
 def _is_named(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tiedconv.data import Objects
 from tiedconv.detection.answers import answer_loss
 from tiedconv.detection.classes import class_map
-from tiedconv.detection.outputs import label_count, parts_of, tensor_in
+from tiedconv.detection.outputs import parts_of, tensor_in, told_labels
 from tiedconv.errors import UserError
 from tiedconv.training.batchnorm import norms_of
 from tiedconv.training.config import TrainConfig
@@ -51,6 +52,7 @@ class DetectionObjective:
         self._teacher, self._placement, self._objects = teacher, placement, objects
         self._norms = norms_of(student)
         self._classes: Tensor | None = None
+        self._checked = False
         check_teacher(config, teacher)
         by_features = config.features > 0 and teacher is not None
         self._blocks = common_blocks(student, teacher) if by_features and teacher else ()
@@ -69,25 +71,65 @@ class DetectionObjective:
         for norm in self._norms:
             norm.eval()
         share = self.config.distill_weight if self._teacher is not None else 0.0
-        more = {"labels": self._labels(labels, mirrored)} if share < 1 else {}
+        known = self._labels(labels, mirrored) if share < 1 else None
         with outputs_of(self._student, self._blocks) as own, self._placement.autocast():
-            output = self._forward(shown, **more)
-        logits, _ = parts_of(output)
+            output = self._answer(shown, known)
+        logits, boxes = parts_of(output)
+        if known is not None:
+            self._check_classes(logits.shape[-1])
+            total = logits.sum() + boxes.sum()
+            if tensor_in(output, "loss") is None and not bool(torch.isfinite(total)):
+                return Outcome(math.nan * total, logits)
         loss = torch.zeros((), device=logits.device)
         if share < 1:
             loss = loss + (1 - share) * _own_loss(output)
-        if self._teacher is not None and (share > 0 or self._blocks):
-            with (
-                torch.no_grad(),
-                outputs_of(self._teacher, self._blocks) as aims,
-                self._placement.autocast(),
-            ):
-                answer = self._teacher(shown)
-            if share > 0:
-                loss = loss + share * answer_loss(output, answer, self._student)
-            if self._blocks:
-                loss = loss + self.config.features * feature_loss(own, aims)
-        return Outcome(loss, logits)
+        return Outcome(loss + self._taught(shown, output, own, share), logits)
+
+    def _taught(
+        self, images: Tensor, output: Any, own: dict[str, Tensor], share: float
+    ) -> Tensor | float:  # fmt: skip
+        """What is lost for being apart from the teacher."""
+        if self._teacher is None or not (share > 0 or self._blocks):
+            return 0.0
+        with (
+            torch.no_grad(),
+            outputs_of(self._teacher, self._blocks) as aims,
+            self._placement.autocast(),
+        ):
+            answer = self._teacher(images)
+        loss: Tensor | float = 0.0
+        if share > 0:
+            loss = loss + share * answer_loss(output, answer, self._student)
+        if self._blocks:
+            loss = loss + self.config.features * feature_loss(own, aims)
+        return loss
+
+    def _answer(self, images: Tensor, labels: list[dict[str, Tensor]] | None) -> Any:
+        if labels is None:
+            return self._forward(images)
+        try:
+            return self._forward(images, labels=labels)
+        except ValueError:
+            # transformers' detectors match boxes with labels, which refuses what is no number:
+            # without labels it is seen whether that was it, and the training ends as others do.
+            output = self._forward(images)
+            logits, boxes = parts_of(output)
+            if bool(torch.isfinite(logits.sum() + boxes.sum())):
+                raise
+            return output
+
+    def _check_classes(self, outputs: int) -> None:
+        """That labels are the classes for which the model is scored."""
+        if self._checked:
+            return
+        scored = class_map(self._student, self._objects, outputs)
+        if self._classes is None or self._classes.tolist() != list(scored):
+            raise UserError(
+                f"The model has {outputs} outputs and doesn't tell how many classes it knows",
+                "It would be taught other classes than it is scored for",
+                "Give the model num_labels",
+            )
+        self._checked = True
 
     def _mirrored(self, count: int, seed: int) -> Tensor:
         if self.config.augment == "none":
@@ -96,8 +138,9 @@ class DetectionObjective:
 
     def _labels(self, images: Tensor, mirrored: Tensor) -> list[dict[str, Tensor]]:
         if self._classes is None:
-            count = label_count(self._student, len(self._objects.names))
-            classes = class_map(self._student, self._objects, count)
+            told = told_labels(self._student)  # not the data's: they may leave classes out
+            outputs = len(self._objects.names) if told is None else told
+            classes = class_map(self._student, self._objects, outputs)
             self._classes = torch.tensor(classes, dtype=torch.int64)
         found = some_labels(self._objects, images, self._classes)
         for labels, mirror in zip(found, mirrored.tolist(), strict=True):
@@ -108,7 +151,9 @@ class DetectionObjective:
 
 
 def some_labels(objects: Objects, images: Tensor, classes: Tensor) -> list[dict[str, Tensor]]:
-    """What stands in some images, as detectors of transformers want it; crowds are left out.
+    """What stands in some images, as detectors of transformers want it.
+
+    Crowds are left out, and what is nothing within the image; boxes end at its border.
 
     Args:
         objects: of the data.
@@ -122,11 +167,14 @@ def some_labels(objects: Objects, images: Tensor, classes: Tensor) -> list[dict[
     for image in images.tolist():
         where = objects.of(image)
         single = objects.crowds[where] == 0
-        boxes = torch.tensor(objects.boxes[where][single], dtype=torch.float32)
-        size = torch.tensor(objects.sizes[image], dtype=torch.float32).repeat(2)
-        boxes = torch.cat([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], dim=1) / size
+        boxes = torch.tensor(objects.boxes[where][single], dtype=torch.float64)
         kinds = torch.tensor(objects.classes[where][single], dtype=torch.int64)
-        found.append({"class_labels": classes[kinds], "boxes": boxes})
+        size = torch.tensor(objects.sizes[image], dtype=torch.float64)
+        first = (boxes[:, :2] / size).clamp(0, 1)
+        last = ((boxes[:, :2] + boxes[:, 2:]) / size).clamp(0, 1)
+        seen = (last > first).all(dim=1)
+        shares = torch.cat([(first + last) / 2, last - first], dim=1)[seen].float()
+        found.append({"class_labels": classes[kinds[seen]], "boxes": shares})
     return found
 
 

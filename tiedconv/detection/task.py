@@ -66,7 +66,8 @@ class Detection:
             processes: that evaluate together.
 
         Returns:
-            `top1` is AP, `top5` is AP50, `loss` is 0, or not finite if an output isn't.
+            `top1` is AP and `top5` AP50, NaN if there is nothing to find; `loss` is 0, or not
+            finite if an output isn't.
 
         Raises:
             DataError: no image could be read, or classes that the model doesn't know.
@@ -86,8 +87,9 @@ class Detection:
         require_some(len(found), broken)
         classes = class_map(model, self.objects, outputs)
         self.precision = precision = average_precision(found, self.objects, classes)
+        ap, ap50 = (f if f >= 0 else math.nan for f in (precision.ap, precision.ap50))
         return EvalResult(
-            precision.ap, precision.ap50, float(finite), len(found), outputs, len(broken),
+            ap, ap50, float(finite), len(found), outputs, len(broken),
             broken[0] if broken else None, time.perf_counter() - start,
         )  # fmt: skip
 
@@ -118,4 +120,4 @@ def as_precision(result: TrainResult) -> tuple[PrecisionChange, TrainResult]:
         result, top1_before=nan, top5_before=nan, top1=nan, top5=nan, history=history
     )  # fmt: skip
     figures = result.top1_before, result.top5_before, result.top1, result.top5
-    return PrecisionChange(*(f if f >= 0 else nan for f in figures)), bare
+    return PrecisionChange(*figures), bare

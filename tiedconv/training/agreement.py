@@ -15,7 +15,7 @@ from tiedconv.errors import DataError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement, pick_device
-from tiedconv.training.losses import distillation_loss, logits_of
+from tiedconv.training.losses import distillation_loss, logits_of, rows_of
 from tiedconv.training.results import TrainResult
 
 
@@ -99,7 +99,7 @@ def answered(
                 if not len(batch.images):
                     continue
                 with placement.autocast():
-                    logits = logits_of(teacher(placement.images(batch.images)))
+                    logits = rows_of(teacher(placement.images(batch.images)))
                 if not asked:
                     _check_classes(student, placement, batch.images[:2], logits[:2])
                     asked = True

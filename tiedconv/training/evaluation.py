@@ -17,7 +17,7 @@ from tiedconv.errors import DataError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.events import EvalStep, OnEvent, Skipped, ignore
-from tiedconv.training.losses import logits_of
+from tiedconv.training.losses import rows_of
 from tiedconv.training.processes import ALONE, Processes, SpareImage
 
 EVENT_SECONDS = 0.1
@@ -111,7 +111,7 @@ def score(
     images = outputs = 0
     broken: list[str] = []
     for batch, output in answers(model, loader, placement, broken, on_event, processes):
-        logits = logits_of(output)
+        logits = rows_of(output)
         outputs = logits.shape[-1]
         check_labels(batch.labels, outputs, classes)
         sums += _sums(logits, batch.labels.to(placement.device, non_blocking=True))

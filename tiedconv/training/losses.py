@@ -38,6 +38,22 @@ def logits_of(output: Any) -> Tensor:
     return logits_of(logits)
 
 
+def rows_of(output: Any) -> Tensor:
+    """The logits of a classifier: one row for each image, (B, classes).
+
+    Raises:
+        UserError: there are none, or several for an image, as a detector gives them.
+    """
+    logits = logits_of(output)
+    if logits.ndim != 2:
+        raise UserError(
+            f"The model gives logits {tuple(logits.shape)}, not one row for each image",
+            "It can't be scored as a classifier",
+            "Use a classifier; for a detector, give a folder in COCO's form",
+        )
+    return logits
+
+
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of the softened outputs, mean over the batch.
 

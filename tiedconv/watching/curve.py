@@ -12,7 +12,17 @@ from typing import Any
 
 from tiedconv.errors import OutputError
 from tiedconv.files import json_ready, replacing, strict_json
-from tiedconv.training import Baseline, Checkpointed, EpochEnd, Event, Step, TrainResult
+from tiedconv.training import (
+    ACCURACY,
+    AGREEMENT,
+    PRECISION,
+    Baseline,
+    Checkpointed,
+    EpochEnd,
+    Event,
+    Step,
+    TrainResult,
+)
 from tiedconv.watching.watchers import Run, Watcher
 
 FILE = "curve.json"
@@ -134,7 +144,7 @@ class Curve(Watcher):
     def see(self, event: Event) -> None:
         match event:
             case Baseline(top1, _, _):
-                self.course.accuracies.append((0, top1))
+                self._score(0, top1)
             case Step(_, step, losses, lr):
                 self.course.add(step, losses, lr)
             case EpochEnd(epoch, loss, top1, _, _, step):
@@ -155,10 +165,14 @@ class Curve(Watcher):
 
     def _epoch(self, epoch: int, step: int, loss: float, share: float | None) -> None:
         self.course.epochs.append((epoch, step, loss))
+        self._score(step, share)
+
+    def _score(self, step: int, share: float | None) -> None:
         if share is not None and math.isfinite(share):
             self.course.accuracies.append((step, share))
 
 
 def _figures(epoch: Mapping[str, Any]) -> tuple[int, int, float, float | None]:
-    share = epoch["top1"] if "top1" in epoch else epoch.get("agreement")
+    measures = (ACCURACY, AGREEMENT, PRECISION)
+    share = next((epoch[m.keys[0]] for m in measures if m.keys[0] in epoch), None)
     return epoch["epoch"], epoch["step"], epoch["loss"], share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class TensorBoard(Watcher):
             self._add(f"validation/{name}", share, step)
 
     def _add(self, name: str, value: float | None, step: int) -> None:
-        if value is not None:
+        if value is not None and math.isfinite(value):
             self._writer.add_scalar(name, value, step)
 
 
