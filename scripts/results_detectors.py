@@ -83,7 +83,7 @@ def detection(data: dict[str, Any]) -> str:
         rows.append((scheme, f"{share} %", f"{found[0]['parameters']:,}", *map(_score, steps)))
     minutes = [run["taught_seconds"] / 60 for found in groups.values() for run in found]
     return DETECTION.format(
-        photos=128, minutes=f"{min(minutes):.0f} to {max(minutes):.0f} minutes",
+        photos=128, minutes=f"{max(minutes):.0f} minutes at most",
         comment=(RESULTS / "detection_comment.md").read_text("utf-8").strip(),
         table=table(
             ("", "decoder", "parameters", "without data", "calibrated", "taught"), rows, words=1

@@ -175,6 +175,7 @@ def one_file(folder: Path, **parts: Any) -> Path:
         ("images", {"id": 8}, "two images have the id 8"),
         ("images", {"file_name": None}, "image 7 has the file_name None"),
         ("images", {"file_name": ""}, "image 7 has the file_name ''"),
+        ("images", {"file_name": "a\x1b[2J"}, "image 7 has the file_name"),
         ("categories", {"id": 2}, "two categories have the id 2"),
     ],
 )

@@ -124,7 +124,8 @@ class _Odd(ValueError):
 def _names(images: Any) -> tuple[str, ...]:
     for image in images:
         name = image["file_name"]
-        if not isinstance(name, str) or not name:
+        # A control character would reach the terminal that tells of a broken photo.
+        if not isinstance(name, str) or not name or any(ord(c) < 32 or ord(c) == 127 for c in name):
             raise _Odd(f"the image {image['id']} has the file_name {name!r}")
     return tuple(image["file_name"] for image in images)
 
