@@ -14,6 +14,7 @@ from tiedconv.binding import freeze, state_of, untie
 from tiedconv.calibrate import Calibration
 from tiedconv.checkpoint import Checkpoint, install, read
 from tiedconv.data import Loader
+from tiedconv.detection import tensor_in
 from tiedconv.errors import CheckpointError, SourceError, VerifyError
 from tiedconv.export import TOLERANCE, apart, images_for
 from tiedconv.loading import skeleton_of, source_of, widened
@@ -122,5 +123,5 @@ def _outputs(model: nn.Module, images: Tensor) -> Check:
 
 def _answers(output: Any) -> dict[str, Tensor]:
     """The logits, and a detector's boxes beside them."""
-    boxes = getattr(output, "pred_boxes", None)
+    boxes = tensor_in(output, "pred_boxes")
     return {"logits": logits_of(output)} | ({} if boxes is None else {"boxes": boxes.float()})

@@ -18,7 +18,12 @@ from tiedconv.detection.choosing import TASKS, detects, for_detector
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.lists import DetectionList
 from tiedconv.detection.objective import DetectionObjective
-from tiedconv.detection.outputs import Detections, detections_of, generalised_iou
+from tiedconv.detection.outputs import (
+    Detections,
+    detections_of,
+    generalised_iou,
+    tensor_in,
+)
 from tiedconv.detection.scoring import Precision, average_precision
 from tiedconv.detection.task import Detection, PrecisionChange, as_precision
 
@@ -42,4 +47,5 @@ __all__ = [
     "first_answers",
     "for_detector",
     "generalised_iou",
+    "tensor_in",
 ]

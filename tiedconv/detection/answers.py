@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tiedconv.detection.outputs import (
     corners,
     generalised_iou,
+    has_no_object,
     label_count,
     parts_of,
     probabilities,
@@ -50,11 +51,11 @@ def answer_loss(output: Any, answer: Any, model: nn.Module) -> Tensor:
         )
     labels = label_count(model, logits.shape[-1])
     wanted = probabilities(taught, labels)
-    places = _matched(probabilities(logits, labels), boxes, wanted, aims)
+    places = _matched(probabilities(logits.detach(), labels), boxes, wanted, aims)
     logits = logits.gather(1, places[..., None].expand_as(logits))
     boxes = boxes.gather(1, places[..., None].expand_as(boxes))
     weight = wanted.max(dim=-1).values
-    if logits.shape[-1] == labels + 1:
+    if has_no_object(logits, labels):
         known = taught.log_softmax(-1)
         classes = F.kl_div(logits.log_softmax(-1), known, reduction="sum", log_target=True)
     else:
@@ -113,7 +114,7 @@ def drawn_loss(output: Any, model: nn.Module, generator: torch.Generator) -> Ten
     logits = logits_of(output)
     labels = label_count(model, logits.shape[-1])
     believed = probabilities(logits.detach(), labels)
-    if logits.shape[-1] == labels + 1:
+    if has_no_object(logits, labels):
         classes = _drawn_class(logits, generator)
     else:
         drawn = torch.rand(logits.shape, generator=generator).to(logits.device) < believed
@@ -134,12 +135,12 @@ def divergence(output: Any, answer: Any, model: nn.Module) -> Tensor:
         model: either of them.
     """
     found, known = (logits_of(part).cpu().double() for part in (output, answer))
-    if getattr(answer, "pred_boxes", None) is None:
+    if tensor_in(answer, "pred_boxes") is None:
         return _softmax_divergence(found, known)
     boxes, aims = (parts_of(part)[1].cpu().double() for part in (output, answer))
     labels = label_count(model, known.shape[-1])
     believed = probabilities(known, labels)
-    if known.shape[-1] == labels + 1:
+    if has_no_object(known, labels):
         classes = _softmax_divergence(found, known)
     else:
         yes = F.logsigmoid(known) - F.logsigmoid(found)
@@ -152,7 +153,7 @@ def divergence(output: Any, answer: Any, model: nn.Module) -> Tensor:
 def first_answers(output: Any, model: nn.Module) -> Tensor:
     """The class of each image, (B,); of a detector that of its surest detection."""
     logits = logits_of(output)
-    if getattr(output, "pred_boxes", None) is None:
+    if tensor_in(output, "pred_boxes") is None:
         return logits.argmax(-1).cpu()
     labels = label_count(model, logits.shape[-1])
     return (probabilities(logits, labels).flatten(1).argmax(-1) % labels).cpu()

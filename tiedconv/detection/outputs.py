@@ -69,9 +69,14 @@ def told_labels(model: nn.Module) -> int | None:
     return int(count) if isinstance(count, int) else None
 
 
+def has_no_object(logits: Tensor, labels: int) -> bool:
+    """Whether the last logit stands for "no object", so that a softmax gives the probabilities."""
+    return logits.shape[-1] == labels + 1
+
+
 def probabilities(logits: Tensor, labels: int) -> Tensor:
     """(..., labels): by a softmax where the last logit stands for "no object", else sigmoids."""
-    if logits.shape[-1] == labels + 1:
+    if has_no_object(logits, labels):
         return logits.softmax(dim=-1)[..., :-1]
     return logits.sigmoid()
 
@@ -90,7 +95,7 @@ def detections_of(output: Any, model: nn.Module, most: int = MOST) -> list[Detec
     logits, boxes = parts_of(output)
     labels = label_count(model, logits.shape[-1])
     found = probabilities(logits, labels)
-    if logits.shape[-1] == labels + 1:
+    if has_no_object(logits, labels):
         scores, kinds = found.max(dim=-1)
         best, queries = scores.topk(min(most, scores.shape[1]), dim=1)
         kinds = kinds.gather(1, queries)

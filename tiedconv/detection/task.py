@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
 from tiedconv.training.evaluation import EvalResult, answers, require_some
 from tiedconv.training.events import OnEvent, ignore
+from tiedconv.training.measures import PRECISION
 from tiedconv.training.processes import ALONE, Processes
-from tiedconv.training.results import TrainResult
+from tiedconv.training.results import TrainResult, not_accuracies
 
 
 class Detection:
@@ -82,8 +83,9 @@ class Detection:
             outputs = logits.shape[-1]
             finite = finite + 0 * (logits.sum() + boxes.sum())
             found |= dict(zip(batch.labels.tolist(), detections_of(output, model), strict=True))
-        found = {i: each for part in processes.gathered(found) for i, each in part.items()}
-        broken = [name for part in processes.gathered(broken) for name in part]
+        parts = processes.gathered((found, broken))
+        found = {i: each for theirs, _ in parts for i, each in theirs.items()}
+        broken = [name for _, theirs in parts for name in theirs]
         require_some(len(found), broken)
         classes = class_map(model, self.objects, outputs)
         self.precision = precision = average_precision(found, self.objects, classes)
@@ -113,11 +115,5 @@ class PrecisionChange:
 
 def as_precision(result: TrainResult) -> tuple[PrecisionChange, TrainResult]:
     """Takes the figures of a detector out of the places meant for accuracies."""
-    names = {"top1": "ap", "top5": "ap50"}
-    history = [{names.get(k, k): value for k, value in epoch.items()} for epoch in result.history]
-    nan = math.nan
-    bare = replace(
-        result, top1_before=nan, top5_before=nan, top1=nan, top5=nan, history=history
-    )  # fmt: skip
     figures = result.top1_before, result.top5_before, result.top1, result.top5
-    return PrecisionChange(*figures), bare
+    return PrecisionChange(*figures), not_accuracies(result, PRECISION)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ from tiedconv.errors import DataError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement, pick_device
+from tiedconv.training.evaluation import answers
 from tiedconv.training.losses import distillation_loss, logits_of, rows_of
-from tiedconv.training.results import TrainResult
+from tiedconv.training.measures import AGREEMENT
+from tiedconv.training.results import TrainResult, not_accuracies
 
 
 @dataclass(frozen=True)
@@ -92,21 +93,16 @@ def answered(
     loader = Loader(Relabelled(data), size, workers=config.workers, device=place)
     labels = torch.zeros(loader.images, dtype=torch.int64)
     asked = False
-    with modes_kept(teacher):
-        teacher.eval()
-        try:
-            for batch in loader.epoch():
-                if not len(batch.images):
-                    continue
-                with placement.autocast():
-                    logits = rows_of(teacher(placement.images(batch.images)))
-                if not asked:
-                    _check_classes(student, placement, batch.images[:2], logits[:2])
-                    asked = True
-                labels[batch.labels] = logits.argmax(dim=-1).cpu()
-        finally:
-            loader.close()
-            placement.release(teacher)
+    try:
+        for batch, output in answers(teacher, loader, placement, broken=[]):
+            logits = rows_of(output)
+            if not asked:
+                _check_classes(student, placement, batch.images[:2], logits[:2])
+                asked = True
+            labels[batch.labels] = logits.argmax(dim=-1).cpu()
+    finally:
+        loader.close()
+        placement.release(teacher)
     if not asked:
         raise DataError(
             "None of the validation images could be read",
@@ -117,15 +113,7 @@ def answered(
 
 def as_agreement(result: TrainResult) -> tuple[Agreement, TrainResult]:
     """Takes the figures of a run on `answered` data out of the places meant for accuracies."""
-    names = {"top1": "agreement"}
-    history = [
-        {names.get(key, key): value for key, value in epoch.items() if key != "top5"}
-        for epoch in result.history
-    ]
-    nan = math.nan
-    bare = replace(
-        result, top1_before=nan, top5_before=nan, top1=nan, top5=nan, history=history
-    )  # fmt: skip
+    bare = not_accuracies(result, AGREEMENT)
     return Agreement(result.top1_before, result.top1), bare
 
 

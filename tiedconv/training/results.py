@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from tiedconv.training.measures import ACCURACY, Measure
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,16 @@ class TrainResult:
     skipped: int
     batch_size: int
     history: list[dict[str, Any]]
+
+
+def not_accuracies(result: TrainResult, measure: Measure) -> TrainResult:
+    """A result whose figures are no accuracies: NaN in their places, the history by their names."""
+    renamed = dict(zip(ACCURACY.keys, measure.keys, strict=False))
+    history = [
+        {renamed.get(k, k): v for k, v in epoch.items() if k in renamed or k not in ACCURACY.keys}
+        for epoch in result.history
+    ]
+    nan = math.nan
+    return replace(
+        result, top1_before=nan, top5_before=nan, top1=nan, top5=nan, history=history
+    )  # fmt: skip
