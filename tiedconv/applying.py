@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.applied import apply, matrix_of, multiplications
-from tiedconv.binding import evaluator_of, is_frozen, tied_weights
-from tiedconv.evaluated import is_applied
+from tiedconv.applied import multiplications
+from tiedconv.binding import is_frozen, tied_weights
+from tiedconv.evaluated import is_applied, lookup_of
 from tiedconv.expr import Expr, MatMul
-from tiedconv.features import Features
+from tiedconv.features import linear
 
 _APPLIED = "_tiedconv_applied"
 
@@ -87,6 +87,6 @@ class _Forward:
             made: Tensor = type(module).forward(module, x)
             return made
         expr: Expr = module.__dict__[_APPLIED]
-        y: Tensor = apply(matrix_of(expr), x, Features(evaluator_of(module)))
+        y = linear(expr, x, lookup_of(module))
         bias: Any = module.bias
         return y if bias is None else y.add_(bias)

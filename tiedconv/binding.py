@@ -12,7 +12,7 @@ road from the original to the compact model. An offset is no parameter and is ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import PlanError, UserError
-from tiedconv.evaluated import EXPRS, FROZEN, OFFSET, ROOT, SHARE, drop, evaluate, is_applied
+from tiedconv.evaluated import EXPRS, FROZEN, OFFSET, SHARE, drop, evaluate, is_applied
 from tiedconv.expr import Expr
 from tiedconv.plan import Plan
 
@@ -185,12 +185,6 @@ def tied_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Expr]]
     """Every converted weight: its name, the module and attribute that hold it, its expression."""
     for name, module, attribute in _places(model, state_of(model).plan):
         yield name, module, attribute, module.__dict__[EXPRS][attribute]
-
-
-def evaluator_of(module: nn.Module) -> Callable[[Expr], Tensor]:
-    """What gives the value of an expression over the stored tensors of this module's model."""
-    root: nn.Module = module.__dict__[ROOT]
-    return lambda expr: expr.evaluate(root._parameters.__getitem__)  # type: ignore[arg-type]
 
 
 def is_frozen(module: nn.Module, attribute: str) -> bool:

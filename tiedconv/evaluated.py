@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tiedconv.applied import is_never_made
-from tiedconv.expr import Expr
+from tiedconv.expr import Expr, Lookup
 from tiedconv.features import linear
 
 # Keys of what tied modules keep in their `__dict__`, and prefixes of buffers beside a weight.
@@ -51,6 +51,12 @@ def evaluate(module: nn.Module, exprs: Mapping[str, Expr], root: nn.Module) -> N
 def is_applied(module: nn.Module, attribute: str) -> bool:
     """Whether the module applies the factors of this weight itself, and never makes it."""
     return attribute == "weight" and type(module).forward is _apply
+
+
+def lookup_of(module: nn.Module) -> Lookup:
+    """What gives the stored tensors of this module's model by their names."""
+    root: nn.Module = module.__dict__[ROOT]
+    return root._parameters.__getitem__  # type: ignore[return-value]
 
 
 def drop(module: nn.Module, prefix: str) -> None:
@@ -121,7 +127,7 @@ def _getter(attribute: str) -> Any:
             return frozen
         root: nn.Module = self.__dict__[ROOT]
         expr: Expr = self.__dict__[EXPRS][attribute]
-        value = expr.evaluate(root._parameters.__getitem__)  # type: ignore[arg-type]
+        value = expr.evaluate(lookup_of(self))
         offset = self._buffers.get(offset_name)
         share: float = root.__dict__.get(SHARE, 0.0)
         # At 0 nothing is added: the bits are those of a model without offsets.
@@ -134,7 +140,7 @@ def _apply(self: nn.Module, x: Tensor) -> Tensor:
     """The forward pass of a linear layer by the factors of its weight."""
     root: nn.Module = self.__dict__[ROOT]
     expr: Expr = self.__dict__[EXPRS]["weight"]
-    y = linear(expr, x, root._parameters.__getitem__)  # type: ignore[arg-type]
+    y = linear(expr, x, lookup_of(self))
     offset = self._buffers.get(OFFSET + "weight")
     share: float = root.__dict__.get(SHARE, 0.0)
     if offset is not None and share:
