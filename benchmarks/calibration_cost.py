@@ -2,10 +2,13 @@
 
     python benchmarks/calibration_cost.py --images 512
 
-ViT-B/16 of torchvision with random weights, random images of 224 px in memory, batches of 16.
-Parts are timed one after the other in one process: a forward pass, the moments, the plan and fit of
-`lowrank` at 50 %, then blocks and the whole at `normal` effort (left out with `--effort fast`).
-Peak memory is the process's own (on a GPU, the allocator's too). Ratios are to the forward pass.
+ViT-B/16 of torchvision with random weights, random images of 224 px in memory. Parts are timed one
+after the other in one process, each with the batch size that `convert --calib` takes: a forward
+pass, the moments, the plan and fit of `lowrank` at 50 %, which is what `--effort fast` does; then,
+for `--effort normal`, the blocks and the whole. With `--sample N` only N steps are taken for each
+block and for the whole, and the file tells the time that all of them would take, from the time of
+a step: a forecast, and called so. Peak memory is the process's own (on a GPU, the allocator's
+too). Ratios are to the forward pass.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import copy
 import json
 import platform
 import resource
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ import torch
 
 from tiedconv.anatomy import examine
 from tiedconv.binding import tie
-from tiedconv.calibration import CalibConfig, fit_blocks, gather_moments
+from tiedconv.calibration import CalibConfig, Fitting, Joint, fit_blocks, gather_moments
 from tiedconv.data import TensorList
 from tiedconv.planner import fit_plan, make_plan, weights_of
 from tiedconv.recipe import Recipe
@@ -33,11 +38,67 @@ from tiedconv.sources import open_source
 RESULT = Path(__file__).parent / "results" / "calibration_cost.json"
 
 
+@dataclass
+class Steps:
+    """Listens to a fit: how long the steps of each kind took."""
+
+    seconds: dict[type, list[float]] = field(default_factory=dict)
+    last: tuple[Any, float] | None = None
+    spans: int = 0
+
+    def __call__(self, event: Any) -> None:
+        now = time.perf_counter()
+        if isinstance(event, Fitting):
+            self.spans = event.count
+        if not isinstance(event, Fitting | Joint):
+            self.last = None
+            return
+        if self.last and type(self.last[0]) is type(event) and event.step > self.last[0].step:
+            each = (now - self.last[1]) / (event.step - self.last[0].step)
+            self.seconds.setdefault(type(event), []).append(each)
+        self.last = event, now
+
+    def forecast(self, taken: float, sample: int, images: int) -> dict[str, float]:
+        """The seconds of all steps, from those of the first; `images` are those fitted."""
+        span, joint = (statistics.median(self.seconds[kind]) for kind in (Fitting, Joint))
+        normal = CalibConfig()
+        steps = normal.total_passes * self.spans * (normal.span_steps(images) - sample)
+        more = steps * span + (normal.total_joint_steps(images) - sample) * joint
+        return {
+            "seconds": taken + more, "span_step": span, "joint_step": joint,
+            "span_steps": normal.span_steps(images), "spans": self.spans,
+            "joint_steps": normal.total_joint_steps(images),
+        }  # fmt: skip
+
+
+class Parts:
+    """Times parts of the work, one after the other."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.figures: dict[str, dict[str, float]] = {}
+
+    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+        """Does a part of the work."""
+        start = time.perf_counter()
+        result = work()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        self.figures[name] = {"seconds": seconds, "peak_gb": peak}
+        if self.device == "cuda":
+            self.figures[name]["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        print(name, self.figures[name], flush=True)
+        return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--model", default="vit_b_16")
     parser.add_argument("--effort", choices=["fast", "normal"], default="normal")
+    parser.add_argument("--sample", type=int, help="take so many steps, and forecast the rest")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,55 +109,67 @@ def main() -> None:
     anatomy, recipe = examine(model), Recipe.of("lowrank", params="50%")
     own = {n: t.detach() for n, t in model.state_dict().items()}
     tensors = {n: own[n] for n in anatomy.shapes}
-    parts: dict[str, dict[str, float]] = {}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        parts[name] = {"seconds": seconds, "peak_gb": peak}
-        if device == "cuda":
-            parts[name]["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        print(name, parts[name], flush=True)
-        return result
+    parts = Parts(device)
 
     @torch.no_grad()
     def forward() -> None:
         placed = copy.deepcopy(model).to(device)
-        for start in range(0, args.images, 16):
-            placed(images[start : start + 16].to(device).float() / 255)
+        for start in range(0, args.images, 32):
+            placed(images[start : start + 32].to(device).float() / 255)
 
-    timed("forward", forward)
-    moments = timed(
-        "moments",
-        lambda: gather_moments(
-            model, weights_of(anatomy, recipe), data, batch_size=16, device=device, workers=0
-        ),
+    parts.timed("forward", forward)
+    weights = weights_of(anatomy, recipe)
+    moments = parts.timed(
+        "moments", lambda: gather_moments(model, weights, data, device=device, workers=0)
     )
     model.cpu()
     with torch.no_grad():
-        plan, moved = timed(
+        plan, moved = parts.timed(
             "plan", lambda: make_plan(anatomy, recipe, tensors, measure=lambda _: moments.metrics)
         )
-        plan, factors, cost = timed("fit", lambda: fit_plan(plan, moved, None, moments.metrics))
+        plan, factors, cost = parts.timed(
+            "fit", lambda: fit_plan(plan, moved, None, moments.metrics)
+        )
+    figures: dict[str, Any] = {}
     if args.effort == "normal":
         student = copy.deepcopy(model)
         tie(student, plan, factors)
-        config = CalibConfig(batch_size=16)
-        timed("blocks", lambda: fit_blocks(student, model, data, config, device=device, workers=0))
-    whole = sum(p["seconds"] for name, p in parts.items() if name != "forward")
-    figures = {
+        figures = blocks(parts, student, model, data, args.sample)
+    whole = sum(p["seconds"] for name, p in parts.figures.items() if name != "forward")
+    forward_seconds = parts.figures["forward"]["seconds"]
+    fast = whole - parts.figures.get("blocks", {"seconds": 0.0})["seconds"]
+    figures |= {
         "model": args.model, "images": args.images, "effort": args.effort, "cost": cost,
-        "ratio": whole / parts["forward"]["seconds"], "parts": parts,
+        "ratio_fast": fast / forward_seconds, "parts": parts.figures,
         "threads": torch.get_num_threads(), "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
     }  # fmt: skip
+    if args.effort == "normal":
+        normal = figures.get("forecast", parts.figures["blocks"])["seconds"]
+        figures["ratio_normal"] = (fast + normal) / forward_seconds
     args.result.parent.mkdir(exist_ok=True)
     args.result.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
+
+
+def blocks(
+    parts: Parts, student: torch.nn.Module, model: torch.nn.Module, data: TensorList,
+    sample: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fits the blocks and the whole; with a sample of steps, the forecast of all of them."""
+    steps = Steps()
+    config = CalibConfig(steps=sample, joint_steps=sample)
+    found = parts.timed(
+        "blocks",
+        lambda: fit_blocks(
+            student, model, data, config, device=parts.device, workers=0, on_event=steps
+        ),
+    )
+    if sample is None:
+        return {}
+    taken = parts.figures["blocks"]["seconds"]
+    fitted = found.images - found.held_out
+    return {"sample": sample, "forecast": steps.forecast(taken, sample, fitted)}
 
 
 if __name__ == "__main__":

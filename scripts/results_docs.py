@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import results_detectors
+import results_fits
+import results_training
 from markdown_table import table
 
 ROOT = Path(__file__).parent.parent
@@ -47,61 +49,12 @@ at the end. Seeds: {seeds}. What each rival does, and where it falls short of it
 {comment}
 """
 
-ABLATION = """## What each part of a calibrated conversion is worth
-
-{model}, top-1 on the 10,000 test images (dense: {dense:.2f} %) and the divergence from the original's answers,
-before any training. Nothing was chosen by these figures. `metric`: what errors are measured by, none
-(plain distance), inputs (whitening) or both sides (inputs and gradients). {images:,} images.
-
-    python benchmarks/ablation.py --data CIFAR10 --vit VIT.safetensors --model {model} --params 50%
-
-{table}
-
-Of the command's rows these were run so far: each scheme at half the size, fitted in each measure,
-without the fit of blocks.
-"""
-
-DATAFREE = """## What each part of the data-free fit is worth
-
-Top-1 right after conversion, without any training, on {images:,} of the training images (the test
-images were left for the table above). Dense: {dense:.1f} %.
-
-    python benchmarks/datafree.py --data CIFAR10/train --weights VIT.safetensors
-
-{table}
-
-So `scale` and `match` are on by default and `pairing` is the paper's `kv-qo`. `fold` gains `tied` a
-little and costs `lors` and `lowrank` more; it is off.
-"""
-
 SPEED = """## Speed
 
 CPU time of the tied model over that of the dense one, taken by turns in one process; median of
 {rounds} pairs, quartiles in brackets. torch {torch}, {threads} threads, random weights and images of 224 px.
 
     python benchmarks/speed.py
-
-{table}
-"""
-
-TRAINING_SPEED = """## Speed of fine-tuning
-
-{cpu}{gpu}"""
-
-TRAINING_SPEED_CPU = """Time of a step of `tiedconv.training.train`, with all that belongs to it, reading and augmenting the images
-included. Each contender is a process of its own, and they take turns, {rounds} rounds; ratios of CPU
-time are taken within a round, median and middle 80 %. *Dense*: the same loop on the dense model. *By hand*: a
-minimal loop on the dense model with the same recipe. `lors` stores half of the parameters. {device}, {threads}
-thread, float32, batches of {batch}, torch {torch}; the machine had other work as well.
-
-    python benchmarks/training_speed.py
-
-{table}
-"""
-
-TRAINING_SPEED_GPU = """On {device} in bfloat16, random bytes, torch {torch}:
-
-    python benchmarks/training_speed.py --device cuda
 
 {table}
 """
@@ -219,10 +172,12 @@ def main() -> None:
         ("detection", results_detectors.detection),
         ("adamixer_overfit", results_detectors.overfit),
         ("adamixer_speed", results_detectors.times),
-        ("ablation", ablation),
-        ("datafree", datafree),
+        ("ablation", results_fits.ablation),
+        ("calibration_cost", results_fits.cost),
+        ("datafree", results_fits.datafree),
         ("speed", speed),
-        ("training_speed", training_speed),
+        ("training_speed", results_training.speed),
+        ("recipe", results_training.recipe),
         ("export", export),
         ("conversion", conversion),
         ("streaming", streaming),
@@ -306,42 +261,6 @@ def spread(runs: Sequence[Any], key: str) -> str:
     return f"{text} ({min(known):.2f} to {max(known):.2f})" if len(set(known)) > 1 else text
 
 
-def ablation(data: dict[str, Any]) -> str:
-    parts: list[str] = []
-    for model, runs in data.items():
-        rows = [
-            (name, f"{100 * r['stored']:.1f} %", f"{100 * r['top1']:.2f}", f"{r['divergence']:.3f}")
-            if "infeasible" not in r
-            else (name, "not reached", "", "")
-            for name, r in runs.items()
-            if name not in ("images", "dense")
-        ]
-        parts.append(
-            ABLATION.format(
-                model=model, dense=100 * runs["dense"]["top1"], images=runs["images"],
-                table=table(("setting", "stored", "top-1", "divergence, nats"), rows),
-            )
-        )  # fmt: skip
-    return "\n".join(parts)
-
-
-def datafree(data: dict[str, Any]) -> str:
-    rows = [
-        (
-            f"`{r['scheme']}`",
-            ", ".join(f"{k}={str(v).lower()}" for k, v in r["options"].items()),
-            f"{100 * r['ratio']:.1f} %",
-            f"{100 * r['top1']:.1f} %",
-        )
-        for r in data["rows"][1:]
-    ]
-    return DATAFREE.format(
-        images=data["images"],
-        dense=100 * data["rows"][0]["top1"],
-        table=table(("scheme", "options", "parameters", "top-1"), rows, words=2),
-    )
-
-
 def speed(data: dict[str, Any]) -> str:
     rows = [
         (
@@ -361,44 +280,6 @@ def speed(data: dict[str, Any]) -> str:
         threads=data["threads"],
         table=table(("model", "scheme", "batch", "what", "tied / dense"), rows, words=2),
     )
-
-
-def training_speed(data: dict[str, Any]) -> str:
-    done = [row for row in data["rows"] if "error" not in row]
-    cpu = [row for row in done if row["device"] == "cpu" and "ratios" in row]
-    gpu = [row for row in done if row["device"] == "cuda"]
-    parts = {"cpu": "", "gpu": ""}
-    if cpu:
-        pairs = tuple(cpu[0]["ratios"])
-        rows = [
-            (
-                r["model"], f"{r['size']} px", r["images"], "yes" if r["teacher"] else "no",
-                *(_middle(r["ratios"][pair]["cpu"]) for pair in pairs),
-            )
-            for r in cpu
-        ]  # fmt: skip
-        parts["cpu"] = TRAINING_SPEED_CPU.format(
-            rounds=cpu[0]["rounds"], threads=cpu[0]["threads"], batch=cpu[0]["batch"],
-            device=cpu[0]["device_name"], torch=cpu[0]["torch"],
-            table=table(("model", "size", "images", "teacher", *pairs), rows, words=4),
-        )  # fmt: skip
-    if gpu:
-        rows = [
-            (
-                r["model"], r["form"], r["loop"], "yes" if r["compile"] else "no",
-                f"{r['images_per_second']:,.0f}", f"{r['peak_bytes'] / 2**30:.2f}",
-            )
-            for r in gpu
-        ]  # fmt: skip
-        columns = ("model", "form", "loop", "compiled", "images/s", "peak GiB")
-        parts["gpu"] = TRAINING_SPEED_GPU.format(
-            device=gpu[0]["device_name"], torch=gpu[0]["torch"], table=table(columns, rows, words=4)
-        )
-    return TRAINING_SPEED.format(**parts)
-
-
-def _middle(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 
 def conversion(data: dict[str, Any]) -> str:

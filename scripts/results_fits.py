@@ -1,0 +1,109 @@
+"""The part of `docs/results.md` that is about fits: what each part is worth, and what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markdown_table import table
+
+ABLATION = """## What each part of a calibrated conversion is worth
+
+{model}, top-1 on the 10,000 test images (dense: {dense:.2f} %) and the divergence from the original's answers,
+before any training. Nothing was chosen by these figures. `metric`: what errors are measured by, none
+(plain distance), inputs (whitening) or both sides (inputs and gradients). {images:,} images.
+
+    python benchmarks/ablation.py --data CIFAR10 --vit VIT.safetensors --model {model} --params 50%
+
+{table}
+
+Of the command's rows these were run so far: each scheme at half the size, fitted in each measure,
+without the fit of blocks.
+"""
+
+DATAFREE = """## What each part of the data-free fit is worth
+
+Top-1 right after conversion, without any training, on {images:,} of the training images (the test
+images were left for the table above). Dense: {dense:.1f} %.
+
+    python benchmarks/datafree.py --data CIFAR10/train --weights VIT.safetensors
+
+{table}
+
+So `scale` and `match` are on by default and `pairing` is the paper's `kv-qo`. `fold` gains `tied` a
+little and costs `lors` and `lowrank` more; it is off.
+"""
+
+COST = """## What a calibrated conversion costs
+
+ViT-B/16, {images} random images of 224 px, torch {torch} on {device} with {threads} threads: seconds, the peak memory
+of the process until then, and seconds as a share of one forward pass over the same images.
+
+    python benchmarks/calibration_cost.py --images {images}{option}
+
+{table}
+
+{normal}
+"""
+
+FORECAST = """A step of a block took {span_step:.1f} s, one of the whole model {joint_step:.1f} s. `--effort normal` takes {span_steps} steps
+for each of {spans} spans and {joint_steps} for the whole: after the first {sample} of each, which were run, that makes {hours:.1f} hours
+in all, {ratio:.0f} forward passes. That is a forecast. Its time lies in steps, whose number is bounded: four times the images take
+no more than twice the steps for a block. On a CPU such a model is one for `--effort fast`.
+"""
+
+
+def ablation(data: dict[str, Any]) -> str:
+    parts: list[str] = []
+    for model, runs in data.items():
+        rows = [
+            (name, f"{100 * r['stored']:.1f} %", f"{100 * r['top1']:.2f}", f"{r['divergence']:.3f}")
+            if "infeasible" not in r
+            else (name, "not reached", "", "")
+            for name, r in runs.items()
+            if name not in ("images", "dense")
+        ]
+        parts.append(
+            ABLATION.format(
+                model=model, dense=100 * runs["dense"]["top1"], images=runs["images"],
+                table=table(("setting", "stored", "top-1", "divergence, nats"), rows),
+            )
+        )  # fmt: skip
+    return "\n".join(parts)
+
+
+def datafree(data: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"`{r['scheme']}`",
+            ", ".join(f"{k}={str(v).lower()}" for k, v in r["options"].items()),
+            f"{100 * r['ratio']:.1f} %",
+            f"{100 * r['top1']:.1f} %",
+        )
+        for r in data["rows"][1:]
+    ]
+    return DATAFREE.format(
+        images=data["images"],
+        dense=100 * data["rows"][0]["top1"],
+        table=table(("scheme", "options", "parameters", "top-1"), rows, words=2),
+    )
+
+
+def cost(data: dict[str, Any]) -> str:
+    forward = data["parts"]["forward"]["seconds"]
+    rows = [
+        (name, f"{p['seconds']:.0f}", f"{p['peak_gb']:.1f} GB", f"{p['seconds'] / forward:.2f}")
+        for name, p in data["parts"].items()
+    ]
+    normal, option = "", ""
+    if forecast := data.get("forecast"):
+        option = f" --sample {data['sample']}"
+        hours = data["ratio_normal"] * forward / 3600
+        normal = FORECAST.format(
+            **{**forecast, "sample": data["sample"], "hours": hours, "ratio": data["ratio_normal"]}
+        )
+    rows.append(("`--effort fast` in all", "", "", f"{data['ratio_fast']:.2f}"))
+    return COST.format(
+        images=data["images"], torch=data["torch"], device=data["device"],
+        threads=data["threads"], option=option, normal=normal.strip(),
+        table=table(("part", "seconds", "peak memory", "forward passes"), rows),
+    )  # fmt: skip
