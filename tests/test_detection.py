@@ -43,7 +43,7 @@ from tiedconv.detection import (
 from tiedconv.detection.objective import some_labels
 from tiedconv.errors import DataError, MissingExtra, UserError
 from tiedconv.sources import Preprocess
-from tiedconv.training import Baseline, TrainConfig, TrainResult, train
+from tiedconv.training import Baseline, TeacherScore, TrainConfig, TrainResult, train
 from tiedconv.training.device import Placement
 from tiedconv.watching.curve import Curve
 
@@ -685,15 +685,19 @@ def test_nothing_to_find_is_no_score(coco: Path, files: tuple[Path, Path], tmp_p
     assert "before: AP -\n" in plain(done.stderr)
     assert not re.search(r"nan|-100", plain(done.stdout))
     again = figures(*command, "--force")
-    assert again["precision"] == dict.fromkeys(["before", "before50", "after", "after50"])
+    assert again["precision"] == dict.fromkeys(
+        ["before", "before50", "after", "after50", "teacher", "teacher50"]
+    )
 
 
 def test_the_picture_shows_precision_after_each_epoch(tmp_path: Path) -> None:
     curve = Curve(tmp_path)
     curve.see(Baseline(0.1, 0.2, 1.0))
+    curve.see(TeacherScore(0.5, 0.7))
     history = [{"epoch": 1, "step": 3, "loss": 0.5, "top1": 0.4, "top5": 0.6}]
     curve.end(as_precision(TrainResult(0.1, 0.2, 0.4, 0.6, 1.0, 1, 3, 1, 1.0, 0, 1, history))[1])
     assert curve.course.accuracies == [(0, 0.1), (3, 0.4)]
+    assert curve.course.teacher == 0.5
 
 
 def test_the_task_is_the_data_sets_own(coco: Path) -> None:

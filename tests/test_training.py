@@ -26,6 +26,7 @@ from tiedconv.training import (
     Skipped,
     Start,
     Step,
+    TeacherScore,
     TrainConfig,
     TrainResult,
     distillation_loss,
@@ -128,6 +129,21 @@ def test_training_learns_and_tells() -> None:
     assert not model.training  # as it came
     again = evaluate_model(model, make_data(48, 1), device="cpu")
     assert (again.top1, again.images, again.outputs) == (result.top1, 48, 3)
+
+
+def test_the_teacher_is_scored_on_the_same_images_where_there_are_labels() -> None:
+    master = make_net(1)
+    run(master, replace(QUICK, epochs=4))
+    known = evaluate_model(master, make_data(48, 1), device="cpu")
+    told: list[Event] = []
+    result = run(make_net(), teacher=master, on_event=told.append)
+    assert (result.top1_teacher, result.top5_teacher) == (known.top1, known.top5)
+    assert TeacherScore(known.top1, known.top5) in told
+    for options in ({}, {"teacher": master, "labelled": False}):
+        told.clear()
+        result = run(make_net(), on_event=told.append, **options)
+        assert math.isnan(result.top1_teacher)
+        assert not any(isinstance(event, TeacherScore) for event in told)
 
 
 def test_the_same_seed_gives_the_same_bits_and_other_generators_are_left_alone() -> None:

@@ -94,8 +94,8 @@ def test_a_log_has_a_line_for_all_that_happens(world: World, tmp_path: Path) -> 
     assert told["path"] == str(out)
     lines = lines_of(path)
     events = [line["event"] for line in lines]
-    assert events == ["start", "baseline", *["step", "epoch", "checkpoint"] * 3, "end"]
-    start, baseline, step, epoch = lines[:4]
+    assert events == ["start", "baseline", "teacher", *["step", "epoch", "checkpoint"] * 3, "end"]
+    start, baseline, teacher, step, epoch = lines[:5]
     assert start["model"].startswith("timm:vit_tiny")
     assert (start["scheme"], start["labels"], start["steps"], start["images"]) == (
         "tied", True, 9, 24,
@@ -104,6 +104,7 @@ def test_a_log_has_a_line_for_all_that_happens(world: World, tmp_path: Path) -> 
     assert start["options"]["lr"] == 1e-3
     assert set(start["versions"]) == {"tiedconv", "torch", "python"}
     assert baseline["top1"] == told["result"]["top1_before"]
+    assert teacher["top1"] == told["result"]["top1_teacher"]
     assert step["epoch"] == 1
     assert step["step"] == epoch["step"] == 3
     assert step["loss"] == pytest.approx(epoch["loss"])
@@ -130,8 +131,8 @@ def test_a_log_goes_on_where_the_run_does(
     monkeypatch.setattr(engine, "EVENT_SECONDS", 0.0)
     run(*words, "--resume")
     lines = lines_of(path)
-    assert lines[:5] == before[:5]  # up to the checkpoint of step 3
-    events = [line["event"] for line in lines[5:]]
+    assert lines[:6] == before[:6]  # up to the checkpoint of step 3
+    events = [line["event"] for line in lines[6:]]
     assert events == ["start", "resumed", *["step", "epoch", "checkpoint"] * 2, "end"]
     assert [line["step"] for line in lines if line["event"] == "step"] == [3, 6, 9]
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
@@ -327,6 +328,15 @@ def test_few_and_many_points_are_drawn(steps: int, scored: bool, tmp_path: Path)
     assert is_drawn(tmp_path / "p.png")
 
 
+def test_the_picture_has_a_line_for_the_teacher(tmp_path: Path) -> None:
+    texts = []
+    for teacher in (None, 0.875):
+        course = Course(epochs=[(1, 2, 0.1)], accuracies=[(0, 0.5), (2, 0.75)], teacher=teacher)
+        draw(course, a_run(), tmp_path / "p.svg", force=True)
+        texts.append((tmp_path / "p.svg").read_text("utf-8"))
+    assert ["teacher 87.50 %" in text for text in texts] == [False, True]
+
+
 def test_a_loss_that_is_the_same_in_all_steps_is_drawn(tmp_path: Path) -> None:
     course = Course(epochs=[(1, 2, 0.0), (2, 4, 0.0)], accuracies=[(0, 1.0), (4, 1.0)])
     draw(course, a_run(), tmp_path / "p.svg")
@@ -357,10 +367,12 @@ def test_the_course_keeps_the_mean_and_survives_its_file(
     mean = sum(p.loss * p.count for p in course.points) / 1000
     assert mean == pytest.approx(sum(losses) / 1000)
     course.epochs, course.accuracies = [(1, 500, 0.5), (2, 1000, 0.4)], [(0, 0.1), (1000, 0.9)]
+    course.teacher = 0.95
     course.save(tmp_path / "c.json")
     assert Course.load(tmp_path / "c.json") == course
     half = course.until(500)
     assert (half.epochs, half.accuracies) == ([(1, 500, 0.5)], [(0, 0.1)])
+    assert half.teacher == 0.95
     (tmp_path / "c.json").write_text('{"points": [[1, 2]]}')
     assert Course.load(tmp_path / "c.json") == Course() == Course.load(tmp_path / "none.json")
 

@@ -310,6 +310,8 @@ def _entry(
         "top5_before": _finite(result.top5_before),
         "top1": _finite(result.top1),
         "top5": _finite(result.top5),
+        "top1_teacher": _finite(result.top1_teacher),
+        "top5_teacher": _finite(result.top5_teacher),
         **measured,
         "skipped": result.skipped,
         "processes": processes,
@@ -326,6 +328,7 @@ def _measured(
         return {
             "ap_before": _finite(precision.before), "ap": _finite(precision.after),
             "ap50_before": _finite(precision.before50), "ap50": _finite(precision.after50),
+            "ap_teacher": _finite(precision.teacher), "ap50_teacher": _finite(precision.teacher50),
         }  # fmt: skip
     if agreement is not None:
         return {

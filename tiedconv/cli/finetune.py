@@ -246,12 +246,14 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
     rows: list[render.Row] = [
         ("before", render.accuracy(result.top1_before), render.accuracy(result.top5_before)),
         ("after", render.accuracy(result.top1), render.accuracy(result.top5)),
+        ("teacher", render.accuracy(result.top1_teacher), render.accuracy(result.top5_teacher)),
     ]
     if done.precision is not None:
         columns, score = ("", "AP", "AP50"), done.precision
         rows = [
             ("before", render.accuracy(score.before), render.accuracy(score.before50)),
             ("after", render.accuracy(score.after), render.accuracy(score.after50)),
+            ("teacher", render.accuracy(score.teacher), render.accuracy(score.teacher50)),
         ]
     elif done.agreement is not None:
         columns = ("", "agreement with the teacher")
@@ -259,6 +261,8 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
             ("before", render.accuracy(done.agreement.before)),
             ("after", render.accuracy(done.agreement.after)),
         ]
+    if done.teacher == "none" or done.agreement is not None:
+        rows = rows[:2]
     kind = "held-out" if done.held_out else "validation"
     unlabelled_note = "" if done.agreement is None else " without labels"
     common.show_table(columns, rows, f"{done.val_images:,} {kind} images{unlabelled_note}")

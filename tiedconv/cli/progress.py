@@ -34,6 +34,7 @@ from tiedconv.training import (
     Skipped,
     Start,
     Step,
+    TeacherScore,
     Unlabelled,
     rank_in_environment,
 )
@@ -129,6 +130,8 @@ class TrainingBar(Bar):
                 self.line(f"resumed after epoch {epoch}, step {step:,}")
             case Baseline(top1, _, _):
                 self.line(f"before: {self._figure} {accuracy(top1)}")
+            case TeacherScore(top1, _):
+                self.line(f"teacher: {self._figure} {accuracy(top1)}")
             case Step(epoch, step, _, lr, speed, left):
                 used = memory_in_use()
                 note = self._fitting(

@@ -105,15 +105,20 @@ class PrecisionChange:
         before50: AP50.
         after: likewise.
         after50: likewise.
+        teacher: of the teacher, NaN without one.
+        teacher50: likewise.
     """
 
     before: float
     before50: float
     after: float
     after50: float
+    teacher: float = math.nan
+    teacher50: float = math.nan
 
 
 def as_precision(result: TrainResult) -> tuple[PrecisionChange, TrainResult]:
     """Takes the figures of a detector out of the places meant for accuracies."""
-    figures = result.top1_before, result.top5_before, result.top1, result.top5
+    r = result
+    figures = r.top1_before, r.top5_before, r.top1, r.top5, r.top1_teacher, r.top5_teacher
     return PrecisionChange(*figures), not_accuracies(result, PRECISION)

@@ -28,6 +28,7 @@ from tiedconv.training.events import (
     Skipped,
     Start,
     Step,
+    TeacherScore,
     Unlabelled,
 )
 from tiedconv.training.fading import Fading, share_left
@@ -79,6 +80,7 @@ __all__ = [
     "Skipped",
     "Start",
     "Step",
+    "TeacherScore",
     "TrainConfig",
     "TrainResult",
     "Unlabelled",

@@ -42,6 +42,7 @@ from tiedconv.training.events import (
     Skipped,
     Start,
     Step,
+    TeacherScore,
     ignore,
 )
 from tiedconv.training.fading import Fading, check_fading, share_left
@@ -170,11 +171,15 @@ class _Run:
             if self.config.time_budget is None:
                 self.tell_start()
             before = self.evaluate()
+            taught = self.evaluate_teacher()
             if self.config.time_budget is not None:  # only now is known how many steps there are
                 self.fit_to(self.config.time_budget)
                 self.tell_start()
             self.at = replace(self.at, top1_before=before.top1, top5_before=before.top5)
             self.emit(Baseline(before.top1, before.top5, before.loss))
+            if taught is not None:
+                self.at = replace(self.at, top1_teacher=taught.top1, top5_teacher=taught.top5)
+                self.emit(TeacherScore(taught.top1, taught.top5))
             # Only now: a fading may change tensors, and the baseline is the model as it came.
             self.begin()
         self.saved = time.monotonic()
@@ -323,6 +328,13 @@ class _Run:
             self.emit(Skipped(result.skipped, result.example_of_skipped or ""))
         return result
 
+    def evaluate_teacher(self) -> EvalResult | None:
+        """Evaluates the teacher, where there is one and labels to score it by."""
+        teacher = self.setup.teacher
+        if teacher is None or not self.labelled:
+            return None
+        return self.setup.examiner.evaluate(self.emit, teacher)
+
     def emit(self, event: Event) -> None:
         """Tells; and stops a long evaluation that is asked to."""
         alone = not self.processes.several
@@ -391,4 +403,6 @@ class _Run:
             skipped=len(self.broken) + self.at.val_skipped,
             batch_size=self.config.batch_size,
             history=self.history,
+            top1_teacher=self.at.top1_teacher,
+            top5_teacher=self.at.top5_teacher,
         )

@@ -33,6 +33,14 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class TeacherScore:
+    """The teacher was evaluated on the same images: what there is to reach."""
+
+    top1: float
+    top5: float
+
+
+@dataclass(frozen=True)
 class Step:
     """Progress; at most ten a second. `losses` are those of the last few steps, up to `step`."""
 
@@ -115,6 +123,7 @@ Event = (
     Start
     | Resumed
     | Baseline
+    | TeacherScore
     | Step
     | EvalStep
     | EpochEnd

@@ -6,6 +6,7 @@ import itertools
 import time
 
 import torch
+from torch import nn
 
 from tiedconv.data import Loader
 from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_batchnorm
@@ -52,13 +53,13 @@ class Examiner:
         self.batches = config.bn_recalibrate if norms else 0
         self.seconds = 0.0  # that the last one took
 
-    def evaluate(self, emit: OnEvent) -> EvalResult:
-        """The figures of the model as it is now."""
-        result = self.scorer(
-            self.learner.model, self.val_loader, self.placement, emit, self.processes
-        )  # fmt: skip
-        self.learner.after_evaluation()
-        self.seconds = result.seconds
+    def evaluate(self, emit: OnEvent, other: nn.Module | None = None) -> EvalResult:
+        """The figures of the model as it is now, or of another one."""
+        model = self.learner.model if other is None else other
+        result = self.scorer(model, self.val_loader, self.placement, emit, self.processes)
+        if other is None:
+            self.learner.after_evaluation()
+            self.seconds = result.seconds
         return result
 
     def estimated_seconds(self) -> float:

@@ -23,6 +23,8 @@ class Progress:
         seconds: time taken by finished epochs.
         top1_before: accuracy before training.
         top5_before: likewise.
+        top1_teacher: accuracy of the teacher, NaN where that was not measured.
+        top5_teacher: likewise.
         best_top1: the best accuracy after an epoch so far; -1 before the first.
         val_skipped: validation images that could not be read.
     """
@@ -36,6 +38,8 @@ class Progress:
     seconds: float = 0.0
     top1_before: float = math.nan
     top5_before: float = math.nan
+    top1_teacher: float = math.nan
+    top5_teacher: float = math.nan
     best_top1: float = -1.0
     val_skipped: int = 0
 
@@ -57,6 +61,8 @@ class TrainResult:
         batch_size: images in a step.
         skipped: different images, of both sets, that could not be read.
         history: for each epoch: epoch, step, loss, top1, top5 (None if not evaluated), seconds.
+        top1_teacher: of the teacher, NaN without one.
+        top5_teacher: likewise.
     """
 
     top1_before: float
@@ -71,6 +77,8 @@ class TrainResult:
     skipped: int
     batch_size: int
     history: list[dict[str, Any]]
+    top1_teacher: float = math.nan
+    top5_teacher: float = math.nan
 
 
 def not_accuracies(result: TrainResult, measure: Measure) -> TrainResult:
@@ -82,5 +90,6 @@ def not_accuracies(result: TrainResult, measure: Measure) -> TrainResult:
     ]
     nan = math.nan
     return replace(
-        result, top1_before=nan, top5_before=nan, top1=nan, top5=nan, history=history
+        result, top1_before=nan, top5_before=nan, top1=nan, top5=nan, top1_teacher=nan,
+        top5_teacher=nan, history=history,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from tiedconv.training import (
     EpochEnd,
     Event,
     Step,
+    TeacherScore,
     TrainResult,
 )
 from tiedconv.watching.watchers import Run, Watcher
@@ -55,12 +56,14 @@ class Course:
         points: at most `MOST`, each of a stretch of `width` steps.
         epochs: epoch, step and mean loss of each.
         accuracies: step and top 1 (or agreement), a share, before training and after epochs.
+        teacher: top 1 of the teacher, where that was measured.
         width: it grows with the run.
     """
 
     points: list[Point] = field(default_factory=list)
     epochs: list[tuple[int, int, float]] = field(default_factory=list)
     accuracies: list[tuple[int, float]] = field(default_factory=list)
+    teacher: float | None = None
     width: int = 1
 
     def add(self, step: int, losses: Sequence[float], lr: float) -> None:
@@ -98,6 +101,7 @@ class Course:
             [p for p in self.points if p.step <= step],
             [e for e in self.epochs if e[1] <= step],
             [a for a in self.accuracies if a[0] <= step],
+            self.teacher,
             self.width,
         )
 
@@ -119,6 +123,7 @@ class Course:
                 ],
                 [(int(e), int(s), float(loss)) for e, s, loss in data["epochs"]],
                 [(int(s), float(share)) for s, share in data["accuracies"]],
+                None if data["teacher"] is None else float(data["teacher"]),
                 max(1, int(data["width"])),
             )
         return cls()
@@ -145,6 +150,8 @@ class Curve(Watcher):
         match event:
             case Baseline(top1, _, _):
                 self._score(0, top1)
+            case TeacherScore(top1, _) if math.isfinite(top1):
+                self.course.teacher = top1
             case Step(_, step, losses, lr):
                 self.course.add(step, losses, lr)
             case EpochEnd(epoch, loss, top1, _, _, step):

@@ -22,6 +22,7 @@ from tiedconv.training import (
     Resumed,
     Skipped,
     Step,
+    TeacherScore,
     TrainResult,
 )
 from tiedconv.watching.memory import memory_in_use
@@ -96,6 +97,8 @@ class JsonLog(Watcher):
                 self._write("resumed", epoch=epoch)
             case Baseline(top1, top5, loss):
                 self._write("baseline", validation_loss=loss, **self._accuracies(top1, top5))
+            case TeacherScore(top1, top5):
+                self._write("teacher", **self._accuracies(top1, top5))
             case Step():
                 self._write(
                     "step", epoch=event.epoch, loss=event.loss, lr=event.lr,

@@ -13,7 +13,7 @@ from tiedconv.watching.curve import Course, Point
 from tiedconv.watching.watchers import Run
 
 INK, GREY, PALE = "#111827", "#6b7280", "#e5e7eb"
-LOSS, RATE, SCORE = "#0f766e", "#d97706", "#1d4ed8"
+LOSS, RATE, SCORE, TEACHER = "#0f766e", "#d97706", "#1d4ed8", "#7c3aed"
 FEW = 60
 """Up to so many losses are dots, and the third of that is not smoothed."""
 
@@ -34,7 +34,7 @@ def draw(course: Course, run: Run, path: Path, *, force: bool = False) -> None:
     _title(figure, run)
     _losses(axes[0], course)
     if scored:
-        _accuracies(axes[1], course.accuracies, f"{run.measure.name}, %")
+        _accuracies(axes[1], course, f"{run.measure.name}, %")
     last = max([p.step for p in course.points] + [e[1] for e in course.epochs] + [1])
     for axis in axes:
         _plain(axis)
@@ -120,14 +120,15 @@ def _loss_range(axis: Any, losses: Sequence[float], smooth: Sequence[float]) -> 
         axis.set_ylim(max(0, bottom) if low >= 0 else bottom, high + room)
 
 
-def _accuracies(axis: Any, accuracies: Sequence[tuple[int, float]], name: str) -> None:
-    steps = [step for step, _ in accuracies]
-    shares = [100 * share for _, share in accuracies]
+def _accuracies(axis: Any, course: Course, name: str) -> None:
+    steps = [step for step, _ in course.accuracies]
+    shares = [100 * share for _, share in course.accuracies]
     marks = {"marker": "o", "ms": 5} if len(steps) <= MARKED else {}
     axis.plot(steps, shares, color=SCORE, lw=1.8, zorder=3, clip_on=False, **marks)
     axis.set_ylabel(name)
     before, after = shares[0] if steps[0] == 0 else None, shares[-1]
-    low, high = min(shares), max(shares)
+    taught = [] if course.teacher is None else [100 * course.teacher]
+    low, high = min(shares + taught), max(shares + taught)
     room = max(0.2 * (high - low), 1.0)
     axis.set_ylim(low - room, high + room)
     axis.set_yticks([tick for tick in axis.get_yticks() if max(0, low - room) <= tick <= 100])
@@ -135,16 +136,22 @@ def _accuracies(axis: Any, accuracies: Sequence[tuple[int, float]], name: str) -
     if before is not None:
         axis.axhline(before, color=GREY, lw=1, ls=(0, (4, 2)), zorder=2)
         _note(axis, steps[-1], before, f"before {before:.2f} %", GREY, not up)
+    for goal in taught:
+        axis.axhline(goal, color=TEACHER, lw=1, ls=(0, (1, 2)), zorder=2)
+        _note(axis, steps[0], goal, f"teacher {goal:.2f} %", TEACHER, True, "left")
     if before is None or len(steps) > 1:
         axis.plot(steps[-1], after, color=SCORE, marker="o", ms=6, zorder=4, clip_on=False)
         _note(axis, steps[-1], after, f"after {after:.2f} %", SCORE, up)
 
 
-def _note(axis: Any, step: int, share: float, text: str, colour: str, above: bool) -> None:
-    """A figure at the right end, above or below what it is of."""
+def _note(
+    axis: Any, step: int, share: float, text: str, colour: str, above: bool, side: str = "right"
+) -> None:  # fmt: skip
+    """A figure at an end, above or below what it is of."""
     axis.annotate(
-        text, (step, share), (4, 7 if above else -7), textcoords="offset points", ha="right",
+        text, (step, share), (4, 7 if above else -7), textcoords="offset points", ha=side,
         va="bottom" if above else "top", color=colour, fontsize=10, fontweight="bold", zorder=5,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
     )  # fmt: skip
 
 
