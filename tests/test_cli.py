@@ -298,6 +298,14 @@ def test_finetune_tells_what_it_did(world: World, tmp_path: Path) -> None:
     assert "12 validation images" in result.stdout
     assert "2 steps in" in result.stdout
     assert "teacher none" in result.stdout
+    assert "\nteacher " not in plain(result.stdout)
+    taught = run("finetune", world.tied, "--data", world.data, "-o", out, "--steps", 2, *QUICK,
+                 "--force", "--teacher", world.weights)  # fmt: skip
+    score = tiedconv.report(out).history[-1]["top1_teacher"]
+    assert f"teacher {100 * score:.2f} %" in " ".join(plain(taught.stdout).split())
+    assert f"(the teacher's is {100 * score:.2f} %)" in " ".join(
+        plain(run("report", out).stdout).split()
+    )
     assert "before: top-1" in result.stderr
 
 

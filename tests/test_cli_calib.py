@@ -60,6 +60,7 @@ def test_json_has_the_same_figures(world: World, tmp_path: Path) -> None:
     told = figures(*convert(world, output, "--effort", "fast"))["calibration"]
     assert told == dict(tiedconv.report(output).history[0]["calibration"])
     assert told["blocks"] == []
+    assert f"calibrated on {told['images']} images (fast)" in plain(run("report", output).stdout)
 
 
 def test_auto_takes_images_that_lie_in_no_class(world: World, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def checked_history(history: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
 
 def _is_entry(entry: Mapping[str, Any]) -> bool:
     figures = ("top1", "top5", "agreement", "ap", "ap50")
-    if not all(_is_share(entry.get(f"{key}{when}")) for key in figures for when in ("", "_before")):
+    whens = ("", "_before", "_teacher")
+    if not all(_is_share(entry.get(key + when)) for key in figures for when in whens):
         return False
     match entry.get("step", ""):
         case "finetune":
@@ -145,7 +146,9 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
         case "convert":
             recipe = entry.get("recipe") or {"rules": []}
             rules = recipe.get("rules") if isinstance(recipe, dict) else None
-            return isinstance(rules, list) and all(isinstance(rule, dict) for rule in rules)
+            seen = entry.get("calibration") or {"images": 0}
+            told = isinstance(seen, dict) and type(seen.get("images")) is int
+            return told and isinstance(rules, list) and all(isinstance(r, dict) for r in rules)
         case str():
             return True
     return False

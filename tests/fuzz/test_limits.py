@@ -343,6 +343,18 @@ def a_top1_of_a_thousand(parts: Parts) -> None:
     parts.record["history"][-1]["top1"] = 1000
 
 
+def a_teacher_beyond_all_bounds(parts: Parts) -> None:
+    parts.record["history"][-1]["top1_teacher"] = 2
+
+
+def a_calibration_that_is_a_text(parts: Parts) -> None:
+    parts.record["history"][0]["calibration"] = "by heart"
+
+
+def a_calibration_with_images_of_text(parts: Parts) -> None:
+    parts.record["history"][0]["calibration"] = {"images": "many"}
+
+
 def an_endless_history(parts: Parts) -> None:
     parts.record["history"] = [{"step": "x"}] * 2000
 
@@ -361,6 +373,8 @@ def a_version_that_is_a_truth_value(parts: Parts) -> None:
         a_buffer_that_is_no_text, an_empty_tensor_too_many, versions_that_are_a_list,
         a_fine_tuning_without_figures, a_recipe_that_is_a_text, rules_that_are_numbers,
         a_top1_of_a_thousand, an_endless_history, a_version_that_is_a_truth_value,
+        a_teacher_beyond_all_bounds, a_calibration_that_is_a_text,
+        a_calibration_with_images_of_text,
     ],
 )  # fmt: skip
 def test_contradictions_are_refused_by_every_reader(
@@ -503,6 +517,7 @@ def test_texts_of_a_file_act_on_no_terminal(path: Path, parts: Parts) -> None:
     history = parts.record["history"]
     history[0]["recipe"]["rules"] = [{"scheme": ESCAPES, ESCAPES: ESCAPES}]
     history[0]["recipe"]["params"] = ESCAPES
+    history[0]["calibration"] = {"images": 3, "effort": ESCAPES}
     history[1].update(data=ESCAPES, teacher=ESCAPES)
     history.append({"step": ESCAPES, ESCAPES: [ESCAPES]})
     parts.source.update(spec=ESCAPES, versions={ESCAPES: ESCAPES}, weights_name=ESCAPES)

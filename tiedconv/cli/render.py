@@ -248,18 +248,24 @@ def _history_line(entry: Mapping[str, Any]) -> str:
             for r in recipe.get("rules", [])
         )
         budget = f", params {recipe['params']}" if recipe.get("params") else ""
-        return f"converted by {rules}{budget}"
+        calib = entry.get("calibration") or {}
+        seen = ""
+        if calib:
+            seen = f", calibrated on {calib.get('images'):,} images ({calib.get('effort')})"
+        return f"converted by {rules}{budget}{seen}"
     if entry.get("step") == "finetune":
         unlabelled = entry.get("agreement") is not None
         name = "agreement" if unlabelled else "ap" if "ap" in entry else "top1"
         titles = {"agreement": "agreement with the teacher", "ap": "AP", "top1": "top-1"}
+        taught = entry.get(f"{name}_teacher")
+        goal = "" if taught is None else f" (the teacher's is {accuracy(taught)})"
         return (
             f"fine-tuned on {entry.get('data')} ({entry.get('train_images'):,} images"
             f"{' without labels' if unlabelled else ''}, "
             f"{entry.get('steps'):,} steps, teacher {entry.get('teacher')}): "
             f"{titles[name]} "
             f"{accuracy(entry.get(f'{name}_before'))} before, "
-            f"{accuracy(entry.get(name))} after, on "
+            f"{accuracy(entry.get(name))} after{goal}, on "
             f"{entry.get('val_images'):,} {'held-out ' if entry.get('held_out') else ''}images"
         )
     if entry.get("step") == "export":
