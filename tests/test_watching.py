@@ -85,6 +85,10 @@ def stopped_in(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 # The log
 
 
+class NoReport:
+    model, groups, original, stored = "m", (), 2, 1
+
+
 def test_a_log_has_a_line_for_all_that_happens(world: World, tmp_path: Path) -> None:
     out, path = tmp_path / "o.safetensors", tmp_path / "log.jsonl"
     told = figures(*command(world, out, "--log", path, "--lr", 1e-3))
@@ -112,6 +116,22 @@ def test_a_log_has_a_line_for_all_that_happens(world: World, tmp_path: Path) -> 
     assert lines[-3]["top1"] == told["result"]["top1"]
     for name in ("seconds", "step"):
         assert [line[name] for line in lines] == sorted(line[name] for line in lines)
+
+
+@pytest.mark.parametrize(("done", "kept"), [(2, ["epoch", "epoch"]), (1, ["epoch"])])
+def test_an_epoch_is_logged_once_though_its_last_step_was_saved_before_it_ended(
+    done: int, kept: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "log.jsonl"
+    with Watchers([JsonLog(path, tmp_path / "o")], NoReport, {}, pytest.fail) as watch:  # type: ignore[arg-type]
+        for event in (Start(9, 3, 3), EpochEnd(1, 0.5, 0.1, 0.2, 1.0, 3),
+                      EpochEnd(2, 0.4, 0.2, 0.3, 1.0, 6)):  # fmt: skip
+            watch(event)
+    with Watchers([JsonLog(path, tmp_path / "o")], NoReport, {}, pytest.fail) as watch:  # type: ignore[arg-type]
+        for event in (Start(9, 3, 3), Resumed(done, 6)):
+            watch(event)
+    events = [line["event"] for line in lines_of(path)]
+    assert events == ["start", *kept, "start", "resumed"]
 
 
 def test_a_log_goes_on_where_the_run_does(
@@ -240,15 +260,12 @@ def test_one_that_fails_does_not_stop_the_others() -> None:
         def close(self, error: BaseException | None) -> None:
             seen.append(f"close {error}")
 
-    class Fake:
-        model, groups, original, stored = "m", (), 2, 1
-
     told: list[str] = []
-    with Watchers([Broken(), Sound()], Fake, {}, told.append) as watch:  # type: ignore[arg-type]
+    with Watchers([Broken(), Sound()], NoReport, {}, told.append) as watch:  # type: ignore[arg-type]
         for event in (Unlabelled(3), Start(1, 1, 1), Resumed(2, 7), Baseline(0.0, 0.0, 0.0)):
             watch(event)
     assert told == ["This can't be written: gone. The rest goes on without it."]
-    assert seen == ["begin 7 False", "Resumed", "Baseline", "close None"]
+    assert seen == [f"begin {Resumed(2, 7)} False", "Resumed", "Baseline", "close None"]
     assert watchers.Watchers is Watchers
 
 
@@ -370,9 +387,12 @@ def test_the_course_keeps_the_mean_and_survives_its_file(
     course.teacher = 0.95
     course.save(tmp_path / "c.json")
     assert Course.load(tmp_path / "c.json") == course
-    half = course.until(500)
+    half = course.until(Resumed(1, 500))
     assert (half.epochs, half.accuracies) == ([(1, 500, 0.5)], [(0, 0.1)])
     assert half.teacher == 0.95
+    # A state of the last step of an epoch may be older than the end of that epoch.
+    assert course.until(Resumed(1, 1000)).accuracies == [(0, 0.1)]
+    assert course.until(Resumed(1, 1000)).points == course.points
     (tmp_path / "c.json").write_text('{"points": [[1, 2]]}')
     assert Course.load(tmp_path / "c.json") == Course() == Course.load(tmp_path / "none.json")
 

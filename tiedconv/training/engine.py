@@ -166,7 +166,7 @@ class _Run:
             self.load(*found)
         if found is not None:
             self.tell_start()
-            self.emit(Resumed(self.at.epoch, self.at.step))
+            self.emit(Resumed(len(self.history), self.at.step))
         else:
             if self.config.time_budget is None:
                 self.tell_start()

@@ -17,7 +17,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A checkpoint was loaded; `epoch` epochs and `step` steps are done already."""
+    """A checkpoint was loaded; `epoch` whole epochs and `step` steps are done already."""
 
     epoch: int
     step: int

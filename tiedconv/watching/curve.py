@@ -20,6 +20,7 @@ from tiedconv.training import (
     Checkpointed,
     EpochEnd,
     Event,
+    Resumed,
     Step,
     TeacherScore,
     TrainResult,
@@ -95,12 +96,14 @@ class Course:
             done = step
         return sorted([*self.points, *means], key=lambda point: point.step)
 
-    def until(self, step: int) -> Course:
-        """What it was after so many steps."""
+    def until(self, done: Resumed) -> Course:
+        """What it was after so many steps and whole epochs."""
+        epochs = [e for e in self.epochs if e[0] <= done.epoch]
+        evaluated = max((step for _, step, _ in epochs), default=0)
         return Course(
-            [p for p in self.points if p.step <= step],
-            [e for e in self.epochs if e[1] <= step],
-            [a for a in self.accuracies if a[0] <= step],
+            [p for p in self.points if p.step <= done.step],
+            epochs,
+            [a for a in self.accuracies if a[0] <= evaluated],
             self.teacher,
             self.width,
         )

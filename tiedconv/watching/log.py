@@ -81,7 +81,7 @@ class JsonLog(Watcher):
             self._file = self.path.open("ab", buffering=0)
         else:
             self._file = self.path.open("wb", buffering=0)
-        self._step = run.resumed or 0
+        self._step = run.resumed.step if run.resumed is not None else 0
         self._start = time.perf_counter()
         self._write(
             "start", format=FORMAT, time=_now(), output=self.output, model=run.model,
@@ -152,11 +152,15 @@ class JsonLog(Watcher):
                 self._file.truncate(whole)  # so that what is there stays valid
             raise
 
-    def _keep(self, step: int) -> None:
-        """Drop what was logged beyond a step, and a line of which a kill left a part."""
+    def _keep(self, done: Resumed) -> None:
+        """Drop what was logged beyond a state, and a line of which a kill left a part.
+
+        A state may be of an epoch's last step, and older than the end of that epoch.
+        """
         with replacing(self.path, force=True) as kept, kept.open("wb") as file:
             for line, data in _lines(self.path):
-                if data.get("step", step + 1) <= step:
+                beyond = data.get("event") == "epoch" and data.get("epoch", 0) > done.epoch
+                if data.get("step", done.step + 1) <= done.step and not beyond:
                     file.write(line)
                     self._before = max(self._before, float(data.get("seconds", 0.0)))
 

@@ -55,7 +55,7 @@ class TensorBoard(Watcher):
     def begin(self, run: Run) -> None:
         self._figures = run.measure.keys
         # What an earlier part or run wrote from that step on is hidden by TensorBoard.
-        first = 0 if run.resumed is None else run.resumed + 1
+        first = 0 if run.resumed is None else run.resumed.step + 1
         self._writer = _summary_writer()(
             str(self.folder), purge_step=first, flush_secs=FLUSH_SECONDS
         )

@@ -35,7 +35,7 @@ class Run:
         stored: parameters stored.
         settings: whatever else is to be noted: data, options, versions, ...
         start: how much is to be done.
-        resumed: steps that were done before; None for a run that begins.
+        resumed: what was done before; None for a run that begins.
         measure: what is measured, accuracies or something in their place.
     """
 
@@ -45,12 +45,12 @@ class Run:
     stored: int
     settings: Mapping[str, Any]
     start: Start
-    resumed: int | None = None
+    resumed: Resumed | None = None
     measure: Measure = ACCURACY
 
     @classmethod
     def of(
-        cls, report: Report, settings: Mapping[str, Any], start: Start, resumed: int | None,
+        cls, report: Report, settings: Mapping[str, Any], start: Start, resumed: Resumed | None,
         measure: Measure,
     ) -> Run:  # fmt: skip
         """The run that trains the file of this report."""
@@ -135,7 +135,7 @@ class Watchers:
         if self._begun or self._start is None or not self.watchers:
             return
         self._begun = True
-        resumed = event.step if isinstance(event, Resumed) else None
+        resumed = event if isinstance(event, Resumed) else None
         run = Run.of(self._report(), self._settings, self._start, resumed, self._measure)
         self._each(lambda watcher: watcher.begin(run))
 
