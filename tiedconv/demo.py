@@ -126,7 +126,7 @@ def run_demo(
     Args:
         output: a folder, made if it is not there; its files of a demo before are replaced.
         seed: of everything random.
-        quick: a tenth of the training, to see that it runs.
+        quick: a tenth of the training and of the calibration, to see that it runs.
         on_stage: called with (stages done, stages in all, what comes next).
 
     Raises:
@@ -147,6 +147,9 @@ def run_demo(
     stage("writing the digits as images")
     data = output / "digits"
     tests = write_digits(data)
+    images = max(32, round(CALIB_IMAGES * factor))
+    fit = CalibConfig(seed=seed, steps=10, joint_steps=10) if quick else CalibConfig(seed=seed)
+    calib = Calibration(data, images, fit, device="cpu", workers=0)
     rows: list[Row] = []
     for name, (build, spec, recipes) in MODELS.items():
         stage(f"training a dense {name}")
@@ -158,9 +161,8 @@ def run_demo(
             config = TrainConfig(
                 epochs=healing, seed=seed, lr=1e-3, workers=0, augment="none"
             )  # fmt: skip
-            images = max(32, round(CALIB_IMAGES * factor))
             label = f"{name}-{scheme}"
-            rows.append(_compact(label, spec, recipe, data, dense, config, images))
+            rows.append(_compact(label, spec, recipe, data, dense, config, calib))
     picture = output / "demo.png"
     draw(rows, picture)
     return Demo(tuple(rows), picture, tests, time.perf_counter() - start)
@@ -225,12 +227,11 @@ def _compact(
     data: Path,
     dense: Path,
     config: TrainConfig,
-    images: int,
+    calib: Calibration,
 ) -> Row:
     """The dense model converted and healed."""
     raw = dense.with_name(f"{name}-converted.safetensors")
     healed = dense.with_name(f"{name}.safetensors")
-    calib = Calibration(data, images, CalibConfig(seed=config.seed), device="cpu", workers=0)
     done = convert_file(spec, recipe, raw, weights=dense, calib=calib, force=True)
     result = finetune(
         raw, data, healed, config, teacher=str(dense), device="cpu", force=True
