@@ -25,10 +25,7 @@ TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
 ]  # fmt: skip
 
-pytestmark = [
-    pytest.mark.skipif(os.name == "nt", reason="forks and signals are those of POSIX"),
-    pytest.mark.xdist_group("processes"),  # they share what a minute's training gives
-]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks and signals are those of POSIX")
 
 
 def started(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
