@@ -515,3 +515,28 @@ def test_a_model_without_logits_is_refused_and_stays() -> None:
         gather(model, {"layer.weight": False}, torch.randn(2, 5))
     assert model.training
     assert model.layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet", "hf-vit"])
+def test_several_passes_measure_what_one_does(name: str) -> None:
+    """What the sums of all weights don't fit into takes more passes, not more memory."""
+    model, x = MICROS[name].model(), images_of(name, 6)
+    weights = weights_of(examine(model), Recipe.of("lowrank"))
+    shapes = {n: p.shape for n, p in model.named_parameters() if n in weights}
+    outs = {n: shapes[n][transposed] for n, transposed in weights.items()}
+    sizes = [12 * (out**2 + (shapes[n].numel() // out) ** 2) for n, out in outs.items()]
+    whole = gather(model, weights, x, batch_size=2)
+    for memory in (1, max(sizes), sum(sizes) - 1):
+        seen: list[tuple[int, int]] = []
+        found = gather(
+            model, weights, x, batch_size=2, memory=memory,
+            on_images=lambda *done, seen=seen: seen.append(done),
+        )  # fmt: skip
+        passes = seen[-1][1] // 6
+        assert passes == len(sizes) if memory == 1 else 1 < passes < len(sizes)
+        assert seen == [(done, 6 * passes) for done in range(2, 6 * passes + 1, 2)]
+        assert found.ridges == whole.ridges
+        assert (found.images, found.skipped) == (6, 0)
+        for weight, metric in whole.metrics.items():
+            assert torch.equal(metric.right, found.metrics[weight].right)
+            assert torch.equal(metric.left, found.metrics[weight].left)

@@ -9,7 +9,8 @@ its answer, so no label is needed, and the moments are those of the Fisher matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,11 @@ from tiedconv.training.device import Placement
 
 POSITIONS = 64
 """Of an image's tokens or pixels, at most so many enter the moments, spread evenly."""
+
+MEMORY = 8 * 2**30
+"""Bytes that the sums of one pass over the images may take: what needs more takes more passes."""
+
+_BYTES = 8 + 4  # of an entry of a moment, in the sums
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
@@ -52,12 +58,38 @@ class Moments:
 
 
 @dataclass
-class _Sums:
-    """Sums for one weight over the two halves of the images, float64."""
+class _Sum:
+    """A sum of moments, over all images in float64 and over the first half in float32.
 
-    right: list[Tensor | None] = field(default_factory=lambda: [None, None])
-    left: list[Tensor | None] = field(default_factory=lambda: [None, None])
+    The half only decides how much the whole is shrunk, which takes no more digits.
+    """
+
+    whole: Tensor | None = None
+    first: Tensor | None = None
     rows: list[int] = field(default_factory=lambda: [0, 0])
+
+    def add(self, moment: Tensor, start: int, size: int, half: int, rows: int) -> None:
+        """Add a moment along the diagonal from `start` on, of a sum `(size, size)`."""
+        self.rows[half] += rows
+        if self.whole is None:
+            self.whole = moment.new_zeros(size, size, dtype=torch.float64)
+            self.first = moment.new_zeros(size, size)
+        stop = start + len(moment)
+        for total in (self.whole, self.first) if half == 0 else (self.whole,):
+            _of(total)[start:stop, start:stop] += moment
+
+    def means(self, halves: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
+        """Of these halves, the sums over their counts."""
+        first, whole = _of(self.first), _of(self.whole)
+        return [(first.double() if h == 0 else whole - first) / counts[h] for h in halves]
+
+
+@dataclass
+class _Sums:
+    """What is summed up for one weight."""
+
+    right: _Sum = field(default_factory=_Sum)
+    left: _Sum = field(default_factory=_Sum)
     energy: Tensor | float = 0.0
     """Of a convolution, the squared norms of the weight's gradients of all images."""
 
@@ -71,11 +103,13 @@ def gather_moments(
     seed: int = 0,
     device: str = "auto",
     workers: int | None = None,
+    memory: int = MEMORY,
     on_images: Callable[[int, int], None] | None = None,
 ) -> Moments:
     """The metric of each weight of a model, from images without labels.
 
-    Memory is that of the moments, `in^2 + out^2` for each weight twice, and of one batch.
+    The sums take 12 bytes for each of the `in^2 + out^2` entries of a weight's two moments, the
+    metrics 4 bytes in the end.
 
     Args:
         model: plain, not tied; its parameters and modes are left as they are.
@@ -85,7 +119,9 @@ def gather_moments(
         seed: of the classes drawn, and of which images make up each half.
         device: `auto`, `cpu`, `cuda`, ...
         workers: processes that decode images, None to choose.
-        on_images: called with (images done, images in all).
+        memory: bytes for the sums. Weights whose sums don't fit in together are measured in
+            several passes over the same images; the result is the same.
+        on_images: called with (images done, images in all), over all passes.
 
     Raises:
         DataError: no image could be read.
@@ -101,21 +137,18 @@ def gather_moments(
         device=placement.device,
     )  # fmt: skip
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    generator = torch.Generator().manual_seed(seed)
-    watch = _Watch(model, weights)
-    counts, skipped = [0, 0], 0
+    metrics: dict[str, Metric] = {}
+    ridges: dict[str, tuple[float, float]] = {}
+    parts = _parts(model, weights, memory)
     try:
         with modes_kept(model):
             model.eval()
             model.requires_grad_(False)
-            for batch in loader.epoch():
-                skipped += len(batch.broken)
-                if len(batch.images):
-                    watch.half = 1 - watch.half
-                    counts[watch.half] += len(batch.images)
-                    _one_batch(model, placement.images(batch.images), watch, generator)
-                if on_images is not None:
-                    on_images(sum(counts), loader.images)
+            for i, part in enumerate(parts):
+                tell = functools.partial(_told, on_images, i * loader.images, len(parts))
+                watch = _Watch(model, part)
+                counts, skipped = _one_pass(model, loader, watch, placement, seed, tell)
+                _finish(watch.sums, counts, metrics, ridges)
     finally:
         loader.close()
         placement.release(model)
@@ -127,7 +160,49 @@ def gather_moments(
             "Nothing can be measured",
             "Check that the folder holds images",
         )
-    return _finished(watch.sums, counts, skipped)
+    return Moments(metrics, ridges, sum(counts), skipped)
+
+
+def _parts(model: nn.Module, weights: Mapping[str, bool], memory: int) -> list[dict[str, bool]]:
+    """The weights in parts, the sums of each of which fit into so many bytes."""
+    parts: list[dict[str, bool]] = [{}]
+    found, left = dict(model.named_parameters()), memory
+    for name, transposed in weights.items():
+        size = 0
+        if name in found:
+            shape = found[name].shape
+            out = shape[transposed]
+            size = _BYTES * (out**2 + (shape.numel() // out) ** 2)
+        if size > left and parts[-1]:
+            parts.append({})
+            left = memory
+        parts[-1][name] = transposed
+        left -= size
+    return parts
+
+
+def _told(tell: Callable[[int, int], None] | None, before: int, parts: int, *at: int) -> None:
+    """Progress of one of several passes, as that of all."""
+    if tell is not None:
+        done, images = at
+        tell(before + done, parts * images)
+
+
+def _one_pass(
+    model: nn.Module, loader: Loader, watch: _Watch, placement: Placement, seed: int,
+    tell: Callable[[int, int], None],
+) -> tuple[list[int], int]:  # fmt: skip
+    """Sums up over all images; how many there were in each half, and how many were unreadable."""
+    generator = torch.Generator().manual_seed(seed)
+    counts, skipped = [0, 0], 0
+    for batch in loader.epoch():
+        skipped += len(batch.broken)
+        if len(batch.images):
+            watch.half = 1 - watch.half
+            counts[watch.half] += len(batch.images)
+            _one_batch(model, placement.images(batch.images), watch, generator)
+        tell(sum(counts), loader.images)
+    return counts, skipped
 
 
 def _one_batch(
@@ -207,21 +282,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Add rows `(images * places, width)`, of outputs from `start` on."""
         sums, half = self.sums[name], self.half
         rows, share = _some(rows, self.batch)
-        moment = (rows.float().t() @ rows.float()).double()
+        moment = rows.float().t() @ rows.float()
         if self.backward:  # the gradients of all places add up to that of the image
-            sums.left[half] = _added(sums.left[half], moment * share, start, self._outs[name])
+            sums.left.add(moment.mul_(share), start, self._outs[name], half, len(rows))
         else:
-            sums.right[half] = _added(sums.right[half], moment, 0, len(moment))
-            sums.rows[half] += len(rows)
-
-
-def _added(total: Tensor | None, moment: Tensor, start: int, size: int) -> Tensor:
-    """A total `(size, size)` with a moment added along its diagonal from `start` on."""
-    if total is None:
-        total = moment.new_zeros(size, size)
-    stop = start + len(moment)
-    total[start:stop, start:stop] += moment
-    return total
+            sums.right.add(moment, 0, len(moment), half, len(rows))
 
 
 def _of(total: Tensor | None) -> Tensor:
@@ -257,21 +322,24 @@ def _patches(
     return rows.flatten(0, 2)
 
 
-def _finished(sums: Mapping[str, _Sums], counts: list[int], skipped: int) -> Moments:
-    metrics: dict[str, Metric] = {}
-    ridges: dict[str, tuple[float, float]] = {}
-    for name, s in sums.items():
+def _finish(
+    sums: dict[str, _Sums],
+    counts: Sequence[int],
+    metrics: dict[str, Metric],
+    ridges: dict[str, tuple[float, float]],
+) -> None:
+    """Turns sums into metrics, and lets each go when it is done."""
+    for name in list(sums):
+        s = sums.pop(name)
         # Of one image alone, both halves are the same, and the ridge is the least there is.
-        halves = [h for h in (0, 1) if s.right[h] is not None and s.left[h] is not None]
+        halves = [h for h in (0, 1) if s.right.rows[h] and s.left.rows[h]]
         if not halves:
             continue  # what it writes reaches no answer, or it was never used
-        rights = [_of(s.right[h]) / s.rows[h] for h in halves]
-        lefts = [_of(s.left[h]) / counts[h] for h in halves]
+        rights, lefts = s.right.means(halves, s.right.rows), s.left.means(halves, counts)
         right, first = shrunk(rights[0], rights[-1])
         left, second = shrunk(lefts[0], lefts[-1])
         metrics[name] = _scaled(Metric(left.cpu(), right.cpu()), float(s.energy) / sum(counts))
         ridges[name] = (first, second)
-    return Moments(metrics, ridges, sum(counts), skipped)
 
 
 def _scaled(metric: Metric, energy: float) -> Metric:

@@ -256,6 +256,6 @@ def _show(done: Conversion, *, each: bool) -> None:
             say("  Or let ranks fill a budget: --scheme lors --params 50%")
     if done.path:
         say(f"Wrote {done.path} ({render.size(done.size)}, fitted in {done.seconds:.1f} s).")
-        hint(f"Next: tiedconv finetune {done.path} --data IMAGEFOLDER -o healed.safetensors")
+        hint(f"Next: tiedconv finetune {done.path} --data IMAGES -o healed.safetensors")
     else:
         hint("Nothing was written: this was a dry run.")
