@@ -35,7 +35,7 @@ from tiedconv.data import TensorList
 from tiedconv.training import TrainConfig, evaluate_model, train
 
 RESULT = Path(__file__).parent / "results" / "recipe.json"
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 Options = Mapping[str, Any]
 
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--select-steps", type=int, default=100)
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES[:3]))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--held-out-images", type=int, default=5000)
     parser.add_argument("--limit", type=int, help="test images, for a trial")
