@@ -6,9 +6,9 @@ ViT-B/16 of torchvision with random weights, random images of 224 px in memory. 
 after the other in one process, each with the batch size that `convert --calib` takes: a forward
 pass, the moments, the plan and fit of `lowrank` at 50 %, which is what `--effort fast` does; then,
 for `--effort normal`, the blocks and the whole. With `--sample N` only N steps are taken for each
-block and for the whole, and the file tells the time that all of them would take, from the time of
-a step: a forecast, and called so. Peak memory is the process's own (on a GPU, the allocator's
-too). Ratios are to the forward pass.
+block and for the whole, on 64 of the images, and the file tells the time that all steps on all
+images would take: a forecast, and called so. Peak memory is the process's own (on a GPU, the
+allocator's too). Ratios are to the forward pass.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from tiedconv.planner import fit_plan, make_plan, weights_of
 from tiedconv.recipe import Recipe
 from tiedconv.sources import open_source
 
+SAMPLED = 64
+"""Images of a sample."""
+
 RESULT = Path(__file__).parent / "results" / "calibration_cost.json"
 
 
@@ -59,15 +62,15 @@ class Steps:
         self.last = event, now
 
     def forecast(self, taken: float, sample: int, images: int) -> dict[str, float]:
-        """The seconds of all steps, from those of the first; `images` are those fitted."""
+        """The seconds of all steps on so many images, from those of a sample of both."""
         span, joint = (statistics.median(self.seconds[kind]) for kind in (Fitting, Joint))
-        normal = CalibConfig()
-        steps = normal.total_passes * self.spans * (normal.span_steps(images) - sample)
-        more = steps * span + (normal.total_joint_steps(images) - sample) * joint
+        normal, fitted = CalibConfig(), images - images // 10  # a tenth is held out
+        steps, joint_steps = normal.span_steps(fitted), normal.total_joint_steps(fitted)
+        once = taken - sample * (self.spans * span + joint)  # each image once, through every block
         return {
-            "seconds": taken + more, "span_step": span, "joint_step": joint,
-            "span_steps": normal.span_steps(images), "spans": self.spans,
-            "joint_steps": normal.total_joint_steps(images),
+            "seconds": once * images / SAMPLED + steps * self.spans * span + joint_steps * joint,
+            "span_step": span, "joint_step": joint, "span_steps": steps, "spans": self.spans,
+            "joint_steps": joint_steps,
         }  # fmt: skip
 
 
@@ -93,6 +96,11 @@ class Parts:
         return result
 
 
+def unlabelled(images: torch.Tensor) -> TensorList:
+    """Images, all of one class."""
+    return TensorList(images, torch.zeros(len(images), dtype=torch.int64))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=512)
@@ -105,7 +113,7 @@ def main() -> None:
     model, _ = open_source(args.model, None, "none", seed=0)
     model.eval()
     images = torch.randint(0, 256, (args.images, 3, 224, 224), dtype=torch.uint8)
-    data = TensorList(images, torch.zeros(args.images, dtype=torch.int64))
+    data = unlabelled(images)
     anatomy, recipe = examine(model), Recipe.of("lowrank", params="50%")
     own = {n: t.detach() for n, t in model.state_dict().items()}
     tensors = {n: own[n] for n in anatomy.shapes}
@@ -134,10 +142,9 @@ def main() -> None:
     if args.effort == "normal":
         student = copy.deepcopy(model)
         tie(student, plan, factors)
-        figures = blocks(parts, student, model, data, args.sample)
-    whole = sum(p["seconds"] for name, p in parts.figures.items() if name != "forward")
+        figures = blocks(parts, student, model, images, args.sample)
     forward_seconds = parts.figures["forward"]["seconds"]
-    fast = whole - parts.figures.get("blocks", {"seconds": 0.0})["seconds"]
+    fast = sum(parts.figures[name]["seconds"] for name in ("moments", "plan", "fit"))
     figures |= {
         "model": args.model, "images": args.images, "effort": args.effort, "cost": cost,
         "ratio_fast": fast / forward_seconds, "parts": parts.figures,
@@ -145,7 +152,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
     }  # fmt: skip
     if args.effort == "normal":
-        normal = figures.get("forecast", parts.figures["blocks"])["seconds"]
+        normal = figures.get("forecast", parts.figures.get("blocks"))["seconds"]
         figures["ratio_normal"] = (fast + normal) / forward_seconds
     args.result.parent.mkdir(exist_ok=True)
     args.result.write_text(json.dumps(figures, indent=1) + "\n")
@@ -153,23 +160,24 @@ def main() -> None:
 
 
 def blocks(
-    parts: Parts, student: torch.nn.Module, model: torch.nn.Module, data: TensorList,
+    parts: Parts, student: torch.nn.Module, model: torch.nn.Module, images: torch.Tensor,
     sample: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fits the blocks and the whole; with a sample of steps, the forecast of all of them."""
     steps = Steps()
     config = CalibConfig(steps=sample, joint_steps=sample)
-    found = parts.timed(
-        "blocks",
+    some = unlabelled(images if sample is None else images[:SAMPLED])
+    name = "blocks" if sample is None else f"blocks, {sample} steps on {len(some)} images"
+    parts.timed(
+        name,
         lambda: fit_blocks(
-            student, model, data, config, device=parts.device, workers=0, on_event=steps
+            student, model, some, config, device=parts.device, workers=0, on_event=steps
         ),
     )
     if sample is None:
         return {}
-    taken = parts.figures["blocks"]["seconds"]
-    fitted = found.images - found.held_out
-    return {"sample": sample, "forecast": steps.forecast(taken, sample, fitted)}
+    taken = parts.figures[name]["seconds"]
+    return {"sample": sample, "forecast": steps.forecast(taken, sample, len(images))}
 
 
 if __name__ == "__main__":

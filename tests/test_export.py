@@ -68,21 +68,28 @@ def initializers(graph: ir.Graph) -> dict[str, np.ndarray]:
     return {n: v.const_value.numpy() for n, v in graph.initializers.items()}  # type: ignore[union-attr]
 
 
+TRACE = _onnx_lower.trace
+TRACED: dict[str, ir.Model] = {}
+
+
+def trace_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a model of this way is traced once: it is slow, and alike for all lowerings."""
+
+    def traced(*given: Any) -> ir.Model:
+        if way not in TRACED:
+            TRACED[way] = TRACE(*given)
+        return TRACED[way].clone()
+
+    monkeypatch.setattr(_onnx_lower, "trace", traced)
+
+
 @pytest.mark.parametrize("way", IMAGES)
 def test_onnx_holds_each_stored_tensor_once_and_gives_the_same_logits(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     micro, model = made(way)
     plan = state_of(model).plan
-    traced: list[ir.Model] = []
-    trace = _onnx_lower.trace
-
-    def once(*given: Any) -> ir.Model:  # the slow part, alike for both ways to lower
-        if not traced:
-            traced.append(trace(*given))
-        return traced[0].clone()
-
-    monkeypatch.setattr(_onnx_lower, "trace", once)
+    trace_once(way, monkeypatch)
     for lower in ("always", "never"):
         graph, lowered = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
         assert set(lowered.applied) | set(lowered.made) == plan.weights.keys()
@@ -105,10 +112,11 @@ def test_onnx_holds_each_stored_tensor_once_and_gives_the_same_logits(
 
 @pytest.mark.parametrize("way", ["tied", "lors", "basis, tied"])
 def test_with_factors_applied_nothing_is_left_for_onnx_runtime_to_double(
-    way: str, tmp_path: Path
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its optimised model holds what it keeps in memory."""
     micro, model = made(way)
+    trace_once(way, monkeypatch)
     sizes = {}
     for lower in ("always", "never"):
         graph, _ = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
@@ -121,14 +129,16 @@ def test_with_factors_applied_nothing_is_left_for_onnx_runtime_to_double(
     assert sizes["never"] > 1.1 * stored
 
 
-def test_auto_applies_where_it_is_cheaper() -> None:
+def test_auto_applies_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {"tied": False, "lowrank": True, "lors": False, "kernels tied": False,
                 "kernels low rank": True}  # fmt: skip
     for way, applied in expected.items():
         micro, model = made(way)
+        trace_once(way, monkeypatch)
         _, lowered = onnx_graph(model, images_of(micro), lower="auto")
         assert bool(lowered.applied) == applied, way
     micro, model = made("tied")
+    trace_once("tied", monkeypatch)
     for lower, one_copy in (("auto", False), ("always", True)):
         _, lowered = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
         assert lowered.one_copy == one_copy
