@@ -3,9 +3,9 @@
     python benchmarks/training_speed.py [--models vit resnet50] [--size 96] [--batch 16]
     python benchmarks/training_speed.py --device cuda [--batch 256]
 
-On the CPU four contenders take turns, each in a process of its own that lives on: our loop on the
-tied, the `lors` (half of the parameters) and the dense model, and a minimal loop written by hand
-on the dense model. All train by one recipe: AdamW (fused), a cosine, clipping, the same
+On the CPU four contenders take turns, each in a process of its own that lives on for a group of
+rounds: our loop on the tied, the `lors` (half of the parameters) and the dense model, and a minimal
+loop written by hand on the dense model. All train by one recipe: AdamW (fused), a cosine, clipping, the same
 augmentation, with and without a teacher. Each turn is some steps with all that belongs to them,
 reading included; ratios are taken within a round of turns, so that a machine whose speed drifts
 still gives fair figures. Images lie in memory, or in JPEG files that are decoded in the process
@@ -208,8 +208,11 @@ def heard(pipe: Connection) -> Any:
     return said
 
 
-def group(cases: Mapping[str, Case], rounds: int, steps: int) -> dict[str, Any]:
-    """Seconds of a step of each contender and their ratios, by turns."""
+Turn = dict[str, float]
+
+
+def group(cases: Mapping[str, Case], rounds: int, steps: int) -> dict[str, list[Turn]]:
+    """Seconds of a step of each contender in each round."""
     running: dict[str, tuple[Any, Connection]] = {}
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     try:
@@ -227,7 +230,12 @@ def group(cases: Mapping[str, Case], rounds: int, steps: int) -> dict[str, Any]:
                 pipe.send(None)
             process.join(60)
             process.kill()
-    kept = {name: found[1:] for name, found in turns.items()}  # the first round warms up
+    return {name: found[1:] for name, found in turns.items()}  # the first round warms up
+
+
+def compared(groups: Sequence[Mapping[str, list[Turn]]]) -> dict[str, Any]:
+    """Medians and ratios of the rounds of several groups."""
+    kept = {name: [turn for found in groups for turn in found[name]] for name in groups[0]}
     seconds = {
         name: {what: statistics.median(t[what] for t in found) for what in ("wall", "cpu")}
         for name, found in kept.items()
@@ -265,9 +273,12 @@ def on_cpu(args: argparse.Namespace) -> None:
                         )
                         for name in CONTENDERS
                     }  # fmt: skip
-                    row = {**setting, "device": "cpu", "rounds": args.rounds}
+                    rounds = args.groups * args.rounds
+                    row = {**setting, "device": "cpu", "rounds": rounds, "groups": args.groups}
                     try:
-                        row |= group(cases, args.rounds, args.steps)
+                        # A process may be lucky or not with its memory, all its life.
+                        groups = [group(cases, args.rounds, args.steps) for _ in range(args.groups)]
+                        row |= compared(groups)
                     except RuntimeError as error:
                         row["error"] = str(error)
                     written(args.result, row, [*setting, "device"])
@@ -333,7 +344,8 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", default=["no", "yes"])
     parser.add_argument("--size", type=int, help="of the images, in pixels")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=4, help="of turns, in each group")
+    parser.add_argument("--groups", type=int, default=3, help="of processes, one after another")
     parser.add_argument("--steps", type=int, help="of a turn; on a GPU of a run")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     parser.add_argument("--tiny", action="store_true", help="the GPU's rows, small, on any device")
