@@ -4,12 +4,12 @@
     python benchmarks/training_speed.py --device cuda [--batch 256]
 
 On the CPU four contenders take turns, each in a process of its own that lives on for a group of
-rounds: our loop on the tied, the `lors` (half of the parameters) and the dense model, and a minimal
-loop written by hand on the dense model. All train by one recipe: AdamW (fused), a cosine, clipping, the same
-augmentation, with and without a teacher. Each turn is some steps with all that belongs to them,
-reading included; ratios are taken within a round of turns, so that a machine whose speed drifts
-still gives fair figures. Images lie in memory, or in JPEG files that are decoded in the process
-itself, where its CPU time counts them.
+rounds: our loop on the tied, the `lors` (half of the parameters) and the dense model, and a
+minimal loop written by hand on the dense model. All train by one recipe: AdamW (fused), a cosine,
+clipping, the same augmentation, with and without a teacher. Each turn is some steps with all that
+belongs to them, reading included; ratios are taken within a round of turns, so that a machine
+whose speed drifts still gives fair figures. Images lie in memory, or in JPEG files that are
+decoded in the process itself, where its CPU time counts them.
 
 On a GPU the contenders run one after another: images a second and peak memory in bfloat16 at 224
 px, against timm's own pieces of a training step (`training_rivals.py`).
