@@ -1,10 +1,11 @@
 """Time and memory of conversion, against loading and saving the dense checkpoint.
 
-    python benchmarks/conversion.py [--rounds 5]
+    python benchmarks/conversion.py [--rounds 5] [--only plan]
 
 Each measurement is a process of its own: the baseline builds vit_b_16, loads its dense
 checkpoint, and saves it again; the others run `tiedconv convert` in-process on the same file.
 Imports are timed apart. Wall-clock seconds, taken by turns; memory is the peak of the process.
+`tiedconv plan vit_b_16` is timed as a user waits for it, from the start of its process to its end.
 Results go to `benchmarks/results/conversion.json`.
 """
 
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=["conversion", "plan"])
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
+    record = json.loads(args.result.read_text()) if args.result.is_file() else {}
+    if args.only != "conversion":
+        record["plan_seconds"] = [plan_seconds() for _ in range(args.rounds)]
+        print(record["plan_seconds"], flush=True)
+    if args.only != "plan":
+        record |= conversions(args.rounds)
+    args.result.parent.mkdir(exist_ok=True)
+    args.result.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def plan_seconds() -> float:
+    """From the start of the command to its end, imports and all."""
+    line = [sys.executable, "-m", "tiedconv", "plan", "vit_b_16", "--weights", "none"]
+    start = time.perf_counter()
+    subprocess.run(line, check=True, capture_output=True)
+    return round(time.perf_counter() - start, 2)
+
+
+def conversions(rounds: int) -> dict[str, Any]:
+    """Seconds and memory of each conversion, by turns."""
     with tempfile.TemporaryDirectory() as folder:
         dense, out = f"{folder}/dense.safetensors", f"{folder}/out.safetensors"
         make_dense(dense)
@@ -72,7 +95,7 @@ def main() -> None:
         for name, (scheme, options) in CASES.items():
             works[name] = CONVERT.format(scheme=scheme, options=options, dense=dense, out=out)
         figures: dict[str, list[dict[str, float]]] = {name: [] for name in works}
-        for _ in range(args.rounds):
+        for _ in range(rounds):
             for name, work in works.items():
                 figures[name].append(measure(work))
         size = Path(dense).stat().st_size
@@ -94,9 +117,7 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    record = {"model": "vit_b_16", "dense_bytes": size, "rounds": args.rounds, "rows": rows}
-    args.result.parent.mkdir(exist_ok=True)
-    args.result.write_text(json.dumps(record, indent=1) + "\n")
+    return {"model": "vit_b_16", "dense_bytes": size, "rounds": rounds, "rows": rows}
 
 
 def measure(work: str) -> dict[str, float]:

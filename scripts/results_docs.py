@@ -33,8 +33,8 @@ news to it); the others are self-trained on the 45,000 (`benchmarks/train_models
 makes a model of at most the budget, in parameters of the whole model, and each gets the same
 training: {steps} steps of {batch} images ({images:,} images, crops and flips), AdamW, the original as teacher
 (temperature {temperature:g}, weight {distill:g}). The learning rate, one of {rates}, and a rival's variant are chosen after
-{select_steps} steps on {select_images:,} held-out images, on `resnet-narrow` at each budget, on `vit-real` at 30 % for all
-of them. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
+{select_steps} steps on {select_images:,} held-out images, at each budget; on `vit-real` that
+of `auto` and of the rivals at 30 % for all budgets. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
 at the end. Seeds: {seeds}. What each rival does, and where it falls short of its paper, is in
 `benchmarks/rivals.py`.
 
@@ -69,7 +69,12 @@ over the size of the dense checkpoint.
     python benchmarks/conversion.py
 
 {table}
+
+{plan}
 """
+
+PLAN = """`tiedconv plan vit_b_16`, which shows what each scheme stores at three budgets, takes {seconds:.1f} s ({low:.1f} to {high:.1f}, {rounds}
+times) from its start to its end, imports and all."""
 
 
 EXPORT = """## Exported files in ONNX Runtime
@@ -296,6 +301,12 @@ def conversion(data: dict[str, Any]) -> str:
     return CONVERSION.format(
         dense=data["dense_bytes"] / 1e6,
         rounds=data["rounds"],
+        plan=PLAN.format(
+            seconds=statistics.median(data["plan_seconds"]),
+            low=min(data["plan_seconds"]),
+            high=max(data["plan_seconds"]),
+            rounds=len(data["plan_seconds"]),
+        ),
         table=table(("", "seconds", "ratio", "peak memory", "imports, seconds"), rows),
     )
 

@@ -45,10 +45,9 @@ of the process until then, and seconds as a share of one forward pass over the s
 {normal}
 """
 
-FORECAST = """A step of a block took {span_step:.1f} s, one of the whole model {joint_step:.1f} s. `--effort normal` takes {span_steps} steps
-for each of {spans} spans and {joint_steps} for the whole: after the first {sample} of each, which were run, that makes {hours:.1f} hours
-in all, {ratio:.0f} forward passes. That is a forecast. Its time lies in steps, whose number is bounded: four times the images take
-no more than twice the steps for a block. On a CPU such a model is one for `--effort fast`.
+FORECAST = """A step of a block, of 64 images, took {span_step:.1f} s, one of the whole model {joint_step:.1f} s. `--effort normal` takes
+{span_steps} steps for each of {spans} spans and {joint_steps} for the whole: {hours:.1f} hours in all, {ratio:.0f} forward passes. That is a forecast,
+from {sample} steps of each on some of the images. On a CPU such a model is one for `--effort fast`.
 """
 
 
