@@ -298,15 +298,17 @@ def conversion(data: dict[str, Any]) -> str:
         )
         for r in data["rows"]
     ]
+    waited = data.get("plan_seconds")
+    plan = ""
+    if waited:
+        plan = PLAN.format(
+            seconds=statistics.median(waited), low=min(waited), high=max(waited),
+            rounds=len(waited),
+        )  # fmt: skip
     return CONVERSION.format(
         dense=data["dense_bytes"] / 1e6,
         rounds=data["rounds"],
-        plan=PLAN.format(
-            seconds=statistics.median(data["plan_seconds"]),
-            low=min(data["plan_seconds"]),
-            high=max(data["plan_seconds"]),
-            rounds=len(data["plan_seconds"]),
-        ),
+        plan=plan,
         table=table(("", "seconds", "ratio", "peak memory", "imports, seconds"), rows),
     )
 
