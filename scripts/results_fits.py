@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from markdown_table import table
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 ABLATION = """## What each part of a calibrated conversion is worth
 
@@ -16,8 +19,7 @@ before any training. Nothing was chosen by these figures. `metric`: what errors 
 
 {table}
 
-Of the command's rows these were run so far: each scheme at half the size, fitted in each measure,
-without the fit of blocks.
+{comment}
 """
 
 DATAFREE = """## What each part of the data-free fit is worth
@@ -52,6 +54,7 @@ from {sample} steps of each on some of the images. On a CPU such a model is one 
 
 
 def ablation(data: dict[str, Any]) -> str:
+    comment = RESULTS / "ablation_comment.md"
     parts: list[str] = []
     for model, runs in data.items():
         rows = [
@@ -65,6 +68,7 @@ def ablation(data: dict[str, Any]) -> str:
             ABLATION.format(
                 model=model, dense=100 * runs["dense"]["top1"], images=runs["images"],
                 table=table(("setting", "stored", "top-1", "divergence, nats"), rows),
+                comment=comment.read_text("utf-8").strip() if comment.is_file() else "",
             )
         )  # fmt: skip
     return "\n".join(parts)
