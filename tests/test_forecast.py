@@ -77,6 +77,13 @@ def test_a_forecast_measures_and_changes_nothing() -> None:
     assert_same(plain, model.net)
 
 
+def test_a_forecast_counts_the_look_that_the_teacher_takes_at_the_validation_images() -> None:
+    data, teacher = (make_data(), make_data(48, 1)), Slow(0.1)
+    found = forecast(make_net(), *data, CONFIG, teacher=teacher, device="cpu")
+    rest = found.pace.seconds_of(found.steps, 6, CONFIG)
+    assert 3 * 0.1 <= found.seconds - rest < 1.0  # three batches of the 48 images
+
+
 def test_a_forecast_of_few_images_takes_them_again_and_again() -> None:
     found = forecast(Slow(0.01), make_data(6), make_data(3, 1), CONFIG, device="cpu")
     assert found.steps == 3

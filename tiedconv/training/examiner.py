@@ -62,9 +62,9 @@ class Examiner:
             self.seconds = result.seconds
         return result
 
-    def estimated_seconds(self) -> float:
-        """How long an evaluation takes, from its first images."""
-        model, images = self.learner.model, 0
+    def estimated_seconds(self, other: nn.Module | None = None) -> float:
+        """How long an evaluation takes, of the model or of another one, from its first images."""
+        model, images = self.learner.model if other is None else other, 0
         start = time.perf_counter()
         with modes_kept(model), torch.no_grad():
             model.eval()
@@ -76,10 +76,9 @@ class Examiner:
                     images += len(batch.images) * self.processes.count
                 if time.perf_counter() - start > _SECONDS and not self.processes.several:
                     break
-        self.learner.after_evaluation()
-        whole = self.val_loader.images / max(1, images)
-        self.seconds = (time.perf_counter() - start) * whole
-        return self.seconds
+        if other is None:
+            self.learner.after_evaluation()
+        return (time.perf_counter() - start) * self.val_loader.images / max(1, images)
 
     def recalibrate(self) -> None:
         """Estimates the statistics of batch norms anew, if there are any and it is wanted."""

@@ -79,11 +79,12 @@ def forecast(
 
 def _forecast(setup: Setup, reason: str | None) -> Forecast:
     config, per_epoch = setup.config, len(setup.loader)
-    seconds = setup.examiner.estimated_seconds()
-    pace = measure_pace(setup.updater, setup.loader, seconds)
+    pace = measure_pace(setup.updater, setup.loader, setup.examiner.estimated_seconds())
+    # The teacher sees the validation images once: to be scored, or to label them.
+    taught = 0.0 if setup.teacher is None else setup.examiner.estimated_seconds(setup.teacher)
     steps = config.total_steps(per_epoch)
     if config.time_budget is not None:
-        left = config.time_budget - pace.eval_seconds
+        left = config.time_budget - pace.eval_seconds - taught
         steps = setup.processes.told_by_first(pace.steps_within(left, per_epoch, config))
     device = setup.placement.device
     return Forecast(
@@ -95,7 +96,7 @@ def _forecast(setup: Setup, reason: str | None) -> Forecast:
         val_images=setup.val_loader.images,
         trained=sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
         pace=pace,
-        seconds=pace.seconds_of(steps, per_epoch, config),
+        seconds=taught + pace.seconds_of(steps, per_epoch, config),
         processes=setup.processes.count,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         not_compiled=reason,
