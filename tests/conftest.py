@@ -36,7 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     So what the tests of a file share is made once. The laws are shared out by model and scheme.
     """
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else 99)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
     for item in items:
         group, case = item.path.stem, getattr(item, "callspec", None)
         if group == "test_laws" and case is not None:

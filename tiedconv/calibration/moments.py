@@ -145,7 +145,8 @@ def gather_moments(
             model.eval()
             model.requires_grad_(False)
             for i, part in enumerate(parts):
-                tell = functools.partial(_told, on_images, i * loader.images, len(parts))
+                whole = len(parts) * loader.images
+                tell = functools.partial(_told, on_images, i * loader.images, whole)
                 watch = _Watch(model, part)
                 counts, skipped = _one_pass(model, loader, watch, placement, seed, tell)
                 _finish(watch.sums, counts, metrics, ridges)
@@ -181,16 +182,15 @@ def _parts(model: nn.Module, weights: Mapping[str, bool], memory: int) -> list[d
     return parts
 
 
-def _told(tell: Callable[[int, int], None] | None, before: int, parts: int, *at: int) -> None:
+def _told(tell: Callable[[int, int], None] | None, before: int, whole: int, done: int) -> None:
     """Progress of one of several passes, as that of all."""
     if tell is not None:
-        done, images = at
-        tell(before + done, parts * images)
+        tell(before + done, whole)
 
 
 def _one_pass(
     model: nn.Module, loader: Loader, watch: _Watch, placement: Placement, seed: int,
-    tell: Callable[[int, int], None],
+    tell: Callable[[int], None],
 ) -> tuple[list[int], int]:  # fmt: skip
     """Sums up over all images; how many there were in each half, and how many were unreadable."""
     generator = torch.Generator().manual_seed(seed)
@@ -201,7 +201,7 @@ def _one_pass(
             watch.half = 1 - watch.half
             counts[watch.half] += len(batch.images)
             _one_batch(model, placement.images(batch.images), watch, generator)
-        tell(sum(counts), loader.images)
+        tell(sum(counts))
     return counts, skipped
 
 

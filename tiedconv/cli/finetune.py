@@ -243,26 +243,26 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
         return
     result = done.result
     columns: tuple[str, ...] = ("", "top-1", "top-5")
-    rows: list[render.Row] = [
-        ("before", render.accuracy(result.top1_before), render.accuracy(result.top5_before)),
-        ("after", render.accuracy(result.top1), render.accuracy(result.top5)),
-        ("teacher", render.accuracy(result.top1_teacher), render.accuracy(result.top5_teacher)),
-    ]
+    figures: dict[str, tuple[float, ...]] = {
+        "before": (result.top1_before, result.top5_before),
+        "after": (result.top1, result.top5),
+        "teacher": (result.top1_teacher, result.top5_teacher),
+    }
     if done.precision is not None:
         columns, score = ("", "AP", "AP50"), done.precision
-        rows = [
-            ("before", render.accuracy(score.before), render.accuracy(score.before50)),
-            ("after", render.accuracy(score.after), render.accuracy(score.after50)),
-            ("teacher", render.accuracy(score.teacher), render.accuracy(score.teacher50)),
-        ]
+        figures = {
+            "before": (score.before, score.before50),
+            "after": (score.after, score.after50),
+            "teacher": (score.teacher, score.teacher50),
+        }
     elif done.agreement is not None:
         columns = ("", "agreement with the teacher")
-        rows = [
-            ("before", render.accuracy(done.agreement.before)),
-            ("after", render.accuracy(done.agreement.after)),
-        ]
-    if done.teacher == "none" or done.agreement is not None:
-        rows = rows[:2]
+        figures = {"before": (done.agreement.before,), "after": (done.agreement.after,)}
+    if done.teacher == "none":
+        del figures["teacher"]
+    rows: list[render.Row] = [
+        (when, *map(render.accuracy, scores)) for when, scores in figures.items()
+    ]
     kind = "held-out" if done.held_out else "validation"
     unlabelled_note = "" if done.agreement is None else " without labels"
     common.show_table(columns, rows, f"{done.val_images:,} {kind} images{unlabelled_note}")
