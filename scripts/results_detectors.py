@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from markdown_table import table
-
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+from results_folder import comment_on
 
 DETECTION = """## A pretrained detector: DEIMv2-Atto on COCO
 
@@ -84,7 +82,7 @@ def detection(data: dict[str, Any]) -> str:
     minutes = [run["taught_seconds"] / 60 for found in groups.values() for run in found]
     return DETECTION.format(
         photos=128, minutes=f"{max(minutes):.0f} minutes at most",
-        comment=(RESULTS / "detection_comment.md").read_text("utf-8").strip(),
+        comment=comment_on("detection"),
         table=table(
             ("", "decoder", "parameters", "without data", "calibrated", "taught"), rows, words=1
         ),

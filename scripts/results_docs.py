@@ -8,16 +8,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import results_detectors
 import results_fits
 import results_training
 from markdown_table import table
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from results_folder import RESULTS, ROOT, comment_on
 
 HEAD = """# Results
 
@@ -201,7 +198,6 @@ def accuracy(data: dict[str, Any]) -> str:
     setting = next(iter(data["settings"].values()))
     runs = {tuple(key.split("/")): run for key, run in data["runs"].items()}
     seeds = sorted({key[3] for key in runs})
-    comment = RESULTS / "accuracy_comment.md"
     return ACCURACY.format(
         **{k: setting[k] for k in ("steps", "batch", "temperature", "distill", "select_steps",
                                    "select_images", "calib_images")},
@@ -209,7 +205,7 @@ def accuracy(data: dict[str, Any]) -> str:
         rates=", ".join(f"{r:g}" for r in setting["rates"]),
         seeds=", ".join(seeds),
         tables="\n\n".join(accuracy_table(m, d, runs) for m, d in data["dense"].items()),
-        comment=comment.read_text("utf-8").strip() if comment.is_file() else "",
+        comment=comment_on("accuracy"),
     )  # fmt: skip
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from markdown_table import table
-
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+from results_folder import comment_on
 
 ABLATION = """## What each part of a calibrated conversion is worth
 
@@ -54,7 +52,6 @@ from {sample} steps of each on some of the images. On a CPU such a model is one 
 
 
 def ablation(data: dict[str, Any]) -> str:
-    comment = RESULTS / "ablation_comment.md"
     parts: list[str] = []
     for model, runs in data.items():
         rows = [
@@ -68,7 +65,7 @@ def ablation(data: dict[str, Any]) -> str:
             ABLATION.format(
                 model=model, dense=100 * runs["dense"]["top1"], images=runs["images"],
                 table=table(("setting", "stored", "top-1", "divergence, nats"), rows),
-                comment=comment.read_text("utf-8").strip() if comment.is_file() else "",
+                comment=comment_on("ablation"),
             )
         )  # fmt: skip
     return "\n".join(parts)

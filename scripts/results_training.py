@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from markdown_table import table
-
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+from results_folder import comment_on
 
 TRAINING_SPEED = """## Speed of fine-tuning
 
@@ -109,7 +107,6 @@ def recipe(data: dict[str, Any]) -> str:
                 "" if name == "base" else f"{mean - 100 * base:+.2f}",
             )
         )  # fmt: skip
-    comment = RESULTS / "recipe_comment.md"
     setting = data["setting"]
     return RECIPE.format(
         **{k: setting[k] for k in ("params", "calib_images", "steps", "batch", "select_steps")},
@@ -118,6 +115,6 @@ def recipe(data: dict[str, Any]) -> str:
         seeds=", ".join(sorted({key.rpartition("/")[2] for key in data["runs"]})),
         before=100 * data["before"]["compact"]["top1"],
         dense=100 * data["before"]["dense"]["top1"],
-        comment=comment.read_text("utf-8").strip() if comment.is_file() else "",
+        comment=comment_on("recipe"),
         table=table(("", "rate", "held out", "test", "over base"), rows),
     )  # fmt: skip
