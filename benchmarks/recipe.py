@@ -113,7 +113,8 @@ class Bench:
     def _check_setting(self) -> None:
         args = self.args
         setting = {
-            "scheme": args.scheme, "params": args.params, "calib_images": args.calib_images,
+            "model": args.model, "scheme": args.scheme, "params": args.params,
+            "calib_images": args.calib_images,
             "steps": args.steps, "select_steps": args.select_steps, "rates": list(args.rates),
             "held_out_images": len(self.held_out), "test_images": len(self.test),
             "train_images": len(self.train), "batch": args.batch, "base": dict(BASE),

@@ -180,6 +180,7 @@ def main() -> None:
         ("speed", speed),
         ("training_speed", results_training.speed),
         ("recipe", results_training.recipe),
+        ("recipe_resnet", results_training.recipe),
         ("export", export),
         ("conversion", conversion),
         ("streaming", streaming),

@@ -35,15 +35,15 @@ TRAINING_SPEED_GPU = """On {device} in bfloat16, random bytes, torch {torch}:
 {table}
 """
 
-RECIPE = """## What each part of the recipe adds
+RECIPE = """## What each part of the recipe adds: {model}
 
-{model} tied to {params} of its parameters with {calib_images:,} images, then {steps} steps of {batch}; the base recipe is soft
+{model}, `{scheme}` at {params} of its parameters with {calib_images:,} images, then {steps} steps of {batch}; the base recipe is soft
 distillation (the library's defaults), crops and flips. Each line changes one thing. Its learning rate, one of {rates},
 is chosen after {select_steps} steps by {held_out:,} held-out images; seeds {seeds}: mean, and range in brackets. The model scores
 {before:.2f} % before, the original {dense:.2f} %. Nothing is chosen by the test images.
 
-    python benchmarks/recipe.py --data CIFAR10 --vit VIT.safetensors --steps {steps} --select-steps {select_steps} \\
-        --held-out-images {held_out}
+    python benchmarks/recipe.py --data CIFAR10 --vit VIT.safetensors --models MODELS --model {model} --scheme {scheme} \\
+        --steps {steps} --select-steps {select_steps} --held-out-images {held_out} --seeds {asked}
 
 {table}
 
@@ -108,13 +108,15 @@ def recipe(data: dict[str, Any]) -> str:
             )
         )  # fmt: skip
     setting = data["setting"]
+    seeds = sorted({key.rpartition("/")[2] for key in data["runs"]})
     return RECIPE.format(
-        **{k: setting[k] for k in ("params", "calib_images", "steps", "batch", "select_steps")},
-        model="vit-real", held_out=setting["held_out_images"],
+        **{k: setting[k] for k in ("model", "scheme", "params", "calib_images", "steps", "batch",
+                                   "select_steps")},
+        held_out=setting["held_out_images"],
         rates=", ".join(f"{rate:g}" for rate in setting["rates"]),
-        seeds=", ".join(sorted({key.rpartition("/")[2] for key in data["runs"]})),
+        seeds=", ".join(seeds), asked=" ".join(seeds),
         before=100 * data["before"]["compact"]["top1"],
         dense=100 * data["before"]["dense"]["top1"],
-        comment=comment_on("recipe"),
+        comment=comment_on(f"recipe_{setting['model']}"),
         table=table(("", "rate", "held out", "test", "over base"), rows),
     )  # fmt: skip
