@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from tiedconv.expr import Shape
-from tiedconv.families import Hints
+from tiedconv.families import Hints, find_blocks
+from tiedconv.plan import Block
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Anatomy:
     def parameters(self) -> dict[str, Shape]:
         """Shapes of the parameters alone, each once."""
         return {n: s for n, s in self.shapes.items() if n not in self.buffers}
+
+    @cached_property
+    def blocks(self) -> Sequence[tuple[str, Block]]:
+        """What `find_blocks` finds; looked for once, as a comparison drafts dozens of recipes."""
+        return find_blocks(self.shapes, self.hints)
 
 
 def examine(model: nn.Module) -> Anatomy:

@@ -223,7 +223,7 @@ def opened(
             f"See what it stores (tiedconv report {model}), or name the model it was made from",
         )
     if weights is None:
-        return sources.describe(model, model_args)
+        return sources.outline(model, model_args)
     return sources.open_source(model, model_args, weights, seed=seed)
 
 

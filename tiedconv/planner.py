@@ -15,7 +15,7 @@ from tiedconv.anatomy import Anatomy
 from tiedconv.budget import Metrics, allocate, allocate_evenly, metrics_of, with_least
 from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
 from tiedconv.expr import Expr
-from tiedconv.families import all_families, find_blocks
+from tiedconv.families import all_families
 from tiedconv.gauge import Workbench
 from tiedconv.leastsquares import improve, total_cost
 from tiedconv.plan import Block, Group, Member, Plan, Slot, assemble, member_expr, stored_name
@@ -109,7 +109,7 @@ def _aligned(tasks: Sequence[Task], bench: Workbench) -> Workbench:
 
 def draft(anatomy: Anatomy, recipe: Recipe) -> list[Task]:
     """Which groups each rule of the recipe makes; the first rule that takes a tensor has it."""
-    found = find_blocks(anatomy.shapes, anatomy.hints)
+    found = anatomy.blocks
     blocks = [block for _, block in found]
     taken: set[str] = set()
     tasks: list[Task] = []
@@ -323,17 +323,16 @@ def _within(
         return drafts
     original = parameters_of(anatomy)
     budget = wanted.resolve(original)
-    rest = original - governed_by(parts)
-    smallest = least_stored(anatomy, tasks)
+    least = with_least(drafts)
+    stored = compile_plan(anatomy, least).stored
+    smallest = least_stored(anatomy, tasks) if is_open else stored
     if smallest > budget:
         raise _too_small(recipe, wanted, anatomy, smallest, budget, original)
     if bench is None:
-        least = with_least(drafts)
-        return allocate_evenly(least, max(0, budget - compile_plan(anatomy, least).stored))
+        return allocate_evenly(least, max(0, budget - stored))
     if is_open:
-        return choose(parts, budget - rest, bench, metrics)
-    least = with_least(drafts)
-    return allocate(least, budget - compile_plan(anatomy, least).stored, bench, metrics)
+        return choose(parts, budget - original + governed_by(parts), bench, metrics)
+    return allocate(least, budget - stored, bench, metrics)
 
 
 def parts_of(tasks: Sequence[Task]) -> list[Part]:

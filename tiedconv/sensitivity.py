@@ -30,7 +30,6 @@ from tiedconv.compare import opened
 from tiedconv.data import Loader
 from tiedconv.detection import divergence, first_answers
 from tiedconv.errors import NothingToConvert, UserError
-from tiedconv.families import find_blocks
 from tiedconv.linalg import spectrum
 from tiedconv.loading import with_preprocess
 from tiedconv.metric import IDENTITY, Metric
@@ -213,7 +212,7 @@ def matrices_of(anatomy: Anatomy) -> list[Place]:
     """
     order = {name: i for i, name in enumerate(anatomy.shapes)}
     found: list[Place] = []
-    for _, block in find_blocks(anatomy.shapes, anatomy.hints):
+    for _, block in anatomy.blocks:
         layer, inside = _split(block.name, block.stack)
         for role, slot in fuse(block.slots).items():
             found.append(Place(layer, f"{inside}{role}", slot))
