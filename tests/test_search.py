@@ -24,7 +24,7 @@ from tiedconv.plan import Block, Member
 from tiedconv.planner import compile_plan, draft, fit_plan, make_plan
 from tiedconv.recipe import Recipe
 from tiedconv.schemes import Draft, Scheme, make_scheme
-from tiedconv.search import Curve, Menu, Part, _floor, choose, least_size
+from tiedconv.search import Curve, Menu, Part, choose, least_size
 
 NAMES = ("timm-vit", "torchvision-resnet", "hf-imagegpt", "convmixer")
 each_model = pytest.mark.parametrize("name", NAMES)
@@ -318,36 +318,6 @@ def test_gains_are_what_each_rank_removes(name: str) -> None:
                 assert float(gain[rank:].sum()) == pytest.approx(left, rel=1e-3)
             if not metrics:
                 assert torch.allclose(gain, 0.5 * spectrum(matrix).square())
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        scheme("lowrank"),
-        scheme("basis"),
-        scheme("basis", tie=True),
-        scheme("tied", core=0.5),
-        scheme("tied", core=0.5, rank=2),
-        scheme("lors", core=0.5),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("measured", [False, True], ids=["plain", "metric"])
-def test_what_ranks_remove_and_what_they_leave_is_all_there_is(
-    form: Scheme, measured: bool
-) -> None:
-    """No cost counts twice: what a tie or a base loses at full rank is in no rank's gain."""
-    name = "timm-vit"
-    metrics = metrics_for(name) if measured else {}
-    for d in with_least(list(form.drafts(blocks_of(name)))):
-        matrices = bench_of(name).matrices(d.members)
-        costs = zip(matrices, metrics_of(d.members, metrics), strict=True)
-        everything = sum(metric.cost(m) for m, metric in costs)
-        found = [g for g in gains_of(d, bench_of(name), metrics) if g is not None]
-        assert found
-        removed = sum(float(g.sum()) for g in found)
-        left = _floor(d, bench_of(name), metrics)
-        assert removed + left == pytest.approx(everything, rel=1e-3)
 
 
 def test_a_metric_follows_its_weight_into_rows_and_transposes() -> None:

@@ -16,7 +16,6 @@ from tiedconv.errors import SchemeError
 from tiedconv.expr import Add, Expr, MatMul, Ref, Shape
 from tiedconv.gauge import Workbench
 from tiedconv.grouping import partition
-from tiedconv.leastsquares import total_cost
 from tiedconv.linalg import spectrum, truncate
 from tiedconv.metric import Metric, mean_metric
 from tiedconv.plan import Block, Member, Slot
@@ -240,9 +239,11 @@ class Cored(Scheme):
         plain = dataclasses.replace(self, core=0)
         if any(self.rank_slots(len(matrices))):
             plain = plain.with_ranks([0] * len(matrices))  # type: ignore[assignment]
-        factors = plain.fit(matrices)
-        values = spectrum(_whitened(mean_metric(metrics), factors[self.core_name])).square()
-        return parted(values, plain, factors, matrices, metrics)
+        whole = plain.fit(matrices)[self.core_name]
+        mean = mean_metric(metrics)
+        values = spectrum(_whitened(mean, whole)).square()
+        costs = sum(m.cost(w) for w, m in zip(matrices, metrics, strict=True))
+        return values * (costs / float(values.sum().clamp(min=1e-300)))
 
     def store(self, factors: dict[str, Shape], shape: tuple[int, int]) -> Expr:
         """The shared matrix as an expression; adds what it stores."""
@@ -260,17 +261,6 @@ class Cored(Scheme):
             return {self.core_name: whole}
         b, a = truncate(whole, rank)
         return {f"{self.core_name}_left": b, f"{self.core_name}_right": a}
-
-
-def parted(
-    values: Tensor, scheme: Scheme, factors: Mapping[str, Tensor], matrices: Sequence[Tensor],
-    metrics: Sequence[Metric],
-) -> Tensor:  # fmt: skip
-    """Parts in proportion to `values` of the cost that a fit removes; what it leaves is no part."""
-    weights = scheme.layout([(m.shape[0], m.shape[1]) for m in matrices]).weights
-    left = total_cost(weights, factors, matrices, metrics)
-    all_of_it = sum(m.cost(w) for w, m in zip(matrices, metrics, strict=True))
-    return values * (max(0.0, all_of_it - left) / float(values.sum().clamp(min=1e-300)))
 
 
 def _whitened(metric: Metric, matrix: Tensor) -> Tensor:

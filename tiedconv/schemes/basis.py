@@ -27,7 +27,7 @@ from tiedconv.grouping import partition
 from tiedconv.linalg import shared_with_scales, spectrum, truncate
 from tiedconv.metric import Metric, mean_metric
 from tiedconv.plan import Block, Member
-from tiedconv.schemes._base import Cored, Draft, Layout, fuse, parted
+from tiedconv.schemes._base import Cored, Draft, Layout, fuse
 
 _READS = {"q", "k", "v", "qk", "kv", "qkv", "up", "conv1"}
 _WRITES = {"o", "down", "conv3"}
@@ -115,8 +115,8 @@ class Basis(Cored):
         right = mean_metric(metrics).right
         parts = [Metric(metrics[j].scaled_left(), right).whiten(w) for j, w in wholes.items()]
         values = spectrum(torch.cat(parts)).square()
-        whole = self.with_core(len(values))
-        return parted(values, whole, whole.fit(matrices), matrices, metrics)
+        costs = sum(m.cost(w) for w, m in zip(matrices, metrics, strict=True))
+        return values * (costs / float(values.sum().clamp(min=1e-300)))
 
     def _parts(self, block: Block) -> Iterator[_Part]:
         stem, name = block.stack, block.name
