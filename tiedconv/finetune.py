@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
-import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +26,14 @@ from tiedconv.evaluate import open_teacher
 from tiedconv.files import check_output
 from tiedconv.loading import load, source_of, with_preprocess
 from tiedconv.progressive import OriginalFading
-from tiedconv.sources import Preprocess, Source
+from tiedconv.sources import Preprocess, Source, sha256_of_file
 from tiedconv.training import (
     FREE_TO_CHANGE,
     Agreement,
     Detecting,
     Forecast,
     OnEvent,
+    StateFolder,
     TrainConfig,
     TrainResult,
     Unlabelled,
@@ -124,16 +127,20 @@ def finetune(
         UserError: a file, folder or option that can't be used; nothing was written.
         TrainingError: the loss became infinite.
     """
+    begun = time.monotonic()
     config = config or TrainConfig()
     output = Path(output)
     check_output(output, force=force)
+    folder = run_folder(output)
+    states = StateFolder(folder)
+    if not (resume or force):
+        states.require_none()
     work = _open(
         file, data, config, teacher, preprocess=preprocess, val_split=val_split, limit=limit,
         unlabelled=unlabelled, task=task, strict=strict, trust_code=trust_code,
     )  # fmt: skip
     model, split, config = work.model, work.split, work.config
     fading = OriginalFading(model, work.teacher) if config.progressive > 0 else None
-    folder = run_folder(output)
     val_data, agreement, precision = work.val_data, None, None
     with joined(device) as (processes, place):
         if work.detects:
@@ -144,11 +151,13 @@ def finetune(
             if on_event is not None and processes.first:
                 on_event(Unlabelled(len(split.train)))
             val_data = answered(val_data, _needed(work.teacher, data), model, config, place)
+        if processes.first and not resume:
+            states.clear()
         try:
             result = train(
                 model, work.train_data, val_data, config, teacher=work.teacher, fading=fading,
                 device=place, checkpoint_dir=folder, resume=resume, labelled=work.labelled,
-                on_event=on_event,
+                made_of=_made_of(work, file), begun=begun, on_event=on_event,
             )  # fmt: skip
         finally:
             with contextlib.suppress(OSError):
@@ -162,7 +171,9 @@ def finetune(
         set_state(model, source=work.source.to_json(), history=history)
         if processes.first:
             save(model.cpu(), output, force=force)
-            shutil.rmtree(folder, ignore_errors=True)
+            states.clear()
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # unless others have put something there
         processes.wait()
     return Finetuned(
         output, output.stat().st_size, work.name, len(split.train), len(split.val),
@@ -260,6 +271,29 @@ def _open(
 def run_folder(output: Path) -> Path:
     """Where the states of a run are kept that makes this file."""
     return output.with_name(output.name + ".run")
+
+
+def _made_of(work: _Work, file: str | Path) -> dict[str, str]:
+    """What a run is made of besides its options, each as a short digest."""
+    prepared = work.source.preprocess
+    return {
+        "model": sha256_of_file(file)[:12],
+        "teacher's weights": _weights_digest(work.teacher),
+        "training data": work.split.train.digest()[:12],
+        "validation data": work.split.val.digest()[:12],
+        "preprocessing": json.dumps(prepared.to_json()) if prepared else "none",
+    }
+
+
+def _weights_digest(model: nn.Module | None) -> str:
+    """Of the first few numbers of each tensor: it tells models apart, and takes no time."""
+    if model is None:
+        return "none"
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.detach().flatten()[:64].double().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _labels_wanted(config: TrainConfig, teacher: str | nn.Module, unlabelled: bool) -> Labels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 """File name endings of images, compared in lower case."""
+
+_NAMES = 1000  # that a digest reads, of a million images
 
 MAX_CLASSES = 1_000_000
 """A larger label is no class number but something else, such as a time."""
@@ -83,6 +86,16 @@ class Images:
     def label(self, index: int) -> int:
         """The label of one image; 0 if there are none."""
         return 0 if self.labels is None else int(self.labels[index])
+
+    def digest(self) -> str:
+        """SHA-256 that tells data sets apart: which images, their labels, some of their names."""
+        found = hashlib.sha256(self.places.tobytes())
+        for label in () if self.labels is None else (self.labels,):
+            found.update(label.tobytes())
+        for index in range(0, len(self), max(1, len(self) // _NAMES)):
+            # Folders may be moved between two parts of a run.
+            found.update("/".join(Path(self.name(index)).parts[-2:]).encode())
+        return found.hexdigest()
 
     def take(self, which: np.ndarray[Any, Any]) -> Images:
         """Some of them: by their indices, or by one truth value for each."""

@@ -47,12 +47,13 @@ from tiedconv.training.optim import learning_rate, parameter_groups
 from tiedconv.training.pace import Pace
 from tiedconv.training.processes import Processes, joined, rank_in_environment
 from tiedconv.training.results import TrainResult
-from tiedconv.training.state import FREE_TO_CHANGE
+from tiedconv.training.state import CURVE, FREE_TO_CHANGE, StateFolder
 from tiedconv.training.teacher import fit_inputs
 
 __all__ = [
     "ACCURACY",
     "AGREEMENT",
+    "CURVE",
     "FREE_TO_CHANGE",
     "PRECISION",
     "Agreement",
@@ -79,6 +80,7 @@ __all__ = [
     "Resumed",
     "Skipped",
     "Start",
+    "StateFolder",
     "Step",
     "TeacherScore",
     "TrainConfig",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -55,6 +56,10 @@ from tiedconv.training.results import Progress, TrainResult
 from tiedconv.training.setup import Setup
 from tiedconv.training.state import StateFolder, identity_of
 
+LONG_EVALUATION = 10.0
+"""Seconds; before one that takes longer, the state is saved. A launcher that stops its processes
+does not wait for the end of an evaluation."""
+
 READ_SECONDS = 0.5
 """The longest time that a loss stays unread on the device, if steps are slow."""
 
@@ -71,6 +76,8 @@ def train(
     checkpoint_dir: Path | None = None,
     resume: bool = False,
     labelled: bool = True,
+    made_of: Mapping[str, str] | None = None,
+    begun: float | None = None,
     on_event: OnEvent | None = None,
 ) -> TrainResult:
     """Trains a classifier in place; model and teacher are moved to the device and stay there.
@@ -88,10 +95,14 @@ def train(
         fading: what is there at the start and faded out over the first `config.progressive` of
             the steps; evaluations are made without it.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        checkpoint_dir: where to keep the newest states, written after each epoch, every
-            `config.checkpoint_minutes`, and when SIGINT or SIGTERM asks the run to stop.
+        checkpoint_dir: where to keep the newest states, written after each epoch, before long
+            evaluations, every `config.checkpoint_minutes`, and when SIGINT or SIGTERM asks the
+            run to stop. If it holds states, they must be gone on with or removed.
         resume: go on from the newest of them; where there is none, start at the beginning.
         labelled: whether the labels are those of people; a checkpoint remembers it.
+        made_of: names and values of what else must be the same when the run is resumed, such as
+            digests of the model, the teacher and the data.
+        begun: when the time budget began to run, as `time.monotonic` tells; None for now.
         on_event: called with each event.
 
     Raises:
@@ -103,6 +114,7 @@ def train(
     if resume and checkpoint_dir is None:
         raise UserError("Nothing to resume from", remedy="Give the checkpoint folder as well")
     config = config or TrainConfig()
+    begun = time.monotonic() if begun is None else begun
     check_fading(config, fading)
     folder = StateFolder(Path(checkpoint_dir), config.keep) if checkpoint_dir is not None else None
     with (
@@ -118,7 +130,7 @@ def train(
         run.listener = on_event if on_event is not None and processes.first else ignore
         run.labelled = labelled
         run.fading = fading if config.progressive > 0 else None
-        run.folder = folder
+        run.folder, run.made_of, run.begun = folder, dict(made_of or {}), begun
         return run.whole(resume)
 
 
@@ -140,12 +152,13 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.broken: dict[str, None] = {}  # a set that remembers which came first
         self.spare = SpareImage(self.processes)
+        self.made_of: Mapping[str, str] = {}
         self.begun = self.saved = time.monotonic()
 
     def whole(self, resume: bool) -> TrainResult:
         """Trains to the end, and leaves the model as its caller may expect it."""
         if self.folder is not None and self.processes.first:
-            self.folder.prepare()
+            self.folder.prepare(resume=resume)
         with self.setup.opened(), self.interrupts:
             try:
                 result = self.go(resume)
@@ -215,6 +228,8 @@ class _Run:
         try:
             loss = self.train_epoch()
             due = self.config.eval_every_epoch or self.at.step >= self.steps
+            if due and self.setup.examiner.seconds > LONG_EVALUATION:
+                self.save()
             evaluation = self.evaluate_trained() if due else None
         except Interrupted:
             self.save()
@@ -346,7 +361,7 @@ class _Run:
         """What a checkpoint must have in common with this run."""
         return identity_of(
             self.config, self.loader.images, self.setup.val_loader.images,
-            self.setup.teacher is not None, self.labelled,
+            self.setup.teacher is not None, self.labelled, self.made_of,
         )  # fmt: skip
 
     def save(self) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ import torch
 from tiedconv.errors import CheckpointError, OutputError, UserError
 from tiedconv.training.config import TrainConfig
 
-FORMAT = "tiedconv-training-2"
+FORMAT = "tiedconv-training-3"
 _NAME = re.compile(r"step-(\d{9})\.pt")
+_PARTS = ".step-*.tmp"
+
+CURVE = "curve.json"
+"""What those who watch a run may keep beside its states."""
 
 FREE_TO_CHANGE = ("workers", "checkpoint_minutes", "keep")
 """Options that change how fast a run is, or how much it keeps, not what it computes."""
@@ -38,15 +43,33 @@ class StateFolder:
     path: Path
     keep: int = 2
 
-    def prepare(self) -> None:
+    def prepare(self, *, resume: bool) -> None:
         """Make the folder.
 
         Raises:
             OutputError: it can't be made or written to; told before the work, not after.
+            UserError: it has states of a run that isn't to be gone on with.
         """
         prepare_folder(self.path)
-        for part in self.path.glob(".*.tmp"):  # of a process that was killed as it wrote
+        if not resume:
+            self.require_none()
+        for part in self.path.glob(_PARTS):  # of a process that was killed as it wrote
             part.unlink(missing_ok=True)
+
+    def require_none(self) -> None:
+        """Raises UserError where a run has left states: those of two runs must not mix."""
+        files = self.files()
+        if files:
+            raise UserError(
+                f"{self.path} holds an interrupted training (step {_step_of(files[-1])})",
+                "A new one would take its place",
+                "Go on with it by --resume, or begin anew with --force",
+            )
+
+    def clear(self) -> None:
+        """Remove what a run keeps here, and nothing else."""
+        for file in [*self.files(), *self.path.glob(_PARTS), self.path / CURVE]:
+            file.unlink(missing_ok=True)
 
     def files(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -73,7 +96,7 @@ class StateFolder:
             raise OutputError(
                 f"The checkpoint {path} can't be written: {str(error).splitlines()[0]}",
                 f"The last one is whole: {kept[-1]}" if kept else "There is none before it",
-                "Free some space or choose another folder, then resume",
+                "Free some space, then go on with --resume",
             ) from error
         finally:
             with contextlib.suppress(OSError):
@@ -129,7 +152,12 @@ def prepare_folder(folder: Path) -> None:
 
 
 def identity_of(
-    config: TrainConfig, images: int, val_images: int, teacher: bool, labelled: bool
+    config: TrainConfig,
+    images: int,
+    val_images: int,
+    teacher: bool,
+    labelled: bool,
+    made_of: Mapping[str, str],
 ) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
     fields = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
@@ -139,6 +167,7 @@ def identity_of(
         "validation images": val_images,
         "teacher": teacher,
         "labels": labelled,
+        **made_of,
     }
 
 
@@ -162,6 +191,10 @@ def _require_same(path: Path, saved: dict[str, Any], identity: dict[str, Any]) -
             "Going on would mix the two",
             "Use the same options and data, or start anew without --resume",
         )
+
+
+def _step_of(file: Path) -> str:
+    return f"{int(file.stem[5:]):,}"
 
 
 def _foreign(path: Path) -> CheckpointError:

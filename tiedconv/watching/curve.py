@@ -15,6 +15,7 @@ from tiedconv.files import json_ready, replacing, strict_json
 from tiedconv.training import (
     ACCURACY,
     AGREEMENT,
+    CURVE,
     PRECISION,
     Baseline,
     Checkpointed,
@@ -27,7 +28,6 @@ from tiedconv.training import (
 )
 from tiedconv.watching.watchers import Run, Watcher
 
-FILE = "curve.json"
 MOST = 4000
 """Points kept; from there on neighbours are merged."""
 
@@ -140,7 +140,7 @@ class Curve(Watcher):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+        self.path = folder / CURVE
         self.course = Course()
         self.run: Run | None = None
 
