@@ -57,7 +57,8 @@ def test_a_forecast_measures_and_changes_nothing() -> None:
     model = Slow(0.02)
     before = copy.deepcopy(model)
     state = torch.get_rng_state()
-    found = forecast(model, make_data(), make_data(48, 1), replace(CONFIG, epochs=7), device="cpu")
+    config = replace(CONFIG, epochs=7, bn_recalibrate=0)
+    found = forecast(model, make_data(), make_data(48, 1), config, device="cpu")
     assert_same(before, model)
     assert torch.equal(state, torch.get_rng_state())
     assert (found.steps, found.epochs, found.images, found.val_images) == (42, 7, 96, 48)
@@ -97,7 +98,26 @@ def test_steps_within_a_time(every: bool) -> None:
     steps = pace.steps_within(1000, per_epoch=20, config=config)
     # The evaluation before the training is done when the time is asked for.
     assert 0.9 * 1000 < pace.seconds_of(steps, 20, config) - 4.0 <= 1000
-    assert pace.steps_within(1, 20, config) == 1
+    assert pace.steps_within(1, 20, config) < 1
+    slower = replace(pace, norm_seconds=2.0)
+    steps = slower.steps_within(1000, per_epoch=20, config=config)
+    assert 0.9 * 1000 < slower.seconds_of(steps, 20, config) - 4.0 <= 1000
+
+
+def test_a_time_that_evaluations_alone_take_up_is_refused() -> None:
+    config = replace(CONFIG, epochs=None, time_budget=0.2)
+    for call in (train_net, lambda *a: forecast(a[0], make_data(), make_data(48, 1), a[1])):
+        with pytest.raises(UserError, match="no room for a training"):
+            call(Slow(0.1), config)
+
+
+def test_the_statistics_of_batch_norms_are_in_the_forecast() -> None:
+    data = make_data(), make_data(48, 1)
+    found = forecast(Slow(0.05), *data, replace(CONFIG, bn_recalibrate=6), device="cpu")
+    # Six batches of 16 images, and an evaluation of 48.
+    assert found.pace.norm_seconds == pytest.approx(2 * found.pace.eval_seconds)
+    found = forecast(Slow(0.05), *data, replace(CONFIG, bn_recalibrate=0), device="cpu")
+    assert found.pace.norm_seconds == 0
 
 
 def test_a_time_budget_is_kept_and_told() -> None:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import tempfile
 import threading
 import weakref
@@ -326,9 +327,11 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         # Made by hand, as mkstemp's files are private and results are ordinary files.
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = part.stat().st_mode
         yield part
         with part.open("rb+") as written:
             os.fsync(written.fileno())
+        part.chmod(stat.S_IMODE(mode))  # safetensors puts a private file in its place
         _put_in_place(part, path, force)
     except (OSError, SafetensorError) as error:  # safetensors tells a full disk in its own way
         reason = getattr(error, "strerror", None) or str(error)

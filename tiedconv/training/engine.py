@@ -50,7 +50,7 @@ from tiedconv.training.fading import Fading, check_fading, share_left
 from tiedconv.training.interrupts import Interrupted, Interrupts
 from tiedconv.training.losses import LossMeter, diverged
 from tiedconv.training.optim import learning_rate, trained_only
-from tiedconv.training.pace import measure_pace
+from tiedconv.training.pace import measure_pace, require_time
 from tiedconv.training.processes import SpareImage, joined
 from tiedconv.training.results import Progress, TrainResult
 from tiedconv.training.setup import Setup
@@ -208,10 +208,12 @@ class _Run:
 
     def fit_to(self, seconds: float) -> None:
         """Settles how many steps a time has room for; the first process decides."""
-        pace = measure_pace(self.updater, self.loader, self.setup.examiner.seconds)
+        examiner = self.setup.examiner
+        norms = examiner.norm_seconds(examiner.seconds)
+        pace = measure_pace(self.updater, self.loader, examiner.seconds, norms)
         left = seconds - (time.monotonic() - self.begun)
         steps = pace.steps_within(left, len(self.loader), self.config)
-        self.steps = self.processes.told_by_first(steps)
+        self.steps = require_time(self.processes.told_by_first(steps), seconds, pace)
 
     def begin(self) -> None:
         """Adds what is to be faded, if there is anything, and then begins to average."""

@@ -51,7 +51,7 @@ class Examiner:
         self.scorer, self.placement, self.processes = scorer, placement, processes
         norms = has_batchnorm(learner.model)
         self.batches = config.bn_recalibrate if norms else 0
-        self.seconds = 0.0  # that the last one took
+        self.seconds = 0.0  # that the last evaluation took
 
     def evaluate(self, emit: OnEvent, other: nn.Module | None = None) -> EvalResult:
         """The figures of the model as it is now, or of another one."""
@@ -79,6 +79,12 @@ class Examiner:
         if other is None:
             self.learner.after_evaluation()
         return (time.perf_counter() - start) * self.val_loader.images / max(1, images)
+
+    def norm_seconds(self, eval_seconds: float) -> float:
+        """How long `recalibrate` takes, by how long an evaluation of all images does."""
+        batches = min(self.batches, len(self.loader))
+        images = sum(map(self.loader.size, range(batches)))
+        return eval_seconds * images / max(1, self.val_loader.images)
 
     def recalibrate(self) -> None:
         """Estimates the statistics of batch norms anew, if there are any and it is wanted."""

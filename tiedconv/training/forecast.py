@@ -13,7 +13,7 @@ from tiedconv.training.batching import with_batch_size
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
 from tiedconv.training.optim import trained_only
-from tiedconv.training.pace import Pace, measure_pace
+from tiedconv.training.pace import Pace, measure_pace, require_time
 from tiedconv.training.processes import joined
 from tiedconv.training.setup import Setup
 
@@ -79,13 +79,16 @@ def forecast(
 
 def _forecast(setup: Setup, reason: str | None) -> Forecast:
     config, per_epoch = setup.config, len(setup.loader)
-    pace = measure_pace(setup.updater, setup.loader, setup.examiner.estimated_seconds())
+    examiner = setup.examiner
+    scored = examiner.estimated_seconds()
+    pace = measure_pace(setup.updater, setup.loader, scored, examiner.norm_seconds(scored))
     # The teacher sees the validation images once: to be scored, or to label them.
-    taught = 0.0 if setup.teacher is None else setup.examiner.estimated_seconds(setup.teacher)
+    taught = 0.0 if setup.teacher is None else examiner.estimated_seconds(setup.teacher)
     steps = config.total_steps(per_epoch)
     if config.time_budget is not None:
         left = config.time_budget - pace.eval_seconds - taught
         steps = setup.processes.told_by_first(pace.steps_within(left, per_epoch, config))
+        require_time(steps, config.time_budget, pace)
     device = setup.placement.device
     return Forecast(
         steps=steps,

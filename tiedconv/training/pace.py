@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tiedconv.data import Batch, Loader
+from tiedconv.errors import UserError
 from tiedconv.memory import most_resident
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.evaluation import require_some
@@ -34,12 +35,14 @@ class Pace:
         images_per_second: in training, over all processes.
         eval_seconds: of one evaluation.
         memory: the most bytes that a device, or on the CPU the process, has held.
+        norm_seconds: of estimating batch norm statistics, before each evaluation but the first.
     """
 
     step_seconds: float
     images_per_second: float
     eval_seconds: float
     memory: int
+    norm_seconds: float = 0.0
 
     def steps_within(self, seconds: float, per_epoch: int, config: TrainConfig) -> int:
         """How many steps fit into a time, with the evaluations that come between them.
@@ -48,24 +51,32 @@ class Pace:
             seconds: that are left.
             per_epoch: steps in an epoch.
             config: whether each epoch ends with an evaluation.
+
+        Returns:
+            0 or less where there is no time for any.
         """
-        left = _MARGIN * seconds - self.eval_seconds  # one at the end in any case
-        each = self.eval_seconds / per_epoch if config.eval_every_epoch else 0.0
-        return max(1, int(left / (self.step_seconds + each)))
+        scored = self.eval_seconds + self.norm_seconds
+        left = _MARGIN * seconds - scored  # one at the end in any case
+        each = scored / per_epoch if config.eval_every_epoch else 0.0
+        return int(left / (self.step_seconds + each))
 
     def seconds_of(self, steps: int, per_epoch: int, config: TrainConfig) -> float:
         """How long a run takes, with an evaluation before and after it."""
         between = max(0, -(-steps // per_epoch) - 1) if config.eval_every_epoch else 0
-        return steps * self.step_seconds + (2 + between) * self.eval_seconds
+        scored = self.eval_seconds + self.norm_seconds
+        return steps * self.step_seconds + self.eval_seconds + (1 + between) * scored
 
 
-def measure_pace(updater: Updater, loader: Loader, eval_seconds: float) -> Pace:
+def measure_pace(
+    updater: Updater, loader: Loader, eval_seconds: float, norm_seconds: float = 0.0
+) -> Pace:
     """Takes a few steps, and leaves model and optimiser as they were.
 
     Args:
         updater: takes the steps; its optimiser has taken none yet.
         loader: of the training images.
         eval_seconds: of one evaluation, measured before.
+        norm_seconds: of estimating batch norm statistics.
     """
     device = updater.placement.device
     if device.type == "cuda":
@@ -83,7 +94,23 @@ def measure_pace(updater: Updater, loader: Loader, eval_seconds: float) -> Pace:
                 start, steps, images = time.perf_counter(), 0, 0
         passed = time.perf_counter() - start
     speed = images * updater.processes.count / max(passed, 1e-9)
-    return Pace(passed / steps, speed, eval_seconds, peak_memory(device))
+    return Pace(passed / steps, speed, eval_seconds, peak_memory(device), norm_seconds)
+
+
+def require_time(steps: int, seconds: float, pace: Pace) -> int:
+    """The steps that a time budget has room for.
+
+    Raises:
+        UserError: none.
+    """
+    if steps < 1:
+        scored = pace.eval_seconds + pace.norm_seconds
+        raise UserError(
+            f"The time budget of {seconds:g} s has no room for a training",
+            f"An evaluation takes about {scored:.1f} s, a step {pace.step_seconds:.2f} s",
+            "Give it more time, or fewer validation images (--limit, --val-split)",
+        )
+    return steps
 
 
 def probes(loader: Loader) -> Iterator[Batch]:
