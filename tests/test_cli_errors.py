@@ -374,9 +374,57 @@ def test_resuming_another_run(
     monkeypatch.setattr(engine._Run, "take", interrupted)
     run(*command, code=130)
     monkeypatch.undo()
-    result = run(*command, "--resume", "--lr", "0.1", code=2)
-    assert "lr 0.0005 -> 0.1" in result.stderr.splitlines()[-1]
-    assert files_of(tmp_path) == {"out.safetensors.run", "out.safetensors.run/step-000000003.pt"}
+    folder = tmp_path / "out.safetensors.run"
+    kept = (folder / "step-000000003.pt").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(world.data, other)
+    for image in (other / "train").rglob("*.*"):
+        image.rename(image.with_name(f"other-{image.name}"))
+    for changed, words in (
+        (("--lr", "0.1"), "lr 0.0005 -> 0.1"),
+        (("--teacher", world.weights), "teacher's weights none -> "),
+        (("--mean", "0.1,0.1,0.1"), "preprocessing "),
+        (("--data", other), "training data "),
+    ):
+        line = refused(*command, *changed, "--resume", words=[words])
+        assert "Going on would mix the two" in line
+    renamed = tmp_path / "model.safetensors"
+    run("convert", SPEC, *MODEL_ARGS, "--weights", "none", "--seed", "3", "-o", renamed)
+    refused("finetune", renamed, *command[2:], "--resume", words=["model "])
+    # A new run does not take the place of the old one, unless it is told to.
+    refused(*command, words=["step 3", "--resume", "--force"])
+    assert (folder / "step-000000003.pt").read_bytes() == kept
+    (folder / "notes.md").write_text("mine")
+    monkeypatch.setattr(engine._Run, "take", interrupted)
+    run(*command, "--force", "--lr", "0.01", code=130)
+    monkeypatch.undo()
+    assert (folder / "step-000000003.pt").read_bytes() != kept
+    run(*command, "--resume", "--lr", "0.01")
+    # Only what is of the run goes with it.
+    assert files_of(folder) == {"notes.md"}
+
+
+def test_resuming_what_was_never_begun(world: World, tmp_path: Path) -> None:
+    result = run(
+        "finetune", world.tied, "--data", world.data, "-o", tmp_path / "out.safetensors", *QUICK,
+        "--teacher", "none", "--no-picture", "--resume",
+    )  # fmt: skip
+    assert "no state" in result.stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--batch-size", "auto")])
+def test_a_size_that_the_model_cannot_take(world: World, tmp_path: Path, more: Any) -> None:
+    output = tmp_path / "out.safetensors"
+    line = refused(
+        "finetune", world.tied, "--data", world.data, "-o", output, *QUICK, "--teacher", "none",
+        "--image-size", "48", *more, words=["48 x 48", "--image-size"],
+    )  # fmt: skip
+    assert "AssertionError" in line
+    assert not files_of(tmp_path)
+    refused(
+        "evaluate", world.tied, "--data", world.data, *QUICK, "--image-size", "48",
+        words=["48 x 48", "--image-size"],
+    )  # fmt: skip
 
 
 def test_a_teacher_that_no_longer_exists(world: World, here: Path, tmp_path: Path) -> None:

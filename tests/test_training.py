@@ -30,6 +30,7 @@ from tiedconv.training import (
     TrainConfig,
     TrainResult,
     distillation_loss,
+    engine,
     evaluate_model,
     has_batchnorm,
     learning_rate,
@@ -129,6 +130,53 @@ def test_training_learns_and_tells() -> None:
     assert not model.training  # as it came
     again = evaluate_model(model, make_data(48, 1), device="cpu")
     assert (again.top1, again.images, again.outputs) == (result.top1, 48, 3)
+
+
+class Asked(nn.Module):
+    """A teacher that counts what it is shown."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.net, self.images = make_net(1, classes), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        out: Tensor = self.net(x)
+        return out
+
+
+def test_a_teacher_of_other_classes_is_refused_before_it_has_seen_all_images() -> None:
+    teacher, events = Asked(4), list[Event]()
+    with pytest.raises(UserError, match="teacher has 4 outputs and the model 3"):
+        run(make_net(), teacher=teacher, on_event=events.append)
+    assert teacher.images <= 4
+    assert not events
+
+
+def test_a_teacher_of_other_classes_is_not_scored_where_its_blocks_alone_teach() -> None:
+    events: list[Event] = []
+    config = replace(QUICK, distill_weight=0.0, epochs=1)
+    result = run(make_net(), config, teacher=make_net(1, 4), on_event=events.append)
+    assert math.isnan(result.top1_teacher)
+    assert not any(isinstance(event, TeacherScore) for event in events)
+
+
+def test_a_new_run_does_not_delete_the_states_of_another(tmp_path: Path) -> None:
+    run(make_net(), checkpoint_dir=tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="interrupted training"):
+        run(make_net(), checkpoint_dir=tmp_path)
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_the_state_is_saved_before_a_long_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LONG_EVALUATION", 0.0)
+    events: list[Event] = []
+    run(make_net(), checkpoint_dir=tmp_path, on_event=events.append)
+    kinds = [e for e in events if isinstance(e, Checkpointed | EpochEnd)]
+    assert [type(e).__name__ for e in kinds[:3]] == ["Checkpointed", "EpochEnd", "Checkpointed"]
 
 
 def test_the_teacher_is_scored_on_the_same_images_where_there_are_labels() -> None:

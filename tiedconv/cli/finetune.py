@@ -18,7 +18,14 @@ from tiedconv.errors import UserError
 from tiedconv.files import json_ready
 from tiedconv.finetune import Finetuned, forecast, run_folder
 from tiedconv.finetune import finetune as run
-from tiedconv.training import Event, Forecast, OnEvent, TrainConfig, rank_in_environment
+from tiedconv.training import (
+    Event,
+    Forecast,
+    OnEvent,
+    StateFolder,
+    TrainConfig,
+    rank_in_environment,
+)
 
 # Options by the part of the help they stand in; the others are of files and of the run.
 _schedule = functools.partial(common.option_in, "Schedule")
@@ -170,7 +177,10 @@ def finetune(
         output, log, tensorboard, picture, no_picture, force=force, resume=resume
     )
     noted = {"data": data, "teacher": teacher, "device": device, "command": common.command_line()}
+    anew = resume and not StateFolder(run_folder(output)).files()
     with TrainingBar() as bar, files.watchers(file, config, bar.line, noted) as watch:
+        if anew and rank_in_environment() == 0:
+            hint(f"There is no state in {run_folder(output)}: the training begins anew.")
         try:
             done = run(
                 file, data, output, config, teacher=teacher, preprocess=change,
@@ -216,17 +226,18 @@ def show_forecast(found: Forecast, config: TrainConfig, *, json_: bool) -> None:
         common.print_json(found)
         return
     pace = found.pace
-    where = found.device if found.processes == 1 else f"{found.processes} x {found.device}"
+    where = found.device if found.processes == 1 else f"each of {found.processes} x {found.device}"
     rows: list[render.Row] = [
         ("training images", f"{found.images:,}"),
         ("validation images", f"{found.val_images:,}"),
-        ("steps", f"{found.steps:,} of {found.batch_size:,} images"),
+        ("steps", f"{found.steps:,} of {render.counted(found.batch_size, 'image')}"),
         ("epochs", f"{found.epochs:,}"),
         ("learning rate", f"up to {config.lr:g} in {found.warmup:,} steps, "
                           f"then down to {config.lr * config.min_lr:g}"),
         ("trained numbers", f"{found.trained:,}"),
         ("a step", f"{1000 * pace.step_seconds:,.1f} ms, {pace.images_per_second:,.0f} images/s"),
         ("an evaluation", f"{pace.eval_seconds:,.1f} s"),
+        ("batch norm statistics", f"{pace.norm_seconds:,.1f} s"),
         ("all", render.duration(found.seconds)),
         ("memory", f"{render.size(pace.memory)} on {where}" if pace.memory else "unknown"),
     ]  # fmt: skip
@@ -266,10 +277,13 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
     kind = "held-out" if done.held_out else "validation"
     unlabelled_note = "" if done.agreement is None else " without labels"
     common.show_table(columns, rows, f"{done.val_images:,} {kind} images{unlabelled_note}")
+    if result.better is not None:
+        epoch, best = result.better
+        say(f"Epoch {epoch} had scored more: {render.accuracy(best)}. A lower --lr may keep that.")
     if result.skipped:
         say(render.skipped(result.skipped))
     say(
-        f"Wrote {done.path} ({render.size(done.size)}); {result.steps:,} steps in "
+        f"Wrote {done.path} ({render.size(done.size)}); {render.counted(result.steps, 'step')} in "
         f"{result.seconds:.0f} s, teacher {done.teacher}."
     )
     if written["picture"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +20,7 @@ from rich.text import Text
 from tiedconv.calibrate import Measuring
 from tiedconv.calibration import CalibEvent, Fitted, Fitting, Joint
 from tiedconv.cli.common import err
-from tiedconv.cli.render import accuracy, duration, size
+from tiedconv.cli.render import accuracy, counted, duration, size
 from tiedconv.training import (
     AGREEMENT,
     PRECISION,
@@ -39,6 +40,9 @@ from tiedconv.training import (
     rank_in_environment,
 )
 from tiedconv.watching import memory_in_use
+
+LINE_SECONDS = 60.0
+"""Time between two lines where no bar is drawn."""
 
 
 class Bar:
@@ -120,12 +124,14 @@ class TrainingBar(Bar):
         super().__init__(what, BarColumn(bar_width=_bar_width()), MofNCompleteColumn())
         self._total = self._epochs = 0
         self._figure = "top-1"
+        self._told = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         match event:
             case Start(steps, epochs, images):
                 self._total, self._epochs = steps, epochs
-                self.line(f"{steps:,} steps, {epochs} epochs of {images:,} images")
+                done, times = counted(steps, "step"), counted(epochs, "epoch")
+                self.line(f"{done}, {times} of {counted(images, 'image')}")
             case Resumed(epoch, step):
                 self.line(f"resumed after epoch {epoch}, step {step:,}")
             case Baseline(top1, _, _):
@@ -140,10 +146,12 @@ class TrainingBar(Bar):
                     *([size(used)] if used is not None else []),
                 )  # fmt: skip
                 self.update(step, self._total, note, "training")
+                self._tell_now_and_then(f"step {step:,}/{self._total:,}  {note}")
             case EvalStep(images, total, speed):
                 left = (total - images) / max(speed, 1e-9)
                 note = f"{speed:,.0f} images/s  {duration(left)} left"
                 self.update(images, total, note, "evaluating")
+                self._tell_now_and_then(f"evaluating {images:,}/{total:,} images  {note}")
             case EpochEnd(epoch, loss, top1, _, seconds):
                 score = f", {self._figure} {accuracy(top1)}" if top1 is not None else ""
                 self.line(f"epoch {epoch}: loss {loss:.3f}{score}, {seconds:.0f} s")
@@ -160,6 +168,14 @@ class TrainingBar(Bar):
                 self.line(f"not compiled: {reason}")
             case Checkpointed():
                 pass
+
+    def _tell_now_and_then(self, text: str) -> None:
+        """A line a minute where no bar is drawn, as in the log of a cluster's job."""
+        if err.is_terminal or rank_in_environment() > 0:
+            return
+        if time.monotonic() - self._told >= LINE_SECONDS:
+            self._told = time.monotonic()
+            self.line(text)
 
     def _fitting(self, done: int, total: int, *parts: str) -> str:
         """A note of as many parts, the first of them, as there is room for."""

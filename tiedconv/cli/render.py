@@ -185,6 +185,11 @@ def accuracy(share: float | None) -> str:
     return "-" if share is None or math.isnan(share) else f"{100 * share:.2f} %"
 
 
+def counted(count: int, what: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
 def skipped(count: int) -> str:
     """How many images could not be read."""
     what = "1 image could not be read and was" if count == 1 else (

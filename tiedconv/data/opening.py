@@ -155,7 +155,7 @@ def _check_labels(images: Images, spec: str | Path, layout: Layout, labels: Labe
         raise DataError(
             f"The images of {spec} have no labels (no {layout.labels_from})",
             "Nothing says what they show",
-            f"{layout.expected}. To train by the teacher's answers alone, use --distill 1",
+            f"{layout.expected}. To learn from a teacher alone, give one and use --distill 1",
         )
 
 

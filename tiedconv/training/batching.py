@@ -65,6 +65,7 @@ def find_batch_size(
         small = replace(config, batch_size=first)
         setup = Setup(model, train_data, val_data, small, teacher, place, processes)
         with setup.opened(), undone(setup.updater):
+            setup.try_out()
             batch = next(probes(setup.loader))
             most = max(first, min(LARGEST, setup.loader.images // 16))
             best, fastest = 0, 0.0

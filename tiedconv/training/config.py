@@ -138,6 +138,7 @@ class TrainConfig:
             )
         if self.workers is not None:
             _between("workers", self.workers, 0, math.inf)
+        _between("seed", self.seed, -(2**63), 2**63 - 1)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("distillation", self.distillation, DISTILLATIONS)
         _one_of("augment", self.augment, AUGMENTS)

@@ -171,13 +171,15 @@ class _Run:
     def go(self, resume: bool) -> TrainResult:
         """Trains from the beginning or from the checkpoint to the end."""
         found = self.folder.load(self.identity()) if resume and self.folder is not None else None
+        self.setup.try_out()
         reason = self.setup.compile()
         if reason is not None:
             self.emit(NotCompiled(reason))
         if found is not None:
-            self.begin()
+            if self.fading is not None:
+                self.fading.begin()
+            self.begin_average()
             self.load(*found)
-        if found is not None:
             self.tell_start()
             self.emit(Resumed(len(self.history), self.at.step))
         else:
@@ -185,6 +187,9 @@ class _Run:
                 self.tell_start()
             before = self.evaluate()
             taught = self.evaluate_teacher()
+            # Only now: a fading may change tensors, and the baseline is the model as it came.
+            if self.fading is not None:
+                self.fading.begin()
             if self.config.time_budget is not None:  # only now is known how many steps there are
                 self.fit_to(self.config.time_budget)
                 self.tell_start()
@@ -193,8 +198,7 @@ class _Run:
             if taught is not None:
                 self.at = replace(self.at, top1_teacher=taught.top1, top5_teacher=taught.top5)
                 self.emit(TeacherScore(taught.top1, taught.top5))
-            # Only now: a fading may change tensors, and the baseline is the model as it came.
-            self.begin()
+            self.begin_average()
         self.saved = time.monotonic()
         while self.at.step < self.steps or len(self.history) < self.at.epoch:
             self.run_epoch()
@@ -215,10 +219,8 @@ class _Run:
         steps = pace.steps_within(left, len(self.loader), self.config)
         self.steps = require_time(self.processes.told_by_first(steps), seconds, pace)
 
-    def begin(self) -> None:
-        """Adds what is to be faded, if there is anything, and then begins to average."""
-        if self.fading is not None:
-            self.fading.begin()
+    def begin_average(self) -> None:
+        """Begins to average, if that is wanted; after a fading's beginning."""
         if self.config.ema > 0:
             self.ema = Ema(self.model, self.config.ema)
 
@@ -240,8 +242,6 @@ class _Run:
             self.at = replace(self.at, seconds=self.at.seconds + time.perf_counter() - start)
         top1 = evaluation.top1 if evaluation else None
         top5 = evaluation.top5 if evaluation else None
-        best = max(self.at.best_top1, -1.0 if top1 is None else top1)
-        self.at = replace(self.at, best_top1=best)
         end = EpochEnd(self.at.epoch, loss, top1, top5, time.perf_counter() - start, self.at.step)
         self.history.append(asdict(end))
         self.emit(end)
@@ -348,7 +348,7 @@ class _Run:
     def evaluate_teacher(self) -> EvalResult | None:
         """Evaluates the teacher, where there is one and labels to score it by."""
         teacher = self.setup.teacher
-        if teacher is None or not self.labelled:
+        if teacher is None or not self.labelled or self.setup.other_classes:
             return None
         return self.setup.examiner.evaluate(self.emit, teacher)
 
@@ -406,20 +406,5 @@ class _Run:
 
     def result(self) -> TrainResult:
         """The figures of the finished run."""
-        end = self.history[-1]
-        return TrainResult(
-            top1_before=self.at.top1_before,
-            top5_before=self.at.top5_before,
-            top1=end["top1"],
-            top5=end["top5"],
-            loss=end["loss"],
-            epochs=self.at.epoch,
-            steps=self.at.step,
-            images=self.at.images,
-            seconds=self.at.seconds,
-            skipped=len(self.broken) + self.at.val_skipped,
-            batch_size=self.config.batch_size,
-            history=self.history,
-            top1_teacher=self.at.top1_teacher,
-            top5_teacher=self.at.top5_teacher,
-        )
+        skipped = len(self.broken) + self.at.val_skipped
+        return TrainResult.of(self.at, self.history, skipped, self.config.batch_size)

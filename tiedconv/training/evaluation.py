@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.data import Batch, Loader
-from tiedconv.errors import DataError
+from tiedconv.errors import DataError, TiedconvError, UserError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.events import EvalStep, OnEvent, Skipped, ignore
@@ -157,7 +157,8 @@ def answers(
             if some is None:
                 continue
             with placement.autocast():
-                output = model(placement.images(some))
+                shown = placement.images(some)
+                output = model(shown) if images else first_answer(model, shown)
             if not len(batch.images):
                 continue
             images += len(batch.images)
@@ -167,6 +168,27 @@ def answers(
                 reported = now
                 share = images * processes.count  # about, as the others are not asked
                 on_event(EvalStep(share, loader.images, share / (now - start)))
+
+
+def first_answer(model: Callable[[Tensor], Any], images: Tensor) -> Any:
+    """What a model gives for images, of which it is not yet known whether it takes such.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        return model(images)
+    except (TiedconvError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # models raise anything, from AssertionError to KeyError
+        height, width = images.shape[-2:]
+        lines = str(error).splitlines() or [""]
+        raise UserError(
+            f"The model can't take images of {height} x {width} pixels "
+            f"({type(error).__name__}: {lines[0]})",
+            "Nothing can be computed",
+            "Choose the size it was made for (--image-size), or leave that option out",
+        ) from error
 
 
 Scorer = Callable[[nn.Module, Loader, Placement, OnEvent, Processes], EvalResult]

@@ -73,6 +73,7 @@ def forecast(
         config = with_batch_size(model, train_data, val_data, config, teacher=teacher, device=place)
         setup = Setup(model, train_data, val_data, config, teacher, place, processes)
         with setup.opened():
+            setup.try_out()
             reason = setup.compile()
             return _forecast(setup, reason)
 

@@ -25,3 +25,4 @@ class Measure:
 ACCURACY = Measure(("top1", "top5"), "top-1", "top-1")
 AGREEMENT = Measure(("agreement",), "agreement with the teacher", "agreement", labelled=False)
 PRECISION = Measure(("ap", "ap50"), "average precision", "AP")
+MEASURES = (ACCURACY, AGREEMENT, PRECISION)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tiedconv.training.measures import ACCURACY, Measure
+from tiedconv.training.measures import ACCURACY, MEASURES, Measure
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Progress:
         top5_before: likewise.
         top1_teacher: accuracy of the teacher, NaN where that was not measured.
         top5_teacher: likewise.
-        best_top1: the best accuracy after an epoch so far; -1 before the first.
         val_skipped: validation images that could not be read.
     """
 
@@ -40,7 +39,6 @@ class Progress:
     top5_before: float = math.nan
     top1_teacher: float = math.nan
     top5_teacher: float = math.nan
-    best_top1: float = -1.0
     val_skipped: int = 0
 
 
@@ -79,6 +77,27 @@ class TrainResult:
     history: list[dict[str, Any]]
     top1_teacher: float = math.nan
     top5_teacher: float = math.nan
+
+    @classmethod
+    def of(
+        cls, at: Progress, history: list[dict[str, Any]], skipped: int, batch_size: int
+    ) -> TrainResult:  # fmt: skip
+        """The figures of a run that stands at its end."""
+        end = history[-1]
+        return cls(
+            top1_before=at.top1_before, top5_before=at.top5_before, top1=end["top1"],
+            top5=end["top5"], loss=end["loss"], epochs=at.epoch, steps=at.step, images=at.images,
+            seconds=at.seconds, skipped=skipped, batch_size=batch_size, history=history,
+            top1_teacher=at.top1_teacher, top5_teacher=at.top5_teacher,
+        )  # fmt: skip
+
+    @property
+    def better(self) -> tuple[int, float] | None:
+        """An earlier epoch that scored more than the last, the best of them, and its score."""
+        last = self.history[-1]
+        score = next(m.keys[0] for m in MEASURES if m.keys[0] in last)
+        best = max(self.history, key=lambda epoch: epoch[score] or 0.0)
+        return (best["epoch"], best[score]) if (best[score] or 0.0) > (last[score] or 0.0) else None
 
 
 def not_accuracies(result: TrainResult, measure: Measure) -> TrainResult:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from tiedconv.data import Loader
+from tiedconv.data import Broken, Loader
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.compiling import Switched, compile_if_possible
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.evaluation import class_count, scorer_of
+from tiedconv.training.evaluation import class_count, first_answer, scorer_of
 from tiedconv.training.examiner import Examiner
+from tiedconv.training.losses import logits_of
 from tiedconv.training.objective import Loss, Objective
 from tiedconv.training.optim import make_optimizer
 from tiedconv.training.parallel import make_learner
@@ -42,6 +43,8 @@ class Setup:
     ) -> None:
         images = min(len(train_data), len(val_data))  # type: ignore[arg-type]
         check_shares(processes, config.batch_size, images)
+        self.val_data = val_data
+        self.other_classes = False  # of the teacher
         self.given, self.teacher, self.config, self.processes = model, teacher, config, processes
         size, seed, workers = config.batch_size, config.seed, config.workers
         part = processes.rank, processes.count
@@ -72,6 +75,30 @@ class Setup:
             self.placement, processes,
         )  # fmt: skip
 
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Shows two images to model and teacher, so that what can't be is told before the work.
+
+        Raises:
+            UserError: images of a size that one of them can't take, or a teacher with other
+                classes or widths, where it is to be learned from.
+            DataError: labels that the model has no output for.
+        """
+        sample = _readable(self.val_data)
+        if sample is None or getattr(self.val_data, "task", None) is not None:
+            return
+        images, labels = torch.stack([sample[0]] * 2), torch.tensor([sample[1]] * 2)
+        with modes_kept(self.model):
+            self.model.eval()
+            shown = self.placement.images(images)
+            with self.placement.autocast():
+                own = logits_of(first_answer(self.learner.forward, shown))
+                if self.teacher is not None:
+                    other = logits_of(first_answer(self.teacher, shown))
+                    self.other_classes = own.shape[-1] != other.shape[-1]
+            self.updater.objective(images, labels, 0)
+        self.learner.after_evaluation()
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """A context that ends with readers stopped, and modes and layouts as they were."""
@@ -86,6 +113,12 @@ class Setup:
         if not self.config.compile:
             return None
         return compile_if_possible(self.forward, self.updater, self.loader)
+
+
+def _readable(data: Dataset[Any]) -> Any:
+    """One of the first images with what stands beside it; None where none can be read."""
+    samples = (data[index] for index in range(min(16, len(data))))  # type: ignore[arg-type]
+    return next((sample for sample in samples if not isinstance(sample, Broken)), None)
 
 
 def _objective(
