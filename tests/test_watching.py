@@ -475,6 +475,15 @@ def test_without_tensorboard_it_says_what_to_install(
 # The progress line
 
 
+def test_where_no_bar_is_drawn_a_line_says_now_and_then_how_far_it_is(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds, said in ((0.0, True), (60.0, False)):
+        monkeypatch.setattr(progress, "LINE_SECONDS", seconds)
+        told = run(*command(world, tmp_path / f"{seconds}.safetensors")).stderr
+        assert ("step 9/9  epoch 3/3  loss " in told) == said
+
+
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_the_progress_line_says_how_far_it_is(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(

@@ -30,6 +30,10 @@ class Clock:
         """Notes that the losses were read, for which the device was waited for."""
         self.read = time.perf_counter()
 
+    def steps_within(self, seconds: float, step: int) -> int:
+        """How many steps a time has room for, after `step`, at the pace so far."""
+        return int(seconds * (step - self.first_step) / max(self.read - self.start, 1e-9))
+
     def told(self, step: int, steps: int) -> tuple[float, float]:
         """Images a second, and the seconds that are left; notes that they were told."""
         self.reported = self.read

@@ -63,6 +63,9 @@ does not wait for the end of an evaluation."""
 READ_SECONDS = 0.5
 """The longest time that a loss stays unread on the device, if steps are slow."""
 
+LOOK_SECONDS = 2.0
+"""About the time after which several processes ask each other whether one was told to stop."""
+
 
 def train(
     model: nn.Module,
@@ -251,6 +254,7 @@ class _Run:
         """Takes the steps of one epoch that are still to be taken; returns the mean loss of all."""
         self.model.train()
         meter = LossMeter(self.placement.device, total=self.at.loss, count=self.at.losses)
+        meter.due = 1 if self.processes.several else meter.due  # until steps have been timed
         clock = Clock(self.at.step)
         known_broken = len(self.broken)
         if self.at.step < self.steps:
@@ -291,6 +295,9 @@ class _Run:
         if meter.full or (alone and (asked or clock.unread >= READ_SECONDS)):
             self.read(meter, clock)
             self.look_around()
+            if not alone:
+                within = clock.steps_within(LOOK_SECONDS, self.at.step)
+                meter.due = self.processes.told_by_first(max(1, within))
 
     def read(self, meter: LossMeter, clock: Clock) -> None:
         """Looks at the losses since the last time, and tells of them now and then."""

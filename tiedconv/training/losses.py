@@ -165,7 +165,8 @@ def diverged(step: int, steps: int, lr: float, saved: str) -> TrainingError:
 class LossMeter:
     """Keeps the last few losses on the device and reads them together.
 
-    Reading a number waits for the device, so it is done once in `size` steps.
+    Reading a number waits for the device, so it is done once in `size` steps, or in the first
+    `due` of them.
     """
 
     def __init__(
@@ -173,13 +174,14 @@ class LossMeter:
     ) -> None:
         self._window = torch.zeros(size, device=device)
         self._used = 0
+        self.due = size
         self.total = total
         self.count = count
 
     @property
     def full(self) -> bool:
         """Whether `read` must come before the next `add`."""
-        return self._used == len(self._window)
+        return self._used >= min(self.due, len(self._window))
 
     def add(self, loss: Tensor) -> None:
         """Notes the loss of one step."""
