@@ -163,6 +163,30 @@ def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> 
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
+    """Even where the first can't be followed, as a disk does not answer."""
+    arguments = command(world, "--epochs", 2000)
+    code = (
+        "import sys, time, torch; save = torch.save\n"
+        "def slow(*a): save(*a); print('saving', flush=True); time.sleep(600)\n"
+        "torch.save = slow\n"
+        "from tiedconv.cli import main; sys.argv[0] = 'tiedconv'; main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, cwd=tmp_path, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "saving\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None  # it would save first
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in told
+
+
 def test_the_command_runs_in_two_processes(world: World, tmp_path: Path) -> None:
     written = ["log.jsonl", "board", "out.training.png"]
     arguments = command(

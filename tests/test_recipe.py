@@ -154,7 +154,7 @@ def test_erasing_of_files_and_of_tensors() -> None:
     listed = TensorList(torch.ones(300, 3, 24, 24), [0] * 300, mean=[0.5], std=[0.5], erasing=0.4)
     tensors, _ = listed.read_batch(range(300), range(300))
     for batch in (made, tensors):
-        gone = (batch == 0).all(1)
+        gone = (batch.abs() < 0.01).all(1)  # of files the nearest byte
         share = gone.double().mean((1, 2))
         erased = share > 0
         assert 0.3 < erased.double().mean() < 0.5

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -444,6 +446,56 @@ def test_resuming_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="can't be written"):
         run(make_net(), checkpoint_dir=tmp_path / "file")
+
+
+def test_a_disk_that_fills_up_leaves_the_last_state_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_net()
+    run(whole, checkpoint_dir=tmp_path / "whole")
+    write, written = torch.save, []
+
+    def full(state: Any, file: Any) -> None:
+        written.append(file.name)
+        if len(written) == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    folder = tmp_path / "parts"
+    with pytest.raises(
+        OutputError, match=r"No space left.*last one is whole.*step-000000006.*Free"
+    ):
+        run(make_net(), checkpoint_dir=folder)
+    assert [file.name for file in folder.iterdir()] == ["step-000000006.pt"]
+    monkeypatch.undo()
+    resumed = make_net()
+    run(resumed, checkpoint_dir=folder, resume=True)
+    assert_same(whole, resumed)
+
+
+def test_in_float16_a_resumed_run_has_the_scale_that_it_had(tmp_path: Path) -> None:
+    config = replace(QUICK, amp="fp16")
+    whole, parts = make_net(), make_net()
+    run(whole, config, checkpoint_dir=tmp_path / "whole")
+
+    def stop(event: Event) -> None:
+        if isinstance(event, EpochEnd) and event.epoch == 2:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        run(parts, config, checkpoint_dir=folder, on_event=stop)
+    scales = []
+    for path in (folder / "step-000000006.pt", tmp_path / "whole" / "step-000000018.pt"):
+        scales.append(torch.load(path, weights_only=True)["scaler"]["scale"])
+    assert all(scale > 1 for scale in scales)
+    resumed = make_net()
+    run(resumed, config, checkpoint_dir=folder, resume=True)
+    assert_same(whole, resumed)
+    end = torch.load(folder / "step-000000018.pt", weights_only=True)["scaler"]
+    assert end == torch.load(tmp_path / "whole" / "step-000000018.pt", weights_only=True)["scaler"]
 
 
 # --- batch norm --------------------------------------------------------------------------------

@@ -90,15 +90,12 @@ class ImageList(Dataset[Sample | Broken]):
     def in_bytes(self) -> tuple[ImageList, Normalisation] | None:
         """The same images as uint8, and what then makes the transform's numbers of them.
 
-        None for a transform that is not one of `train_transform`, or erases.
+        None for a transform that is not one of `train_transform`.
         """
         if not isinstance(self.transform, ImageTransform):
             return None
-        transform = self.transform.in_bytes()
-        if transform is None:
-            return None
         plain = copy.copy(self)
-        plain.transform = transform
+        plain.transform = self.transform.in_bytes()
         return plain, self.transform.normalisation
 
 

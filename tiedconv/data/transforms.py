@@ -97,20 +97,17 @@ class ImageTransform:
             image = fit(image)
         # Not torchvision's ToDtype and Normalize: for small images their checks would take longer
         # than the decoding.
-        pixels = torch.from_numpy(np.array(augment(image))).permute(2, 0, 1)
-        if not self.normalise:
-            return pixels
-        values: Tensor = erase(self.normalisation(pixels))
-        return values
+        pixels = erase(torch.from_numpy(np.array(augment(image))).permute(2, 0, 1))
+        return self.normalisation(pixels) if self.normalise else pixels
 
     @property
     def normalisation(self) -> Normalisation:
         """What makes numbers of the pixels."""
         return Normalisation(self.mean, self.std)
 
-    def in_bytes(self) -> ImageTransform | None:
-        """The same without normalising; None if something is done to the numbers after that."""
-        return None if self.erasing else replace(self, normalise=False)
+    def in_bytes(self) -> ImageTransform:
+        """The same without normalising."""
+        return replace(self, normalise=False)
 
     @property
     def _crops_freely(self) -> bool:
@@ -154,7 +151,7 @@ def train_transform(
 
 @functools.lru_cache(maxsize=16)
 def _operations(spec: ImageTransform) -> tuple[Any, Any, Any]:
-    """(brings an image to size, augments it, erases of the tensor), built once per process."""
+    """(brings an image to size, augments it, erases of its pixels), built once per process."""
     from tiedconv.sources.torchvision_compat import import_torchvision
 
     import_torchvision()
@@ -178,9 +175,10 @@ def _operations(spec: ImageTransform) -> tuple[Any, Any, Any]:
         steps.append(v2.RandAugment(interpolation=mode))
     if spec.augment == "trivialaugment":
         steps.append(v2.TrivialAugmentWide(interpolation=mode))
-    # On the normalised tensor, where 0 is the mean colour.
-    erase = v2.RandomErasing(spec.erasing, ERASED_AREA, ERASED_RATIO) if spec.erasing else None
-    return fit, v2.Compose(steps) if steps else _unchanged, erase or _unchanged
+    # Of the pixels, so that images travel as bytes; the mean colour is theirs to half a step.
+    mean = [round(255 * share) for share in spec.mean]
+    erase = v2.RandomErasing(spec.erasing, ERASED_AREA, ERASED_RATIO, mean)
+    return fit, v2.Compose(steps) if steps else _unchanged, erase if spec.erasing else _unchanged
 
 
 def _unchanged(image: Any) -> Any:
