@@ -6,6 +6,7 @@ import copy
 import errno
 import math
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,27 @@ def test_training_learns_and_tells() -> None:
     assert not model.training  # as it came
     again = evaluate_model(model, make_data(48, 1), device="cpu")
     assert (again.top1, again.images, again.outputs) == (result.top1, 48, 3)
+
+
+def test_the_time_left_has_the_evaluations_in_it() -> None:
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.0 if self.training else 0.1)
+            out: Tensor = self.net(x)
+            return out
+
+    for every, evaluations in ((True, 4), (False, 1)):
+        events: list[Event] = []
+        config = replace(QUICK, epochs=4, bn_recalibrate=0, eval_every_epoch=every)
+        run(Slow(), config, on_event=events.append)
+        first = next(event for event in events if isinstance(event, Step))
+        # Three batches each; the steps take half a second in all.
+        assert 0.29 * evaluations < first.eta_seconds < 0.29 * evaluations + 1.5
+        assert [e for e in events if isinstance(e, Step)][-1].eta_seconds == 0
 
 
 class Asked(nn.Module):

@@ -310,8 +310,9 @@ class _Run:
         self.at = replace(self.at, loss=meter.total, losses=meter.count)
         if losses and (self.at.step >= self.steps or clock.untold >= EVENT_SECONDS):
             lr = learning_rate(self.at.step - 1, self.steps, self.config)
-            speed = clock.told(self.at.step, self.steps)
-            self.emit(Step(self.at.epoch, self.at.step, tuple(losses), lr, *speed))
+            speed, left = clock.told(self.at.step, self.steps)
+            left += self.setup.examiner.seconds_left(self.steps - self.at.step)
+            self.emit(Step(self.at.epoch, self.at.step, tuple(losses), lr, speed, left))
 
     def look_around(self) -> None:
         """Stops if a signal asked for it; saves if it is time."""

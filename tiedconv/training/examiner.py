@@ -49,6 +49,7 @@ class Examiner:
     ) -> None:
         self.learner, self.loader, self.val_loader = learner, loader, val_loader
         self.scorer, self.placement, self.processes = scorer, placement, processes
+        self.every_epoch = config.eval_every_epoch
         norms = has_batchnorm(learner.model)
         self.batches = config.bn_recalibrate if norms else 0
         self.seconds = 0.0  # that the last evaluation took
@@ -85,6 +86,12 @@ class Examiner:
         batches = min(self.batches, len(self.loader))
         images = sum(map(self.loader.size, range(batches)))
         return eval_seconds * images / max(1, self.val_loader.images)
+
+    def seconds_left(self, steps: int) -> float:
+        """How long the evaluations take that come with the last so many steps."""
+        epochs = -(-steps // len(self.loader))
+        count = epochs if self.every_epoch else min(1, epochs)
+        return count * (self.seconds + self.norm_seconds(self.seconds))
 
     def recalibrate(self) -> None:
         """Estimates the statistics of batch norms anew, if there are any and it is wanted."""
