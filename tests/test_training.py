@@ -142,7 +142,7 @@ def test_the_time_left_has_the_evaluations_in_it() -> None:
             self.net = make_net()
 
         def forward(self, x: Tensor) -> Tensor:
-            time.sleep(0.0 if self.training else 0.1)
+            time.sleep(0.03 if self.training else 0.1)
             out: Tensor = self.net(x)
             return out
 
