@@ -163,6 +163,27 @@ def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> 
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_where_the_first_cannot_write_it_alone_says_so(world: World, tmp_path: Path) -> None:
+    """Its disk is full; the other process must not die of it with words of its own."""
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import torch\n"
+        "def full(*a): raise OSError(28, 'No space left on device')\n"
+        "torch.save = full\n"
+        "from tiedconv.cli import main\n"
+        "main()\n"
+    )
+    words = [*TORCHRUN, str(script), *command(world, "--epochs", 1)]
+    done = subprocess.run(
+        words, env=ENVIRONMENT, text=True, capture_output=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "No space left on device" in done.stderr
+    assert "engine.py" not in done.stderr  # torchrun has a traceback of its own
+    assert "gloo" not in done.stderr.lower()
+
+
 def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
     """Even where the first can't be followed, as a disk does not answer."""
     arguments = command(world, "--epochs", 2000)

@@ -86,7 +86,7 @@ def resumed(scheme: str, kind: str, processes: Processes, folder: Path) -> dict[
         signum = stopped.signum
     finally:
         Updater.step = step  # type: ignore[method-assign]
-    processes.wait()
+    processes.gathered(None)  # all have come here
     return {**curve(scheme, kind, folder, **RECIPE), "signum": int(signum)}
 
 

@@ -169,12 +169,7 @@ def finetune(
         entry = _entry(work, result, _measured(agreement, precision), command, processes.count)
         history = (*state_of(model).history, entry)
         set_state(model, source=work.source.to_json(), history=history)
-        if processes.first:
-            save(model.cpu(), output, force=force)
-            states.clear()
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # unless others have put something there
-        processes.wait()
+        processes.done_by_first(lambda: _write(model, output, states, force=force), place)
     return Finetuned(
         output, output.stat().st_size, work.name, len(split.train), len(split.val),
         split.held_out, result, agreement, precision,
@@ -271,6 +266,14 @@ def _open(
 def run_folder(output: Path) -> Path:
     """Where the states of a run are kept that makes this file."""
     return output.with_name(output.name + ".run")
+
+
+def _write(model: nn.Module, output: Path, states: StateFolder, *, force: bool) -> None:
+    """The result; what it could have been resumed from goes when it is there."""
+    save(model.cpu(), output, force=force)
+    states.clear()
+    with contextlib.suppress(OSError):
+        states.path.rmdir()  # unless others have put something there
 
 
 def _made_of(work: _Work, file: str | Path) -> dict[str, str]:

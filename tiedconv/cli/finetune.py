@@ -189,7 +189,7 @@ def finetune(
                 command=common.command_line(), on_event=_both(bar, watch),
             )  # fmt: skip
         except KeyboardInterrupt:
-            if run_folder(output).is_dir():
+            if run_folder(output).is_dir() and rank_in_environment() == 0:
                 hint("Its state is kept: the same command with --resume goes on from there.")
             raise
         if rank_in_environment() > 0:

@@ -388,10 +388,11 @@ class _Run:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             **self.learner.state(self.setup.optimizer),
         }
-        if self.processes.first:
-            path = self.folder.save(self.at.step, state)
-            self.emit(Checkpointed(str(path), self.at.step))
-        self.processes.wait()
+        folder = self.folder
+        self.processes.done_by_first(
+            lambda: self.emit(Checkpointed(str(folder.save(self.at.step, state)), self.at.step)),
+            self.placement.device,
+        )
         self.saved = time.monotonic()
 
     def load(self, path: Path, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tiedconv.errors import DataError, UserError
+from tiedconv.errors import DataError, OutputError, TiedconvError, UserError
 from tiedconv.training.device import pick_device
 
 T = TypeVar("T")
@@ -75,10 +75,23 @@ class Processes:
         dist.broadcast_object_list(numbers)
         return numbers[0]
 
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.several:
-            dist.barrier()
+    def done_by_first(self, action: Callable[[], None], device: torch.device) -> None:
+        """What one process does for all; they wait for it, and its failure ends all of them.
+
+        Raises:
+            TiedconvError: as the action does; in the others, that the first could not do it.
+        """
+        problem: TiedconvError | None = None
+        if self.first:
+            try:
+                action()
+            except TiedconvError as error:
+                problem = error
+        (failed,) = self.any([problem is not None], device)
+        if problem is not None:
+            raise problem
+        if failed:
+            raise OutputError("The first process could not write; it says why")
 
 
 ALONE = Processes()
