@@ -181,6 +181,8 @@ def main() -> None:
         ("training_speed", results_training.speed),
         ("recipe", results_training.recipe),
         ("recipe_resnet", results_training.recipe),
+        ("recipe_epoch", results_training.epoch),
+        ("recipe_resnet_epoch", results_training.epoch),
         ("export", export),
         ("conversion", conversion),
         ("streaming", streaming),

@@ -51,6 +51,20 @@ is chosen after {select_steps} steps by {held_out:,} held-out images; seeds {see
 """
 
 
+EPOCH = """### An epoch and the learning rate: {model}
+
+{model}, `{scheme}` at {params} of its parameters with {calib_images:,} images: {before:.2f} % before, the original {dense:.2f} %.
+{steps} steps of {batch} ({epochs:.1f} epochs), seed {seeds}, all else as above.
+
+    python benchmarks/recipe.py --data CIFAR10 --vit VIT.safetensors --models MODELS --model {model} --scheme {scheme} \\
+        --steps {steps} --held-out-images {held_out} --seeds {asked} --only {only} --result {file}
+
+{table}
+
+{comment}
+"""
+
+
 def speed(data: dict[str, Any]) -> str:
     done = [row for row in data["rows"] if "error" not in row]
     cpu = [row for row in done if row["device"] == "cpu" and "ratios" in row]
@@ -91,32 +105,60 @@ def _middle(ratio: dict[str, float]) -> str:
 
 
 def recipe(data: dict[str, Any]) -> str:
-    found: dict[str, list[Any]] = defaultdict(list)
-    for key, run in data["runs"].items():
-        found[key.rpartition("/")[0]].append(run)
+    found = _by_row(data)
     base = statistics.fmean(run["top1"] for run in found["base"])
     rows = []
     for name, runs in found.items():
-        top1 = [100 * run["top1"] for run in runs]
-        mean = statistics.fmean(top1)
-        rows.append(
-            (
-                name, f"{runs[0]['lr']:g}",
-                f"{100 * statistics.fmean(run['held_out'] for run in runs):.2f}",
-                f"{mean:.2f} ({min(top1):.2f} to {max(top1):.2f})",
-                "" if name == "base" else f"{mean - 100 * base:+.2f}",
-            )
-        )  # fmt: skip
-    setting = data["setting"]
-    seeds = sorted({key.rpartition("/")[2] for key in data["runs"]})
+        over = 100 * (statistics.fmean(run["top1"] for run in runs) - base)
+        rows.append((name, *_figures(runs), "" if name == "base" else f"{over:+.2f}"))
     return RECIPE.format(
-        **{k: setting[k] for k in ("model", "scheme", "params", "calib_images", "steps", "batch",
-                                   "select_steps")},
-        held_out=setting["held_out_images"],
-        rates=", ".join(f"{rate:g}" for rate in setting["rates"]),
-        seeds=", ".join(seeds), asked=" ".join(seeds),
-        before=100 * data["before"]["compact"]["top1"],
-        dense=100 * data["before"]["dense"]["top1"],
-        comment=comment_on(f"recipe_{setting['model']}"),
+        **_said(data),
+        comment=comment_on(f"recipe_{data['setting']['model']}"),
         table=table(("", "rate", "held out", "test", "over base"), rows),
-    )  # fmt: skip
+    )
+
+
+def epoch(data: dict[str, Any]) -> str:
+    found, setting = _by_row(data), data["setting"]
+    name = "recipe_epoch" if setting["model"] == "vit-real" else "recipe_resnet_epoch"
+    rows = sorted((_figures(runs) for runs in found.values()), key=lambda row: float(row[0]))
+    return EPOCH.format(
+        **_said(data),
+        epochs=setting["steps"] * setting["batch"] / setting["train_images"],
+        only=" ".join(f'"{name}"' for name in sorted(found)),
+        file=f"{name}.json",
+        comment=comment_on(name),
+        table=table(("rate", "held out", "test"), rows),
+    )
+
+
+def _by_row(data: dict[str, Any]) -> dict[str, list[Any]]:
+    """The runs of each row, one for each seed."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for key, run in data["runs"].items():
+        found[key.rpartition("/")[0]].append(run)
+    return found
+
+
+def _figures(runs: list[Any]) -> tuple[str, str, str]:
+    """Rate, accuracy on held-out images, and on test images with its range."""
+    top1 = [100 * run["top1"] for run in runs]
+    spread = f" ({min(top1):.2f} to {max(top1):.2f})" if len(top1) > 1 else ""
+    held_out = 100 * statistics.fmean(run["held_out"] for run in runs)
+    return f"{runs[0]['lr']:g}", f"{held_out:.2f}", f"{statistics.fmean(top1):.2f}{spread}"
+
+
+def _said(data: dict[str, Any]) -> dict[str, Any]:
+    """What a benchmark of the recipe was about."""
+    setting, before = data["setting"], data["before"]
+    seeds = sorted({key.rpartition("/")[2] for key in data["runs"]})
+    names = ("model", "scheme", "params", "calib_images", "steps", "batch", "select_steps")
+    return {
+        **{name: setting[name] for name in names},
+        "held_out": setting["held_out_images"],
+        "rates": ", ".join(f"{rate:g}" for rate in setting["rates"]),
+        "seeds": ", ".join(seeds),
+        "asked": " ".join(seeds),
+        "before": 100 * before["compact"]["top1"],
+        "dense": 100 * before["dense"]["top1"],
+    }
