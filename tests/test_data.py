@@ -294,7 +294,7 @@ def test_images_in_memory_are_scaled_and_normalised() -> None:
 def test_augmentation_in_memory_shifts_and_mirrors() -> None:
     image = torch.arange(1.0, 17).view(1, 1, 4, 4).repeat(400, 1, 1, 1)
     labels = torch.zeros(400, dtype=torch.int64)
-    padded = torch.nn.functional.pad(image[0, 0], [1] * 4)
+    padded = torch.nn.functional.pad(image[0], [1] * 4, mode="reflect")[0]
     shifts = [padded[y : y + 4, x : x + 4] for y in range(3) for x in range(3)]
     expected = {
         "flip": [image[0, 0], image[0, 0].flip(1)],
@@ -309,6 +309,19 @@ def test_augmentation_in_memory_shifts_and_mirrors() -> None:
         assert counts.min() > 0.4 * 400 / len(allowed)  # and each about equally often
     with pytest.raises(UserError, match="RandAugment"):
         TensorList(image, labels, augment="randaugment")
+
+
+def test_no_black_border_is_moved_in() -> None:
+    white = Image.new("RGB", (32, 32), (255, 255, 255))
+    shown = train_transform(Preprocess(32, None, mean=(0.5,) * 3, std=(0.5,) * 3), "crop")
+    assert all(float(shown(white).min()) == 1 for _ in range(20))
+    tensors = TensorList(torch.ones(20, 3, 32, 32), [0] * 20, augment="shift")
+    (batch,) = batches_of(Loader(tensors, 20))
+    assert float(batch.images.min()) == 1
+    # Even where there is nothing to reflect.
+    tiny = TensorList(torch.ones(4, 1, 1, 1), [0] * 4, augment="shift")
+    (batch,) = batches_of(Loader(tiny, 4))
+    assert torch.equal(batch.images, torch.ones(4, 1, 1, 1))
 
 
 def test_labels_must_belong_to_the_images() -> None:

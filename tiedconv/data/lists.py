@@ -240,12 +240,17 @@ def _augmented(
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     if augment in ("shift", "crop"):
         margin = max(1, min(height, width) // 8)
-        images = torch.nn.functional.pad(images, [margin] * 4)
-        offsets = torch.from_numpy((draws[:, :2] * (2 * margin + 1)).astype(np.int64))
-        rows, columns = rows + offsets[:, :1], columns + offsets[:, 1:]
+        offsets = torch.from_numpy((draws[:, :2] * (2 * margin + 1)).astype(np.int64)) - margin
+        rows = _reflected(rows + offsets[:, :1], height)
+        columns = _reflected(columns + offsets[:, 1:], width)
     # Advanced indices around a slice: the result has shape (B, H, W, C).
     batch = torch.arange(count)[:, None, None]
     return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """Places in a row of `size` that is continued by its mirror image; see `ImageTransform`."""
+    return torch.where(places.abs() < size, places.abs(), 2 * (size - 1) - places).clamp(0)
 
 
 def _erased(
