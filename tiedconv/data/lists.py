@@ -250,7 +250,8 @@ def _augmented(
 
 def _reflected(places: Tensor, size: int) -> Tensor:
     """Places in a row of `size` that is continued by its mirror image; see `ImageTransform`."""
-    return torch.where(places.abs() < size, places.abs(), 2 * (size - 1) - places).clamp(0)
+    places = places.abs()
+    return torch.where(places < size, places, 2 * (size - 1) - places).clamp(0)
 
 
 def _erased(
