@@ -17,7 +17,7 @@ from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
 from tiedconv.training.evaluation import class_count, first_answer, scorer_of
 from tiedconv.training.examiner import Examiner
-from tiedconv.training.losses import logits_of
+from tiedconv.training.losses import rows_of
 from tiedconv.training.objective import Loss, Objective
 from tiedconv.training.optim import make_optimizer
 from tiedconv.training.parallel import make_learner
@@ -92,9 +92,9 @@ class Setup:
             self.model.eval()
             shown = self.placement.images(images)
             with self.placement.autocast():
-                own = logits_of(first_answer(self.learner.forward, shown))
+                own = rows_of(first_answer(self.learner.forward, shown))
                 if self.teacher is not None:
-                    other = logits_of(first_answer(self.teacher, shown))
+                    other = rows_of(first_answer(self.teacher, shown))
                     self.other_classes = own.shape[-1] != other.shape[-1]
             self.updater.objective(images, labels, 0)
         self.learner.after_evaluation()
