@@ -26,23 +26,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tiedconv")
 
 
-LONG = ["test_demo", "test_processes", "test_export", "test_convert_calib", "test_bench"]
-"""Files that one worker is busy with for a minute or more, though they have few tests."""
+LONG = [
+    "test_laws", "test_export", "test_processes", "test_gauge", "test_bench", "test_demo",
+    "test_convert_calib",
+]  # fmt: skip
+"""Files that one worker is busy with for a minute or more, longest first."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, each takes a file at a time, the long ones first.
-
-    So what the tests of a file share is made once. The laws are shared out by model and scheme.
-    """
+    """Long files first: of several workers each takes a file at a time (`--dist loadfile`)."""
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
-    for item in items:
-        group, case = item.path.stem, getattr(item, "callspec", None)
-        if group == "test_laws" and case is not None:
-            group = f"{group}: {case.id}"
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
