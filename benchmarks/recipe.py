@@ -35,7 +35,7 @@ from tiedconv.data import TensorList
 from tiedconv.training import TrainConfig, evaluate_model, train
 
 RESULT = Path(__file__).parent / "results" / "recipe.json"
-RATES = (1e-4, 3e-4, 5e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 5e-4, 1e-3, 3e-3)
 
 Options = Mapping[str, Any]
 
