@@ -28,7 +28,7 @@ CIFAR-10 as JPEG files: 45,000 training images, 5,000 held out of them for every
 images. `vit-real` is a ViT that someone else trained on all 50,000 (so its held-out images are no
 news to it); the others are self-trained on the 45,000 (`benchmarks/train_models.py`). Each method
 makes a model of at most the budget, in parameters of the whole model, and each gets the same
-training: {steps} steps of {batch} images ({images:,} images, shifts with black borders and flips), AdamW, the original as teacher
+training: {steps} steps of {batch} images ({images:,} images, reflected shifts and flips), AdamW, the original as teacher
 (temperature {temperature:g}, weight {distill:g}). The learning rate, one of {rates}, and a rival's variant are chosen after
 {select_steps} steps on {select_images:,} held-out images, at each budget; on `vit-real` that
 of `auto` and of the rivals at 30 % for all budgets. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
