@@ -621,7 +621,7 @@ EACH: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1},
     "hard": {"distillation": "hard"},
     "temperature": {"temperature": 1.0},
-    "distill": {"distill_weight": 0.5},
+    "distill": {"distill_weight": 0.8},
     "features": {"features": 0.1},
     "ema": {"ema": 0.9},
     "layer_decay": {"layer_decay": 0.8},

@@ -79,7 +79,7 @@ def finetune(
         str,
         _loss("[b]auto[/b] (the original model), [b]none[/b], a file of weights, or a model."),
     ] = "auto",
-    distill: Annotated[float, _loss("The teacher's share of the loss, 0 to 1.")] = 0.9,
+    distill: Annotated[float, _loss("The teacher's share of the loss, 0 to 1.")] = 0.5,
     distillation: Annotated[
         str, _loss("soft (the teacher's probabilities) or hard (the class it names).")
     ] = "soft",

@@ -85,7 +85,7 @@ class TrainConfig:
     min_lr: float = 0.01
     distillation: str = "soft"
     temperature: float = 2.0
-    distill_weight: float = 0.9
+    distill_weight: float = 0.5
     features: float = 0.0
     label_smoothing: float = 0.0
     clip: float = 1.0
