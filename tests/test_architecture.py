@@ -33,6 +33,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(
         [
             "anatomy",
+            "answering",
             "recipe",
             "budget",
             "search",

@@ -95,7 +95,11 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
         result = run(*convert(world, cut, "--scheme", "lowrank"), code=130)
     assert "--resume" in result.stderr
     assert not cut.exists()
-    assert (tmp_path / "cut.safetensors.run").is_dir()
+    kept = files_of(tmp_path / "cut.safetensors.run")
+    assert kept
+    # Begun anew without a word, it would lose what is done.
+    refused(*convert(world, cut, "--scheme", "lowrank"), words=["--resume", "--force"])
+    assert files_of(tmp_path / "cut.safetensors.run") == kept
     result = run(*convert(world, cut, "--scheme", "lowrank", "--resume"))
     assert "blocks.0: relative" not in result.stderr  # it was not fitted again
     assert tensors_of(cut) == tensors_of(whole)

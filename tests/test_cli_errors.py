@@ -412,6 +412,27 @@ def test_resuming_what_was_never_begun(world: World, tmp_path: Path) -> None:
     assert "no state" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", SPEC, "-o", "bad.safetensors"),
+        ("convert", SPEC, "-o", "bad.safetensors", "--dry-run"),
+        ("convert", SPEC, "-o", "bad.safetensors", "--calib", "IMAGES"),
+        ("plan", SPEC, "--calib", "IMAGES"),
+        ("sensitivity", SPEC, "--calib", "IMAGES"),
+    ],
+    ids=" ".join,
+)
+def test_a_size_that_cannot_be_converted_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [str(world.data) if word == "IMAGES" else word for word in words]
+    more = (*MODEL_ARGS, "--weights", "none", "--image-size", "48")
+    refused(*given, *more, words=["48 x 48 pixels"])
+    assert not files_of(tmp_path)
+
+
 @pytest.mark.parametrize("more", [(), ("--dry-run",), ("--batch-size", "auto")])
 def test_a_size_that_the_model_cannot_take(world: World, tmp_path: Path, more: Any) -> None:
     output = tmp_path / "out.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -361,6 +362,16 @@ def test_verify_finds_a_tensor_that_is_held_twice(compact: Path, here: Path) -> 
     ir.save(model, "m.onnx")
     with pytest.raises(VerifyError, match=f"twice, as .*{name}|twice, as .*twin"):
         tiedconv.verify(compact, against="m.onnx")
+
+
+def test_a_dense_file_can_be_read_by_others(compact: Path, here: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        for name in ("open.safetensors", "open.pth"):
+            run("export", compact, "-o", name)
+            assert (here / name).stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
 
 
 def test_a_changed_number_of_a_dense_file_is_found(compact: Path, here: Path) -> None:

@@ -164,6 +164,8 @@ def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         ("lors", {"k": [1, 2]}, "k lists 2 multipliers"),
         ("lors", {"k": [1, 2.5, 3]}, "wrong kind"),
         ("lors", {"bases": 0}, "bases=0"),
+        ("lors", {"bases": 5}, "stacks of at most 3 layers"),
+        ("lors", {"rank": 1.5}, "no share"),
         ("lors", {"bases": 2, "core": 4}, "one base only"),
         ("lors", {"core": -1}, "negative"),
         ("tied", {"core": -0.5}, "negative"),

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 import tiedconv.sources as sources
 from tiedconv.anatomy import Anatomy, examine
+from tiedconv.answering import check_size
 from tiedconv.binding import is_tied, set_state, state_of
 from tiedconv.calibrate import Calibration
 from tiedconv.checkpoint import save
@@ -170,6 +171,8 @@ def convert_file(
             "It was left as it is",
             "Convert the original model with other options, or heal this one: tiedconv finetune",
         )
+    if preprocess is not None:
+        _check_size(spec, model_args, preprocess)
     if output is None:
         skeleton, source = sources.outline(spec, model_args)
         anatomy = examine(skeleton)
@@ -177,6 +180,8 @@ def convert_file(
         ways = _ways(anatomy, recipe, planned)
         return Conversion(spec, planned, source.preprocess, None, 0, 0.0, ways)
     check_output(output, force=force)
+    if calib is not None:
+        _check_run(_run_folder(output), resume=calib.resume, force=force)
     lazy = sources.open_lazily(spec, model_args, weights) if calib is None else None
     if lazy is not None:
         model, source, tensors = lazy
@@ -189,7 +194,7 @@ def convert_file(
     anatomy = examine(model)
     source = with_preprocess(source, preprocess)
     start = time.perf_counter()
-    folder = output.with_name(output.name + ".run")
+    folder = _run_folder(output)
     if calib is not None:
         calib = dataclasses.replace(calib, run_dir=folder)
     try:
@@ -207,6 +212,32 @@ def convert_file(
         spec, state.plan, source.preprocess, output, size, seconds, ways,
         state.history[-1].get("calibration"),
     )  # fmt: skip
+
+
+def _check_size(
+    spec: str, model_args: Mapping[str, Any] | None, change: Callable[[Preprocess], Preprocess]
+) -> None:  # fmt: skip
+    """Raises UserError where the model can't take images of the size that its file would name."""
+    model, source = sources.describe(spec, model_args)
+    own = source.preprocess or Preprocess(224)
+    wanted = change(own)
+    if wanted.size != own.size:
+        check_size(model, len(wanted.mean), wanted.size)
+
+
+def _run_folder(output: Path) -> Path:
+    """Where the blocks of an interrupted calibration are kept."""
+    return output.with_name(output.name + ".run")
+
+
+def _check_run(folder: Path, *, resume: bool, force: bool) -> None:
+    """Raises UserError where a new calibration would take the place of one that can go on."""
+    if not resume and not force and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} holds an interrupted run",
+            "A new one would take its place",
+            "Go on with it by --resume, or begin anew with --force",
+        )
 
 
 def _stream(

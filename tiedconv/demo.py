@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from tiedconv.calibrate import Calibration
@@ -25,6 +24,7 @@ from tiedconv.calibration import CalibConfig
 from tiedconv.convert import convert_file
 from tiedconv.data import ImageList, eval_transform, open_split, train_transform
 from tiedconv.errors import MissingExtra, OutputError
+from tiedconv.files import save_tensors
 from tiedconv.finetune import finetune
 from tiedconv.recipe import Recipe
 from tiedconv.sources import Preprocess
@@ -215,7 +215,7 @@ def _train_dense(
         config,
         device="cpu",
     )
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     parameters = sum(p.numel() for p in model.parameters())
     return Row(f"{name}, dense", path, parameters, 1.0, path.stat().st_size, None, result.top1)
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tiedconv.errors import CheckpointError, OutputError
@@ -308,6 +309,21 @@ def _check_place(path: Path, force: bool, option: str = "-o") -> None:
         )
     if path.exists() and not force:
         raise _exists(path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A plain safetensors file with the rights of any other file; safetensors makes it private.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    path.chmod(stat.S_IMODE(mode))
 
 
 @contextlib.contextmanager

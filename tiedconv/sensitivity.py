@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.anatomy import Anatomy, examine
+from tiedconv.answering import first_answer
 from tiedconv.budget import metrics_of
 from tiedconv.calibrate import Calibration
 from tiedconv.calibration import Moments
@@ -295,7 +296,7 @@ class _Meter:
 
     def _batch(self, images: Tensor) -> Tensor:
         # All matrices for one batch, so that images are decoded once and never kept.
-        right = self._model(images)
+        right = first_answer(self._model, images)
         found = torch.zeros(len(self._slots), 2, dtype=torch.float64)
         for i, slot in enumerate(self._slots):
             with self._replaced(slot, self._thin[i]):

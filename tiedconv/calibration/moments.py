@@ -20,6 +20,7 @@ from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
+from tiedconv.answering import first_answer
 from tiedconv.calibration.lenses import followed
 from tiedconv.data import Loader
 from tiedconv.detection import drawn_loss
@@ -213,7 +214,7 @@ def _one_batch(
     with torch.enable_grad(), watch:
         images = followed(model, images)
         watch.backward = False
-        loss = drawn_loss(model(images), model, generator)
+        loss = drawn_loss(first_answer(model, images), model, generator)
         watch.backward = True
         asking = [images] if images.requires_grad else [*model.parameters()]
         torch.autograd.grad(loss, asking, allow_unused=True)

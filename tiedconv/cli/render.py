@@ -217,7 +217,7 @@ def duration(seconds: float) -> str:
 def work(found: Report) -> str:
     """What the converted layers take to run."""
     text = "FLOPs are unchanged: every weight keeps its shape when it is used."
-    if abs(found.applied - 1) > 0.05:
+    if found.applied and abs(found.applied - 1) > 0.05:
         text += (
             f" Applied factor by factor, for the least memory, converted layers take "
             f"{found.applied:.2f} times as many multiplications."
@@ -227,14 +227,14 @@ def work(found: Report) -> str:
 
 def calibrated(figures: Mapping[str, Any]) -> str:
     """What images showed of a conversion."""
-    before, after = figures["kl_before"], figures["kl_after"]
+    before, after = (max(0.0, figures[key]) for key in ("kl_before", "kl_after"))
     text = (
         f"Calibrated on {figures['images']:,} images without labels, effort {figures['effort']}: "
-        f"divergence from the original's answers {before:.4f}"
+        f"divergence from the original's answers {before:.3g}"
     )
     if after != before:
-        text += f", then {after:.4f}"
-    text += " nats, on images held out of the fit."
+        text += f", then {after:.3g}"
+    text += " nats, on images that no block was fitted to."
     return text + (f" {skipped(figures['skipped'])}" if figures["skipped"] else "")
 
 

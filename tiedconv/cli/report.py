@@ -111,7 +111,8 @@ def _show(one: Report, *, each: bool) -> None:
         f"file has {render.size(one.file_bytes)}. {render.work(one)}"
     )
     say(render.LEGEND)
-    say(render.FIT_ERROR)
+    on_images = any(entry.get("calibration") for entry in one.history)
+    say(render.FIT_ERROR_ON_IMAGES if on_images else render.FIT_ERROR)
     for line in render.history_lines(one.history):
         say(f"- {line}")
     versions = (one.source or {}).get("versions") or {}

@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tiedconv.binding import dense_state_dict
 from tiedconv.errors import CheckpointError
 from tiedconv.exporting._format import Format, Job, Written
+from tiedconv.files import save_tensors
 
 
 class Dense(Format):
@@ -29,10 +30,7 @@ class Dense(Format):
         # dict has no way to say that two are one.
         tensors = {name: t.clone() for name, t in dense_state_dict(job.model).items()}
         if job.path.suffix == ".safetensors":
-            try:
-                save_file(tensors, job.path, {"format": "pt"})
-            except SafetensorError as error:  # a full disk
-                raise OSError(str(error)) from None
+            save_tensors(tensors, job.path)
         else:
             try:
                 torch.save(tensors, job.path)

@@ -289,6 +289,10 @@ def resolve_ranks(
     count = sum(takes)
     if isinstance(rank, float) and not math.isfinite(rank):
         raise SchemeError(f"rank={rank} is no number", remedy="Use 0 or more")
+    if isinstance(rank, float) and rank >= 1:
+        raise SchemeError(
+            f"rank={rank} is no share of a matrix", remedy="Use a whole number, or less than 1"
+        )
     if isinstance(rank, tuple) and len(rank) != len(shapes):
         raise SchemeError(
             f"rank lists {len(rank)} numbers, but a group has {len(shapes)} matrices",

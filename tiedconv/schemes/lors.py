@@ -65,9 +65,17 @@ class Lors(Cored, Ranked):
         return super().alternatives() if self.bases == 1 else ()
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
+        longest = 0
         for name, members in stacks(blocks, self.groups, fused=self.fused):
+            longest = max(longest, len(members))
             if len(members) > max(1, self.bases):
                 yield Draft(name, self, members)
+        if 1 < longest <= self.bases:
+            raise SchemeError(
+                f"bases={self.bases} is too many for stacks of at most {longest} layers",
+                "Each layer would have a base of its own",
+                f"Use less than {longest} bases",
+            )
 
     def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
         factors: dict[str, Shape] = {}

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tiedconv.answering import first_answer
 from tiedconv.data import Batch, Loader
-from tiedconv.errors import DataError, TiedconvError, UserError
+from tiedconv.errors import DataError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.events import EvalStep, OnEvent, Skipped, ignore
@@ -168,27 +169,6 @@ def answers(
                 reported = now
                 share = images * processes.count  # about, as the others are not asked
                 on_event(EvalStep(share, loader.images, share / (now - start)))
-
-
-def first_answer(model: Callable[[Tensor], Any], images: Tensor) -> Any:
-    """What a model gives for images, of which it is not yet known whether it takes such.
-
-    Raises:
-        UserError: it does not.
-    """
-    try:
-        return model(images)
-    except (TiedconvError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # models raise anything, from AssertionError to KeyError
-        height, width = images.shape[-2:]
-        lines = str(error).splitlines() or [""]
-        raise UserError(
-            f"The model can't take images of {height} x {width} pixels "
-            f"({type(error).__name__}: {lines[0]})",
-            "Nothing can be computed",
-            "Choose the size it was made for (--image-size), or leave that option out",
-        ) from error
 
 
 Scorer = Callable[[nn.Module, Loader, Placement, OnEvent, Processes], EvalResult]

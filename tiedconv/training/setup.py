@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from tiedconv.answering import first_answer
 from tiedconv.data import Broken, Loader
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.compiling import Switched, compile_if_possible
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.evaluation import class_count, first_answer, scorer_of
+from tiedconv.training.evaluation import class_count, scorer_of
 from tiedconv.training.examiner import Examiner
 from tiedconv.training.losses import rows_of
 from tiedconv.training.objective import Loss, Objective
