@@ -119,6 +119,7 @@ class Bench:
             "steps": args.steps, "select_steps": args.select_steps, "rates": list(args.rates),
             "held_out_images": len(self.held_out), "test_images": len(self.test),
             "train_images": len(self.train), "batch": args.batch, "base": dict(BASE),
+            "borders": "reflected",  # what a shift moves in; it was black before
         }  # fmt: skip
         known = self.store.setdefault("setting", setting)
         if {k: known.get(k) for k in setting} != setting:

@@ -181,6 +181,7 @@ def main() -> None:
         ("training_speed", results_training.speed),
         ("recipe", results_training.recipe),
         ("recipe_resnet", results_training.recipe),
+        ("recipe_black", results_training.recipe),
         ("recipe_epoch", results_training.epoch),
         ("recipe_resnet_epoch", results_training.epoch),
         ("export", export),
