@@ -398,7 +398,7 @@ def test_agreement_is_what_it_says(world: World, tmp_path: Path) -> None:
     [
         ((), ["have no labels", "--distill 1"]),
         (("--distill", 1, "--teacher", "none"), ["have no labels"]),
-        (("--unlabelled",), ["--distill 1", "is 0.9"]),
+        (("--unlabelled",), ["--distill 1", "is 0.5"]),
     ],
 )
 def test_training_without_labels_refuses(
