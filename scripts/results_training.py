@@ -43,7 +43,7 @@ is chosen after {select_steps} steps by {held_out:,} held-out images; seeds {see
 {before:.2f} % before, the original {dense:.2f} %. Nothing is chosen by the test images.
 
     python benchmarks/recipe.py --data CIFAR10 --vit VIT.safetensors --models MODELS --model {model} --scheme {scheme} \\
-        --steps {steps} --select-steps {select_steps} --held-out-images {held_out} --seeds {asked}
+        --steps {steps} --select-steps {select_steps} --held-out-images {held_out} --seeds {asked} --rates {asked_rates}
 
 {table}
 
@@ -167,6 +167,7 @@ def _said(data: dict[str, Any]) -> dict[str, Any]:
         "title": setting["model"] + (", black borders" if setting["borders"] == "black" else ""),
         "share": setting["base"]["distill_weight"],
         "rates": ", ".join(f"{rate:g}" for rate in setting["rates"]),
+        "asked_rates": " ".join(f"{rate:g}" for rate in setting["rates"]),
         "seeds": ", ".join(seeds),
         "asked": " ".join(seeds),
         "before": 100 * before["compact"]["top1"],

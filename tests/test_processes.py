@@ -136,6 +136,14 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_bytes(
     assert [line["epoch"] for line in lines if line["event"] == "epoch"] == list(range(1, 25))
 
 
+def begun(code: str, arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    """A process of its own that runs this code, which calls the command."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, cwd=folder, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> None:
     arguments = command(world, "--epochs", 2000)
@@ -143,10 +151,7 @@ def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> 
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from tiedconv.cli import main; sys.argv[0] = 'tiedconv'; main()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, cwd=tmp_path, text=True,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as process:  # fmt: skip
+    with begun(code, arguments, tmp_path) as process:
         run = tmp_path / "out.safetensors.run"
         for _ in range(600):
             if run.is_dir() and any(run.iterdir()):
@@ -193,10 +198,7 @@ def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
         "torch.save = slow\n"
         "from tiedconv.cli import main; sys.argv[0] = 'tiedconv'; main()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], env=ENVIRONMENT, cwd=tmp_path, text=True,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as process:  # fmt: skip
+    with begun(code, arguments, tmp_path) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "saving\n"
         process.send_signal(signal.SIGTERM)

@@ -23,7 +23,7 @@ from tiedconv.binding import is_tied, set_state, state_of
 from tiedconv.calibrate import Calibration
 from tiedconv.checkpoint import save
 from tiedconv.errors import UserError
-from tiedconv.files import check_output
+from tiedconv.files import check_output, run_folder
 from tiedconv.loading import is_compact, with_preprocess
 from tiedconv.plan import Plan
 from tiedconv.planner import first_plan, smaller_ways
@@ -181,7 +181,7 @@ def convert_file(
         return Conversion(spec, planned, source.preprocess, None, 0, 0.0, ways)
     check_output(output, force=force)
     if calib is not None:
-        _check_run(_run_folder(output), resume=calib.resume, force=force)
+        _check_run(run_folder(output), resume=calib.resume, force=force)
     lazy = sources.open_lazily(spec, model_args, weights) if calib is None else None
     if lazy is not None:
         model, source, tensors = lazy
@@ -194,7 +194,7 @@ def convert_file(
     anatomy = examine(model)
     source = with_preprocess(source, preprocess)
     start = time.perf_counter()
-    folder = _run_folder(output)
+    folder = run_folder(output)
     if calib is not None:
         calib = dataclasses.replace(calib, run_dir=folder)
     try:
@@ -223,11 +223,6 @@ def _check_size(
     wanted = change(own)
     if wanted.size != own.size:
         check_size(model, len(wanted.mean), wanted.size)
-
-
-def _run_folder(output: Path) -> Path:
-    """Where the blocks of an interrupted calibration are kept."""
-    return output.with_name(output.name + ".run")
 
 
 def _check_run(folder: Path, *, resume: bool, force: bool) -> None:

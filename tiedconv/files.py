@@ -326,6 +326,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(stat.S_IMODE(mode))
 
 
+def run_folder(output: Path) -> Path:
+    """Where an interrupted run that makes this file keeps what it can go on from."""
+    return output.with_name(output.name + ".run")
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place if the block ends without error.

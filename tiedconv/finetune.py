@@ -23,7 +23,7 @@ from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, 
 from tiedconv.detection import DetectionList, PrecisionChange, as_precision, detects, for_detector
 from tiedconv.errors import DataError, UserError
 from tiedconv.evaluate import open_teacher
-from tiedconv.files import check_output
+from tiedconv.files import check_output, run_folder
 from tiedconv.loading import load, source_of, with_preprocess
 from tiedconv.progressive import OriginalFading
 from tiedconv.sources import Preprocess, Source, sha256_of_file
@@ -261,11 +261,6 @@ def _open(
     train_data = ImageList(split.train, shown, strict=strict)
     val_data = ImageList(split.val, eval_transform(wanted), strict=strict)
     return _Work(model, source, master, name, split, train_data, val_data, config)
-
-
-def run_folder(output: Path) -> Path:
-    """Where the states of a run are kept that makes this file."""
-    return output.with_name(output.name + ".run")
 
 
 def _write(model: nn.Module, output: Path, states: StateFolder, *, force: bool) -> None:

@@ -36,6 +36,13 @@ def option_in(panel: str, help: str, *names: str, metavar: str | None = None) ->
 
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+ForceAnew = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace the output if it exists, and begin anew where a run was interrupted.",
+    ),
+]
 TrustCode = Annotated[
     bool,
     typer.Option(

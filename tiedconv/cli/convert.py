@@ -17,6 +17,7 @@ from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import ConvertBar
 from tiedconv.convert import Conversion, convert_file
 from tiedconv.errors import UserError
+from tiedconv.files import run_folder
 from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.report import plan_report, report
 from tiedconv.schemes import all_schemes
@@ -92,7 +93,7 @@ def convert(
     device: common.Device = "auto",
     workers: common.Workers = None,
     seed: common.Seed = 0,
-    force: common.Force = False,
+    force: common.ForceAnew = False,
     json_: common.Json = False,
 ) -> None:
     """Rewrite a pretrained model so that far fewer numbers are stored.
@@ -132,7 +133,7 @@ def _interruptible(model: str, recipe: Recipe, output: Path | None, **options: A
     try:
         return convert_file(model, recipe, output, **options)
     except KeyboardInterrupt:
-        if output is not None and output.with_name(output.name + ".run").is_dir():
+        if output is not None and run_folder(output).is_dir():
             hint("The blocks done are kept: the same command with --resume goes on.")
         raise
 

@@ -15,8 +15,8 @@ from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import TrainingBar
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
-from tiedconv.files import json_ready
-from tiedconv.finetune import Finetuned, forecast, run_folder
+from tiedconv.files import json_ready, run_folder
+from tiedconv.finetune import Finetuned, forecast
 from tiedconv.finetune import finetune as run
 from tiedconv.training import (
     Event,
@@ -140,7 +140,7 @@ def finetune(
     ] = False,
     strict: common.Strict = False,
     trust_code: common.TrustCode = False,
-    force: common.Force = False,
+    force: common.ForceAnew = False,
     json_: common.Json = False,
 ) -> None:
     """Heal a compact model by a short training, with the original model as teacher.

@@ -14,8 +14,7 @@ import torch
 
 from tiedconv.cli.common import option_in
 from tiedconv.errors import MissingExtra, OutputError, TiedconvError, UserError
-from tiedconv.files import check_output
-from tiedconv.finetune import run_folder
+from tiedconv.files import check_output, run_folder
 from tiedconv.pictures import check_picture, new_figure
 from tiedconv.report import report
 from tiedconv.training import TrainConfig, TrainResult
