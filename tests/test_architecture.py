@@ -44,6 +44,7 @@ LAYERS: dict[str, int] = {
             "applying",
             "pictures",
             "checkpoint",
+            "run_folder",
             "scratch",
             "writing",
         ],

@@ -392,7 +392,7 @@ def test_resuming_another_run(
     run("convert", SPEC, *MODEL_ARGS, "--weights", "none", "--seed", "3", "-o", renamed)
     refused("finetune", renamed, *command[2:], "--resume", words=["model "])
     # A new run does not take the place of the old one, unless it is told to.
-    refused(*command, words=["step 3", "--resume", "--force"])
+    refused(*command, words=["step-000000003", "--resume", "--force"])
     assert (folder / "step-000000003.pt").read_bytes() == kept
     (folder / "notes.md").write_text("mine")
     monkeypatch.setattr(engine._Run, "take", interrupted)

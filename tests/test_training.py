@@ -188,7 +188,7 @@ def test_a_teacher_of_other_classes_is_not_scored_where_its_blocks_alone_teach()
 def test_a_new_run_does_not_delete_the_states_of_another(tmp_path: Path) -> None:
     run(make_net(), checkpoint_dir=tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="interrupted training"):
+    with pytest.raises(UserError, match="interrupted run"):
         run(make_net(), checkpoint_dir=tmp_path)
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 

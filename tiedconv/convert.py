@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,11 +21,12 @@ from tiedconv.binding import is_tied, set_state, state_of
 from tiedconv.calibrate import Calibration
 from tiedconv.checkpoint import save
 from tiedconv.errors import UserError
-from tiedconv.files import check_output, run_folder
+from tiedconv.files import check_output
 from tiedconv.loading import is_compact, with_preprocess
 from tiedconv.plan import Plan
 from tiedconv.planner import first_plan, smaller_ways
 from tiedconv.recipe import Recipe
+from tiedconv.run_folder import RunFolder
 from tiedconv.sources import LazyWeights, Preprocess, Source
 from tiedconv.streaming import streamed
 from tiedconv.trials import OnGroup, bind, calibrated, fits
@@ -180,8 +179,9 @@ def convert_file(
         ways = _ways(anatomy, recipe, planned)
         return Conversion(spec, planned, source.preprocess, None, 0, 0.0, ways)
     check_output(output, force=force)
-    if calib is not None:
-        _check_run(run_folder(output), resume=calib.resume, force=force)
+    folder = RunFolder.beside(output)
+    if calib is not None and not (calib.resume or force):
+        folder.require_new()
     lazy = sources.open_lazily(spec, model_args, weights) if calib is None else None
     if lazy is not None:
         model, source, tensors = lazy
@@ -194,18 +194,19 @@ def convert_file(
     anatomy = examine(model)
     source = with_preprocess(source, preprocess)
     start = time.perf_counter()
-    folder = run_folder(output)
     if calib is not None:
-        calib = dataclasses.replace(calib, run_dir=folder)
+        if not calib.resume:
+            folder.clear()
+        calib = dataclasses.replace(calib, run_dir=folder.path)
     try:
         _convert(model, source, recipe, command, on_group, calib)
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # where no block was finished, there is nothing to go on from
+        if calib is not None:
+            folder.close()
     seconds = time.perf_counter() - start
     size = save(model, output, force=force)
     if calib is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.clear()
     state = state_of(model)
     ways = _ways(anatomy, recipe, state.plan)
     return Conversion(
@@ -223,16 +224,6 @@ def _check_size(
     wanted = change(own)
     if wanted.size != own.size:
         check_size(model, len(wanted.mean), wanted.size)
-
-
-def _check_run(folder: Path, *, resume: bool, force: bool) -> None:
-    """Raises UserError where a new calibration would take the place of one that can go on."""
-    if not resume and not force and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} holds an interrupted run",
-            "A new one would take its place",
-            "Go on with it by --resume, or begin anew with --force",
-        )
 
 
 def _stream(

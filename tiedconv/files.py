@@ -19,7 +19,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -326,11 +326,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(stat.S_IMODE(mode))
 
 
-def run_folder(output: Path) -> Path:
-    """Where an interrupted run that makes this file keeps what it can go on from."""
-    return output.with_name(output.name + ".run")
-
-
 @contextlib.contextmanager
 def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place if the block ends without error.
@@ -366,6 +361,12 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
         _parts.discard((os.getpid(), part))
 
 
+def left_parts(folder: Path, pattern: str) -> Iterator[Path]:
+    """What writers of files of such names have not ended, be it that they run or were killed."""
+    files = PurePath(pattern)
+    return folder.glob(str(files.with_name(f"{_hidden(files)}*.part")))
+
+
 # What an interrupt left that came in the very moment in which Python entered or left the block.
 _parts: set[tuple[int, Path]] = set()
 
@@ -391,7 +392,7 @@ def _put_in_place(part: Path, path: Path, force: bool) -> None:
     os.replace(part, path)
 
 
-def _hidden(path: Path) -> str:
+def _hidden(path: PurePath) -> str:
     return f".{path.name[:100]}."
 
 

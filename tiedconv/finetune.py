@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,9 +22,10 @@ from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, 
 from tiedconv.detection import DetectionList, PrecisionChange, as_precision, detects, for_detector
 from tiedconv.errors import DataError, UserError
 from tiedconv.evaluate import open_teacher
-from tiedconv.files import check_output, run_folder
+from tiedconv.files import check_output
 from tiedconv.loading import load, source_of, with_preprocess
 from tiedconv.progressive import OriginalFading
+from tiedconv.run_folder import RunFolder
 from tiedconv.sources import Preprocess, Source, sha256_of_file
 from tiedconv.training import (
     FREE_TO_CHANGE,
@@ -33,7 +33,6 @@ from tiedconv.training import (
     Detecting,
     Forecast,
     OnEvent,
-    StateFolder,
     TrainConfig,
     TrainResult,
     Unlabelled,
@@ -131,10 +130,9 @@ def finetune(
     config = config or TrainConfig()
     output = Path(output)
     check_output(output, force=force)
-    folder = run_folder(output)
-    states = StateFolder(folder)
+    folder = RunFolder.beside(output)
     if not (resume or force):
-        states.require_none()
+        folder.require_new()
     work = _open(
         file, data, config, teacher, preprocess=preprocess, val_split=val_split, limit=limit,
         unlabelled=unlabelled, task=task, strict=strict, trust_code=trust_code,
@@ -152,16 +150,16 @@ def finetune(
                 on_event(Unlabelled(len(split.train)))
             val_data = answered(val_data, _needed(work.teacher, data), model, config, place)
         if processes.first and not resume:
-            states.clear()
+            folder.clear()
         try:
             result = train(
                 model, work.train_data, val_data, config, teacher=work.teacher, fading=fading,
-                device=place, checkpoint_dir=folder, resume=resume, labelled=work.labelled,
+                device=place, checkpoint_dir=folder.path, resume=resume, labelled=work.labelled,
                 made_of=_made_of(work, file), begun=begun, on_event=on_event,
             )  # fmt: skip
         finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # where no state was written, there is nothing to go on from
+            if processes.first:
+                folder.close()
         if work.detects:
             precision, result = as_precision(result)
         elif not split.labelled:
@@ -169,7 +167,7 @@ def finetune(
         entry = _entry(work, result, _measured(agreement, precision), command, processes.count)
         history = (*state_of(model).history, entry)
         set_state(model, source=work.source.to_json(), history=history)
-        processes.done_by_first(lambda: _write(model, output, states, force=force), place)
+        processes.done_by_first(lambda: _write(model, output, folder, force=force), place)
     return Finetuned(
         output, output.stat().st_size, work.name, len(split.train), len(split.val),
         split.held_out, result, agreement, precision,
@@ -263,12 +261,10 @@ def _open(
     return _Work(model, source, master, name, split, train_data, val_data, config)
 
 
-def _write(model: nn.Module, output: Path, states: StateFolder, *, force: bool) -> None:
+def _write(model: nn.Module, output: Path, folder: RunFolder, *, force: bool) -> None:
     """The result; what it could have been resumed from goes when it is there."""
     save(model.cpu(), output, force=force)
-    states.clear()
-    with contextlib.suppress(OSError):
-        states.path.rmdir()  # unless others have put something there
+    folder.clear()
 
 
 def _made_of(work: _Work, file: str | Path) -> dict[str, str]:

@@ -20,9 +20,9 @@ from tiedconv.calibration.config import CalibConfig
 from tiedconv.errors import CheckpointError, UserError
 from tiedconv.files import replacing
 from tiedconv.plan import Plan
+from tiedconv.run_folder import CALIBRATION
 from tiedconv.training.state import prepare_folder
 
-FILE_NAME = "calibration.safetensors"
 FORMAT = "tiedconv-calibration-1"
 
 # This changes where things are kept, not what is computed.
@@ -36,7 +36,7 @@ def checkpoint_path(folder: Path) -> Path:
         OutputError: it can't be made or written to.
     """
     prepare_folder(folder)
-    return folder / FILE_NAME
+    return folder / CALIBRATION
 
 
 def identity_of(config: CalibConfig, plan: Plan, images: int) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import ConvertBar
 from tiedconv.convert import Conversion, convert_file
 from tiedconv.errors import UserError
-from tiedconv.files import run_folder
 from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.report import plan_report, report
+from tiedconv.run_folder import RunFolder
 from tiedconv.schemes import all_schemes
 
 
@@ -133,7 +133,7 @@ def _interruptible(model: str, recipe: Recipe, output: Path | None, **options: A
     try:
         return convert_file(model, recipe, output, **options)
     except KeyboardInterrupt:
-        if output is not None and run_folder(output).is_dir():
+        if output is not None and RunFolder.beside(output).kept():
             hint("The blocks done are kept: the same command with --resume goes on.")
         raise
 

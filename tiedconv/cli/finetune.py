@@ -15,14 +15,14 @@ from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import TrainingBar
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
-from tiedconv.files import json_ready, run_folder
+from tiedconv.files import json_ready
 from tiedconv.finetune import Finetuned, forecast
 from tiedconv.finetune import finetune as run
+from tiedconv.run_folder import RunFolder
 from tiedconv.training import (
     Event,
     Forecast,
     OnEvent,
-    StateFolder,
     TrainConfig,
     rank_in_environment,
 )
@@ -177,10 +177,11 @@ def finetune(
         output, log, tensorboard, picture, no_picture, force=force, resume=resume
     )
     noted = {"data": data, "teacher": teacher, "device": device, "command": common.command_line()}
-    anew = resume and not StateFolder(run_folder(output)).files()
+    kept = RunFolder.beside(output)
+    anew = resume and not kept.kept()
     with TrainingBar() as bar, files.watchers(file, config, bar.line, noted) as watch:
         if anew and rank_in_environment() == 0:
-            hint(f"There is no state in {run_folder(output)}: the training begins anew.")
+            hint(f"There is no state in {kept.path}: the training begins anew.")
         try:
             done = run(
                 file, data, output, config, teacher=teacher, preprocess=change,
@@ -189,7 +190,7 @@ def finetune(
                 command=common.command_line(), on_event=_both(bar, watch),
             )  # fmt: skip
         except KeyboardInterrupt:
-            if run_folder(output).is_dir() and rank_in_environment() == 0:
+            if kept.kept() and rank_in_environment() == 0:
                 hint("Its state is kept: the same command with --resume goes on from there.")
             raise
         if rank_in_environment() > 0:

@@ -14,9 +14,10 @@ import torch
 
 from tiedconv.cli.common import option_in
 from tiedconv.errors import MissingExtra, OutputError, TiedconvError, UserError
-from tiedconv.files import check_output, run_folder
+from tiedconv.files import check_output
 from tiedconv.pictures import check_picture, new_figure
 from tiedconv.report import report
+from tiedconv.run_folder import RunFolder
 from tiedconv.training import TrainConfig, TrainResult
 from tiedconv.version import __version__
 from tiedconv.watching import Curve, JsonLog, TensorBoard, Watcher, Watchers, draw
@@ -116,7 +117,7 @@ class Files:
             board = TensorBoard(self.tensorboard)
             board.check(force=self.force, resume=self.resume)
             watchers.append(board)
-        curve = Curve(run_folder(self.output)) if self.picture is not None else None
+        curve = Curve(RunFolder.beside(self.output).path) if self.picture is not None else None
         if curve is not None:
             watchers.append(curve)
         versions = {

@@ -47,13 +47,12 @@ from tiedconv.training.optim import learning_rate, parameter_groups
 from tiedconv.training.pace import Pace
 from tiedconv.training.processes import Processes, joined, rank_in_environment
 from tiedconv.training.results import TrainResult
-from tiedconv.training.state import CURVE, FREE_TO_CHANGE, StateFolder
+from tiedconv.training.state import FREE_TO_CHANGE, StateFolder
 from tiedconv.training.teacher import fit_inputs
 
 __all__ = [
     "ACCURACY",
     "AGREEMENT",
-    "CURVE",
     "FREE_TO_CHANGE",
     "PRECISION",
     "Agreement",

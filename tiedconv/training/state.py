@@ -1,7 +1,7 @@
 """The files from which interrupted training goes on: plain tensors, numbers and strings.
 
-Each is written beside its place and then renamed, so it is whole or not there at all; the newest
-few are kept. All randomness is derived from (seed, step), so no generator's state needs to be kept.
+Each is whole or not there at all; the newest few are kept. All randomness is
+derived from (seed, step), so no generator's state needs to be kept.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +17,11 @@ from typing import Any
 import torch
 
 from tiedconv.errors import CheckpointError, OutputError, UserError
+from tiedconv.files import replacing
+from tiedconv.run_folder import STATES, RunFolder
 from tiedconv.training.config import TrainConfig
 
 FORMAT = "tiedconv-training-3"
-_NAME = re.compile(r"step-(\d{9})\.pt")
-_PARTS = ".step-*.tmp"
-
-CURVE = "curve.json"
-"""What those who watch a run may keep beside its states."""
 
 FREE_TO_CHANGE = ("workers", "checkpoint_minutes", "keep")
 """Options that change how fast a run is, or how much it keeps, not what it computes."""
@@ -51,31 +47,14 @@ class StateFolder:
             UserError: it has states of a run that isn't to be gone on with.
         """
         prepare_folder(self.path)
+        folder = RunFolder(self.path)
         if not resume:
-            self.require_none()
-        for part in self.path.glob(_PARTS):  # of a process that was killed as it wrote
-            part.unlink(missing_ok=True)
-
-    def require_none(self) -> None:
-        """Raises UserError where a run has left states: those of two runs must not mix."""
-        files = self.files()
-        if files:
-            raise UserError(
-                f"{self.path} holds an interrupted training (step {_step_of(files[-1])})",
-                "A new one would take its place",
-                "Go on with it by --resume, or begin anew with --force",
-            )
-
-    def clear(self) -> None:
-        """Remove what a run keeps here, and nothing else."""
-        for file in [*self.files(), *self.path.glob(_PARTS), self.path / CURVE]:
-            file.unlink(missing_ok=True)
+            folder.require_new()
+        folder.tidy()
 
     def files(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        if not self.path.is_dir():
-            return []
-        return sorted(file for file in self.path.iterdir() if _NAME.fullmatch(file.name))
+        return sorted(self.path.glob(STATES))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write the state after so many steps; the oldest beyond `keep` go.
@@ -84,23 +63,16 @@ class StateFolder:
             OutputError: the disk is full or not writable; the files of before stay.
         """
         path = self.path / f"step-{step:09d}.pt"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
-                torch.save({"format": FORMAT, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch tells a full disk as RuntimeError
+            with replacing(path, force=True) as part:
+                _write({"format": FORMAT, **state}, part)
+        except OutputError as error:
             kept = self.files()
             raise OutputError(
-                f"The checkpoint {path} can't be written: {str(error).splitlines()[0]}",
+                f"The checkpoint {error.what}",
                 f"The last one is whole: {kept[-1]}" if kept else "There is none before it",
                 "Free some space, then go on with --resume",
-            ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            ) from None
         for old in self.files()[: -self.keep]:
             with contextlib.suppress(OSError):
                 old.unlink()
@@ -171,6 +143,15 @@ def identity_of(
     }
 
 
+def _write(state: dict[str, Any], path: Path) -> None:
+    """Raises OSError for a full disk, which torch tells in its own way."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     """A state. No code in the file is run."""
     try:
@@ -191,10 +172,6 @@ def _require_same(path: Path, saved: dict[str, Any], identity: dict[str, Any]) -
             "Going on would mix the two",
             "Use the same options and data, or start anew without --resume",
         )
-
-
-def _step_of(file: Path) -> str:
-    return f"{int(file.stem[5:]):,}"
 
 
 def _foreign(path: Path) -> CheckpointError:

@@ -12,10 +12,10 @@ from typing import Any
 
 from tiedconv.errors import OutputError
 from tiedconv.files import json_ready, replacing, strict_json
+from tiedconv.run_folder import CURVE
 from tiedconv.training import (
     ACCURACY,
     AGREEMENT,
-    CURVE,
     PRECISION,
     Baseline,
     Checkpointed,

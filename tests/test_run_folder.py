@@ -1,0 +1,67 @@
+"""The folder of an interrupted run: what is the run's own goes, what is others' stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tiedconv.errors import UserError
+from tiedconv.files import replacing
+from tiedconv.run_folder import CALIBRATION, CURVE, RunFolder
+
+OWN = ["step-000000012.pt", CURVE, CALIBRATION, f"1/{CALIBRATION}"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    made = RunFolder.beside(tmp_path / "out.safetensors")
+    (made.path / "1").mkdir(parents=True)
+    return made
+
+
+def killed_while_writing(path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with replacing(path, force=True):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="forks and signals are those of POSIX")
+@pytest.mark.parametrize("name", OWN)
+def test_what_a_killed_process_was_writing_goes(folder: RunFolder, name: str) -> None:
+    killed_while_writing(folder.path / name)
+    assert [p for p in folder.path.rglob("*") if p.is_file()]
+    assert folder.kept() == []
+    folder.close()
+    assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_only_what_a_run_keeps_is_removed(folder: RunFolder, name: str) -> None:
+    (folder.path / name).touch()
+    (folder.path / "notes.txt").touch()
+    (folder.path / ".notes.txt.part").touch()
+    folder.close()
+    assert (folder.path / name).exists()
+    folder.clear()
+    assert {p.name for p in folder.path.iterdir()} == {"notes.txt", ".notes.txt.part"}
+
+
+def test_what_can_be_gone_on_from_is_named(folder: RunFolder) -> None:
+    folder.require_new()
+    (folder.path / CURVE).touch()
+    folder.require_new()  # a picture's points are nothing to go on from
+    (folder.path / OWN[0]).touch()
+    with pytest.raises(UserError, match=r"out\.safetensors\.run.*step-000000012"):
+        folder.require_new()
+
+
+def test_a_folder_that_is_not_there_is_no_trouble(tmp_path: Path) -> None:
+    folder = RunFolder.beside(tmp_path / "out.safetensors")
+    assert folder.kept() == []
+    folder.require_new()
+    folder.clear()
