@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,9 @@ def test_auto_takes_images_that_lie_in_no_class(world: World, tmp_path: Path) ->
     assert "auto" not in {group["scheme"] for group in told["groups"]}
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_calibration_goes_on_to_the_same_file(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
 ) -> None:
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     run(*convert(world, whole, "--scheme", "lowrank"))
@@ -88,11 +90,12 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     def interrupted(self: progress.ConvertBar, event: object) -> None:
         tell(self, event)  # type: ignore[arg-type]
         if isinstance(event, progress.Fitted) and event.index == 0:
-            raise KeyboardInterrupt
+            signal.raise_signal(signum)
 
     with monkeypatch.context() as patch:
         patch.setattr(progress.ConvertBar, "__call__", interrupted)
-        result = run(*convert(world, cut, "--scheme", "lowrank"), code=130)
+        result = run(*convert(world, cut, "--scheme", "lowrank"), code=128 + signum)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert "--resume" in result.stderr
     assert not cut.exists()
     kept = files_of(tmp_path / "cut.safetensors.run")

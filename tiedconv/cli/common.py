@@ -21,7 +21,7 @@ from tiedconv.cli import render
 from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError
 from tiedconv.files import json_ready
 from tiedconv.sources import Preprocess, parse_model_args
-from tiedconv.training import rank_in_environment
+from tiedconv.training import ended_as_by_hand, rank_in_environment
 
 P = ParamSpec("P")
 
@@ -144,7 +144,8 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            function(*args, **kwargs)
+            with ended_as_by_hand():
+                function(*args, **kwargs)
         except TiedconvError as error:
             # Of several processes all find what is wrong with a command, and one says it.
             rank = rank_in_environment()

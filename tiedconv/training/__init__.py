@@ -33,7 +33,7 @@ from tiedconv.training.events import (
 )
 from tiedconv.training.fading import Fading, share_left
 from tiedconv.training.forecast import Forecast, forecast
-from tiedconv.training.interrupts import Interrupted
+from tiedconv.training.interrupts import Interrupted, ended_as_by_hand
 from tiedconv.training.losses import (
     distillation_loss,
     feature_loss,
@@ -88,6 +88,7 @@ __all__ = [
     "answered",
     "as_agreement",
     "distillation_loss",
+    "ended_as_by_hand",
     "evaluate_model",
     "feature_loss",
     "find_batch_size",
