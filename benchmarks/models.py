@@ -125,11 +125,16 @@ def normalised(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def cropped(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Each image shifted by up to `padding` pixels (reflected) and flipped or not, at random."""
+def cropped(
+    images: Tensor, generator: torch.Generator, padding: int = 4, border: str = "reflect"
+) -> Tensor:
+    """Each image shifted by up to `padding` pixels and flipped or not, at random.
+
+    What moves in is its reflection, or black where the border is `constant`.
+    """
     n, _, height, width = images.shape
     device = images.device
-    padded = nn.functional.pad(images.float(), (padding,) * 4, mode="reflect").to(images.dtype)
+    padded = nn.functional.pad(images.float(), (padding,) * 4, mode=border).to(images.dtype)
     shift = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator).to(device)
     flip = (torch.rand(n, 1, generator=generator) < 0.5).to(device)
     rows = torch.arange(height, device=device) + shift[0]

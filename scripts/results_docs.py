@@ -183,6 +183,7 @@ def main() -> None:
         ("recipe_resnet", results_training.recipe),
         ("recipe_epoch", results_training.epoch),
         ("recipe_resnet_epoch", results_training.epoch),
+        ("borders", results_training.borders),
         ("recipe_black", results_training.recipe),
         ("export", export),
         ("conversion", conversion),

@@ -51,18 +51,43 @@ is chosen after {select_steps} steps by {held_out:,} held-out images; seeds {see
 """
 
 
-EPOCH = """### An epoch and the learning rate: {model}
+EPOCH = """### A whole epoch: {model}
 
 {model}, `{scheme}` at {params} of its parameters with {calib_images:,} images: {before:.2f} % before, the original {dense:.2f} %.
-{steps} steps of {batch} ({epochs:.1f} epochs), seed {seeds}, all else as above.
+{steps} steps of {batch} ({epochs:.1f} epochs), seed {seeds}, all else as above; a row that names no rate has the best of {rates} after {select_steps} steps.
 
     python benchmarks/recipe.py --data CIFAR10 --vit VIT.safetensors --models MODELS --model {model} --scheme {scheme} \\
-        --steps {steps} --held-out-images {held_out} --seeds {asked} --only {only} --result {file}
+        --steps {steps} --select-steps {select_steps} --held-out-images {held_out} --seeds {asked} \\
+        --rates {asked_rates} --only {only} --result {file}
 
 {table}
 
 {comment}
 """
+
+BORDERS = """## What moves into a shifted image
+
+The batch norms of the {model} got their statistics anew from {batches} batches of {batch} training images; no weight
+changed. Top-1 on {test_images:,} test images, mean and range over {seeds} draws; `stored`: with the statistics of the file.
+
+    python benchmarks/borders.py --data CIFAR10 --models MODELS
+
+{table}
+
+A border of black is news to a model that never saw one, so `finetune` lets the reflection move in.
+"""
+
+
+def borders(data: dict[str, Any]) -> str:
+    rows = [
+        (f"`{name}`" if name == "stored" else name, _ranged([100 * score for score in scores]))
+        for name, scores in data["top1"].items()
+    ]
+    return BORDERS.format(
+        **{k: data[k] for k in ("model", "batches", "batch", "test_images")},
+        seeds=len(data["seeds"]),
+        table=table(("images shifted", "test"), rows),
+    )
 
 
 def speed(data: dict[str, Any]) -> str:
@@ -128,14 +153,17 @@ def _name(data: dict[str, Any]) -> str:
 def epoch(data: dict[str, Any]) -> str:
     found, setting = _by_row(data), data["setting"]
     name = "recipe_epoch" if setting["model"] == "vit-real" else "recipe_resnet_epoch"
-    rows = sorted((_figures(runs) for runs in found.values()), key=lambda row: float(row[0]))
+    rows = sorted(
+        ((name, *_figures(runs)) for name, runs in found.items()),
+        key=lambda row: (not row[0].startswith("rate"), float(row[1])),
+    )
     return EPOCH.format(
         **_said(data),
         epochs=setting["steps"] * setting["batch"] / setting["train_images"],
         only=" ".join(f'"{name}"' for name in sorted(found)),
         file=f"{name}.json",
         comment=comment_on(name),
-        table=table(("rate", "held out", "test"), rows),
+        table=table(("", "rate", "held out", "test"), rows),
     )
 
 
@@ -150,9 +178,14 @@ def _by_row(data: dict[str, Any]) -> dict[str, list[Any]]:
 def _figures(runs: list[Any]) -> tuple[str, str, str]:
     """Rate, accuracy on held-out images, and on test images with its range."""
     top1 = [100 * run["top1"] for run in runs]
-    spread = f" ({min(top1):.2f} to {max(top1):.2f})" if len(top1) > 1 else ""
     held_out = 100 * statistics.fmean(run["held_out"] for run in runs)
-    return f"{runs[0]['lr']:g}", f"{held_out:.2f}", f"{statistics.fmean(top1):.2f}{spread}"
+    return f"{runs[0]['lr']:g}", f"{held_out:.2f}", _ranged(top1)
+
+
+def _ranged(figures: list[float]) -> str:
+    """The mean, and the range where there are several."""
+    spread = f" ({min(figures):.2f} to {max(figures):.2f})" if len(figures) > 1 else ""
+    return f"{statistics.fmean(figures):.2f}{spread}"
 
 
 def _said(data: dict[str, Any]) -> dict[str, Any]:
