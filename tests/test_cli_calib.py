@@ -121,7 +121,8 @@ def test_what_cannot_be_is_refused_before_anything_is_written(world: World, tmp_
     empty.mkdir()
     base = ["convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", output, *HERE]
     refused(*base, "--calib", empty, words=["no images", "empty"])
-    refused(*base, "--calib", tmp_path / "nowhere", words=["does not exist"])
+    refused(*base, "--calib", tmp_path / "nowhere", words=["does not exist", "holds images"])
     refused(*base, "--calib", world.data, "--effort", "heroic", words=["heroic", *EFFORTS])
-    refused(*base, "--resume", words=["--resume", "--calib"])
+    for option in (("--resume",), ("--effort", "fast"), ("--strict",), ("-n", 100)):
+        refused(*base[: -len(HERE)], *option, words=["without --calib", "leave it out"])
     assert files_of(tmp_path) == {"empty"}

@@ -93,7 +93,7 @@ def test_the_first_rule_that_takes_a_tensor_has_it() -> None:
 def test_a_toml_recipe_is_the_same_as_one_in_python(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(
-        'params = "70%"\n[[rule]]\nscheme = "lors"\ninclude = ["*attn*"]\nrank = 4\nk = [1, 2, 3]\n'
+        '[[rule]]\nscheme = "lors"\ninclude = ["*attn*"]\nrank = 4\nk = [1, 2, 3]\n'
         '[[rule]]\nscheme = "tied"\nexclude = "blocks.0.*"\nscale = false\n'
     )
     recipe = Recipe.from_toml(path)
@@ -101,12 +101,38 @@ def test_a_toml_recipe_is_the_same_as_one_in_python(tmp_path: Path) -> None:
         (
             Rule("lors", {"rank": 4, "k": [1, 2, 3]}, ("*attn*",)),
             Rule("tied", {"scale": False}, ("*",), ("blocks.0.*",)),
-        ),
-        Budget("70%"),
+        )
     )
     plan = tiedconv.plan(model("timm-vit"), recipe=recipe)
     assert not any(n.startswith("blocks.0.mlp") for n in plan.weights)
     assert recipe.to_json()["rules"][0]["k"] == [1, 2, 3]
+    path.write_text('params = "70%"\n[[rule]]\nscheme = "lors"\n')
+    assert Recipe.from_toml(path) == Recipe((Rule("lors"),), Budget("70%"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "named"),
+    [
+        ("lors", {"rank": 4}, "rank"),
+        ("lors", {"rank": 0.1, "k": [1, 2, 3], "groups": "all"}, "rank and k"),
+        ("tied", {"rank": 2}, "rank"),
+        ("lors-adaptive", {"rank": 2, "k": [1, 2, 3]}, "k"),
+    ],
+)
+def test_ranks_are_given_or_chosen_by_a_budget(
+    scheme: str, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"{named} of {scheme} and a budget were both given"):
+        Recipe((Rule(scheme, options),), Budget("50%"))
+    Recipe((Rule(scheme, options),))
+    Recipe((Rule(scheme, {k: v for k, v in options.items() if k not in named}),), Budget("50%"))
+
+
+@pytest.mark.parametrize("params", ["100%", "10M", "1b"])
+def test_a_budget_that_saves_nothing_is_refused(params: str) -> None:
+    for scheme in ("tied", "auto"):
+        with pytest.raises(RecipeError, match="Nothing would be saved"):
+            tiedconv.plan(model("timm-vit"), scheme, params=params)
 
 
 @pytest.mark.parametrize(
@@ -190,12 +216,12 @@ def test_a_wrong_scheme_or_option_is_refused(
     [
         ("50%", 1000, 500),
         ("12.5 %", 1000, 125),
-        ("100%", 7, 7),
-        ("12M", 1, 12_000_000),
-        ("1.5k", 1, 1500),
-        ("2b", 1, 2_000_000_000),
-        ("1_000", 1, 1000),
-        ("1,000", 1, 1000),
+        ("99.9%", 1000, 999),
+        ("12M", 10**10, 12_000_000),
+        ("1.5k", 10**10, 1500),
+        ("2b", 10**10, 2_000_000_000),
+        ("1_000", 10**10, 1000),
+        ("1,000", 10**10, 1000),
     ],
 )
 def test_budgets(text: str, original: int, count: int) -> None:
@@ -381,10 +407,10 @@ def test_no_exchange_of_one_rank_for_another_removes_more_error(scheme: str, spa
     assert all(price > left for _, price in untaken)
 
 
-def test_a_budget_of_all_is_not_exceeded() -> None:
-    tied = tiedconv.convert(model("timm-vit"), "tied", params="100%")
+def test_a_budget_of_nearly_all_is_not_exceeded() -> None:
+    tied = tiedconv.convert(model("timm-vit"), "tied", params="99.9%")
     plan = state_of(tied).plan
-    assert plan.stored <= plan.original
+    assert plan.stored < plan.original
 
 
 def test_a_budget_without_ranks_is_met_or_refused() -> None:

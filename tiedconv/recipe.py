@@ -24,23 +24,34 @@ class Budget:
     text: str
 
     def __post_init__(self) -> None:
-        self.resolve(1)
+        self._parsed()
 
     def resolve(self, original: int) -> int:
-        """The number of parameters.
+        """The number of parameters, of a model that has so many.
 
         Raises:
-            RecipeError: neither a percentage nor a number.
+            RecipeError: it is no fewer, so that nothing would be saved.
         """
+        number, is_share = self._parsed()
+        count = int(original * number / 100) if is_share else int(number)
+        if count >= original:
+            raise RecipeError(
+                f"params={self.text!r} is no fewer than the model's own {original:,} parameters",
+                "Nothing would be saved",
+                "Give less, such as 50%",
+            )
+        return count
+
+    def _parsed(self) -> tuple[float, bool]:
+        """The number, and whether it is a percentage; RecipeError if it is neither."""
         text = self.text.strip().replace("_", "").replace(",", "").lower()
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
-            share = float(match[1])
-            if 0 < share <= 100:
-                return int(original * share / 100)
+            if 0 < (share := float(match[1])) <= 100:
+                return share, True
         elif match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text):
             count = float(match[1]) * _UNITS[match[2]]
             if count >= 1:
-                return int(count)
+                return count, False
         raise RecipeError(
             f"params={self.text!r} is no budget",
             remedy="Give a percentage of the original such as 50%, or a number such as 12M",
@@ -72,6 +83,12 @@ class Rule:
             fnmatchcase(name, p) for p in self.exclude
         )
 
+    def chosen_by_a_budget(self) -> list[str]:
+        """The options that are given here and that a budget would choose anew."""
+        scheme = make_scheme(self.scheme, self.options)
+        chosen = scheme.with_ranks((0,)).to_json()
+        return [name for name in self.options if chosen[name] != scheme.to_json()[name]]
+
     def naming_none_of(self, names: Iterable[str]) -> Rule:
         """The same rule with only those of its patterns that match none of these names.
 
@@ -90,8 +107,6 @@ class Recipe:
 
     The same as a TOML file:
 
-        params = "50%"
-
         [[rule]]
         scheme = "lors"
         include = ["*attn*"]
@@ -101,6 +116,15 @@ class Recipe:
 
     rules: tuple[Rule, ...] = (Rule(),)
     budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        for rule in self.rules if self.budget else ():
+            if given := rule.chosen_by_a_budget():
+                raise RecipeError(
+                    f"{' and '.join(given)} of {rule.scheme} and a budget were both given",
+                    "The budget chooses the ranks",
+                    f"Leave out params, or {' and '.join(given)}",
+                )
 
     @classmethod
     def of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shlex
 import signal
 import sys
@@ -164,6 +165,19 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+def refuse_without_images(context: typer.Context, *options: str) -> None:
+    """UserError if any of these options of a command was given: it has no --calib."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name) if name in options else None
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(
+                f"{parameter.opts[-1]} was given without --calib",
+                "It says what is done with images, and there are none",
+                "Add --calib IMAGES, or leave it out",
+            )
+
+
 def command_line() -> str:
     """The command as the user typed it, for a file's history.
 
@@ -259,9 +273,16 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) not in (1, 3) or (option == "--std" and min(values) <= 0):
+    if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
         raise UserError(
             f"{option} {text!r} is not one number for each channel",
             remedy=f"Write it as {option} 0.485,0.456,0.406",
+        )
+    least = min(values)
+    if max(values) > 1 or least < 0 or (option == "--std" and least == 0):
+        raise UserError(
+            f"{option} {text} is not between 0 and 1",
+            "Pixels are numbers from 0 to 1",
+            "Divide figures that are meant for 0 to 255 by 255" if max(values) > 1 else "",
         )
     return values

@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
+    context: typer.Context,
     model: common.Model,
     scheme: Annotated[
         str | None, typer.Option(help=f"{', '.join(all_schemes())}; tied if not given.")
@@ -102,6 +103,8 @@ def convert(
     self-describing file. With [b]--calib[/b] the result works at once; without images it may
     not. Heal it afterwards with [b]tiedconv finetune[/b].
     """
+    if calib is None:
+        common.refuse_without_images(context, "calib_images", "effort", "resume", "strict")
     wanted = make_recipe(scheme, params, rank, option, include, exclude, recipe)
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with ConvertBar("fitting") as bar:
@@ -143,15 +146,9 @@ def _calibration(
     workers: int | None, seed: int,
 ) -> Calibration | None:  # fmt: skip
     """What the options say about images; None without any."""
-    config = CalibConfig(effort=effort, seed=seed)
     if folder is None:
-        if resume:
-            raise UserError(
-                "--resume was given without --calib",
-                "Only a calibration can be gone on with",
-                "Repeat the interrupted command, with --resume added",
-            )
         return None
+    config = CalibConfig(effort=effort, seed=seed)
     return Calibration(folder, images, config, device, workers, strict, resume=resume)
 
 

@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
+    context: typer.Context,
     model: common.Model,
     params: Annotated[
         str,
@@ -58,6 +59,8 @@ def plan(
     It takes seconds and no weights. With [b]--calib[/b] each cell is fitted, and says how many
     nats its answers would be from the original's, before healing.
     """
+    if calib is None:
+        common.refuse_without_images(context, "calib_images", "strict")
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     quick = contextlib.nullcontext() if calib else _quick_start()
     with PlanBar("fitting") as bar, quick:

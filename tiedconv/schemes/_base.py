@@ -226,7 +226,9 @@ class Cored(Scheme):
 
     def core_rank(self, shape: tuple[int, int]) -> int:
         """The rank that `core` means for a shared matrix of this shape."""
-        return max(1, resolve_ranks(self.core, (), [shape], [True])[0]) if self.core else 0
+        if not self.core:
+            return 0
+        return max(1, resolve_ranks(self.core, (), [shape], [True], "core")[0])
 
     def core_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         if not self.core:
@@ -276,6 +278,7 @@ def resolve_ranks(
     k: Sequence[int],
     shapes: Sequence[tuple[int, int]],
     takes: Sequence[bool],
+    name: str = "rank",
 ) -> list[int]:
     """One rank for each matrix, from any of the ways in which ranks are given.
 
@@ -285,13 +288,14 @@ def resolve_ranks(
             empty.
         shapes: of the matrices.
         takes: which of them take a rank; the others get 0.
+        name: of the option, for its errors.
     """
     count = sum(takes)
     if isinstance(rank, float) and not math.isfinite(rank):
-        raise SchemeError(f"rank={rank} is no number", remedy="Use 0 or more")
+        raise SchemeError(f"{name}={rank} is no number", remedy="Use 0 or more")
     if isinstance(rank, float) and rank >= 1:
         raise SchemeError(
-            f"rank={rank} is no share of a matrix", remedy="Use a whole number, or less than 1"
+            f"{name}={rank} is no share of a matrix", remedy="Use a whole number, or less than 1"
         )
     if isinstance(rank, tuple) and len(rank) != len(shapes):
         raise SchemeError(
@@ -316,7 +320,7 @@ def resolve_ranks(
             if isinstance(rank, float):
                 value = math.floor(value * out * inputs / (out + inputs))
         if value < 0:
-            raise SchemeError(f"rank={rank} is negative", remedy="Use 0 or more")
+            raise SchemeError(f"{name}={rank} is negative", remedy="Use 0 or more")
         ranks.append(min(int(value), out, inputs))
     return ranks
 

@@ -22,6 +22,8 @@ from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts, listed
 from tiedconv.data.names import Names
 from tiedconv.errors import DataError
 
+ANY_FOLDER = f"Give a folder that holds images ({', '.join(SUFFIXES)}), at any depth"
+
 
 class ImageFolder(Layout):
     """Image files in folders."""
@@ -38,7 +40,7 @@ class ImageFolder(Layout):
         return True
 
     def parts(self, spec: str, *, labels: bool) -> Parts:
-        folder = _existing(spec)
+        folder = _existing(spec, self.expected if labels else ANY_FOLDER)
         train = folder / "train"
         if not labels:
             if not (_is_part(train) or _flat_parts(folder)):
@@ -120,16 +122,16 @@ def _flat(root: Path) -> Images:
         raise DataError(
             f"There are no images in {root}",
             "",
-            f"Give a folder that holds images ({', '.join(SUFFIXES)})",
+            ANY_FOLDER,
         )
     return Images.all_of(_Files(str(root), names), len(names), None, ())
 
 
-def _existing(spec: str) -> Path:
+def _existing(spec: str, expected: str) -> Path:
     folder = Path(spec)
     if not os.path.isdir(folder):
         what = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
-        raise DataError(f"The data folder {folder} {what}", "", LAYOUT.expected)
+        raise DataError(f"The data folder {folder} {what}", "", expected)
     return folder
 
 
