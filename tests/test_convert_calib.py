@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import tiedconv
 from tiedconv import Recipe
 from tiedconv.anatomy import examine
 from tiedconv.binding import dense_state_dict, is_tied, state_of
-from tiedconv.calibrate import Calibration, Measuring
+from tiedconv.calibrate import Calibration, Finalist, Kept, Measuring
 from tiedconv.calibration import CalibConfig, Joint, gather_moments
+from tiedconv.cli.progress import ConvertBar
 from tiedconv.errors import BudgetError, DataError, UserError
 from tiedconv.metric import Metric
 from tiedconv.planner import alternatives, fit_plan, make_plan, weights_of
@@ -275,6 +277,27 @@ def test_of_a_recipe_and_its_alternatives_the_cheapest_is_carried_out(scheme: st
     calib = calib_for(name, config=CalibConfig(effort="fast"))
     made = tiedconv.convert(MICROS[name].model(), recipe=recipe, calib=calib)
     assert state_of(made).history[0]["recipe"] == best.to_json()
+
+
+def test_where_two_fits_are_near_each_other_it_is_told_which_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tiedconv.trials.CLOSE", math.inf)
+    events: list[Any] = []
+    calib = calib_for("timm-vit", on_event=events.append)
+    made = tiedconv.convert(MICROS["timm-vit"].model(), "lors", params="60%", calib=calib)
+    told = [e for e in events if isinstance(e, Finalist | Kept)]
+    assert told[:2] == [Finalist(1, 2, ("lors",)), Finalist(2, 2, ("lors",))]
+    kept = told[2]
+    assert isinstance(kept, Kept)
+    after = state_of(made).history[0]["calibration"]["kl_after"]
+    assert kept.divergences[kept.number - 1] == min(kept.divergences) == after
+    lines: list[str] = []
+    monkeypatch.setattr(ConvertBar, "line", lambda _, text: lines.append(text))
+    for event in told:
+        ConvertBar("fitting")(event)
+    assert lines[0] == "fit 1 of 2 (lors), block by block:"
+    assert lines[2].startswith(f"kept fit {kept.number}: ")
 
 
 @pytest.mark.parametrize("scheme", ["tied", "lors"])

@@ -275,6 +275,18 @@ def test_what_can_not_be_exported_is_refused(compact: Path, here: Path) -> None:
     assert not files_of(here)
 
 
+@pytest.mark.parametrize("error", [AssertionError(), KeyError("x"), RuntimeError("a\nb")])
+def test_what_torch_can_not_export_is_told(
+    compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.export.export", failing)
+    refused("export", compact, "-o", "m.pt2", words=["torch can't export this model", "--to dense"])
+    assert not files_of(here)
+
+
 def test_a_missing_package_is_named(
     compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

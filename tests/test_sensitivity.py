@@ -188,6 +188,7 @@ def test_sorting_and_figures(world: World) -> None:
     dearest = max(found["rows"], key=lambda r: r["predicted"])["name"]
     text = plain(run(*command, "--keep", "25%", "--sort", "cost").stdout)
     assert text.splitlines()[3].startswith(dearest)
+    assert figures(*command, "--keep", "25%", "--sort", "cost")["rows"][0]["name"] == dearest
     assert "rank correlation" not in text
 
 

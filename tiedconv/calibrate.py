@@ -32,10 +32,39 @@ class Measuring:
     total: int
 
 
-OnCalibration = Callable[[CalibEvent | Measuring], None]
+@dataclass(frozen=True)
+class Finalist:
+    """The blocks of one of several fits come next: their costs are too near to each other to tell.
+
+    Args:
+        number: of this fit, from 1.
+        count: of the fits.
+        schemes: that it is made of.
+    """
+
+    number: int
+    count: int
+    schemes: tuple[str, ...]
 
 
-def _ignore(event: CalibEvent | Measuring) -> None:
+@dataclass(frozen=True)
+class Kept:
+    """The fit that was kept of several: the one that diverges least.
+
+    Args:
+        number: of that fit, from 1.
+        divergences: of each, in nats an image.
+    """
+
+    number: int
+    divergences: tuple[float, ...]
+
+
+Event = CalibEvent | Measuring | Finalist | Kept
+OnCalibration = Callable[[Event], None]
+
+
+def _ignore(event: Event) -> None:
     """The listener of those who don't listen."""
 
 

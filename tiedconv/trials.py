@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tiedconv.anatomy import Anatomy, examine
 from tiedconv.binding import tie
 from tiedconv.budget import Metrics
-from tiedconv.calibrate import Calibration, calibration_record
+from tiedconv.calibrate import Calibration, Finalist, Kept, calibration_record
 from tiedconv.calibration import Moments
 from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.plan import Plan
@@ -132,13 +132,20 @@ def calibrated(
     for i, fitted in enumerate(finalists):
         student = model if len(finalists) == 1 else copy.deepcopy(model)
         bind(student, fitted, source)
-        own = calib if len(finalists) == 1 else calib.part(i)
+        own = calib
+        if len(finalists) > 1:
+            schemes = tuple(sorted({group.scheme for group in fitted.plan.groups}))
+            calib.on_event(Finalist(i + 1, len(finalists), schemes))
+            own = calib.part(i)
         result = own.fit(student, teacher, data)
         student.cpu()
         assert fitted.moments is not None
         record = calibration_record(fitted.moments, result, calib)
         results.append((result.kl_after, fitted, student, record))
-    _, fitted, student, record = min(results, key=lambda r: r[0])
+    best = min(range(len(results)), key=lambda i: results[i][0])
+    _, fitted, student, record = results[best]
+    if len(results) > 1:
+        calib.on_event(Kept(best + 1, tuple(r[0] for r in results)))
     if student is not model:
         bind(model, fitted, source)
         model.load_state_dict(student.state_dict())

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from tiedconv.calibrate import Calibration, Measuring
-from tiedconv.calibration import CalibConfig, CalibEvent
+from tiedconv.calibrate import Calibration, Event, Measuring
+from tiedconv.calibration import CalibConfig
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
@@ -118,7 +118,7 @@ class PlanBar(Bar):
         self._fits = (done, total, what)
         self.update(done, total, what)
 
-    def __call__(self, event: CalibEvent | Measuring) -> None:
+    def __call__(self, event: Event) -> None:
         if isinstance(event, Measuring):
             done, total, what = self._fits
             self.update(done, total, f"{what}: image {event.images:,} of {event.total:,}")

@@ -17,8 +17,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tiedconv.calibrate import Measuring
-from tiedconv.calibration import CalibEvent, Fitted, Fitting, Joint
+from tiedconv.calibrate import Event as CalibrationEvent
+from tiedconv.calibrate import Finalist, Kept, Measuring
+from tiedconv.calibration import Fitted, Fitting, Joint
 from tiedconv.cli.common import err
 from tiedconv.cli.render import accuracy, counted, duration, size
 from tiedconv.training import (
@@ -95,7 +96,7 @@ class ConvertBar(Bar):
         """Groups fitted."""
         self.update(done, total, "", "fitting")
 
-    def __call__(self, event: CalibEvent | Measuring) -> None:
+    def __call__(self, event: CalibrationEvent) -> None:
         match event:
             case Measuring(images, total):
                 self.update(images, total, "images", "measuring")
@@ -108,6 +109,11 @@ class ConvertBar(Bar):
                 self.line(f"{_span(units)}: relative error {before:.3f} -> {after:.3f}")
             case Joint(step, steps, loss):
                 self.update(step, steps, f"loss {loss:.4f}", "whole model")
+            case Finalist(number, count, schemes):
+                self.line(f"fit {number} of {count} ({', '.join(schemes)}), block by block:")
+            case Kept(number, divergences):
+                told = ", ".join(f"{nats:.3g}" for nats in divergences)
+                self.line(f"kept fit {number}: nats of each {told}")
 
 
 def _span(units: tuple[str, ...]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tiedconv.calibrate import Calibration, Measuring
-from tiedconv.calibration import CalibConfig, CalibEvent
+from tiedconv.calibrate import Calibration, Event, Measuring
+from tiedconv.calibration import CalibConfig
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
@@ -83,10 +84,14 @@ def sensitivity(
             model_args=common.model_args(model_arg), preprocess=change, batch_size=batch_size,
             seed=seed, on_measured=bar.measured,
         )  # fmt: skip
+    shown = found
+    if sort == "cost":
+        rows = tuple(sorted(found.rows, key=_cost, reverse=True))
+        shown = dataclasses.replace(found, rows=rows)
     if json_:
-        common.print_json(found)
+        common.print_json(shown)
     else:
-        _show(found, by_cost=sort == "cost")
+        _show(shown)
     if output is not None:
         draw(found, output, force=force)
         hint(f"Drew {output}")
@@ -95,7 +100,7 @@ def sensitivity(
 class SensitivityBar(Bar):
     """A bar that listens to the measuring of moments, then of answers."""
 
-    def __call__(self, event: CalibEvent | Measuring) -> None:
+    def __call__(self, event: Event) -> None:
         if isinstance(event, Measuring):
             self.update(event.images, event.total, "images", "moments")
 
@@ -115,17 +120,16 @@ def _share(text: str) -> float:
     return share
 
 
-def _show(found: Sensitivity, *, by_cost: bool) -> None:
+def _show(found: Sensitivity) -> None:
     measured = any(r.measured is not None for r in found.rows)
     columns = ["matrix", "parameters", "rank", "predicted nats"]
     columns += ["measured nats", "changed"] if measured else []
     columns.append("nats per million saved")
-    rows = sorted(found.rows, key=_cost, reverse=True) if by_cost else found.rows
     title = (
         f"{found.model}: one matrix at a time at {100 * found.keep:g} % of its parameters, "
         f"{found.images:,} images"
     )
-    common.show_table(columns, [_row(r, measured) for r in rows], title)
+    common.show_table(columns, [_row(r, measured) for r in found.rows], title)
     say("")
     for line in _summary(found, measured):
         say(line)
