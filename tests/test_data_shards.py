@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from data_helpers import contents, encoded, expected, pictures, sample, write_tar, written
 
+from tiedconv.cli.common import guarded
 from tiedconv.data import open_images, open_split
 from tiedconv.data.layouts import _tar_index
 from tiedconv.errors import DataError
@@ -104,6 +105,25 @@ def test_the_index_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     kept[0].write_bytes(b"damaged")
     assert contents(open_split(spec).train) == first
+
+
+def test_a_long_reading_is_told_by_commands_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_tar_index, "_TELL_SECONDS", 0.0)
+    spec = written(tmp_path, "shards")
+    shards = len(list(Path(spec).glob("train-*.tar")))
+
+    def opening() -> None:
+        open_split(spec)
+
+    guarded(opening)()
+    told = capsys.readouterr().err
+    assert f"shard {shards} of {shards}" in told
+    guarded(opening)()  # it lies in the cache
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    open_split(spec)  # a program that imports the package decides what it hears
+    assert capsys.readouterr().err == ""
 
 
 def _tar(*files: tuple[str, bytes]) -> Callable[[Path], object]:

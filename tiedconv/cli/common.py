@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import math
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
@@ -145,7 +147,7 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with ended_as_by_hand():
+            with ended_as_by_hand(), _heard():
                 function(*args, **kwargs)
         except TiedconvError as error:
             # Of several processes all find what is wrong with a command, and one says it.
@@ -163,6 +165,27 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None
 
     return run
+
+
+class _Hints(logging.Handler):
+    """Prints what the library has to say of its work."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if rank_in_environment() == 0:
+            hint(record.getMessage())
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    logger, handler = logging.getLogger("tiedconv"), _Hints()
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def refuse_without_images(context: typer.Context, *options: str) -> None:

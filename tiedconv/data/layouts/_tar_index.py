@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import tarfile
+import time
 import zipfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +26,9 @@ _ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
 _LABEL_BYTES = 1 << 20
 _VERSION = 1
 """Of the cached file; another number makes older ones unused."""
+_TELL_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
 
 
 def index_of(paths: Sequence[str], labels: bool, expected: str) -> Ints:
@@ -67,7 +72,13 @@ def _cache_file(paths: Sequence[str], labels: bool) -> Path:
 def _read(paths: Sequence[str], labels: bool, expected: str) -> Ints:
     columns = [array("q") for _ in range(4)]
     known = columns[3]
+    told = time.monotonic()
     for number, path in enumerate(paths):
+        if time.monotonic() - told >= _TELL_SECONDS:
+            told = time.monotonic()
+            _log.info(
+                "Reading where the images lie, once: shard %d of %d", number + 1, len(paths)
+            )  # fmt: skip
         for key, start, size, label in _samples(path, labels, expected):
             if known and (known[-1] < 0) != (label < 0):
                 raise DataError(

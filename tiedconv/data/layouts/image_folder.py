@@ -22,7 +22,7 @@ from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts, listed
 from tiedconv.data.names import Names
 from tiedconv.errors import DataError
 
-ANY_FOLDER = f"Give a folder that holds images ({', '.join(SUFFIXES)}), at any depth"
+_ANY_FOLDER = f"Give a folder that holds images ({', '.join(SUFFIXES)}), at any depth"
 
 
 class ImageFolder(Layout):
@@ -40,7 +40,7 @@ class ImageFolder(Layout):
         return True
 
     def parts(self, spec: str, *, labels: bool) -> Parts:
-        folder = _existing(spec, self.expected if labels else ANY_FOLDER)
+        folder = _existing(spec, self.expected if labels else _ANY_FOLDER)
         train = folder / "train"
         if not labels:
             if not (_is_part(train) or _flat_parts(folder)):
@@ -122,7 +122,7 @@ def _flat(root: Path) -> Images:
         raise DataError(
             f"There are no images in {root}",
             "",
-            ANY_FOLDER,
+            _ANY_FOLDER,
         )
     return Images.all_of(_Files(str(root), names), len(names), None, ())
 
