@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import MODEL_ARGS, SPEC, World, figures, plain, refused, run
+from cli_helpers import MODEL_ARGS, SPEC, World, figures, plain, refused, run, write_images
 from micro import all_micros
 from torch import Tensor, nn
 
@@ -205,6 +205,18 @@ def test_what_is_printed(world: World) -> None:
     assert "--scheme auto --params" in result.stderr
     assert f"tiedconv plan {SPEC}" in result.stderr
     assert gc.isenabled()
+
+
+def test_a_broken_image_is_left_out_and_told(world: World, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    images = sorted((tmp_path / "train").rglob("*.png"))
+    images[0].write_bytes(b"no image")
+    command = ("plan", SPEC, *MODEL_ARGS, "--params", "60%", "--calib", tmp_path, "-n", 100,
+               "--weights", world.weights, *HERE)  # fmt: skip
+    text = plain(run(*command).stdout)
+    assert f"from {len(images) - 1} images" in text
+    assert "1 image could not be read and was skipped." in text
+    refused(*command, "--strict", words=["no image"])
 
 
 def test_the_next_command_runs(world: World, tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ class Comparison:
         fixed: ways that have one size.
         unfit: schemes that find nothing to convert.
         images: that the costs were measured on, None without any.
+        skipped: images that could not be read.
         seconds: time taken.
     """
 
@@ -134,6 +135,7 @@ class Comparison:
     fixed: tuple[Fixed, ...]
     unfit: tuple[str, ...]
     images: int | None
+    skipped: int
     seconds: float
 
 
@@ -174,16 +176,17 @@ def compare(
     network, source = opened(model, weights if calib is not None else None, model_args, seed)
     sizes = Sizes(examine(network))
     rows, fixed, unfit = _sizes(sizes, wanted)
-    images: int | None = None
+    images, skipped = None, 0
     if calib is not None:
         data = calib.open(with_preprocess(source, preprocess))
         pricer = Pricer(network, sizes.anatomy, calib, data)
         rows, fixed = _priced(sizes, pricer, rows, fixed, on_fit)
-        images = pricer.images
+        images, skipped = pricer.images, pricer.skipped
     seconds = time.perf_counter() - start
     return Comparison(
-        spec, sizes.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, seconds
-    )
+        spec, sizes.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, skipped,
+        seconds,
+    )  # fmt: skip
 
 
 def _budgets(texts: Sequence[str]) -> list[Budget]:

@@ -104,6 +104,7 @@ class Pricer:
         self._measured: tuple[str, Moments] | None = None
         self._prices: dict[str, Price] = {}
         self.images = 0  # that were measured on
+        self.skipped = 0  # that could not be read
 
     @torch.no_grad()
     def alignment(self, recipe: Recipe) -> str:
@@ -153,5 +154,5 @@ class Pricer:
             self._model, weights_of(self._anatomy, recipe), self._data, moved
         )
         self._measured = place, moments
-        self.images = moments.images
+        self.images, self.skipped = moments.images, moments.skipped
         return moments

@@ -185,6 +185,8 @@ def _notes(found: Comparison) -> list[str]:
             "its budget. It ranks rather than foretells: what is measured is often twice as much, "
             "and far more where much is lost."
         )
+    if found.skipped:
+        notes.append(render.skipped(found.skipped))
     return notes
 
 
