@@ -176,6 +176,7 @@ def main() -> None:
         ("adamixer_speed", results_detectors.times),
         ("ablation", results_fits.ablation),
         ("calibration_cost", results_fits.cost),
+        ("calib_images", results_fits.images),
         ("datafree", results_fits.datafree),
         ("speed", speed),
         ("training_speed", results_training.speed),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
-from markdown_table import table
+from markdown_table import ranged, table
 from results_folder import comment_on
 
 ABLATION = """## What each part of a calibrated conversion is worth
@@ -69,6 +70,40 @@ def ablation(data: dict[str, Any]) -> str:
             )
         )  # fmt: skip
     return "\n".join(parts)
+
+
+IMAGES = """## How many images a calibration needs
+
+Converted by so many training images drawn at random, without labels and without any training after; top-1 on the
+test images, mean and range where there are several draws.
+
+    python benchmarks/calib_images.py --data CIFAR10 --models MODELS --vit VIT.safetensors --model MODEL \\
+        --scheme auto --params 30%
+
+{table}
+
+{comment}
+"""
+
+
+def images(data: dict[str, Any]) -> str:
+    runs: dict[tuple[str, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for key, row in data["rows"].items():
+        model, *way = key.split("/")
+        if way != ["dense"]:
+            scheme, params, effort, count, _ = way
+            runs[model, scheme, params, effort][int(count)].append(100 * row["top1"])
+    counts = sorted({count for found in runs.values() for count in found})
+    rows = [
+        (
+            model, f"`{scheme}` {params}, `{effort}`",
+            f"{100 * data['rows'][f'{model}/dense']['top1']:.1f}",
+            *(ranged(found[c], 1) if c in found else "" for c in counts),
+        )
+        for (model, scheme, params, effort), found in runs.items()
+    ]  # fmt: skip
+    columns = ("model", "way", "original", *(f"{c:,} images" for c in counts))
+    return IMAGES.format(table=table(columns, rows, words=2), comment=comment_on("calib_images"))
 
 
 def datafree(data: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from markdown_table import table
+from markdown_table import ranged, table
 from results_folder import comment_on
 
 TRAINING_SPEED = """## Speed of fine-tuning
@@ -80,7 +80,7 @@ A border of black is news to a model that never saw one, so `finetune` lets the 
 
 def borders(data: dict[str, Any]) -> str:
     rows = [
-        (f"`{name}`" if name == "stored" else name, _ranged([100 * score for score in scores]))
+        (f"`{name}`" if name == "stored" else name, ranged([100 * score for score in scores]))
         for name, scores in data["top1"].items()
     ]
     return BORDERS.format(
@@ -179,13 +179,7 @@ def _figures(runs: list[Any]) -> tuple[str, str, str]:
     """Rate, accuracy on held-out images, and on test images with its range."""
     top1 = [100 * run["top1"] for run in runs]
     held_out = 100 * statistics.fmean(run["held_out"] for run in runs)
-    return f"{runs[0]['lr']:g}", f"{held_out:.2f}", _ranged(top1)
-
-
-def _ranged(figures: list[float]) -> str:
-    """The mean, and the range where there are several."""
-    spread = f" ({min(figures):.2f} to {max(figures):.2f})" if len(figures) > 1 else ""
-    return f"{statistics.fmean(figures):.2f}{spread}"
+    return f"{runs[0]['lr']:g}", f"{held_out:.2f}", ranged(top1)
 
 
 def _said(data: dict[str, Any]) -> dict[str, Any]:

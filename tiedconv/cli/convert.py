@@ -28,6 +28,10 @@ def register(app: typer.Typer) -> None:
     app.command()(common.guarded(convert))
 
 
+FEW_IMAGES = 100
+"""Measured by benchmarks/calib_images.py: with more, a small ViT at 30 % gained half a point."""
+
+
 def convert(
     context: typer.Context,
     model: common.Model,
@@ -246,6 +250,11 @@ def _show(done: Conversion, *, each: bool) -> None:
         say(render.FIT_ERROR_ON_IMAGES if done.calibration else render.FIT_ERROR)
     if done.calibration:
         say(render.calibrated(done.calibration))
+        if done.calibration["images"] < FEW_IMAGES:
+            hint(
+                f"{done.calibration['images']} images are few: below about {FEW_IMAGES} each "
+                "further one tells (docs/results.md), and they need no labels."
+            )
     if done.ways:
         say("\nWhat would save more (the less is stored, the more healing it needs):")
         for how, stored in done.ways:
