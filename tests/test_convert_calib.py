@@ -259,14 +259,13 @@ def test_auto_costs_no_more_than_what_it_tries(name: str, params: str) -> None:
         assert auto <= other * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("params", ["30%", "90%"])
-def test_auto_costs_about_as_little_as_any_scheme_alone(params: str) -> None:
-    """A basis' curve is an estimate, so that a choice by curves may lose a little."""
+@pytest.mark.parametrize("params", ["30%", "50%", "90%"])
+def test_auto_costs_as_little_as_any_scheme_alone(params: str) -> None:
     x = images_of("timm-vit", 24)
     auto, _ = best_cost("timm-vit", Recipe.of("auto", params=params), x)
     for scheme in ("lowrank", "basis", "tied", "lors"):
         other, _ = best_cost("timm-vit", Recipe.of(scheme, params=params), x)
-        assert auto <= 1.1 * other
+        assert auto <= other * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["auto", "tied", "lors"])

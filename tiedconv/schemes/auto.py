@@ -44,7 +44,9 @@ class Auto(Scheme):
     def alternatives(self) -> tuple[Scheme, ...]:
         # These fit better than their curves say, as a shared part and a private part make up for
         # each other; and a base for a stack wants its layers aligned, in a way of its own.
-        alone = (LowRank(), Tied(core=0.5))
+        # A scheme for the whole model is tried even where its curve promises less than a mixture:
+        # so nothing is behind the best of them.
+        alone = (LowRank(), Basis(), Tied(core=0.5), Tied())
         return (*alone, Lors(core=0.5), Lors()) if self.share else alone
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
