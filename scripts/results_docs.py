@@ -185,7 +185,6 @@ def main() -> None:
         ("recipe_epoch", results_training.epoch),
         ("recipe_resnet_epoch", results_training.epoch),
         ("borders", results_training.borders),
-        ("recipe_black", results_training.recipe),
         ("export", export),
         ("conversion", conversion),
         ("streaming", streaming),

@@ -35,10 +35,10 @@ TRAINING_SPEED_GPU = """On {device} in bfloat16, random bytes, torch {torch}:
 {table}
 """
 
-RECIPE = """## What each part of the recipe adds: {title}
+RECIPE = """## What each part of the recipe adds: {model}
 
 {model}, `{scheme}` at {params} of its parameters with {calib_images:,} images, then {steps} steps of {batch}; the base recipe is soft
-distillation (the teacher's share {share:g}), shifts ({borders} borders) and flips. Each line changes one thing. Its learning rate, one of {rates},
+distillation (the teacher's share {share:g}), shifts and flips. Each line changes one thing. Its learning rate, one of {rates},
 is chosen after {select_steps} steps by {held_out:,} held-out images; seeds {seeds}: mean, and range in brackets. The model scores
 {before:.2f} % before, the original {dense:.2f} %. Nothing is chosen by the test images.
 
@@ -145,9 +145,7 @@ def recipe(data: dict[str, Any]) -> str:
 
 def _name(data: dict[str, Any]) -> str:
     """What the comment on a table of the recipe is called."""
-    setting = data["setting"]
-    black = "_black" if setting["borders"] == "black" else ""
-    return f"recipe_{setting['model']}{black}"
+    return f"recipe_{data['setting']['model']}"
 
 
 def epoch(data: dict[str, Any]) -> str:
@@ -186,12 +184,10 @@ def _said(data: dict[str, Any]) -> dict[str, Any]:
     """What a benchmark of the recipe was about."""
     setting, before = data["setting"], data["before"]
     seeds = sorted({key.rpartition("/")[2] for key in data["runs"]})
-    names = ("model", "scheme", "params", "calib_images", "steps", "batch", "select_steps",
-             "borders")  # fmt: skip
+    names = ("model", "scheme", "params", "calib_images", "steps", "batch", "select_steps")
     return {
         **{name: setting[name] for name in names},
         "held_out": setting["held_out_images"],
-        "title": setting["model"] + (", black borders" if setting["borders"] == "black" else ""),
         "share": setting["base"]["distill_weight"],
         "rates": ", ".join(f"{rate:g}" for rate in setting["rates"]),
         "asked_rates": " ".join(f"{rate:g}" for rate in setting["rates"]),
