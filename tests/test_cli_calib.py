@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ def test_auto_takes_images_that_lie_in_no_class(world: World, tmp_path: Path) ->
     assert "auto" not in {group["scheme"] for group in told["groups"]}
 
 
+@pytest.fixture
+def _signals_heeded() -> Iterator[None]:
+    """Where tests were begun in the background, Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_signals_heeded")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_calibration_goes_on_to_the_same_file(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals

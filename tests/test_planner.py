@@ -123,9 +123,10 @@ def test_ranks_are_given_or_chosen_by_a_budget(
     scheme: str, options: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(RecipeError, match=f"{named} of {scheme} and a budget were both given"):
-        Recipe((Rule(scheme, options),), Budget("50%"))
-    Recipe((Rule(scheme, options),))
-    Recipe((Rule(scheme, {k: v for k, v in options.items() if k not in named}),), Budget("50%"))
+        Recipe.of(scheme, params="50%", **options)
+    Recipe.of(scheme, **options)
+    Recipe.of(scheme, params="50%", **{k: v for k, v in options.items() if k not in named})
+    Recipe((Rule(scheme, options),), Budget("50%"))  # as histories of older versions have it
 
 
 @pytest.mark.parametrize("params", ["100%", "10M", "1b"])

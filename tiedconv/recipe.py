@@ -117,15 +117,6 @@ class Recipe:
     rules: tuple[Rule, ...] = (Rule(),)
     budget: Budget | None = None
 
-    def __post_init__(self) -> None:
-        for rule in self.rules if self.budget else ():
-            if given := rule.chosen_by_a_budget():
-                raise RecipeError(
-                    f"{' and '.join(given)} of {rule.scheme} and a budget were both given",
-                    "The budget chooses the ranks",
-                    f"Leave out params, or {' and '.join(given)}",
-                )
-
     @classmethod
     def of(
         cls,
@@ -141,7 +132,7 @@ class Recipe:
         include = (include,) if isinstance(include, str) else include
         exclude = (exclude,) if isinstance(exclude, str) else exclude
         rule = Rule(scheme, options, tuple(include) or ("*",), tuple(exclude))
-        return cls((rule,), Budget(params) if params else None)
+        return cls((rule,), Budget(params) if params else None).asked()
 
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:
@@ -167,7 +158,22 @@ class Recipe:
                 remedy="It takes params and one [[rule]] table or more, as docs/recipes.md shows",
             )
         budget = Budget(str(data["params"])) if "params" in data else None
-        return cls(tuple(_rule(rule) for rule in rules), budget)
+        return cls(tuple(_rule(rule) for rule in rules), budget).asked()
+
+    def asked(self) -> Recipe:
+        """The recipe, as someone asks for it now; histories hold older ones.
+
+        Raises:
+            RecipeError: it gives a rank that its budget would choose anew.
+        """
+        for rule in self.rules if self.budget else ():
+            if given := " and ".join(rule.chosen_by_a_budget()):
+                raise RecipeError(
+                    f"{given} of {rule.scheme} and a budget were both given",
+                    "The budget chooses the ranks",
+                    f"Leave out params, or {given}",
+                )
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a file's history."""

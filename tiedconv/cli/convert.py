@@ -183,10 +183,10 @@ def make_recipe(
                 "Write them into the file's rules",
             )
         read = Recipe.from_toml(file)
-        return read if params is None else Recipe(read.rules, Budget(params))
+        return read if params is None else Recipe(read.rules, Budget(params)).asked()
     options = {**_options(option), **({} if rank is None else {"rank": _rank(rank)})}
     rule = Rule(scheme or "tied", options, tuple(include or ["*"]), tuple(exclude or []))
-    return Recipe((rule,), None if params is None else Budget(params))
+    return Recipe((rule,), None if params is None else Budget(params)).asked()
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:
