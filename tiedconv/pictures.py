@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -37,5 +38,8 @@ def write_figure(figure: Any, path: Path, *, force: bool = False) -> None:
     Raises:
         OutputError: the file can't be written.
     """
+    # Drawn first, as that takes long: who is killed meanwhile leaves no part of a file.
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=140, format=path.suffix[1:].lower())
     with replacing(path, force=force) as temporary:
-        figure.savefig(temporary, dpi=140, format=path.suffix[1:].lower())
+        temporary.write_bytes(drawn.getvalue())
