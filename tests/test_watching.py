@@ -235,7 +235,7 @@ def test_a_picture_that_cannot_be_written_is_no_failure(
     def broken(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
+    monkeypatch.setattr("pathlib.Path.write_bytes", broken)
     told = run(*command(world, tmp_path / "o.safetensors", "--json"))
     assert "No picture was drawn" in told.stderr
     assert json.loads(told.stdout)["picture"] is None
