@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accuracy import load
-from models import MEAN, STD, Pixels, normalised, read_pixels
+from models import Pixels, listed, normalised, read_pixels
 from torch import Tensor, nn
 
 from tiedconv.anatomy import examine
@@ -154,7 +154,7 @@ def main() -> None:
     store = json.loads(args.result.read_text()) if args.result.is_file() else {}
     pixels = read_pixels(args.data)
     calib = pixels["train"].some(args.images)
-    data = TensorList(calib.images, calib.labels, mean=MEAN, std=STD)
+    data = listed(calib)
     original = load(args).eval()
     runs = store.setdefault(args.model, {"images": args.images})
     if "dense" not in runs:

@@ -30,13 +30,12 @@ from typing import Any
 import rivals
 import torch
 from healing import Teacher, flops, heal, recalibrate, stored_bytes, stored_parameters
-from models import MEAN, SIZES, STD, read_pixels, top1
+from models import SIZES, listed, read_pixels, top1
 from rivals import Context
 from safetensors.torch import load_file
 from torch import nn
 
 import tiedconv
-from tiedconv.data import TensorList
 from tiedconv.errors import BudgetError, SchemeError
 from tiedconv.schemes import all_schemes
 
@@ -92,8 +91,7 @@ def convert(
     plain = tiedconv.convert(model, scheme, **options)
     if not data:
         return Compact(plain, options=options)
-    dataset = TensorList(ctx.calib.images.cpu(), ctx.calib.labels.cpu(), mean=MEAN, std=STD)
-    fitted = tiedconv.convert(model, scheme, calib=dataset, **options)
+    fitted = tiedconv.convert(model, scheme, calib=listed(ctx.calib), **options)
     return Compact(fitted, "calibrated", plain, options)
 
 

@@ -1,7 +1,7 @@
 """How many images a calibration needs: accuracy against their number.
 
     python benchmarks/calib_images.py --data .data/cifar10 --models .data/models \\
-        --vit .data/vit_cifar10.safetensors --model vit-real --scheme lors --params 50%
+        --vit .data/vit_cifar10.safetensors --model vit-real --scheme auto --params 30%
 
 A trained model is converted by so many training images, without their labels, and measured on the
 test images; no training follows. Each count is drawn anew for each seed. A row is written as soon
@@ -19,21 +19,13 @@ from typing import Any
 
 import torch
 from accuracy import load
-from models import MEAN, STD, Pixels, read_pixels, top1
+from models import listed, read_pixels, top1
 
 import tiedconv
 from tiedconv.calibrate import Calibration
 from tiedconv.calibration import CalibConfig
-from tiedconv.data import TensorList
 
 RESULT = Path(__file__).parent / "results" / "calib_images.json"
-
-
-def drawn(pixels: Pixels, count: int, seed: int) -> TensorList:
-    """So many images, their order and choice by the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    some = pixels.take(torch.randperm(len(pixels), generator=generator)[:count])
-    return TensorList(some.images, some.labels, mean=MEAN, std=STD)
 
 
 def main() -> None:
@@ -42,8 +34,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(".data/models"))
     parser.add_argument("--vit", type=Path, default=Path(".data/vit_cifar10.safetensors"))
     parser.add_argument("--model", default="vit-real")
-    parser.add_argument("--scheme", default="lors")
-    parser.add_argument("--params", default="50%")
+    parser.add_argument("--scheme", default="auto")
+    parser.add_argument("--params", default="30%")
     parser.add_argument("--images", type=int, nargs="+", default=[8, 32, 128, 512, 2048])
     parser.add_argument("--efforts", nargs="+", default=["fast", "normal"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -66,7 +58,7 @@ def main() -> None:
                 key = f"{args.model}/{args.scheme}/{args.params}/{effort}/{count}/{seed}"
                 if key in rows:
                     continue
-                data = drawn(pixels["train"], count, seed)
+                data = listed(pixels["train"].some(count, seed))
                 calib = Calibration(data, count, CalibConfig(effort=effort, seed=seed), "cpu", 0)
                 start = time.perf_counter()
                 made = tiedconv.convert(model, args.scheme, params=args.params, calib=calib)

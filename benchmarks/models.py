@@ -21,7 +21,13 @@ import_torchvision()  # before whoever imports it: a CUDA build beside a CPU tor
 import timm  # noqa: E402
 from torchvision.models.resnet import Bottleneck, ResNet  # noqa: E402
 
-from tiedconv.data import ImageList, Images, open_images, open_split  # noqa: E402
+from tiedconv.data import (  # noqa: E402
+    ImageList,
+    Images,
+    TensorList,
+    open_images,
+    open_split,
+)
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -82,9 +88,9 @@ class Pixels:
         """Some of them."""
         return Pixels(self.images[index], self.labels[index])
 
-    def some(self, count: int | None) -> Pixels:
-        """So many images at random, the same each time; they lie in the order of the classes."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+    def some(self, count: int | None, seed: int = 0) -> Pixels:
+        """So many images at random, the same for a seed; they lie in the order of the classes."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self.take(order[:count].to(self.labels.device))
 
     def to(self, device: torch.device | str) -> Pixels:
@@ -116,6 +122,11 @@ def _decode(images: Images) -> tuple[Tensor, Tensor]:
 def _as_bytes(image: Any, *_: Any) -> Tensor:
     raw = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     return raw.reshape(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+
+
+def listed(pixels: Pixels, **options: Any) -> TensorList:
+    """The same as a data set of tiedconv; options are those of `TensorList`."""
+    return TensorList(pixels.images.cpu(), pixels.labels.cpu(), mean=MEAN, std=STD, **options)
 
 
 def normalised(images: Tensor) -> Tensor:

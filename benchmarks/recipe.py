@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 from accuracy import load
-from models import MEAN, STD, Pixels, read_pixels
+from models import Pixels, listed, read_pixels
 from torch import nn
 
 import tiedconv
-from tiedconv.data import TensorList
 from tiedconv.training import TrainConfig, evaluate_model, train
 
 RESULT = Path(__file__).parent / "results" / "recipe.json"
@@ -98,8 +97,8 @@ class Bench:
             self.store = json.loads(args.result.read_text())
         pixels = read_pixels(args.data)
         self.train = pixels["train"]
-        self.held_out = _listed(pixels["val"].some(args.held_out_images))
-        self.test = _listed(pixels["test"].some(args.limit))
+        self.held_out = listed(pixels["val"].some(args.held_out_images))
+        self.test = listed(pixels["test"].some(args.limit))
         self.dense = load(args).eval()
         self._check_setting()
         self.start = self._converted(self.train.some(args.calib_images))
@@ -130,7 +129,7 @@ class Bench:
 
     def _converted(self, calib: Pixels) -> nn.Module:
         """The compact model that every run begins with; the same each time."""
-        calibration = _listed(calib) if self.args.calib_images else None
+        calibration = listed(calib) if self.args.calib_images else None
         return tiedconv.convert(
             self.dense, self.args.scheme, params=self.args.params, calib=calibration
         )  # fmt: skip
@@ -156,10 +155,10 @@ class Bench:
         config = TrainConfig(
             epochs=None, steps=steps, seed=seed, eval_every_epoch=False, **changed
         )  # fmt: skip
-        shown = _listed(self.train, augment=config.augment, erasing=config.erasing)
+        shown = listed(self.train, augment=config.augment, erasing=config.erasing)
         model = copy.deepcopy(self.start)
         # What it evaluates before and after is not asked for: a few images will do.
-        few = _listed(self.train.take(torch.arange(8)))
+        few = listed(self.train.take(torch.arange(8)))
         train(model, shown, few, config, teacher=teacher, device=self.args.device)
         return model
 
@@ -229,10 +228,6 @@ class Bench:
                 f"{spread:>7.2f}"
             )
         return "\n".join(lines)
-
-
-def _listed(pixels: Pixels, **options: Any) -> TensorList:
-    return TensorList(pixels.images, pixels.labels, mean=MEAN, std=STD, **options)
 
 
 def main() -> None:

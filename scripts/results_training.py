@@ -138,14 +138,9 @@ def recipe(data: dict[str, Any]) -> str:
         rows.append((name, *_figures(runs), "" if name == "base" else f"{over:+.2f}"))
     return RECIPE.format(
         **_said(data),
-        comment=comment_on(_name(data)),
+        comment=comment_on(f"recipe_{data['setting']['model']}"),
         table=table(("", "rate", "held out", "test", "over base"), rows),
     )
-
-
-def _name(data: dict[str, Any]) -> str:
-    """What the comment on a table of the recipe is called."""
-    return f"recipe_{data['setting']['model']}"
 
 
 def epoch(data: dict[str, Any]) -> str:

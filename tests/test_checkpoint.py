@@ -339,7 +339,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         Path(part).write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr("tiedconv.files.save_file", half)
     expected = OutputError if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected):
         tiedconv.save(model(), path, force=True)
@@ -355,7 +355,7 @@ def test_a_full_disk_reported_by_safetensors_is_an_output_error(
     def full(*args: object) -> None:
         raise SafetensorError("Error while serializing: IoError(No space left on device)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("tiedconv.files.save_file", full)
     with pytest.raises(OutputError, match="No space left"):
         tiedconv.save(model(), tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())

@@ -533,7 +533,6 @@ def test_a_disk_that_fills_while_safetensors_writes(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("tiedconv.checkpoint.save_file", full)
     monkeypatch.setattr("tiedconv.files.save_file", full)
     for command in _writers(world, "out.safetensors")[::2]:
         refused(*command, words=["No space left on device", "Free some space"])
@@ -546,7 +545,6 @@ def test_an_interruption_leaves_nothing_half_written(
         raise KeyboardInterrupt
 
     convert, finetune, export = _writers(world, "out.safetensors")
-    monkeypatch.setattr("tiedconv.checkpoint.save_file", interrupted)
     monkeypatch.setattr("tiedconv.files.save_file", interrupted)
     for command in (convert, export):
         assert run(*command, code=130).stderr.startswith("Interrupted")

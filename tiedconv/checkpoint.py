@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tiedconv.anatomy import examine
 from tiedconv.binding import state_of, tie
 from tiedconv.errors import CheckpointError, PlanError
 from tiedconv.expr import Shape
-from tiedconv.files import DTYPES, TensorFile, replacing, strict_json
+from tiedconv.files import DTYPES, TensorFile, replacing, save_tensors, strict_json
 from tiedconv.limits import check_plan, checked_history, checked_source
 from tiedconv.plan import Plan
 
@@ -110,10 +108,7 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
     metadata = {"tiedconv": _dump(record), "source": _dump(state.source)}
     metadata["digest"] = _digest(metadata)
     with replacing(Path(path), force=force) as part:
-        try:
-            save_file(tensors, part, {"format": "pt", **metadata})
-        except SafetensorError as error:  # a full disk, which `replacing` tells of
-            raise OSError(str(error)) from None
+        save_tensors(tensors, part, metadata)
         _sort_metadata(part)
         try:
             written = read(part)  # what is written can be read

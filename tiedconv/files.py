@@ -311,8 +311,10 @@ def _check_place(path: Path, force: bool, option: str = "-o") -> None:
         raise _exists(path)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A plain safetensors file with the rights of any other file; safetensors makes it private.
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:  # fmt: skip
+    """A safetensors file with the rights of any other file; safetensors makes it private.
 
     Raises:
         OSError: the disk is full.
@@ -320,7 +322,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(dict(tensors), path, {"format": "pt"})
+        save_file(dict(tensors), path, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(str(error)) from None
     path.chmod(stat.S_IMODE(mode))
@@ -343,14 +345,12 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         # Made by hand, as mkstemp's files are private and results are ordinary files.
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        mode = part.stat().st_mode
         yield part
         with part.open("rb+") as written:
             os.fsync(written.fileno())
-        part.chmod(stat.S_IMODE(mode))  # safetensors puts a private file in its place
         _put_in_place(part, path, force)
-    except (OSError, SafetensorError) as error:  # safetensors tells a full disk in its own way
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise OutputError(
             f"{path} can't be written ({reason})",
             "What stood there before is untouched",

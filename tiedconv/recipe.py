@@ -86,8 +86,8 @@ class Rule:
     def chosen_by_a_budget(self) -> list[str]:
         """The options that are given here and that a budget would choose anew."""
         scheme = make_scheme(self.scheme, self.options)
-        chosen = scheme.with_ranks((0,)).to_json()
-        return [name for name in self.options if chosen[name] != scheme.to_json()[name]]
+        given, chosen = scheme.to_json(), scheme.with_ranks((0,)).to_json()
+        return [name for name in self.options if chosen[name] != given[name]]
 
     def naming_none_of(self, names: Iterable[str]) -> Rule:
         """The same rule with only those of its patterns that match none of these names.

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.errors import CheckpointError, UserError
-from tiedconv.files import replacing
+from tiedconv.files import replacing, save_tensors
 from tiedconv.plan import Plan
 from tiedconv.run_folder import CALIBRATION
 from tiedconv.training.state import prepare_folder
@@ -63,7 +62,7 @@ def save_state(
     }
     text = json.dumps({"identity": identity, "progress": progress})
     with replacing(path, force=True) as part:
-        save_file(tensors, part, {"format": FORMAT, "state": text})
+        save_tensors(tensors, part, {"format": FORMAT, "state": text})
 
 
 def load_state(path: Path, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any]:

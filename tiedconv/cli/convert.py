@@ -50,7 +50,10 @@ def convert(
     ] = None,
     rank: Annotated[
         str | None,
-        typer.Option(help="Rank of the residuals: 16, or a share of each matrix such as 0.2."),
+        typer.Option(
+            help="Rank of the residuals: 16, or a share of each matrix such as 0.2. "
+            "--params chooses it."
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
