@@ -153,6 +153,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.name = args.name or args.model
         self.store: dict[str, Any] = {}
         if args.result.is_file():
             self.store = json.loads(args.result.read_text())
@@ -165,8 +166,8 @@ class Bench:
         self.ctx = Context(args.model, dense, Teacher(dense), pixels, calib)
         self.prepared = functools.lru_cache(1)(self._prepared)
         self._check_setting(device)
-        if args.model not in self.store.setdefault("dense", {}):
-            self.store["dense"][args.model] = {
+        if self.name not in self.store.setdefault("dense", {}):
+            self.store["dense"][self.name] = {
                 **_size(dense), "top1": top1(dense, self.test),
                 "held_out": top1(dense, self.held_out),
             }  # fmt: skip
@@ -179,7 +180,7 @@ class Bench:
             "calib_images": self.args.calib_images, "select_images": self.args.select_images,
             "test_images": len(self.test), "augmentation": "crop, flip",
         }  # fmt: skip
-        known = self.store.setdefault("settings", {}).setdefault(self.args.model, setting)
+        known = self.store.setdefault("settings", {}).setdefault(self.name, setting)
         if {k: known.get(k) for k in setting} != setting:
             raise SystemExit(f"{self.args.result} has other settings: {known}. Name another file.")
         known["torch"] = str(torch.__version__)
@@ -225,7 +226,7 @@ class Bench:
     def choose(self, name: str, budget: float) -> dict[str, Any]:
         """Learning rate and variant at a budget; raises BudgetError where it can't be met."""
         known = self.store.setdefault("select", {})
-        key = f"{self.args.model}/{name}/{budget:g}"
+        key = f"{self.name}/{name}/{budget:g}"
         if key not in known:
             scores = {}
             for variant in METHODS[name].variants:
@@ -265,9 +266,7 @@ class Bench:
         """All runs of a method that are not in the file yet."""
         budgets = [100.0] if METHODS[name].dense else self.args.budgets
         runs = self.store.setdefault("runs", {})
-        keys = {
-            f"{self.args.model}/{name}/{b:g}/{s}": (b, s) for b in budgets for s in self.args.seeds
-        }
+        keys = {f"{self.name}/{name}/{b:g}/{s}": (b, s) for b in budgets for s in self.args.seeds}
         for key, (budget, seed) in keys.items():
             if key in runs:
                 continue
@@ -317,6 +316,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(".data/models"))
     parser.add_argument("--vit", type=Path, default=Path(".data/vit_cifar10.safetensors"))
     parser.add_argument("--model", choices=[*rivals.WIDTHS], default="vit-real")
+    parser.add_argument("--name", help="what results are called, if not as the model")
     parser.add_argument("--budgets", type=float, nargs="+", default=[*BUDGETS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)

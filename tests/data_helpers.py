@@ -53,6 +53,18 @@ def write_folder(root: Path, parts: dict[str, list[Picture]]) -> str:
     return str(root)
 
 
+def write_tiny_imagenet(root: Path, parts: dict[str, list[Picture]]) -> str:
+    write_folder(root, {part: every for part, every in parts.items() if part == "train"})
+    if "val" in parts:
+        (root / "val" / "images").mkdir(parents=True)
+        lines = ""
+        for key, label, image in mixed(parts["val"]):
+            (root / "val" / "images" / f"{key}.png").write_bytes(image)
+            lines += f"{key}.png\t{CLASSES[label]}\t0\t0\t9\t9\n"
+        (root / "val" / "val_annotations.txt").write_text(lines)
+    return str(root)
+
+
 def write_tar(
     path: Path, files: Iterable[tuple[str, bytes]], style: int = tarfile.PAX_FORMAT
 ) -> Path:
@@ -124,6 +136,7 @@ def write_hf_folder(root: Path, parts: dict[str, list[Picture]]) -> str:
 
 WRITERS: dict[str, Callable[[Path, dict[str, list[Picture]]], str]] = {
     "folder": write_folder,
+    "tiny-imagenet": write_tiny_imagenet,
     "shards": write_shards,
     "shards-in-folders": write_shard_folders,
     "hf-saved": write_saved,

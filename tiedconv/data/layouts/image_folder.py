@@ -68,17 +68,24 @@ LAYOUT = ImageFolder()
 
 
 @dataclass(frozen=True)
-class _Files:
+class Files:
     """Image files below a folder: a store."""
 
     root: str
     names: Names
 
     def name(self, at: int) -> str:
+        """The path of a file."""
         return os.path.join(self.root, self.names[at])
 
     def open(self, at: int) -> str:
+        """The path of a file, for Pillow."""
         return self.name(at)
+
+
+def class_names(root: Path) -> tuple[str, ...]:
+    """The class folders of a folder, sorted: the place of each is its label."""
+    return tuple(sorted(entry.name for entry in _entries(root) if _is_folder(entry)))
 
 
 def _classes(root: Path, *, complete: bool = False) -> Images:
@@ -86,9 +93,8 @@ def _classes(root: Path, *, complete: bool = False) -> Images:
 
     With `complete` each class must have an image.
     """
-    entries = _entries(root)
-    classes = tuple(sorted(entry.name for entry in entries if _is_folder(entry)))
-    if not classes and any(_is_image(entry.name) for entry in entries):
+    classes = class_names(root)
+    if not classes and any(_is_image(entry.name) for entry in _entries(root)):
         return _flat(root)
     if not classes:
         raise DataError(f"{root} has no class folders and no images", "", LAYOUT.expected)
@@ -112,7 +118,7 @@ def _classes(root: Path, *, complete: bool = False) -> Images:
             "Add images to it or remove the folder",
         )
     labels: Ints = np.repeat(np.arange(len(classes)), counts)
-    return Images.all_of(_Files(str(root), names), len(names), labels, classes)
+    return Images.all_of(Files(str(root), names), len(names), labels, classes)
 
 
 def _flat(root: Path) -> Images:
@@ -124,7 +130,7 @@ def _flat(root: Path) -> Images:
             "",
             _ANY_FOLDER,
         )
-    return Images.all_of(_Files(str(root), names), len(names), None, ())
+    return Images.all_of(Files(str(root), names), len(names), None, ())
 
 
 def _existing(spec: str, expected: str) -> Path:
