@@ -33,6 +33,9 @@ from tiedconv.metric import Metric
 from tiedconv.planner import fit_plan, make_plan, weights_of
 from tiedconv.recipe import Recipe
 
+ROOMY = "85%"
+"""Where three bases for four layers are stored, and residuals beside them."""
+
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 
 
@@ -86,10 +89,11 @@ def settings(params: str) -> list[Setting]:
         dataclasses.replace(plain, options={**core, "match": False}),
         dataclasses.replace(plain, options={}),
         dataclasses.replace(plain, options={**core, "pairing": "vo-qk"}),
+        dataclasses.replace(plain, options={**core, "fold": True}),
         Setting("lors", params, {**core, "match": False}),
+        Setting("lors", params, {**core, "fold": True}),
         Setting("lors", params, {}),
-        Setting("lors", params, {"bases": 2}),
-        Setting("lors", params, {"bases": 3}),
+        *(Setting("lors", ROOMY, {"bases": count}) for count in (1, 2, 3)),
         Setting("basis", params, {"groups": "all"}),
         Setting("basis", params, {"tie": True}),
         Setting("auto", params, {}),

@@ -159,6 +159,12 @@ def test_a_dry_run_tells_how_much_is_saved_and_what_would_save_half() -> None:
     assert result.stderr == "Nothing was written: this was a dry run.\n"
 
 
+def test_a_plan_that_saves_nothing_says_so() -> None:
+    result = run("convert", "resnet50", "--scheme", "lors", "--rank", 2000, "--dry-run")
+    assert "which saves nothing" in result.stdout
+    assert "Lower the ranks" in result.stderr
+
+
 def test_every_group_on_a_line_of_its_own() -> None:
     some = plain(run("convert", "resnet50", "--dry-run").stdout)
     every = plain(run("convert", "resnet50", "--dry-run", "--all-groups").stdout)

@@ -243,11 +243,13 @@ def _show(done: Conversion, *, each: bool) -> None:
     rows = [*render.group_rows(figures, each=each), render.kept_row(figures)]
     common.show_groups([*rows, render.total_row(figures)])
     saved = 1 - figures.ratio
+    gain = f"saves {render.percent(saved)}" if saved > 0 else "saves nothing"
     say(
         f"{done.spec}: {figures.original:,} parameters become {figures.stored:,} "
-        f"({render.percent(figures.ratio)}), which saves {render.percent(saved)}. "
-        f"{render.work(figures)}"
+        f"({render.percent(figures.ratio)}), which {gain}. {render.work(figures)}"
     )
+    if saved <= 0:
+        hint("Lower the ranks (or the number of bases), or let --params choose them.")
     say(render.LEGEND)
     if done.path:
         say(render.FIT_ERROR_ON_IMAGES if done.calibration else render.FIT_ERROR)

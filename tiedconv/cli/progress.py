@@ -31,6 +31,7 @@ from tiedconv.training import (
     EpochEnd,
     EvalStep,
     Event,
+    FewClasses,
     NotCompiled,
     Resumed,
     Skipped,
@@ -130,6 +131,7 @@ class TrainingBar(Bar):
         super().__init__(what, BarColumn(bar_width=_bar_width()), MofNCompleteColumn())
         self._total = self._epochs = 0
         self._figure = "top-1"
+        self._few_classes_told = False
         self._told = time.monotonic()
 
     def __call__(self, event: Event) -> None:
@@ -164,6 +166,12 @@ class TrainingBar(Bar):
             case Skipped(count, example):
                 what = "image that can't be read:" if count == 1 else "images that can't be read,"
                 self.line(f"skipped {count} {what} {'' if count == 1 else 'such as '}{example}")
+            case FewClasses(classes, outputs) if not self._few_classes_told:
+                self._few_classes_told = True
+                self.line(
+                    f"the data have {classes} classes and the model {outputs}: their labels are "
+                    f"taken for its first {classes}, in the order of their names"
+                )
             case Unlabelled(images):
                 self._figure = AGREEMENT.short
                 self.line(f"{images:,} images have no labels: measuring agreement with the teacher")

@@ -17,7 +17,7 @@ from tiedconv.data import Batch, Loader
 from tiedconv.errors import DataError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
-from tiedconv.training.events import EvalStep, OnEvent, Skipped, ignore
+from tiedconv.training.events import EvalStep, FewClasses, OnEvent, Skipped, ignore
 from tiedconv.training.losses import rows_of
 from tiedconv.training.processes import ALONE, Processes, SpareImage
 
@@ -113,6 +113,8 @@ def score(
     broken: list[str] = []
     for batch, output in answers(model, loader, placement, broken, on_event, processes):
         logits = rows_of(output)
+        if not outputs and classes and classes < logits.shape[-1]:
+            on_event(FewClasses(classes, logits.shape[-1]))
         outputs = logits.shape[-1]
         check_labels(batch.labels, outputs, classes)
         sums += _sums(logits, batch.labels.to(placement.device, non_blocking=True))

@@ -90,6 +90,14 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class FewClasses:
+    """The data name fewer classes than the model has outputs; told at each evaluation."""
+
+    classes: int
+    outputs: int
+
+
+@dataclass(frozen=True)
 class Unlabelled:
     """The images have no labels: what follows as top 1 is agreement with the teacher."""
 
@@ -128,6 +136,7 @@ Event = (
     | EvalStep
     | EpochEnd
     | Skipped
+    | FewClasses
     | Checkpointed
     | Unlabelled
     | Detecting
