@@ -26,7 +26,7 @@ ACCURACY = """## Accuracy at equal size: tiedconv and its rivals
 
 CIFAR-10 as JPEG files: 45,000 training images, 5,000 held out of them for every choice, 10,000 test
 images. `vit-real` is a ViT that someone else trained on all 50,000 (so its held-out images are no
-news to it); the others are self-trained on the 45,000 (`benchmarks/train_models.py`). Each method
+news to it); `resnet-narrow` is self-trained on the 45,000 (`benchmarks/train_models.py`).{tiny} Each method
 makes a model of at most the budget, in parameters of the whole model, and each gets the same
 training: {steps} steps of {batch} images ({images:,} images, reflected shifts and flips), AdamW, the original as teacher
 (temperature {temperature:g}, weight {distill:g}). The learning rate, one of {rates}, and a rival's variant are chosen after
@@ -45,6 +45,10 @@ at the end. Seeds: {seeds}. What each rival does, and where it falls short of it
 
 {comment}
 """
+
+TINY = """ `resnet-narrow-tiny` is the
+same network, self-trained on Tiny-ImageNet at 32 pixels, 200 classes: 90,000 training images, 10,000 held out, and as
+test images the 10,000 that the data set has for validation (`--data TINY --model resnet-narrow --name resnet-narrow-tiny`)."""
 
 SPEED = """## Speed
 
@@ -209,6 +213,7 @@ def accuracy(data: dict[str, Any]) -> str:
         images=setting["steps"] * setting["batch"],
         rates=", ".join(f"{r:g}" for r in setting["rates"]),
         seeds=", ".join(seeds),
+        tiny=TINY if "resnet-narrow-tiny" in data["dense"] else "",
         tables="\n\n".join(accuracy_table(m, d, runs) for m, d in data["dense"].items()),
         comment=comment_on("accuracy"),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from markdown_table import ranged, table
@@ -16,7 +17,7 @@ before any training. Nothing was chosen by these figures. `metric`: what errors 
 
     python benchmarks/ablation.py --data CIFAR10 --vit VIT.safetensors --model {model} --params 50%
 
-{table}
+{tables}
 
 {comment}
 """
@@ -55,17 +56,26 @@ from {sample} steps of each on some of the images. On a CPU such a model is one 
 def ablation(data: dict[str, Any]) -> str:
     parts: list[str] = []
     for model, runs in data.items():
-        rows = [
-            (name, f"{100 * r['stored']:.1f} %", f"{100 * r['top1']:.2f}", f"{r['divergence']:.3f}")
-            if "infeasible" not in r
-            else (name, "not reached", "", "")
-            for name, r in runs.items()
-            if name not in ("images", "dense")
-        ]
+        rows: dict[str, list[Sequence[str]]] = defaultdict(list)  # by budget
+        for name, r in runs.items():
+            if name in ("images", "dense"):
+                continue
+            scheme, budget, *rest = name.split(", ")
+            figures = ("not reached", "", "")
+            if "infeasible" not in r:
+                figures = (
+                    f"{100 * r['stored']:.1f} %",
+                    f"{100 * r['top1']:.2f}",
+                    f"{r['divergence']:.3f}",
+                )
+            rows[budget].append((", ".join((scheme, *rest)), *figures))
         parts.append(
             ABLATION.format(
                 model=model, dense=100 * runs["dense"]["top1"], images=runs["images"],
-                table=table(("setting", "stored", "top-1", "divergence, nats"), rows),
+                tables="\n\n".join(
+                    table((f"setting, at {budget}", "stored", "top-1", "divergence, nats"), found)
+                    for budget, found in rows.items()
+                ),
                 comment=comment_on("ablation"),
             )
         )  # fmt: skip
