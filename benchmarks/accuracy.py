@@ -29,6 +29,7 @@ from typing import Any
 
 import rivals
 import torch
+import train_models
 from healing import Teacher, flops, heal, recalibrate, stored_bytes, stored_parameters
 from models import SIZES, listed, read_pixels, top1
 from rivals import Context
@@ -71,6 +72,8 @@ class Method:
         variants: ways of it; the best on held-out images counts.
         seeded: whether the seed changes what is made.
         dense: makes nothing smaller, so the budgets do not matter.
+        whole: trained on labels as the dense model was, from its random weights and for
+            `--scratch-steps`, many more than the others get.
         heal: arguments of `heal`, by variant.
     """
 
@@ -78,6 +81,7 @@ class Method:
     variants: tuple[str, ...] = ("",)
     seeded: bool = False
     dense: bool = False
+    whole: bool = False
     heal: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -139,6 +143,10 @@ METHODS: dict[str, Method] = {
         lambda c, b, v, s: Compact(rivals.half_width(c, b, s), "scratch"), seeded=True
     ),
     "tied-scratch": Method(_tied_scratch, seeded=True),
+    "half-width-whole": Method(
+        lambda c, b, v, s: Compact(rivals.half_width(c, b, s), "scratch"), seeded=True, whole=True
+    ),
+    "tied-scratch-whole": Method(_tied_scratch, seeded=True, whole=True),
     "dense-more": Method(
         lambda c, b, v, s: Compact(copy.deepcopy(c.dense)),
         ("teacher", "no-teacher"),
@@ -218,13 +226,27 @@ class Bench:
     ) -> nn.Module:
         """A copy of the model, trained."""
         model = copy.deepcopy(model)
+        if METHODS[name].whole:
+            train_models.train(model, self.ctx.pixels["train"], self._whole(seed), lr)
+            return model
         more = METHODS[name].heal.get(variant, {})
         heal(model, self.ctx.teacher, self.ctx.pixels["train"], steps, lr, seed, **more)
         recalibrate(model, self.ctx.pixels["train"])
         return model
 
+    def _whole(self, seed: int) -> argparse.Namespace:
+        """The options of `train_models.py` that made the dense model."""
+        return argparse.Namespace(
+            model=self.args.model, steps=self.args.scratch_steps, batch_size=256, seed=seed,
+            strong=False, drop_patches=0.0,
+        )  # fmt: skip
+
     def choose(self, name: str, budget: float) -> dict[str, Any]:
         """Learning rate and variant at a budget; raises BudgetError where it can't be met."""
+        if METHODS[name].whole:
+            if self.args.model not in train_models.RATES:
+                raise SchemeError(f"how {self.args.model} was trained is not known")
+            return {"variant": "", "lr": train_models.RATES[self.args.model]}
         known = self.store.setdefault("select", {})
         key = f"{self.name}/{name}/{budget:g}"
         if key not in known:
@@ -251,11 +273,10 @@ class Bench:
                 **_size(made.model), "options": dict(made.options), **self.untrained(made)
             }  # fmt: skip
         start = time.perf_counter()
-        model = self.trained(
-            name, made.model, chosen["variant"], self.args.steps, chosen["lr"], seed
-        )
+        steps = self.args.scratch_steps if METHODS[name].whole else self.args.steps
+        model = self.trained(name, made.model, chosen["variant"], steps, chosen["lr"], seed)
         return {
-            "variant": chosen["variant"], "lr": chosen["lr"], **found["before"],
+            "variant": chosen["variant"], "lr": chosen["lr"], "steps": steps, **found["before"],
             "top1_finetuned": top1(model, self.test),
             "held_out": top1(model, self.held_out),
             "seconds_made": round(found["seconds"], 1),
@@ -320,6 +341,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[*BUDGETS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--scratch-steps", type=int, default=2500, help="of the dense training")
     parser.add_argument("--select-steps", type=int, default=30)
     parser.add_argument("--select-images", type=int, default=2000)
     parser.add_argument("--calib-images", type=int, default=CALIB_IMAGES)
