@@ -50,6 +50,7 @@ def main() -> None:
         "drop_patches": args.drop_patches, "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_top1": top1(model, pixels["val"]), "test_top1": top1(model, pixels["test"]),
         "seconds": round(time.perf_counter() - start), "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),  # another number gives another model, as good
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
