@@ -41,6 +41,9 @@ from tiedconv.errors import BudgetError, SchemeError
 from tiedconv.schemes import all_schemes
 
 RATES = (3e-4, 1e-3, 3e-3)
+HIGHEST = 1e-2
+"""Tried too where the last of the rates is the best of them."""
+
 CALIB_IMAGES = 1024
 BUDGETS = (50.0, 30.0, 20.0, 10.0)
 RESULT = Path(__file__).parent / "results" / "accuracy.json"
@@ -253,7 +256,9 @@ class Bench:
             scores = {}
             for variant in METHODS[name].variants:
                 made = self.prepared(name, budget, variant, 0)["made"]
-                for lr in RATES:
+                for lr in (*RATES, HIGHEST):
+                    if lr == HIGHEST and _best(scores, variant) != RATES[-1]:
+                        continue
                     model = self.trained(name, made.model, variant, self.args.select_steps, lr, 0)
                     scores[f"{variant}@{lr}"] = top1(model, self.held_out)
             variant, _, lr = max(scores, key=scores.__getitem__).partition("@")
@@ -297,6 +302,12 @@ class Bench:
                 runs[key] = {"infeasible": str(error)}
             self.write()
             print(key, runs[key], flush=True)
+
+
+def _best(scores: Mapping[str, float], variant: str) -> float:
+    """The best learning rate of a variant so far."""
+    rates = {lr: scores[f"{variant}@{lr}"] for lr in RATES}
+    return max(rates, key=rates.__getitem__)
 
 
 def _size(model: nn.Module) -> dict[str, int]:
