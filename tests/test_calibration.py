@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from tiedconv.calibration import (
 )
 from tiedconv.calibration.fitting import split
 from tiedconv.calibration.pair import Pair
+from tiedconv.calibration.state import identity_of
 from tiedconv.calibration.streams import Cache
 from tiedconv.data import Batch, Broken
 from tiedconv.errors import (
@@ -406,6 +408,19 @@ def test_a_resume_without_a_checkpoint_starts_at_the_beginning(tmp_path: Path) -
     result = fit("perceptron", student, teacher, checkpoint_dir=tmp_path / "new", resume=True)
     assert len(result.spans) == 1
     assert (tmp_path / "new" / "calibration.safetensors").exists()
+
+
+def test_what_makes_a_calibration_the_same() -> None:
+    student, teacher = pair_of("perceptron", "lors")
+    plan = state_of(student).plan
+    images = torch.randn(5, 3, 8, 8)
+    same = identity_of(CalibConfig(), plan, teacher, images)
+    # The last digits of a fit's error depend on the number of threads.
+    groups = tuple(dataclasses.replace(g, error=0.123) for g in plan.groups)
+    other_threads = dataclasses.replace(plan, groups=groups)
+    assert identity_of(CalibConfig(cache_bytes=0), other_threads, teacher, images) == same
+    assert identity_of(CalibConfig(), plan, teacher, images + 1)["images"] != same["images"]
+    assert identity_of(CalibConfig(), plan, student, images)["weights"] != same["weights"]
 
 
 def test_a_foreign_or_damaged_checkpoint_is_told(tmp_path: Path) -> None:

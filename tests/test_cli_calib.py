@@ -118,6 +118,8 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     assert "blocks.0: relative" not in result.stderr  # it was not fitted again
     assert tensors_of(cut) == tensors_of(whole)
     assert files_of(tmp_path) == {"whole.safetensors", "cut.safetensors"}
+    again = ("--scheme", "lowrank", "--effort", "fast", "--resume", "--force")
+    assert "begins anew" in run(*convert(world, cut, *again)).stderr
 
 
 def tensors_of(path: Path) -> dict[str, bytes]:

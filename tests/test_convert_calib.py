@@ -21,11 +21,12 @@ from tiedconv import Recipe
 from tiedconv.anatomy import examine
 from tiedconv.binding import dense_state_dict, is_tied, state_of
 from tiedconv.calibrate import Calibration, Finalist, Kept, Measuring
-from tiedconv.calibration import CalibConfig, Joint, gather_moments
+from tiedconv.calibration import CalibConfig, Fitted, Joint, gather_moments
 from tiedconv.cli.progress import ConvertBar
 from tiedconv.errors import BudgetError, DataError, UserError
 from tiedconv.metric import Metric
 from tiedconv.planner import alternatives, fit_plan, make_plan, weights_of
+from tiedconv.run_folder import CALIBRATION, RunFolder
 
 MICROS = all_micros()
 PARAMS = {"timm-vit": "50%", "torchvision-vit": "50%", "torchvision-resnet": "70%"}
@@ -276,6 +277,38 @@ def test_of_a_recipe_and_its_alternatives_the_cheapest_is_carried_out(scheme: st
     calib = calib_for(name, config=CalibConfig(effort="fast"))
     made = tiedconv.convert(MICROS[name].model(), recipe=recipe, calib=calib)
     assert state_of(made).history[0]["recipe"] == best.to_json()
+
+
+def test_of_two_fits_the_second_is_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tiedconv.trials.CLOSE", math.inf)
+
+    def converted(scheme: str, **options: Any) -> dict[str, Tensor]:
+        calib = calib_for("timm-vit", run_dir=tmp_path, **options)
+        model = MICROS["timm-vit"].model()
+        return dict(tiedconv.convert(model, scheme, params="60%", calib=calib).state_dict())
+
+    def interrupt(event: object) -> None:
+        if isinstance(event, Finalist) and event.number == 2:
+            raise KeyboardInterrupt
+
+    whole = converted("lors")
+    RunFolder(tmp_path).clear()
+    with pytest.raises(KeyboardInterrupt):
+        converted("lors", on_event=interrupt)
+    (kept,) = RunFolder(tmp_path).kept()
+    assert kept == tmp_path / "0" / CALIBRATION
+    monkeypatch.setattr("tiedconv.trials.FINALISTS", 1)
+    with pytest.raises(UserError, match=r"different calibration.*--force, without --resume"):
+        converted("lowrank", resume=True)
+    assert kept.exists()
+    monkeypatch.setattr("tiedconv.trials.FINALISTS", 2)
+    events: list[Any] = []
+    resumed = converted("lors", resume=True, on_event=events.append)
+    first = [e for e in events[: events.index(Finalist(2, 2, ("lors",)))] if isinstance(e, Fitted)]
+    assert not first  # of the first fit no block was fitted again
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
 def test_where_two_fits_are_near_each_other_it_is_told_which_is_kept(

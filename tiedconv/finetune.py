@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -42,6 +41,7 @@ from tiedconv.training import (
     train,
 )
 from tiedconv.training import forecast as training_forecast
+from tiedconv.training.state import weights_digest
 from tiedconv.version import __version__
 
 
@@ -272,22 +272,11 @@ def _made_of(work: _Work, file: str | Path) -> dict[str, str]:
     prepared = work.source.preprocess
     return {
         "model": sha256_of_file(file)[:12],
-        "teacher's weights": _weights_digest(work.teacher),
+        "teacher's weights": weights_digest(work.teacher),
         "training data": work.split.train.digest()[:12],
         "validation data": work.split.val.digest()[:12],
         "preprocessing": json.dumps(prepared.to_json()) if prepared else "none",
     }
-
-
-def _weights_digest(model: nn.Module | None) -> str:
-    """Of the first few numbers of each tensor: it tells models apart, and takes no time."""
-    if model is None:
-        return "none"
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        some = tensor.detach().flatten()[:64].double().cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _labels_wanted(config: TrainConfig, teacher: str | nn.Module, unlabelled: bool) -> Labels:

@@ -47,6 +47,17 @@ class RunFolder:
                 "Go on with it by --resume, or begin anew with --force",
             )
 
+    def require_fits(self, count: int) -> None:
+        """Raises UserError where what is kept is not of a calibration of so many fits."""
+        names = [CALIBRATION] if count == 1 else [f"{i}/{CALIBRATION}" for i in range(count)]
+        wanted = {self.path / name for name in names}
+        if odd := [file for file in self.kept() if file not in wanted]:
+            raise UserError(
+                f"{odd[0]} is of a different calibration, of other schemes or options",
+                "Going on would leave it behind",
+                "Use the same model, options and images, or begin anew: --force, without --resume",
+            )
+
     def tidy(self) -> None:
         """Remove what processes that were killed were writing; no other may run by now."""
         for pattern in (*_KEPT, CURVE):

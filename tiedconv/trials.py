@@ -21,6 +21,7 @@ from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.plan import Plan
 from tiedconv.planner import alternatives, fit_plan, make_plan, weights_of
 from tiedconv.recipe import Recipe
+from tiedconv.run_folder import RunFolder
 
 FINALISTS = 2
 CLOSE = 1.5
@@ -128,6 +129,8 @@ def calibrated(
     """
     near = [fit for fit in found if fit.cost <= CLOSE * found[0].cost]
     finalists = near[:FINALISTS] if calib.config.fits else near[:1]
+    if calib.resume and calib.run_dir is not None:
+        RunFolder(calib.run_dir).require_fits(len(finalists))
     results: list[tuple[float, Fitted, nn.Module, dict[str, Any]]] = []
     for i, fitted in enumerate(finalists):
         student = model if len(finalists) == 1 else copy.deepcopy(model)

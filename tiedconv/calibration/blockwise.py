@@ -159,7 +159,9 @@ class _Run:
         self.train, self.held = split(len(images), config.seed)
         self.at = _Progress()
         self.path: Path | None = None
-        self.identity = identity_of(config, state_of(pair.student.model).plan, len(images))
+        self.identity = identity_of(
+            config, state_of(pair.student.model).plan, pair.teacher.model, images
+        )
         self.streams: tuple[int, Stream, Stream] | None = None
         self.start = time.perf_counter()
         self._lenses: dict[str, Lens | None] | None = None

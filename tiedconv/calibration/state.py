@@ -5,6 +5,7 @@ All randomness is derived from (seed, pass, span), so no generator's state needs
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import asdict
@@ -16,13 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tiedconv.calibration.config import CalibConfig
-from tiedconv.errors import CheckpointError, UserError
+from tiedconv.errors import CheckpointError
 from tiedconv.files import replacing, save_tensors
 from tiedconv.plan import Plan
 from tiedconv.run_folder import CALIBRATION
-from tiedconv.training.state import prepare_folder
+from tiedconv.training.state import prepare_folder, require_same, weights_digest
 
-FORMAT = "tiedconv-calibration-1"
+FORMAT = "tiedconv-calibration-2"
+
+_PIXELS = 1_000_000  # at about so many, images are told apart by
 
 # This changes where things are kept, not what is computed.
 _FREE_TO_CHANGE = ("cache_bytes",)
@@ -38,12 +41,29 @@ def checkpoint_path(folder: Path) -> Path:
     return folder / CALIBRATION
 
 
-def identity_of(config: CalibConfig, plan: Plan, images: int) -> dict[str, Any]:
-    """What must be the same for a calibration to be continued."""
+def identity_of(
+    config: CalibConfig, plan: Plan, teacher: nn.Module, images: Tensor
+) -> dict[str, Any]:
+    """What must be the same for a calibration to be continued.
+
+    The errors of the fits are not: their last digits depend on the number of threads.
+    """
     fields = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
-    text = json.dumps(plan.to_json(), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return {**fields, "plan": digest, "images": images}
+    groups = [dataclasses.replace(group, error=None) for group in plan.groups]
+    text = json.dumps(dataclasses.replace(plan, groups=tuple(groups)).to_json(), sort_keys=True)
+    pixels = images.flatten()
+    some = pixels[:: max(1, len(pixels) // _PIXELS)].cpu().numpy().tobytes()
+    return {
+        **fields,
+        "plan": _short(text.encode()),
+        "weights": weights_digest(teacher),
+        "number of images": len(images),
+        "images": _short(some),
+    }
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def save_state(
@@ -82,14 +102,7 @@ def load_state(path: Path, model: nn.Module, identity: dict[str, Any]) -> dict[s
         raise foreign(path) from error
     if metadata.get("format") != FORMAT:
         raise foreign(path)
-    names = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
-    if names:
-        changes = ", ".join(f"{name} {saved.get(name)} -> {identity.get(name)}" for name in names)
-        raise UserError(
-            f"The checkpoint {path} is of a different calibration: {changes}",
-            "Going on would mix the two",
-            "Use the same model, options and images, or start anew without resume",
-        )
+    require_same(path, saved, identity, "calibration")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -102,5 +115,5 @@ def foreign(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} is damaged, or not a calibration checkpoint of this model",
         "The calibration can't go on from it",
-        "Start anew without resume",
+        "Begin anew: --force, without --resume",
     )

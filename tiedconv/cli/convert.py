@@ -119,6 +119,10 @@ def convert(
         if given is not None:
             given = dataclasses.replace(given, on_event=bar)
         target = None if dry_run else (output or default_output(model, wanted))
+        if resume and target is not None and not RunFolder.beside(target).kept():
+            hint(
+                f"Nothing is kept in {RunFolder.beside(target).path}: the calibration begins anew."
+            )
         done = _interruptible(
             model,
             wanted,

@@ -405,7 +405,7 @@ class _Run:
             raise UserError(
                 f"The checkpoint {path} is of a different model",
                 "Its tensors don't fit",
-                "Use the model it was made with, or start anew without --resume",
+                "Use the model it was made with, or begin anew: --force, without --resume",
             ) from error
         self.updater.scaler.load_state_dict(state["scaler"])
         self.at = Progress(**state["progress"])

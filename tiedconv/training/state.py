@@ -7,6 +7,7 @@ derived from (seed, step), so no generator's state needs to be kept.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pickle
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tiedconv.errors import CheckpointError, OutputError, UserError
 from tiedconv.files import replacing
@@ -100,7 +102,7 @@ class StateFolder:
                 if path == files[0]:
                     raise
                 continue
-            _require_same(path, state["identity"], identity)
+            require_same(path, state["identity"], identity)
             return path, state
         return None
 
@@ -163,14 +165,28 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _require_same(path: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+def weights_digest(model: nn.Module | None) -> str:
+    """Of the first few numbers of each tensor: it tells models apart, and takes no time."""
+    if model is None:
+        return "none"
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.detach().flatten()[:64].double().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def require_same(
+    path: Path, saved: Mapping[str, Any], identity: Mapping[str, Any], what: str = "run"
+) -> None:
+    """Raises UserError where a state is of something else; says what differs."""
     names = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
     if names:
         changes = ", ".join(f"{name} {saved.get(name)} -> {identity.get(name)}" for name in names)
         raise UserError(
-            f"The checkpoint {path} is of a different run: {changes}",
+            f"The checkpoint {path} is of a different {what}: {changes}",
             "Going on would mix the two",
-            "Use the same options and data, or start anew without --resume",
+            "Use the same model, options and images, or begin anew: --force, without --resume",
         )
 
 
@@ -178,5 +194,5 @@ def _foreign(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} is damaged, or not a training checkpoint",
         "Training can't go on from it",
-        "Start anew without --resume",
+        "Begin anew: --force, without --resume",
     )
