@@ -38,7 +38,7 @@ def section(name: str) -> str:
     if isinstance(thing, str):
         return "\n".join([*lines, "The version of this package, as text."])
     if inspect.isfunction(thing):
-        signature = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(inspect.signature(thing)))
+        signature = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", str(inspect.signature(thing)))
         lines += ["```python", f"{name}{signature}".replace("'", ""), "```", ""]
     return "\n".join([*lines, *body(inspect.getdoc(thing) or "")]).rstrip()
 

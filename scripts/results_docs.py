@@ -143,8 +143,8 @@ of the process, Python and torch included ({imports:.0f} MB before any work).
 
 {table}
 
-`lors` shares one base among all {depth} layers, and keeps the factors of one role in all of them at once: it stays just
-above a gigabyte here.
+`lors` shares one base among all {depth} layers, and keeps the factors of one role in all of them at once: hence its
+higher peak.
 """
 
 

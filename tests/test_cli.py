@@ -165,6 +165,19 @@ def test_a_plan_that_saves_nothing_says_so() -> None:
     assert "Lower the ranks" in result.stderr
 
 
+def test_a_dry_run_at_a_budget_says_that_ranks_are_not_chosen_yet() -> None:
+    result = run("convert", "vit_b_16", "--scheme", "auto", "--params", "30%", "--dry-run")
+    assert "This is a sketch: the budget holds" in result.stdout
+    assert "sketch" not in run("convert", "vit_b_16", "--dry-run").stdout
+
+
+def test_ways_to_save_more_are_each_named_once() -> None:
+    arguments = ("--scheme", "lors", "--option", "bases=2", "--params", "10%", "--dry-run")
+    error = refused("convert", "vit_b_16", *arguments, words=["reaches"])
+    ways = re.findall(r"--scheme (\w+)[^;]* reaches ([\d,]+)", error)
+    assert len(ways) == len(set(ways)) > 1
+
+
 def test_every_group_on_a_line_of_its_own() -> None:
     some = plain(run("convert", "resnet50", "--dry-run").stdout)
     every = plain(run("convert", "resnet50", "--dry-run", "--all-groups").stdout)

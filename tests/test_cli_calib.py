@@ -135,6 +135,10 @@ def test_what_cannot_be_is_refused_before_anything_is_written(world: World, tmp_
     base = ["convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", output, *HERE]
     refused(*base, "--calib", empty, words=["no images", "empty"])
     refused(*base, "--calib", tmp_path / "nowhere", words=["does not exist", "holds images"])
+    refused(*base, "--dry-run", "--calib", tmp_path / "nowhere", words=["does not exist"])
+    refused(
+        *base, "--calib", world.data, "--params", "50", words=["so many parameters", "write 50%"]
+    )
     refused(*base, "--calib", world.data, "--effort", "heroic", words=["heroic", *EFFORTS])
     for option in (("--resume",), ("--effort", "fast"), ("--strict",), ("-n", 100)):
         refused(*base[: -len(HERE)], *option, words=["without --calib", "leave it out"])

@@ -259,7 +259,7 @@ def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
     refused("plan", "resnet5000", words=["resnet5000"])
     refused("plan", SPEC, *MODEL_ARGS, "--params", "50%,half", words=["'half'", "50%"])
     refused("plan", SPEC, *MODEL_ARGS, "--params", " , ", words=["No budget", "70%,50%,30%"])
-    refused("plan", SPEC, *MODEL_ARGS, "--params", "12,000", words=["'000'"])
+    refused("plan", SPEC, *MODEL_ARGS, "--params", "12,000", words=["'12'", "12%"])
     refused("plan", world.tied, words=["compact file already", "tiedconv report"])
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -33,6 +33,6 @@ def first_answer(model: Callable[[Tensor], Any], images: Tensor) -> Any:
 
 
 @torch.no_grad()
-def check_size(model: nn.Module, channels: int, size: int) -> None:
-    """Raises UserError where a model, in evaluation mode, can't take `(channels, size, size)`."""
-    first_answer(model, torch.zeros(1, channels, size, size))
+def check_size(model: nn.Module, size: int) -> None:
+    """Raises UserError where a model, in evaluation mode, can't take RGB images of this size."""
+    first_answer(model, torch.zeros(1, 3, size, size))

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 import tiedconv.sources as sources
 from tiedconv.anatomy import examine
+from tiedconv.answering import check_size
 from tiedconv.binding import is_tied
 from tiedconv.budget import has_dials, with_least
 from tiedconv.calibrate import Calibration
@@ -31,6 +32,7 @@ from tiedconv.pricing import Pricer, Sizes, key_of
 from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import all_schemes, make_scheme
 from tiedconv.sources import Preprocess, Source
+from tiedconv.training.batchnorm import modes_kept
 
 BUDGETS = ("70%", "50%", "30%")
 OnFit = Callable[[int, int, str], None]
@@ -178,7 +180,7 @@ def compare(
     rows, fixed, unfit = _sizes(sizes, wanted)
     images, skipped = None, 0
     if calib is not None:
-        data = calib.open(with_preprocess(source, preprocess))
+        data = images_for(calib, network, source, preprocess)
         pricer = Pricer(network, sizes.anatomy, calib, data)
         rows, fixed = _priced(sizes, pricer, rows, fixed, on_fit)
         images, skipped = pricer.images, pricer.skipped
@@ -228,6 +230,25 @@ def opened(
     if weights is None:
         return sources.outline(model, model_args)
     return sources.open_source(model, model_args, weights, seed=seed)
+
+
+def images_for(
+    calib: Calibration,
+    network: nn.Module,
+    source: Source,
+    change: Callable[[Preprocess], Preprocess] | None,
+) -> Dataset[Any]:
+    """The images of a calibration, prepared for a model.
+
+    Raises:
+        UserError: there are none, or the model can't take images of the size asked for.
+    """
+    own = (source.preprocess or Preprocess(224)).size
+    source = with_preprocess(source, change)
+    if source.preprocess is not None and source.preprocess.size != own:
+        with modes_kept(network):
+            check_size(network.eval(), source.preprocess.size)
+    return calib.open(source)
 
 
 def _sizes(

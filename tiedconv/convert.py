@@ -174,6 +174,8 @@ def convert_file(
         _check_size(spec, model_args, preprocess)
     if output is None:
         skeleton, source = sources.outline(spec, model_args)
+        if calib is not None:
+            calib.open(with_preprocess(source, preprocess))  # or raises
         anatomy = examine(skeleton)
         planned = first_plan(anatomy, recipe)
         ways = _ways(anatomy, recipe, planned)
@@ -223,7 +225,7 @@ def _check_size(
     own = source.preprocess or Preprocess(224)
     wanted = change(own)
     if wanted.size != own.size:
-        check_size(model, len(wanted.mean), wanted.size)
+        check_size(model, wanted.size)
 
 
 def _stream(
@@ -282,10 +284,4 @@ def _ways(anatomy: Anatomy, recipe: Recipe, planned: Plan) -> tuple[tuple[str, i
     """What would store less, said where the reader may have hoped for more."""
     if recipe.budget is not None or planned.stored < 0.6 * planned.original:
         return ()
-    ways: dict[tuple[str, int], tuple[str, int]] = {}
-    for how, stored in smaller_ways(anatomy, recipe):
-        # An option that changes nothing here is no way of its own: of those alike, the shortest.
-        scheme = how.partition(" --option")[0]
-        if len(how) < len(ways.get((scheme, stored), (how + " ", 0))[0]):
-            ways[scheme, stored] = how, stored
-    return tuple(ways.values())
+    return tuple(smaller_ways(anatomy, recipe))

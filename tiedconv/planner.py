@@ -266,7 +266,7 @@ def alternatives(recipe: Recipe) -> list[Recipe]:
 
 def smaller_ways(anatomy: Anatomy, recipe: Recipe) -> list[tuple[str, int]]:
     """Other options and schemes that store less: how to ask for each, and its parameters."""
-    ways: dict[str, int] = {}
+    ways: dict[tuple[str, int], str] = {}
     current = _size(anatomy, recipe)
     for scheme, cls in all_schemes().items():
         for options in cls.further:
@@ -275,10 +275,12 @@ def smaller_ways(anatomy: Anatomy, recipe: Recipe) -> list[tuple[str, int]]:
                 recipe.rules[0], scheme=scheme, options={**base, **options}
             )  # fmt: skip
             flags = " ".join(f"--option {k}={_plain(v)}" for k, v in options.items())
-            size = _size(anatomy, Recipe((rule,)))
-            if size and (not current or size < current):
-                ways[f"--scheme {scheme} {flags}".strip()] = size
-    return sorted(ways.items(), key=lambda way: -way[1])
+            how, size = f"--scheme {scheme} {flags}".strip(), _size(anatomy, Recipe((rule,)))
+            # An option that changes nothing here is no way of its own: the shortest of those alike.
+            alike = ways.get((scheme, size))
+            if size and (not current or size < current) and (not alike or len(how) < len(alike)):
+                ways[scheme, size] = how
+    return sorted(((how, size) for (_, size), how in ways.items()), key=lambda way: -way[1])
 
 
 def _size(anatomy: Anatomy, recipe: Recipe) -> int:

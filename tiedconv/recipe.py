@@ -50,7 +50,13 @@ class Budget:
                 return share, True
         elif match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text):
             count = float(match[1]) * _UNITS[match[2]]
-            if count >= 1:
+            if 1 <= count <= 100:
+                raise RecipeError(
+                    f"params={self.text!r} would be so many parameters",
+                    "No model is that small",
+                    f"For a share of the original write {self.text.strip()}%",
+                )
+            if count > 100:
                 return count, False
         raise RecipeError(
             f"params={self.text!r} is no budget",

@@ -27,12 +27,11 @@ from tiedconv.answering import first_answer
 from tiedconv.budget import metrics_of
 from tiedconv.calibrate import Calibration
 from tiedconv.calibration import Moments
-from tiedconv.compare import opened
+from tiedconv.compare import images_for, opened
 from tiedconv.data import Loader
 from tiedconv.detection import divergence, first_answers
 from tiedconv.errors import NothingToConvert, UserError
 from tiedconv.linalg import spectrum
-from tiedconv.loading import with_preprocess
 from tiedconv.metric import IDENTITY, Metric
 from tiedconv.pictures import check_picture, new_figure, write_figure
 from tiedconv.plan import Member, Slot
@@ -174,7 +173,7 @@ def sensitivity(
     if not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
     network, source = opened(model, weights, model_args, seed)
-    data = calib.open(with_preprocess(source, preprocess))
+    data = images_for(calib, network, source, preprocess)
     anatomy = examine(network)
     places = matrices_of(anatomy)
     tensors = {n: t.detach() for n, t in network.state_dict(keep_vars=True).items()}

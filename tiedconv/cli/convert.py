@@ -51,14 +51,15 @@ def convert(
     rank: Annotated[
         str | None,
         typer.Option(
-            help="Rank of the residuals: 16, or a share of each matrix such as 0.2. "
-            "--params chooses it."
+            help="Rank of the residuals (of lowrank: of the matrix): 16, or a share of its "
+            "parameters such as 0.2. --params chooses it."
         ),
     ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=VALUE", help="An option of the scheme, such as groups=all. Repeatable."
+            metavar="NAME=VALUE",
+            help="An option of the scheme, such as groups=all (docs/schemes.md). Repeatable.",
         ),
     ] = None,
     include: Annotated[
@@ -139,7 +140,7 @@ def convert(
     if json_:
         common.print_json(_figures(done))
     else:
-        _show(done, each=all_groups)
+        _show(done, each=all_groups, budget=wanted.budget is not None)
 
 
 def _interruptible(model: str, recipe: Recipe, output: Path | None, **options: Any) -> Conversion:
@@ -242,7 +243,7 @@ def _figures(done: Conversion) -> dict[str, Any]:
     }
 
 
-def _show(done: Conversion, *, each: bool) -> None:
+def _show(done: Conversion, *, each: bool, budget: bool) -> None:
     figures = report(done.path) if done.path else plan_report(done.plan, done.spec)
     rows = [*render.group_rows(figures, each=each), render.kept_row(figures)]
     common.show_groups([*rows, render.total_row(figures)])
@@ -255,6 +256,11 @@ def _show(done: Conversion, *, each: bool) -> None:
     if saved <= 0:
         hint("Lower the ranks (or the number of bases), or let --params choose them.")
     say(render.LEGEND)
+    if budget and not done.path:
+        say(
+            "This is a sketch: the budget holds, but schemes and ranks are chosen by the weights, "
+            "and by the images of --calib. Here each group has an even share."
+        )
     if done.path:
         say(render.FIT_ERROR_ON_IMAGES if done.calibration else render.FIT_ERROR)
     if done.calibration:
