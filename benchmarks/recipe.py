@@ -31,6 +31,7 @@ from models import Pixels, listed, read_pixels
 from torch import nn
 
 import tiedconv
+from tiedconv.progressive import OriginalFading
 from tiedconv.training import TrainConfig, evaluate_model, train
 
 RESULT = Path(__file__).parent / "results" / "recipe.json"
@@ -77,6 +78,7 @@ PARTS: Mapping[str, Mapping[str, Options]] = {
         "0.75": {"layer_decay": 0.75},
         "0.5": {"layer_decay": 0.5},
     },
+    "progressive": {f"{share:g}": {"progressive": share} for share in (0.25, 0.5, 1.0)},
     "weight decay": {"0": {"weight_decay": 0.0}, "0.2": {"weight_decay": 0.2}},
 }
 
@@ -159,7 +161,10 @@ class Bench:
         model = copy.deepcopy(self.start)
         # What it evaluates before and after is not asked for: a few images will do.
         few = listed(self.train.take(torch.arange(8)))
-        train(model, shown, few, config, teacher=teacher, device=self.args.device)
+        fading = OriginalFading(model, self.dense) if config.progressive else None
+        train(
+            model, shown, few, config, teacher=teacher, fading=fading, device=self.args.device
+        )  # fmt: skip
         return model
 
     def choose(self, name: str, options: Options) -> float:

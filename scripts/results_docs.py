@@ -189,6 +189,7 @@ def main() -> None:
         ("training_speed", results_training.speed),
         ("recipe", results_training.recipe),
         ("recipe_resnet", results_training.recipe),
+        ("recipe_datafree", results_training.progressive),
         ("recipe_epoch", results_training.epoch),
         ("recipe_resnet_epoch", results_training.epoch),
         ("borders", results_training.borders),
@@ -257,7 +258,16 @@ def accuracy_table(model: str, dense: dict[str, Any], runs: dict[tuple[str, ...]
             )
         )  # fmt: skip
     title = f"**{model}**: {dense['parameters']:,} parameters, {100 * dense['top1']:.2f} % dense"
-    columns = ("budget", "method", "stored", "file", "FLOPs", "converted", "calibrated", "fine-tuned")
+    columns = (
+        "budget",
+        "method",
+        "stored",
+        "file",
+        "FLOPs",
+        "converted",
+        "calibrated",
+        "fine-tuned",
+    )
     return f"{title}\n\n{table(columns, rows, words=2)}"
 
 

@@ -65,6 +65,21 @@ EPOCH = """### A whole epoch: {model}
 {comment}
 """
 
+PROGRESSIVE = """## Fading the original out
+
+{model}, `{scheme}` at {params} of its parameters without any image: {before:.2f} % before, the original {dense:.2f} %. Then
+{steps} steps of {batch}, all else as in the recipe above; `progressive` begins at the original and fades it out over this share of
+the steps. Seeds {seeds}: mean, and range in brackets.
+
+    python benchmarks/recipe.py --data CIFAR10 --vit VIT.safetensors --model {model} --scheme {scheme} --calib-images 0 \\
+        --steps {steps} --select-steps {select_steps} --held-out-images {held_out} --seeds {asked} \\
+        --rates {asked_rates} --only base progressive --result recipe_datafree.json
+
+{table}
+
+{comment}
+"""
+
 BORDERS = """## What moves into a shifted image
 
 The batch norms of the {model} got their statistics anew from {batches} batches of {batch} training images; no weight
@@ -156,6 +171,15 @@ def epoch(data: dict[str, Any]) -> str:
         only=" ".join(f'"{name}"' for name in sorted(found)),
         file=f"{name}.json",
         comment=comment_on(name),
+        table=table(("", "rate", "held out", "test"), rows),
+    )
+
+
+def progressive(data: dict[str, Any]) -> str:
+    rows = [(name, *_figures(runs)) for name, runs in _by_row(data).items()]
+    return PROGRESSIVE.format(
+        **_said(data),
+        comment=comment_on("recipe_datafree"),
         table=table(("", "rate", "held out", "test"), rows),
     )
 
