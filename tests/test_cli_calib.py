@@ -48,7 +48,7 @@ def test_the_file_and_the_words_tell_of_the_calibration(world: World, tmp_path: 
     text = plain(run(*convert(world, output, "--scheme", "lowrank")).stdout)
     assert "Calibrated on 16 images without labels, effort normal" in text
     assert "in the measure that the images give" in text
-    assert "16 images are few" in plain(run(*convert(world, output, "--force")).stderr)
+    assert "16 images, which is few" in plain(run(*convert(world, output, "--force")).stderr)
     record = tiedconv.report(output).history[0]["calibration"]
     assert record["images"] == 16
     assert record["effort"] == "normal"

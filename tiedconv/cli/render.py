@@ -229,12 +229,14 @@ def calibrated(figures: Mapping[str, Any]) -> str:
     """What images showed of a conversion."""
     before, after = (max(0.0, figures[key]) for key in ("kl_before", "kl_after"))
     text = (
-        f"Calibrated on {figures['images']:,} images without labels, effort {figures['effort']}: "
+        f"Calibrated on {counted(figures['images'], 'image')} without labels, effort "
+        f"{figures['effort']}: "
         f"divergence from the original's answers {before:.3g}"
     )
     if after != before:
         text += f", then {after:.3g}"
-    text += " nats, on images that no block was fitted to."
+    # A single image is fitted to and measured on.
+    text += " nats" + (", on images that no block was fitted to." if figures["images"] > 1 else ".")
     return text + (f" {skipped(figures['skipped'])}" if figures["skipped"] else "")
 
 
