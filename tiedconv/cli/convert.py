@@ -267,8 +267,8 @@ def _show(done: Conversion, *, each: bool, budget: bool) -> None:
         say(render.calibrated(done.calibration))
         if done.calibration["images"] < FEW_IMAGES:
             hint(
-                f"{render.counted(done.calibration['images'], 'image')}, which is few: --effort fast "
-                f"wants some {FEW_IMAGES}, and normal ten times as many. They need no labels."
+                f"{render.counted(done.calibration['images'], 'image')}, which is few: --effort "
+                f"fast wants some {FEW_IMAGES}, normal ten times as many. They need no labels."
             )
     if done.ways:
         say("\nWhat would save more (the less is stored, the more healing it needs):")
