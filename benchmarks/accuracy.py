@@ -121,6 +121,11 @@ def _options(
     raise refused
 
 
+def _half_width(ctx: Context, budget: float, _: str, seed: int) -> Compact:
+    """A narrower model of the same class, random weights."""
+    return Compact(rivals.half_width(ctx, budget, seed), "scratch")
+
+
 def _tied_scratch(ctx: Context, budget: float, _: str, seed: int) -> Compact:
     """The paper's own way: tied from the start, no scales, random weights."""
     made = convert(ctx, budget, "tied", data=False, model=ctx.random(None, seed), scale=False)
@@ -142,13 +147,9 @@ METHODS: dict[str, Method] = {
         ("mean", "first"),
         heal={"mean": {"hidden": 0.1}, "first": {"hidden": 0.1}},
     ),
-    "half-width": Method(
-        lambda c, b, v, s: Compact(rivals.half_width(c, b, s), "scratch"), seeded=True
-    ),
+    "half-width": Method(_half_width, seeded=True),
     "tied-scratch": Method(_tied_scratch, seeded=True),
-    "half-width-whole": Method(
-        lambda c, b, v, s: Compact(rivals.half_width(c, b, s), "scratch"), seeded=True, whole=True
-    ),
+    "half-width-whole": Method(_half_width, seeded=True, whole=True),
     "tied-scratch-whole": Method(_tied_scratch, seeded=True, whole=True),
     "dense-more": Method(
         lambda c, b, v, s: Compact(copy.deepcopy(c.dense)),
@@ -357,8 +358,8 @@ def main() -> None:
     parser.add_argument("--select-images", type=int, default=2000)
     parser.add_argument("--calib-images", type=int, default=CALIB_IMAGES)
     parser.add_argument("--limit", type=int, help="test images, for a trial")
-    parser.add_argument("--only", nargs="+", choices=[*METHODS], metavar="NAME",
-                        default=[n for n in METHODS if not n.endswith("-datafree")])  # fmt: skip
+    usual = [name for name in METHODS if not name.endswith(("-datafree", "-whole"))]
+    parser.add_argument("--only", nargs="+", choices=[*METHODS], metavar="NAME", default=usual)
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()

@@ -33,7 +33,7 @@ size), and each gets the same
 training: {steps} steps of {batch} images ({images:,} images, reflected shifts and flips), AdamW, the original as teacher
 (temperature {temperature:g}, weight {distill:g}). The learning rate, one of {rates}, and a rival's variant are chosen after
 {select_steps} steps on {select_images:,} held-out images, at each budget; where the highest was the best,
-of rows measured later 0.01 too. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
+0.01 is tried too, but most rows are older than that rule{tried}. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
 at the end. *Stored* is parameters, *file* bytes with all that a compact file says of itself (about 20 kB), *FLOPs* those of the dense
 model. Seeds: {seeds}; they decide the order and augmentation of the training images (and random weights, where there are
 any), one calibration serves all. What each rival does, and where it falls short of its paper, is in
@@ -222,11 +222,20 @@ def accuracy(data: dict[str, Any]) -> str:
         images=setting["steps"] * setting["batch"],
         rates=", ".join(f"{r:g}" for r in setting["rates"]),
         seeds=", ".join(seeds),
+        tried=higher_rates(data["select"]),
         again=AGAIN if "resnet-narrow-2" in data["dense"] else "",
         tiny=TINY if "resnet-narrow-tiny" in data["dense"] else "",
         tables="\n\n".join(accuracy_table(m, d, runs) for m, d in data["dense"].items()),
         comment=comment_on("accuracy"),
     )  # fmt: skip
+
+
+def higher_rates(select: dict[str, Any]) -> str:
+    """For which rows a rate above the grid was tried."""
+    names = [
+        key for key, found in select.items() if any(s.endswith("@0.01") for s in found["held_out"])
+    ]
+    return f" (tried for {', '.join(f'`{name}`' for name in names)})" if names else ""
 
 
 def accuracy_table(model: str, dense: dict[str, Any], runs: dict[tuple[str, ...], Any]) -> str:

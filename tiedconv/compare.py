@@ -21,18 +21,16 @@ from torch.utils.data import Dataset
 
 import tiedconv.sources as sources
 from tiedconv.anatomy import examine
-from tiedconv.answering import check_size
 from tiedconv.binding import is_tied
 from tiedconv.budget import has_dials, with_least
 from tiedconv.calibrate import Calibration
 from tiedconv.errors import NothingToConvert, RecipeError, UserError
-from tiedconv.loading import is_compact, with_preprocess
+from tiedconv.loading import check_preprocess, is_compact, with_preprocess
 from tiedconv.planner import alternatives, draft, make_plan
 from tiedconv.pricing import Pricer, Sizes, key_of
 from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import all_schemes, make_scheme
 from tiedconv.sources import Preprocess, Source
-from tiedconv.training.batchnorm import modes_kept
 
 BUDGETS = ("70%", "50%", "30%")
 OnFit = Callable[[int, int, str], None]
@@ -175,12 +173,14 @@ def compare(
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
     spec = model if isinstance(model, str) else ""
-    network, source = opened(model, weights if calib is not None else None, model_args, seed)
+    network, source = opened(
+        model, weights if calib is not None else None, model_args, preprocess, seed
+    )
     sizes = Sizes(examine(network))
     rows, fixed, unfit = _sizes(sizes, wanted)
     images, skipped = None, 0
     if calib is not None:
-        data = images_for(calib, network, source, preprocess)
+        data = calib.open(source)
         pricer = Pricer(network, sizes.anatomy, calib, data)
         rows, fixed = _priced(sizes, pricer, rows, fixed, on_fit)
         images, skipped = pricer.images, pricer.skipped
@@ -204,6 +204,7 @@ def opened(
     model: str | nn.Module,
     weights: str | Path | None,
     model_args: Mapping[str, Any] | None,
+    preprocess: Callable[[Preprocess], Preprocess] | None,
     seed: int,
 ) -> tuple[nn.Module, Source]:
     """An original model that was given or named, and where it comes from.
@@ -212,15 +213,16 @@ def opened(
         model: a model, or its spec.
         weights: for a spec: `default`, `none` (random), a file; None to do without any.
         model_args: arguments of the model's constructor.
+        preprocess: changes how images are prepared.
         seed: of random weights.
 
     Raises:
-        UserError: it is tied already, or can't be had.
+        UserError: it is tied already, can't be had, or can't take images of the size asked for.
     """
     if isinstance(model, nn.Module):
         if is_tied(model):
             raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
-        return model, Source("", weights="memory")
+        return model, with_preprocess(Source("", weights="memory"), preprocess)
     if is_compact(model):
         raise UserError(
             f"{model} is a compact file already",
@@ -229,26 +231,9 @@ def opened(
         )
     if weights is None:
         return sources.outline(model, model_args)
-    return sources.open_source(model, model_args, weights, seed=seed)
-
-
-def images_for(
-    calib: Calibration,
-    network: nn.Module,
-    source: Source,
-    change: Callable[[Preprocess], Preprocess] | None,
-) -> Dataset[Any]:
-    """The images of a calibration, prepared for a model.
-
-    Raises:
-        UserError: there are none, or the model can't take images of the size asked for.
-    """
-    own = (source.preprocess or Preprocess(224)).size
-    source = with_preprocess(source, change)
-    if source.preprocess is not None and source.preprocess.size != own:
-        with modes_kept(network):
-            check_size(network.eval(), source.preprocess.size)
-    return calib.open(source)
+    check_preprocess(model, model_args, preprocess)
+    network, source = sources.open_source(model, model_args, weights, seed=seed)
+    return network, with_preprocess(source, preprocess)
 
 
 def _sizes(

@@ -16,13 +16,12 @@ from torch.utils.data import Dataset
 
 import tiedconv.sources as sources
 from tiedconv.anatomy import Anatomy, examine
-from tiedconv.answering import check_size
 from tiedconv.binding import is_tied, set_state, state_of
 from tiedconv.calibrate import Calibration
 from tiedconv.checkpoint import save
 from tiedconv.errors import UserError
 from tiedconv.files import check_output
-from tiedconv.loading import is_compact, with_preprocess
+from tiedconv.loading import check_preprocess, is_compact, with_preprocess
 from tiedconv.plan import Plan
 from tiedconv.planner import first_plan, smaller_ways
 from tiedconv.recipe import Recipe
@@ -170,8 +169,7 @@ def convert_file(
             "It was left as it is",
             "Convert the original model with other options, or heal this one: tiedconv finetune",
         )
-    if preprocess is not None:
-        _check_size(spec, model_args, preprocess)
+    check_preprocess(spec, model_args, preprocess)
     if output is None:
         skeleton, source = sources.outline(spec, model_args)
         if calib is not None:
@@ -215,17 +213,6 @@ def convert_file(
         spec, state.plan, source.preprocess, output, size, seconds, ways,
         state.history[-1].get("calibration"),
     )  # fmt: skip
-
-
-def _check_size(
-    spec: str, model_args: Mapping[str, Any] | None, change: Callable[[Preprocess], Preprocess]
-) -> None:  # fmt: skip
-    """Raises UserError where the model can't take images of the size that its file would name."""
-    model, source = sources.describe(spec, model_args)
-    own = source.preprocess or Preprocess(224)
-    wanted = change(own)
-    if wanted.size != own.size:
-        check_size(model, wanted.size)
 
 
 def _stream(

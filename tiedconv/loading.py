@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 import tiedconv.sources as sources
+from tiedconv.answering import check_size
 from tiedconv.checkpoint import Checkpoint, install, read
 from tiedconv.errors import CheckpointError
 from tiedconv.files import TensorFile
@@ -71,6 +72,21 @@ def with_preprocess(source: Source, change: Callable[[Preprocess], Preprocess] |
     if change is None:
         return source
     return dataclasses.replace(source, preprocess=change(source.preprocess or Preprocess(224)))
+
+
+def check_preprocess(
+    spec: str,
+    model_args: Mapping[str, Any] | None,
+    change: Callable[[Preprocess], Preprocess] | None,
+) -> None:
+    """Raises UserError where a model can't take images of the size asked for; needs no weights."""
+    if change is None:
+        return
+    model, source = sources.describe(spec, model_args)
+    own = source.preprocess or Preprocess(224)
+    wanted = change(own)
+    if wanted.size != own.size:
+        check_size(model, wanted.size)
 
 
 def is_compact(path: str | Path) -> bool:

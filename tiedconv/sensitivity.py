@@ -27,7 +27,7 @@ from tiedconv.answering import first_answer
 from tiedconv.budget import metrics_of
 from tiedconv.calibrate import Calibration
 from tiedconv.calibration import Moments
-from tiedconv.compare import images_for, opened
+from tiedconv.compare import opened
 from tiedconv.data import Loader
 from tiedconv.detection import divergence, first_answers
 from tiedconv.errors import NothingToConvert, UserError
@@ -172,8 +172,8 @@ def sensitivity(
         )
     if not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
-    network, source = opened(model, weights, model_args, seed)
-    data = images_for(calib, network, source, preprocess)
+    network, source = opened(model, weights, model_args, preprocess, seed)
+    data = calib.open(source)
     anatomy = examine(network)
     places = matrices_of(anatomy)
     tensors = {n: t.detach() for n, t in network.state_dict(keep_vars=True).items()}

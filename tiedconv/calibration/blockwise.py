@@ -7,6 +7,7 @@ the original what the original gives, so that errors are mended rather than pile
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -159,12 +160,15 @@ class _Run:
         self.train, self.held = split(len(images), config.seed)
         self.at = _Progress()
         self.path: Path | None = None
-        self.identity = identity_of(
-            config, state_of(pair.student.model).plan, pair.teacher.model, images
-        )
         self.streams: tuple[int, Stream, Stream] | None = None
         self.start = time.perf_counter()
         self._lenses: dict[str, Lens | None] | None = None
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the checkpoint is of; asked for where there is a folder for one."""
+        plan = state_of(self.pair.student.model).plan
+        return identity_of(self.config, plan, self.pair.teacher.model, self.images)
 
     def go(self, resume: bool, broken: list[str]) -> BlockwiseResult:
         """Calibrates from the beginning or from the checkpoint to the end."""

@@ -120,10 +120,6 @@ def convert(
         if given is not None:
             given = dataclasses.replace(given, on_event=bar)
         target = None if dry_run else (output or default_output(model, wanted))
-        if resume and target is not None and not RunFolder.beside(target).kept():
-            hint(
-                f"Nothing is kept in {RunFolder.beside(target).path}: the calibration begins anew."
-            )
         done = _interruptible(
             model,
             wanted,
@@ -143,12 +139,17 @@ def convert(
         _show(done, each=all_groups, budget=wanted.budget is not None)
 
 
-def _interruptible(model: str, recipe: Recipe, output: Path | None, **options: Any) -> Conversion:
-    """`convert_file`, with word of what an interruption leaves behind."""
+def _interruptible(
+    model: str, recipe: Recipe, output: Path | None, calib: Calibration | None, **options: Any
+) -> Conversion:  # fmt: skip
+    """`convert_file`, with word of what an interruption leaves behind and a resume finds."""
+    kept = None if output is None else RunFolder.beside(output)
+    if kept is not None and calib is not None and calib.resume and not kept.kept():
+        hint(f"Nothing is kept in {kept.path}: the calibration begins anew.")
     try:
-        return convert_file(model, recipe, output, **options)
+        return convert_file(model, recipe, output, calib=calib, **options)
     except KeyboardInterrupt:
-        if output is not None and RunFolder.beside(output).kept():
+        if kept is not None and kept.kept():
             hint("The blocks done are kept: the same command with --resume goes on.")
         raise
 
