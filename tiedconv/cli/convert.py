@@ -76,7 +76,11 @@ def convert(
     weights: common.Weights = "default",
     model_arg: common.ModelArg = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan with exact sizes; needs no weights.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan; needs no weights. Exact, but for what --params will choose.",
+        ),
     ] = False,
     all_groups: Annotated[
         bool, typer.Option("--all-groups", help="A line for each group, not for each kind.")

@@ -36,8 +36,8 @@ def plan(
         Path | None,
         typer.Option(
             metavar="IMAGES",
-            help="A folder of images, with or without classes: estimate by them how far each "
-            "cell's answers stray from the original's. Needs weights.",
+            help="A folder of images, with or without classes, or shards or hf:NAME: estimate by "
+            "them how far each cell's answers stray from the original's. Needs weights.",
         ),
     ] = None,
     calib_images: common.CalibImages = 256,

@@ -33,7 +33,8 @@ def sensitivity(
         Path,
         typer.Option(
             metavar="IMAGES",
-            help="A folder of images, with or without classes. No label is looked at.",
+            help="A folder of images, with or without classes, or shards or hf:NAME. No label is "
+            "looked at.",
         ),
     ],
     calib_images: common.CalibImages = 256,
