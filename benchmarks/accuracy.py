@@ -11,7 +11,8 @@ for each budget by short trainings measured on held-out images: what has lost mo
 go. The seed decides
 the order and the augmentation of the images, and random weights where there are any.
 
-The result is written after each run, so a stopped run goes on. `pareto.py` draws it.
+The result is written after each run, so a stopped run goes on; runs at another rate than the one
+chosen are made anew. `pareto.py` draws it.
 """
 
 from __future__ import annotations
@@ -253,15 +254,16 @@ class Bench:
             return {"variant": "", "lr": train_models.RATES[self.args.model]}
         known = self.store.setdefault("select", {})
         key = f"{self.name}/{name}/{budget:g}"
-        if key not in known:
-            scores = {}
-            for variant in METHODS[name].variants:
+        scores = dict(known.get(key, {}).get("held_out", {}))
+        for variant in METHODS[name].variants:
+            for lr in (*RATES, HIGHEST):
+                unasked = lr == HIGHEST and _best(scores, variant) != RATES[-1]
+                if unasked or f"{variant}@{lr}" in scores:
+                    continue
                 made = self.prepared(name, budget, variant, 0)["made"]
-                for lr in (*RATES, HIGHEST):
-                    if lr == HIGHEST and _best(scores, variant) != RATES[-1]:
-                        continue
-                    model = self.trained(name, made.model, variant, self.args.select_steps, lr, 0)
-                    scores[f"{variant}@{lr}"] = top1(model, self.held_out)
+                model = self.trained(name, made.model, variant, self.args.select_steps, lr, 0)
+                scores[f"{variant}@{lr}"] = top1(model, self.held_out)
+        if scores != known.get(key, {}).get("held_out"):
             variant, _, lr = max(scores, key=scores.__getitem__).partition("@")
             known[key] = {"held_out": scores, "variant": variant, "lr": float(lr)}
             self.write()
@@ -295,10 +297,13 @@ class Bench:
         runs = self.store.setdefault("runs", {})
         keys = {f"{self.name}/{name}/{b:g}/{s}": (b, s) for b in budgets for s in self.args.seeds}
         for key, (budget, seed) in keys.items():
-            if key in runs:
+            if "infeasible" in runs.get(key, {}):
                 continue
             try:
-                runs[key] = self.run(name, budget, seed, self.choose(name, budget))
+                chosen = self.choose(name, budget)
+                if key in runs and all(runs[key][k] == chosen[k] for k in ("variant", "lr")):
+                    continue
+                runs[key] = self.run(name, budget, seed, chosen)
             except BudgetError as error:
                 runs[key] = {"infeasible": str(error)}
             self.write()

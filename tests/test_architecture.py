@@ -55,6 +55,7 @@ LAYERS: dict[str, int] = {
         [
             "loading",
             "calibrate",
+            "fitted",
             "trials",
             "streaming",
             "convert",

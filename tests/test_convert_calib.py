@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -23,10 +24,10 @@ from tiedconv.binding import dense_state_dict, is_tied, state_of
 from tiedconv.calibrate import Calibration, Finalist, Kept, Measuring
 from tiedconv.calibration import CalibConfig, Fitted, Joint, gather_moments
 from tiedconv.cli.progress import ConvertBar
-from tiedconv.errors import BudgetError, DataError, UserError
+from tiedconv.errors import BudgetError, CheckpointError, DataError, UserError
 from tiedconv.metric import Metric
 from tiedconv.planner import alternatives, fit_plan, make_plan, weights_of
-from tiedconv.run_folder import CALIBRATION, RunFolder
+from tiedconv.run_folder import CALIBRATION, FIT, RunFolder
 
 MICROS = all_micros()
 PARAMS = {"timm-vit": "50%", "torchvision-vit": "50%", "torchvision-resnet": "70%"}
@@ -35,8 +36,8 @@ QUICK = CalibConfig(steps=8, passes=1, joint_steps=10, batch_size=8)
 
 def calib_for(name: str, count: int = 24, **options: Any) -> Calibration:
     """A short calibration of a micro model."""
-    data = Images(images_of(name, count))
-    return Calibration(data, **{"config": QUICK, "device": "cpu", **options})
+    usual = {"data": Images(images_of(name, count)), "config": QUICK, "device": "cpu"}
+    return Calibration(**{**usual, **options})
 
 
 def converted(name: str, scheme: str = "auto") -> nn.Module:
@@ -279,35 +280,94 @@ def test_of_a_recipe_and_its_alternatives_the_cheapest_is_carried_out(scheme: st
     assert state_of(made).history[0]["recipe"] == best.to_json()
 
 
-def test_of_two_fits_the_second_is_gone_on_with(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def _two_finalists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiedconv.trials.CLOSE", math.inf)
 
-    def converted(scheme: str, **options: Any) -> dict[str, Tensor]:
-        calib = calib_for("timm-vit", run_dir=tmp_path, **options)
-        model = MICROS["timm-vit"].model()
-        return dict(tiedconv.convert(model, scheme, params="60%", calib=calib).state_dict())
+
+def kept_in(folder: Path, scheme: str = "lors", **options: Any) -> dict[str, Tensor]:
+    """What a calibration that keeps what is done in a folder ends with."""
+    calib = calib_for("timm-vit", run_dir=folder, **options)
+    model = MICROS["timm-vit"].model()
+    return dict(tiedconv.convert(model, scheme, params="60%", calib=calib).state_dict())
+
+
+def interrupted_at(number: int, folder: Path) -> list[Path]:
+    """Interrupt one before the blocks of this fit; what is kept, of files in the folder."""
 
     def interrupt(event: object) -> None:
-        if isinstance(event, Finalist) and event.number == 2:
+        if isinstance(event, Finalist) and event.number == number:
             raise KeyboardInterrupt
 
-    whole = converted("lors")
-    RunFolder(tmp_path).clear()
     with pytest.raises(KeyboardInterrupt):
-        converted("lors", on_event=interrupt)
-    (kept,) = RunFolder(tmp_path).kept()
-    assert kept == tmp_path / "0" / CALIBRATION
-    monkeypatch.setattr("tiedconv.trials.FINALISTS", 1)
-    with pytest.raises(UserError, match=r"different calibration.*--force, without --resume"):
-        converted("lowrank", resume=True)
-    assert kept.exists()
-    monkeypatch.setattr("tiedconv.trials.FINALISTS", 2)
+        kept_in(folder, on_event=interrupt)
+    return sorted(file.relative_to(folder) for file in RunFolder(folder).kept())
+
+
+FITS = [Path("0", FIT), Path("1", FIT)]
+
+
+@pytest.mark.usefixtures("_two_finalists")
+def test_of_two_fits_the_second_is_gone_on_with(tmp_path: Path) -> None:
+    whole = kept_in(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    assert interrupted_at(2, cut) == [Path("0", CALIBRATION), *FITS]
     events: list[Any] = []
-    resumed = converted("lors", resume=True, on_event=events.append)
+    resumed = kept_in(cut, resume=True, on_event=events.append)
     first = [e for e in events[: events.index(Finalist(2, 2, ("lors",)))] if isinstance(e, Fitted)]
     assert not first  # of the first fit no block was fitted again
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
+@pytest.mark.usefixtures("_two_finalists")
+def test_what_was_measured_and_fitted_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = kept_in(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    assert interrupted_at(1, cut) == FITS
+    monkeypatch.setattr(Calibration, "measure", None)
+    monkeypatch.setattr("tiedconv.trials.fit_plan", None)
+    resumed = kept_in(cut, resume=True)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
+@pytest.mark.usefixtures("_two_finalists")
+def test_a_fit_of_another_calibration_is_refused(tmp_path: Path) -> None:
+    kept = interrupted_at(1, tmp_path)
+    anew = r"different calibration: .*{}.*--force, without --resume"
+    others: dict[str, dict[str, Any]] = {
+        "recipe": {"scheme": "lowrank"},
+        "seed": {"config": dataclasses.replace(QUICK, seed=1)},
+        "images": {"data": Images(-images_of("timm-vit", 24))},
+        "number of images": {"count": 5},
+    }
+    for what, options in others.items():
+        with pytest.raises(UserError, match=anew.format(what)):
+            kept_in(tmp_path, resume=True, **options)
+    for name in kept:
+        (tmp_path / name).rename(tmp_path / name.with_suffix(".away"))
+    # Blocks of two fits, and no fits that would tell of what.
+    (tmp_path / "0" / CALIBRATION).touch()
+    (tmp_path / "1" / CALIBRATION).touch()
+    with pytest.raises(UserError, match=r"different calibration.*--force, without --resume"):
+        kept_in(tmp_path, resume=True, config=CalibConfig(effort="fast"))
+    assert (tmp_path / "0" / CALIBRATION).exists()
+
+
+@pytest.mark.usefixtures("_two_finalists")
+def test_a_damaged_fit_is_refused_and_a_missing_one_made_again(tmp_path: Path) -> None:
+    whole = kept_in(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    interrupted_at(1, cut)
+    good = (cut / FITS[0]).read_bytes()
+    for at in (3, 40, len(good) // 2, len(good) - 1):
+        (cut / FITS[0]).write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(CheckpointError, match=r"damaged.*--force, without --resume"):
+            kept_in(cut, resume=True)
+    (cut / FITS[0]).write_bytes(good)
+    (cut / FITS[1]).unlink()  # as where a process was killed between the two
+    resumed = kept_in(cut, resume=True)
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 

@@ -10,15 +10,16 @@ import pytest
 
 from tiedconv.errors import UserError
 from tiedconv.files import replacing
-from tiedconv.run_folder import CALIBRATION, CURVE, RunFolder
+from tiedconv.run_folder import CALIBRATION, CURVE, FIT, RunFolder
 
-OWN = ["step-000000012.pt", CURVE, CALIBRATION, f"1/{CALIBRATION}"]
+OWN = ["step-000000012.pt", CURVE, CALIBRATION, f"1/{CALIBRATION}", FIT, f"0/{FIT}"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     made = RunFolder.beside(tmp_path / "out.safetensors")
-    (made.path / "1").mkdir(parents=True)
+    for part in ("0", "1"):
+        (made.path / part).mkdir(parents=True)
     return made
 
 

@@ -21,6 +21,7 @@ from tiedconv.calibration import (
     gather_moments,
 )
 from tiedconv.data import ImageList, eval_transform, open_unlabelled
+from tiedconv.run_folder import RunFolder
 from tiedconv.sources import Preprocess, Source
 
 
@@ -94,9 +95,9 @@ class Calibration:
     resume: bool = False
     on_event: OnCalibration = _ignore
 
-    def part(self, index: int) -> Calibration:
+    def part(self, index: int, count: int) -> Calibration:
         """The same for one of several models, with a folder of its own for what is kept."""
-        place = None if self.run_dir is None else self.run_dir / str(index)
+        place = None if self.run_dir is None else RunFolder(self.run_dir).part(index, count)
         return dataclasses.replace(self, run_dir=place)
 
     def open(self, source: Source) -> Dataset[Any]:
@@ -155,16 +156,15 @@ class Calibration:
 
 
 def calibration_record(
-    moments: Moments, result: BlockwiseResult, what: Calibration
+    ridge: float | None, result: BlockwiseResult, what: Calibration
 ) -> dict[str, Any]:
-    """What a file's history says of a calibration."""
-    ridges = sorted(r for pair in moments.ridges.values() for r in pair)
+    """What a file's history says of a calibration; `ridge` is the median of its metrics'."""
     return {
         "images": result.images,
         "skipped": result.skipped,
         "effort": what.config.effort,
         "seed": what.config.seed,
-        "ridge_median": ridges[len(ridges) // 2] if ridges else None,
+        "ridge_median": ridge,
         "kl_before": result.kl_before,
         "kl_after": result.kl_after,
         "blocks": [[list(s.units), s.before, s.after] for s in result.spans],

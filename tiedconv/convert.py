@@ -28,7 +28,7 @@ from tiedconv.recipe import Recipe
 from tiedconv.run_folder import RunFolder
 from tiedconv.sources import LazyWeights, Preprocess, Source
 from tiedconv.streaming import streamed
-from tiedconv.trials import OnGroup, bind, calibrated, fits
+from tiedconv.trials import OnGroup, bind, calibrated, finalists, fits
 from tiedconv.version import __version__
 from tiedconv.writing import write_compact
 
@@ -159,7 +159,7 @@ def convert_file(
         force: replace an existing file.
         seed: of random weights.
         command: the command line, for the file's history.
-        calib: images to convert by; while it runs, `<output>.run/` holds the blocks done, and
+        calib: images to convert by; while it runs, `<output>.run/` holds what is done, and
             the folder is removed when the file is written.
         on_group: called with (groups fitted, groups in all).
     """
@@ -248,7 +248,7 @@ def _convert(
         extra: dict[str, Any] = {}
     else:
         teacher = copy.deepcopy(model)  # before the fits, which may move the model's tensors
-        found = fits(model, recipe, on_group, calib, data)
+        found = finalists(model, teacher, recipe, on_group, calib, data, record)
         fitted, extra = calibrated(model, teacher, found, calib, data, record)
     entry = _entry(fitted.recipe, fitted.plan, command)
     set_state(model, history=({**entry, **extra},))

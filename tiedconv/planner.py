@@ -150,7 +150,10 @@ def compile_plan(anatomy: Anatomy, drafts: Sequence[Draft]) -> Plan:
             factors = {f"rows{slot.start}-{slot.stop}": slot.matrix_shape}
             groups.append(Group(tensor, KEPT, {}, (Member(slot),), factors))
     kept = {n: s for n, s in anatomy.shapes.items() if n not in weights}
-    plan = Plan(weights, tuple(groups), kept, anatomy.buffers, anatomy.aliases)
+    # In the order of a file, so that what is read back trains to the bit as what was written.
+    weights, kept = dict(sorted(weights.items())), dict(sorted(kept.items()))
+    aliases = dict(sorted(anatomy.aliases.items()))
+    plan = Plan(weights, tuple(groups), kept, anatomy.buffers, aliases)
     plan.validate()
     return plan
 

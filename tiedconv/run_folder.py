@@ -15,12 +15,15 @@ from tiedconv.files import left_parts
 
 STATES = "step-*.pt"
 """Names of the states of a training."""
+FIT = "fit.safetensors"
+"""Name of the compact file that a calibration begins with, here or in a numbered folder for each
+of several."""
 CALIBRATION = "calibration.safetensors"
-"""Name of what a calibration has fitted, here or in a numbered folder for each of several."""
+"""Name of what a calibration has fitted of it, beside it."""
 CURVE = "curve.json"
 """What those who watch a training keep beside its states."""
 
-_KEPT = (STATES, CALIBRATION, f"*/{CALIBRATION}")
+_KEPT = (STATES, FIT, f"*/{FIT}", CALIBRATION, f"*/{CALIBRATION}")
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,14 @@ class RunFolder:
                 "Go on with it by --resume, or begin anew with --force",
             )
 
+    def part(self, index: int, count: int) -> Path:
+        """Where one of several fits has its files; a single one has them here."""
+        return self.path if count == 1 else self.path / str(index)
+
     def require_fits(self, count: int) -> None:
         """Raises UserError where what is kept is not of a calibration of so many fits."""
-        names = [CALIBRATION] if count == 1 else [f"{i}/{CALIBRATION}" for i in range(count)]
-        wanted = {self.path / name for name in names}
+        parts = [self.part(i, count) for i in range(count)]
+        wanted = {part / name for part in parts for name in (FIT, CALIBRATION)}
         if odd := [file for file in self.kept() if file not in wanted]:
             raise UserError(
                 f"{odd[0]} is of a different calibration, of other schemes or options",

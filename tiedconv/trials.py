@@ -18,7 +18,7 @@ from tiedconv.budget import Metrics
 from tiedconv.calibrate import Calibration, Finalist, Kept, calibration_record
 from tiedconv.calibration import Moments
 from tiedconv.errors import BudgetError, NothingToConvert
-from tiedconv.plan import Plan
+from tiedconv.fitted import Fitted, identity_of, keep, kept
 from tiedconv.planner import alternatives, fit_plan, make_plan, weights_of
 from tiedconv.recipe import Recipe
 from tiedconv.run_folder import RunFolder
@@ -29,18 +29,6 @@ CLOSE = 1.5
 
 T = TypeVar("T")
 OnGroup = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A recipe carried out on a model's weights, before the model is tied."""
-
-    recipe: Recipe
-    plan: Plan
-    moved: dict[str, Tensor]
-    factors: dict[str, Tensor]
-    cost: float
-    moments: Moments | None
 
 
 def fits(
@@ -104,6 +92,44 @@ def bind(model: nn.Module, fitted: Fitted, source: Mapping[str, Any]) -> None:
     tie(model, fitted.plan, fitted.factors, source=source)
 
 
+def finalists(
+    model: nn.Module,
+    original: nn.Module,
+    recipe: Recipe,
+    on_group: OnGroup | None,
+    calib: Calibration,
+    data: Dataset[Any],
+    source: Mapping[str, Any],
+) -> list[Fitted]:
+    """The fits that blocks are fitted to, best first: those kept, or made now and kept.
+
+    Costs are predictions, good for small errors. Where blocks are fitted too, the two best fits
+    go through it, unless one is far ahead.
+
+    Args:
+        model, recipe, on_group, calib, data: as of `fits`.
+        original: a copy of the model, which `fits` may move.
+        source: where the model came from.
+
+    Raises:
+        NothingToConvert, BudgetError: no recipe can be carried out.
+        UserError: what is kept is of another calibration.
+    """
+    identity: dict[str, Any] = {}
+    if calib.run_dir is not None:
+        identity = identity_of(calib.config, recipe, original, data)
+        if calib.resume and (found := kept(calib.run_dir, alternatives(recipe), identity)):
+            return found
+    found = fits(model, recipe, on_group, calib, data)
+    near = [fit for fit in found if fit.cost <= CLOSE * found[0].cost]
+    chosen = near[:FINALISTS] if calib.config.fits else near[:1]
+    if calib.run_dir is not None:
+        if calib.resume:
+            RunFolder(calib.run_dir).require_fits(len(chosen))
+        keep(calib.run_dir, chosen, source, identity)
+    return chosen
+
+
 def calibrated(
     model: nn.Module,
     teacher: nn.Module,
@@ -112,38 +138,28 @@ def calibrated(
     data: Dataset[Any],
     source: Mapping[str, Any],
 ) -> tuple[Fitted, dict[str, Any]]:
-    """Tie a model by the best of its fits and fit its blocks, in place.
-
-    Costs are predictions, good for small errors. Where blocks are fitted too, the two best fits
-    go through it, unless one is far ahead, and what diverges less in the end is kept.
+    """Tie a model by each of its fits, fit the blocks, and keep what diverges least, in place.
 
     Args:
         model: of the fits.
         teacher: the original, copied before the fits, which may move the model's tensors.
-        found: from `fits`.
+        found: from `finalists`.
         calib, data: images.
         source: where the model came from.
 
     Returns:
         the fit that was kept, and what the history says of the calibration.
     """
-    near = [fit for fit in found if fit.cost <= CLOSE * found[0].cost]
-    finalists = near[:FINALISTS] if calib.config.fits else near[:1]
-    if calib.resume and calib.run_dir is not None:
-        RunFolder(calib.run_dir).require_fits(len(finalists))
     results: list[tuple[float, Fitted, nn.Module, dict[str, Any]]] = []
-    for i, fitted in enumerate(finalists):
-        student = model if len(finalists) == 1 else copy.deepcopy(model)
+    for i, fitted in enumerate(found):
+        student = model if len(found) == 1 else copy.deepcopy(model)
         bind(student, fitted, source)
-        own = calib
-        if len(finalists) > 1:
+        if len(found) > 1:
             schemes = tuple(sorted({group.scheme for group in fitted.plan.groups}))
-            calib.on_event(Finalist(i + 1, len(finalists), schemes))
-            own = calib.part(i)
-        result = own.fit(student, teacher, data)
+            calib.on_event(Finalist(i + 1, len(found), schemes))
+        result = calib.part(i, len(found)).fit(student, teacher, data)
         student.cpu()
-        assert fitted.moments is not None
-        record = calibration_record(fitted.moments, result, calib)
+        record = calibration_record(fitted.ridge, result, calib)
         results.append((result.kl_after, fitted, student, record))
     best = min(range(len(results)), key=lambda i: results[i][0])
     _, fitted, student, record = results[best]
@@ -184,7 +200,8 @@ class _Trial:
             )  # fmt: skip
             metrics = moments.metrics if moments is not None else None
             planned, factors, cost = fit_plan(planned, moved, self.on_group, metrics)
-        return Fitted(recipe, planned, moved, factors, cost, moments)
+        ridge = None if moments is None else moments.ridge
+        return Fitted(recipe, planned, moved, factors, cost, ridge)
 
     def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
         """What errors cost with the weights so moved, measured once."""

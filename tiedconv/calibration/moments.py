@@ -57,6 +57,12 @@ class Moments:
     images: int
     skipped: int
 
+    @property
+    def ridge(self) -> float | None:
+        """The median of all ridges."""
+        found = sorted(ridge for pair in self.ridges.values() for ridge in pair)
+        return found[len(found) // 2] if found else None
+
 
 @dataclass
 class _Sum:

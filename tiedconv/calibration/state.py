@@ -48,18 +48,27 @@ def identity_of(
 
     The errors of the fits are not: their last digits depend on the number of threads.
     """
-    fields = {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
     groups = [dataclasses.replace(group, error=None) for group in plan.groups]
     text = json.dumps(dataclasses.replace(plan, groups=tuple(groups)).to_json(), sort_keys=True)
-    pixels = images.flatten(1)
-    some = pixels[:, :: max(1, pixels.shape[1] // _PIXELS)].cpu().numpy().tobytes()
     return {
-        **fields,
+        **settings_of(config),
         "plan": _short(text.encode()),
         "weights": weights_digest(teacher),
         "number of images": len(images),
-        "images": _short(some),
+        "images": digest_of(images),
     }
+
+
+def settings_of(config: CalibConfig) -> dict[str, Any]:
+    """The options that change what is computed."""
+    return {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
+
+
+def digest_of(images: Tensor) -> str:
+    """Of a few numbers of each image: it tells sets of images apart, and takes no time."""
+    pixels = images.flatten(1)
+    some = pixels[:, :: max(1, pixels.shape[1] // _PIXELS)].contiguous()
+    return _short(some.cpu().numpy().tobytes())
 
 
 def _short(content: bytes) -> str:

@@ -154,7 +154,7 @@ def _interruptible(
         return convert_file(model, recipe, output, calib=calib, **options)
     except KeyboardInterrupt:
         if kept is not None and kept.kept():
-            hint("The blocks done are kept: the same command with --resume goes on.")
+            hint("What is done is kept: the same command with --resume goes on.")
         raise
 
 
