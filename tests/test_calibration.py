@@ -25,6 +25,7 @@ from tiedconv.calibration import (
     Fitting,
     Joint,
     fit_blocks,
+    fitting,
 )
 from tiedconv.calibration.fitting import split
 from tiedconv.calibration.pair import Pair
@@ -359,15 +360,32 @@ class Interrupt(Exception):
     """Ctrl-C."""
 
 
+def steps_counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every step of a fit from now on."""
+    seen: list[int] = []
+    step = fitting._Descent._step
+
+    def counted(self: fitting._Descent, number: int, index: Tensor) -> Tensor:
+        seen.append(number)
+        return step(self, number, index)
+
+    monkeypatch.setattr(fitting._Descent, "_step", counted)
+    return seen
+
+
+IN_THE_WHOLE = 99  # interrupted in the fit of the whole
+
+
 @pytest.mark.parametrize(
     ("name", "scheme", "stop"),
-    [("timm-vit", "tied", n) for n in (1, 3)]
-    + [("torchvision-resnet", "tied", 1), ("convmixer", "tied", 0)],
+    [("timm-vit", "tied", n) for n in (1, 3, IN_THE_WHOLE)]
+    + [("torchvision-resnet", "tied", n) for n in (1, IN_THE_WHOLE)]
+    + [("convmixer", "tied", n) for n in (0, IN_THE_WHOLE)],
 )
 def test_a_resumed_calibration_ends_with_the_same_bits(
-    name: str, scheme: str, stop: int, tmp_path: Path
+    name: str, scheme: str, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"passes": 2, "joint_steps": 3}
+    options = {"passes": 2, "joint_steps": 9}
     whole, teacher = pair_of(name, scheme)
     parts = copy.deepcopy(whole)
     expected = fit(name, whole, teacher, **options)
@@ -378,6 +396,8 @@ def test_a_resumed_calibration_ends_with_the_same_bits(
             seen.append(event)
             if len(seen) == stop + 1:
                 raise Interrupt
+        if stop == IN_THE_WHOLE and isinstance(event, Joint) and event.step == event.steps:
+            raise Interrupt
 
     modes = [m.training for m in parts.modules()]
     with pytest.raises(Interrupt):
@@ -388,11 +408,14 @@ def test_a_resumed_calibration_ends_with_the_same_bits(
     assert not hooks_of(teacher)
     fresh, _ = pair_of(name, scheme)
     later: list[CalibEvent] = []
+    steps = steps_counted(monkeypatch)
     result = fit(
         name, fresh, teacher, **options, checkpoint_dir=tmp_path, resume=True,
         on_event=later.append,
     )  # fmt: skip
     fitted = [e for e in later if isinstance(e, Fitted)]
+    if stop == IN_THE_WHOLE:
+        assert steps == [9]  # eight were kept
     assert len(seen) + len(fitted) == 2 * len(expected.spans)
     assert result.spans == expected.spans
     assert (result.kl_before, result.kl_after) == (expected.kl_before, expected.kl_after)
@@ -435,7 +458,9 @@ def test_a_foreign_or_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="plan"):
         fit("perceptron", other, teacher, checkpoint_dir=tmp_path, resume=True)
     path = tmp_path / "calibration.safetensors"
-    for content in (b"", path.read_bytes()[:-9], b"\x00" * 64):
+    good = path.read_bytes()
+    flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in (40, len(good) - 2)]
+    for content in (b"", good[:-9], b"\x00" * 64, *flipped):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="damaged"):
             fit("perceptron", student, teacher, checkpoint_dir=tmp_path, resume=True)

@@ -78,7 +78,7 @@ def forge(
 
 
 def rehash(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    record["sha256"] = {n: checkpoint._hash(t) for n, t in tensors.items()}
+    record["sha256"] = {n: checkpoint.tensor_hash(t) for n, t in tensors.items()}
 
 
 def test_a_good_file_is_good(good: Path) -> None:

@@ -71,7 +71,7 @@ class Checkpoint:
         """
         for name in self.shapes:
             tensor = self.file.tensor(name)
-            if _hash(tensor) != self.hashes.get(name):
+            if tensor_hash(tensor) != self.hashes.get(name):
                 raise CheckpointError(
                     f"{self.path}: the tensor {name} is not what was written (SHA-256 differs)",
                     "The file is damaged and was not used",
@@ -102,7 +102,7 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
     record = {
         "format": FORMAT,
         "plan": state.plan.to_json(),
-        "sha256": {name: _hash(t) for name, t in tensors.items()},
+        "sha256": {name: tensor_hash(t) for name, t in tensors.items()},
         "history": list(state.history),
     }
     metadata = {"tiedconv": _dump(record), "source": _dump(state.source)}
@@ -288,7 +288,7 @@ def _check_dtypes(plan: Plan, dtypes: Mapping[str, str], mixed: bool) -> None:
             raise ValueError(f"{name} would be computed from {' and '.join(sorted(kinds))}")
 
 
-def _hash(tensor: Tensor) -> str:
+def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from tiedconv.checkpoint import FORMAT, _digest, _dump, _hash
+from tiedconv.checkpoint import FORMAT, _digest, _dump, tensor_hash
 from tiedconv.expr import Shape
 from tiedconv.files import replacing
 from tiedconv.plan import Plan
@@ -51,7 +51,7 @@ def write_compact(
     hashes: dict[str, str] = {}
     for name in (*plan.kept, *plan.factors):
         value = tensor(name)
-        forms[name], hashes[name] = (value.dtype, tuple(value.shape)), _hash(value)
+        forms[name], hashes[name] = (value.dtype, tuple(value.shape)), tensor_hash(value)
     record = {
         "format": FORMAT,
         "plan": plan.to_json(),

@@ -7,6 +7,7 @@ the original what the original gives, so that errors are mended rather than pile
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -31,7 +32,7 @@ from tiedconv.calibration.events import (
     SpanResult,
     ignore,
 )
-from tiedconv.calibration.fitting import Schedule, mean_error, minimise, split
+from tiedconv.calibration.fitting import Midway, Schedule, mean_error, minimise, split
 from tiedconv.calibration.lenses import Lens, measure_lenses
 from tiedconv.calibration.objectives import JointObjective, SpanObjective, seen
 from tiedconv.calibration.pair import Pair
@@ -71,7 +72,8 @@ def fit_blocks(
         config: the options; the defaults if None.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         workers: processes that read images; None chooses.
-        checkpoint_dir: where to keep `calibration.safetensors`, written after each span.
+        checkpoint_dir: where to keep `calibration.safetensors`, written after each span
+            and six times in the fit of the whole.
         resume: go on from that file; without the file, start at the beginning.
         on_event: called with each event.
 
@@ -131,7 +133,7 @@ def _ready(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Progress:
-    """Where a calibration stands: plain data, kept in the checkpoint."""
+    """Where a calibration stands, as kept in the checkpoint."""
 
     fits: int = 0
     joint: bool = False
@@ -140,13 +142,23 @@ class _Progress:
     kl_after: float = math.nan
     before: list[float] = field(default_factory=list)
     after: list[float] = field(default_factory=list)
+    midway: Midway | None = None
 
     @classmethod
-    def of(cls, saved: dict[str, Any], path: Path) -> _Progress:
+    def of(cls, saved: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> _Progress:
+        midway = saved.pop("midway", None)
         try:
-            return cls(**saved)
+            at = None if midway is None else Midway(**{**midway, "tensors": tensors})
+            return cls(**saved, midway=at)
         except TypeError as error:
             raise foreign(path) from error
+
+    def split(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Plain data and tensors, from which `of` makes it again."""
+        if self.midway is None:
+            return asdict(self), {}
+        plain = dataclasses.replace(self.midway, tensors={})
+        return asdict(dataclasses.replace(self, midway=plain)), self.midway.tensors
 
 
 class _Run:
@@ -175,8 +187,8 @@ class _Run:
         joint = self.joint_objective()
         start = [t.detach().clone() for t in self.state()] if self.config.total_passes else []
         if resume and self.path is not None and self.path.exists():
-            saved = load_state(self.path, self.pair.student.model, self.identity)
-            self.at = _Progress.of(saved, self.path)
+            saved, tensors = load_state(self.path, self.pair.student.model, self.identity)
+            self.at = _Progress.of(saved, tensors, self.path)
         else:
             self.at.kl_before = mean_error(joint, self.held, self.config.batch_size)
         self.start -= self.at.seconds
@@ -184,7 +196,8 @@ class _Run:
         while self.at.fits < self.config.total_passes * len(spans):
             self.fit_span(*divmod(self.at.fits, len(spans)))
         if not self.at.joint:
-            self.keep_better(start, joint)
+            if self.at.midway is None:
+                self.keep_better(start, joint)
             self.fit_jointly(joint)
         results = zip(spans, self.at.before, self.at.after, strict=False)
         return BlockwiseResult(
@@ -323,9 +336,15 @@ class _Run:
 
         schedule = self.schedule(steps, self.config.joint_lr, self.config.total_passes, 0)
         _, self.at.kl_after = minimise(
-            objective, self.train, self.held, schedule, _seldom(tell, steps)
-        )
-        self.at.joint = True
+            objective, self.train, self.held, schedule, _seldom(tell, steps),
+            self.at.midway, self.save_midway if self.path is not None else None,
+        )  # fmt: skip
+        self.at.joint, self.at.midway = True, None
+        self.save()
+
+    def save_midway(self, midway: Midway) -> None:
+        """Keeps where the fit of the whole is: for a large model it takes the longest."""
+        self.at.midway = midway
         self.save()
 
     def schedule(self, steps: int, lr: float, number: int, index: int) -> Schedule:
@@ -337,7 +356,8 @@ class _Run:
         """Writes the checkpoint, if there is a folder for it."""
         self.at.seconds = time.perf_counter() - self.start
         if self.path is not None:
-            save_state(self.path, self.pair.student.model, self.identity, asdict(self.at))
+            plain, tensors = self.at.split()
+            save_state(self.path, self.pair.student.model, self.identity, plain, tensors)
 
 
 def _relative(error: float, span: Span) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -61,12 +61,35 @@ class Schedule:
     seed: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Midway:
+    """A fit between two of its steps: what else it takes to go on from the student's tensors.
+
+    Args:
+        step: steps done.
+        before: the held-out error at the start.
+        best: the smallest since.
+        norms: whether batch norms get their statistics measured again.
+        rates: of each parameter, at the highest rate.
+        tensors: `best/N`, and Adam's memory of the N-th parameter as `adam/N/...`.
+    """
+
+    step: int
+    before: float
+    best: float
+    norms: bool
+    rates: list[float]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
 def minimise(
     objective: Objective,
     train: Tensor,
     held: Tensor,
     schedule: Schedule,
     on_step: Callable[[int, float], None],
+    midway: Midway | None = None,
+    keep: Callable[[Midway], None] | None = None,
 ) -> tuple[float, float]:
     """Fits the objective's parameters, in place.
 
@@ -81,6 +104,8 @@ def minimise(
         held: indices of the held-out images.
         schedule: how long and how fast.
         on_step: called with the number of steps done and the last loss that was read.
+        midway: where an interrupted fit goes on; the student is as it was there.
+        keep: called now and then with where the fit is.
 
     Returns:
         the held-out error before and after.
@@ -88,16 +113,16 @@ def minimise(
     Raises:
         TrainingError: the error is not finite before any step.
     """
-    best = _Best(objective, held, schedule.batch_size)
-    before = best.error
+    best = _Best(objective, held, schedule.batch_size, midway)
+    before = best.error if midway is None else midway.before
     if not math.isfinite(before):
         raise TrainingError(
             "The model's outputs are NaN or infinite before any fit",
             "There is nothing to fit",
             "Check the original model and the images; with bfloat16, choose --amp off",
         )
-    norms = batchnorms(objective.modules)
-    if norms:
+    norms = batchnorms(objective.modules) if midway is None or midway.norms else []
+    if norms and midway is None:
         estimate(norms, objective, train, schedule.batch_size)
         if not best.consider():
             # The original's own statistics are not those of these images.
@@ -105,7 +130,8 @@ def minimise(
             norms = []
     if schedule.steps and objective.parameters:
         try:
-            _descend(objective, train, schedule, norms, best, on_step)
+            descent = _Descent(objective, schedule, before, norms, best, midway)
+            descent.run(train, on_step, keep)
         finally:
             for parameter in objective.parameters:
                 parameter.requires_grad_(False)
@@ -116,52 +142,98 @@ def minimise(
     return before, best.error
 
 
-def _descend(
-    objective: Objective,
-    train: Tensor,
-    schedule: Schedule,
-    norms: Sequence[_BatchNorm],
-    best: _Best,
-    on_step: Callable[[int, float], None],
-) -> None:
-    for parameter in objective.parameters:
-        parameter.requires_grad_(True)
-    optimizer = _optimizer(objective.parameters)
-    base = [group["lr"] for group in optimizer.param_groups]
-    every = max(1, -(-schedule.steps // CHECKS))
-    told = 0.0
-    for step, index in enumerate(_batches(train, schedule), 1):
-        factor = _factor(step, schedule)
-        for group, size in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = schedule.lr * size * factor
-        with _batch_statistics(norms if len(index) > 1 else ()):
-            loss = objective.loss(index)
-            optimizer.zero_grad(set_to_none=True)
+class _Descent:
+    """The steps of a fit, from the first or from midway."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        schedule: Schedule,
+        before: float,
+        norms: Sequence[_BatchNorm],
+        best: _Best,
+        midway: Midway | None,
+    ) -> None:
+        self._objective, self._schedule, self._before = objective, schedule, before
+        self._norms, self._best = norms, best
+        for parameter in objective.parameters:
+            parameter.requires_grad_(True)
+        self._start = 0 if midway is None else midway.step
+        self._rates = _rates(objective.parameters) if midway is None else midway.rates
+        # Fits are short: a longer memory of squared gradients would outlast them.
+        groups = [
+            {"params": [p], "lr": rate}
+            for p, rate in zip(objective.parameters, self._rates, strict=True)
+        ]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        if midway is not None:
+            self._remember(midway.tensors)
+
+    def run(
+        self,
+        train: Tensor,
+        on_step: Callable[[int, float], None],
+        keep: Callable[[Midway], None] | None,
+    ) -> None:
+        """All steps that are left, or those before the loss is no number."""
+        schedule = self._schedule
+        every = max(1, -(-schedule.steps // CHECKS))
+        told = 0.0
+        for step, index in enumerate(_batches(train, schedule), 1):
+            if step <= self._start:
+                continue
+            loss = self._step(step, index)
+            last = step == schedule.steps
+            # Reading a number waits for the device.
+            if step % 10 == 1 or last:
+                told = float(loss.detach())
+                if not math.isfinite(told):
+                    return  # what was best so far is kept
+            on_step(step, told)
+            if last or step % every == 0:
+                if self._norms:
+                    estimate(self._norms, self._objective, train, schedule.batch_size)
+                self._best.consider()
+                if keep is not None and not last:
+                    keep(self._midway(step))
+
+    def _step(self, step: int, index: Tensor) -> Tensor:
+        factor = _factor(step, self._schedule)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = self._schedule.lr * rate * factor
+        with _batch_statistics(self._norms if len(index) > 1 else ()):
+            loss = self._objective.loss(index)
+            self._optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-        if schedule.clip:
-            nn.utils.clip_grad_norm_(objective.parameters, schedule.clip)
-        optimizer.step()
-        last = step == schedule.steps
-        # Reading a number waits for the device.
-        if step % 10 == 1 or last:
-            told = float(loss.detach())
-            if not math.isfinite(told):
-                return  # what was best so far is kept
-        on_step(step, told)
-        if last or step % every == 0:
-            if norms:
-                estimate(norms, objective, train, schedule.batch_size)
-            best.consider()
+        if self._schedule.clip:
+            nn.utils.clip_grad_norm_(self._objective.parameters, self._schedule.clip)
+        self._optimizer.step()
+        return loss
+
+    def _midway(self, step: int) -> Midway:
+        memory = {
+            f"adam/{i}/{name}": tensor
+            for i, parameter in enumerate(self._objective.parameters)
+            for name, tensor in self._optimizer.state[parameter].items()
+        }
+        tensors = {**memory, **self._best.tensors()}
+        norms = bool(self._norms)
+        return Midway(step, self._before, self._best.error, norms, self._rates, tensors)
+
+    def _remember(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "adam":
+                number, _, what = rest.partition("/")
+                parameter = self._objective.parameters[int(number)]
+                # Adam counts its steps on the CPU.
+                value = tensor.clone() if what == "step" else tensor.to(parameter, copy=True)
+                self._optimizer.state[parameter][what] = value
 
 
-def _optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam whose rate for each tensor is its size, to be multiplied by a relative rate."""
-    groups = [
-        {"params": [p], "lr": max(LEAST_SIZE, float(p.detach().float().square().mean().sqrt()))}
-        for p in parameters
-    ]
-    # Fits are short: a longer memory of squared gradients would outlast them.
-    return torch.optim.Adam(groups, betas=(0.9, 0.99))
+def _rates(parameters: Sequence[nn.Parameter]) -> list[float]:
+    """The size of each tensor: its rate, to be multiplied by a relative one."""
+    return [max(LEAST_SIZE, float(p.detach().float().square().mean().sqrt())) for p in parameters]
 
 
 def _factor(step: int, schedule: Schedule) -> float:
@@ -205,12 +277,23 @@ def split(count: int, seed: int) -> tuple[Tensor, Tensor]:
 class _Best:
     """The state with the smallest held-out error so far."""
 
-    def __init__(self, objective: Objective, held: Tensor, batch_size: int) -> None:
+    def __init__(
+        self, objective: Objective, held: Tensor, batch_size: int, midway: Midway | None
+    ) -> None:
         self._objective, self._held, self._batch_size = objective, held, batch_size
         buffers = [b for module in objective.modules for b in module.buffers()]
         self._tensors: list[Tensor] = [*objective.parameters, *buffers]
-        self.error = self._measure()
         self._state = self._copy()
+        if midway is None:
+            self.error = self._measure()
+        else:
+            self.error = midway.best
+            for i, tensor in enumerate(self._state):
+                tensor.copy_(midway.tensors[f"best/{i}"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The best state, for one that goes on."""
+        return {f"best/{i}": tensor for i, tensor in enumerate(self._state)}
 
     def consider(self) -> bool:
         """Measures the present state, keeps it if it is better, and says so."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tiedconv.calibration.config import CalibConfig
+from tiedconv.checkpoint import tensor_hash
 from tiedconv.errors import CheckpointError
 from tiedconv.files import replacing, save_tensors
 from tiedconv.plan import Plan
 from tiedconv.run_folder import CALIBRATION
 from tiedconv.training.state import prepare_folder, require_same, weights_digest
 
-FORMAT = "tiedconv-calibration-2"
+FORMAT = "tiedconv-calibration-3"
 
 _PIXELS = 64  # of each image, at least, by which images are told apart
+
+_OTHERS = "midway/"  # no module has a slash in its name but those of factors: tied/
 
 # This changes where things are kept, not what is computed.
 _FREE_TO_CHANGE = ("cache_bytes",)
@@ -76,26 +80,36 @@ def _short(content: bytes) -> str:
 
 
 def save_state(
-    path: Path, model: nn.Module, identity: dict[str, Any], progress: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    identity: dict[str, Any],
+    progress: dict[str, Any],
+    others: Mapping[str, Tensor],
 ) -> None:
-    """Writes the model's tensors and the progress; the file is replaced as a whole.
+    """Writes the model's tensors, others and the progress; the file is replaced as a whole.
 
     Raises:
         OutputError: the disk is full or not writable; the previous file stays.
     """
     # Each a copy: safetensors refuses tensors that share memory.
+    found = {**model.state_dict(), **{_OTHERS + name: tensor for name, tensor in others.items()}}
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in found.items()
         if isinstance(tensor, Tensor)
     }
-    text = json.dumps({"identity": identity, "progress": progress})
+    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+    text = json.dumps({"identity": identity, "progress": progress, "sha256": hashes})
     with replacing(path, force=True) as part:
-        save_tensors(tensors, part, {"format": FORMAT, "state": text})
+        save_tensors(
+            tensors, part, {"format": FORMAT, "state": text, "digest": _short(text.encode())}
+        )
 
 
-def load_state(path: Path, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any]:
-    """Loads the model's tensors and returns the progress.
+def load_state(
+    path: Path, model: nn.Module, identity: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Loads the model's tensors; returns the progress, and the other tensors by name.
 
     Raises:
         CheckpointError: a damaged file, or one of something else.
@@ -107,16 +121,21 @@ def load_state(path: Path, model: nn.Module, identity: dict[str, Any]) -> dict[s
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = json.loads(metadata["state"])
         saved, progress = dict(state["identity"]), dict(state["progress"])
+        whole = metadata["digest"] == _short(metadata["state"].encode()) and state["sha256"] == {
+            name: tensor_hash(tensor) for name, tensor in tensors.items()
+        }
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise foreign(path) from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != FORMAT or not whole:
         raise foreign(path)
     require_same(path, saved, identity, "calibration")
+    others = [name for name in tensors if name.startswith(_OTHERS)]
+    found = {name.removeprefix(_OTHERS): tensors.pop(name) for name in others}
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise foreign(path) from error
-    return progress
+    return progress, found
 
 
 def foreign(path: Path) -> CheckpointError:
