@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,10 +117,23 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     assert files_of(tmp_path / "cut.safetensors.run") == kept
     result = run(*convert(world, cut, "--scheme", "lowrank", "--resume"))
     assert "blocks.0: relative" not in result.stderr  # it was not fitted again
+    assert "resumed with 1 fit that was kept" in result.stderr
     assert tensors_of(cut) == tensors_of(whole)
     assert files_of(tmp_path) == {"whole.safetensors", "cut.safetensors"}
     again = ("--scheme", "lowrank", "--effort", "fast", "--resume", "--force")
     assert "begins anew" in run(*convert(world, cut, *again)).stderr
+
+
+def test_where_no_bar_is_drawn_it_is_told_now_and_then_how_far_it_is(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    told = run(*convert(world, tmp_path / "c.safetensors", "--batch-size", 4)).stderr
+    for what in ("measuring ", "fitting ", "blocks ", "whole model "):
+        assert re.search(rf"^{what}\d+/\d+  ", told, re.MULTILINE), what
+    monkeypatch.setattr(progress, "LINE_SECONDS", 60.0)
+    told = run(*convert(world, tmp_path / "d.safetensors")).stderr
+    assert "measuring" not in told
 
 
 def tensors_of(path: Path) -> dict[str, bytes]:
@@ -140,6 +154,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(world: World, tmp_
         *base, "--calib", world.data, "--params", "50", words=["so many parameters", "write 50%"]
     )
     refused(*base, "--calib", world.data, "--effort", "heroic", words=["heroic", *EFFORTS])
-    for option in (("--resume",), ("--effort", "fast"), ("--strict",), ("-n", 100)):
+    for option in (
+        ("--resume",),
+        ("--effort", "fast"),
+        ("--batch-size", 8),
+        ("--strict",),
+        ("-n", 100),
+    ):
         refused(*base[: -len(HERE)], *option, words=["without --calib", "leave it out"])
     assert files_of(tmp_path) == {"empty"}

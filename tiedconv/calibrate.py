@@ -24,6 +24,9 @@ from tiedconv.data import ImageList, eval_transform, open_unlabelled
 from tiedconv.run_folder import RunFolder
 from tiedconv.sources import Preprocess, Source
 
+MEASURED_AT_ONCE = 32
+"""Images, at most: more take memory, and the time of each stays."""
+
 
 @dataclass(frozen=True)
 class Measuring:
@@ -31,6 +34,13 @@ class Measuring:
 
     images: int
     total: int
+
+
+@dataclass(frozen=True)
+class FoundFits:
+    """So many fits of an interrupted calibration are gone on with, and nothing is measured."""
+
+    count: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Kept:
     divergences: tuple[float, ...]
 
 
-Event = CalibEvent | Measuring | Finalist | Kept
+Event = CalibEvent | Measuring | FoundFits | Finalist | Kept
 OnCalibration = Callable[[Event], None]
 
 
@@ -134,6 +144,7 @@ class Calibration:
             probe,
             weights,
             data,
+            batch_size=min(MEASURED_AT_ONCE, self.config.batch_size),
             seed=self.config.seed,
             device=self.device,
             workers=self.workers,

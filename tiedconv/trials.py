@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tiedconv.anatomy import Anatomy, examine
 from tiedconv.binding import tie
 from tiedconv.budget import Metrics
-from tiedconv.calibrate import Calibration, Finalist, Kept, calibration_record
+from tiedconv.calibrate import Calibration, Finalist, FoundFits, Kept, calibration_record
 from tiedconv.calibration import Moments
 from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.fitted import Fitted, identity_of, keep, kept
@@ -119,6 +119,7 @@ def finalists(
     if calib.run_dir is not None:
         identity = identity_of(calib.config, recipe, original, data)
         if calib.resume and (found := kept(calib.run_dir, alternatives(recipe), identity)):
+            calib.on_event(FoundFits(len(found)))
             return found
     found = fits(model, recipe, on_group, calib, data)
     near = [fit for fit in found if fit.cost <= CLOSE * found[0].cost]

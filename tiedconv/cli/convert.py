@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -99,6 +98,10 @@ def convert(
             "[b]normal[/b]: then fit block by block, and the whole. [b]thorough[/b]: longer."
         ),
     ] = "normal",
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, help="Images of [b]--calib[/b] at a time; fewer take less memory."),
+    ] = CalibConfig.batch_size,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted calibration.")
     ] = False,
@@ -116,13 +119,18 @@ def convert(
     not. Heal it afterwards with [b]tiedconv finetune[/b].
     """
     if calib is None:
-        common.refuse_without_images(context, "calib_images", "effort", "resume", "strict")
+        common.refuse_without_images(
+            context, "calib_images", "effort", "batch_size", "resume", "strict"
+        )
     wanted = make_recipe(scheme, params, rank, option, include, exclude, recipe)
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     with ConvertBar("fitting") as bar:
-        given = _calibration(calib, calib_images, effort, resume, strict, device, workers, seed)
-        if given is not None:
-            given = dataclasses.replace(given, on_event=bar)
+        given: Calibration | None = None
+        if calib is not None:
+            config = CalibConfig(effort=effort, batch_size=batch_size, seed=seed)
+            given = Calibration(
+                calib, calib_images, config, device, workers, strict, resume=resume, on_event=bar
+            )
         target = None if dry_run else (output or default_output(model, wanted))
         done = _interruptible(
             model,
@@ -156,17 +164,6 @@ def _interruptible(
         if kept is not None and kept.kept():
             hint("What is done is kept: the same command with --resume goes on.")
         raise
-
-
-def _calibration(
-    folder: Path | None, images: int, effort: str, resume: bool, strict: bool, device: str,
-    workers: int | None, seed: int,
-) -> Calibration | None:  # fmt: skip
-    """What the options say about images; None without any."""
-    if folder is None:
-        return None
-    config = CalibConfig(effort=effort, seed=seed)
-    return Calibration(folder, images, config, device, workers, strict, resume=resume)
 
 
 def default_output(model: str, recipe: Recipe) -> Path:

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tiedconv.calibrate import Event as CalibrationEvent
-from tiedconv.calibrate import Finalist, Kept, Measuring
+from tiedconv.calibrate import Finalist, FoundFits, Kept, Measuring
 from tiedconv.calibration import Fitted, Fitting, Joint
 from tiedconv.cli.common import err
 from tiedconv.cli.render import accuracy, counted, duration, size
@@ -66,6 +66,7 @@ class Bar:
             disable=not err.is_terminal or rank_in_environment() > 0,
         )
         self._task: TaskID = self._progress.add_task(what, total=None, note="")
+        self._told = time.monotonic()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -89,32 +90,50 @@ class Bar:
         """Print a line above the bar."""
         self._progress.console.print(Text(text), soft_wrap=True)
 
+    def tell_now_and_then(self, text: str) -> None:
+        """A line a minute where no bar is drawn, as in the log of a cluster's job."""
+        if err.is_terminal or rank_in_environment() > 0:
+            return
+        if time.monotonic() - self._told >= LINE_SECONDS:
+            self._told = time.monotonic()
+            self.line(text)
+
 
 class ConvertBar(Bar):
     """A bar that listens to a conversion."""
 
     def groups(self, done: int, total: int) -> None:
         """Groups fitted."""
-        self.update(done, total, "", "fitting")
+        self._show("fitting", done, total, "groups")
 
     def __call__(self, event: CalibrationEvent) -> None:
         match event:
             case Measuring(images, total):
-                self.update(images, total, "images", "measuring")
+                self._show("measuring", images, total, "images")
             case Fitting(units, index, count, number, step, steps, error):
                 note = f"step {step}/{steps}  error {error:.3f}  {_span(units)}"
                 what = "blocks" if number == 0 else f"blocks, pass {number + 1}"
-                self.update(index, count, note, what)
+                self._show(what, index, count, note)
             case Fitted(units, index, count, _, before, after):
                 self.update(index + 1, count, "", "blocks")
                 self.line(f"{_span(units)}: relative error {before:.3f} -> {after:.3f}")
             case Joint(step, steps, loss):
-                self.update(step, steps, f"loss {loss:.4f}", "whole model")
+                self._show("whole model", step, steps, f"loss {loss:.4f}")
+            case FoundFits(count):
+                self.line(f"resumed with {counted(count, 'fit')} that {_was(count)} kept")
             case Finalist(number, count, schemes):
                 self.line(f"fit {number} of {count} ({', '.join(schemes)}), block by block:")
             case Kept(number, divergences):
                 told = ", ".join(f"{nats:.3g}" for nats in divergences)
                 self.line(f"kept fit {number}: nats of each {told}")
+
+    def _show(self, what: str, done: int, total: int, note: str) -> None:
+        self.update(done, total, note, what)
+        self.tell_now_and_then(f"{what} {done:,}/{total:,}  {note}")
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"
 
 
 def _span(units: tuple[str, ...]) -> str:
@@ -132,7 +151,6 @@ class TrainingBar(Bar):
         self._total = self._epochs = 0
         self._figure = "top-1"
         self._few_classes_told = False
-        self._told = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -154,12 +172,12 @@ class TrainingBar(Bar):
                     *([size(used)] if used is not None else []),
                 )  # fmt: skip
                 self.update(step, self._total, note, "training")
-                self._tell_now_and_then(f"step {step:,}/{self._total:,}  {note}")
+                self.tell_now_and_then(f"step {step:,}/{self._total:,}  {note}")
             case EvalStep(images, total, speed):
                 left = (total - images) / max(speed, 1e-9)
                 note = f"{speed:,.0f} images/s  {duration(left)} left"
                 self.update(images, total, note, "evaluating")
-                self._tell_now_and_then(f"evaluating {images:,}/{total:,} images  {note}")
+                self.tell_now_and_then(f"evaluating {images:,}/{total:,} images  {note}")
             case EpochEnd(epoch, loss, top1, _, seconds):
                 score = f", {self._figure} {accuracy(top1)}" if top1 is not None else ""
                 self.line(f"epoch {epoch}: loss {loss:.3f}{score}, {seconds:.0f} s")
@@ -182,14 +200,6 @@ class TrainingBar(Bar):
                 self.line(f"not compiled: {reason}")
             case Checkpointed():
                 pass
-
-    def _tell_now_and_then(self, text: str) -> None:
-        """A line a minute where no bar is drawn, as in the log of a cluster's job."""
-        if err.is_terminal or rank_in_environment() > 0:
-            return
-        if time.monotonic() - self._told >= LINE_SECONDS:
-            self._told = time.monotonic()
-            self.line(text)
 
     def _fitting(self, done: int, total: int, *parts: str) -> str:
         """A note of as many parts, the first of them, as there is room for."""
