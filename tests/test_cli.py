@@ -184,6 +184,11 @@ def test_every_group_on_a_line_of_its_own() -> None:
     assert "layer*.*.conv1-conv3 (x12)" in some
     assert "layer3.5.conv1-conv3" in every
     assert every.count("tied  ") == 12
+    # Groups that are numbered in their stack are as many of a kind as those of numbered layers.
+    for scheme in (("lowrank", "--rank", "8"), ("shared", "--option", "groups=adjacent:2")):
+        told = plain(run("convert", "vit_b_16", "--scheme", *scheme, "--dry-run").stdout)
+        kinds = re.findall(r"^(\S+)\.\* \(x\d+\)", told, re.MULTILINE)
+        assert len(kinds) == len(set(kinds)) == 4
 
 
 # From a model to a compact file and back
