@@ -27,13 +27,13 @@ ACCURACY = """## Accuracy at equal size: tiedconv and its rivals
 CIFAR-10 as JPEG files: 45,000 training images, 5,000 held out of them for every choice, 10,000 test
 images. `vit-real` is a ViT that someone else trained on all 50,000 (so its held-out images are no
 news to it); `resnet-narrow` is self-trained on the 45,000
-(`benchmarks/train_models.py --model resnet-narrow --steps 2500`: 14 epochs of shifts and flips).{again}{tiny} Each method
+(`benchmarks/train_models.py --model resnet-narrow --steps 2500`: 14 epochs of shifts and flips).{about} Each method
 makes a model of at most the budget, in parameters of the whole model (`minivit`, which has no dial, of the nearest
 size), and each gets the same
 training: {steps} steps of {batch} images ({images:,} images, reflected shifts and flips), AdamW, the original as teacher
 (temperature {temperature:g}, weight {distill:g}). The learning rate, one of {rates}, and a rival's variant are chosen after
 {select_steps} steps on {select_images:,} held-out images, at each budget; where the highest was the best,
-0.01 is tried too, but most rows are older than that rule{tried}. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
+0.01 is tried too{untried}. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
 at the end. *Stored* is parameters, *file* bytes with all that a compact file says of itself (about 20 kB), *FLOPs* those of the dense
 model. Seeds: {seeds}; they decide the order and augmentation of the training images (and random weights, where there are
 any), one calibration serves all. What each rival does, and where it falls short of its paper, is in
@@ -50,13 +50,19 @@ any), one calibration serves all. What each rival does, and where it falls short
 {comment}
 """
 
-AGAIN = """ `resnet-narrow-2` is that
-training done once more, with another number of threads (`--name resnet-narrow-2`)."""
-
-TINY = """ `resnet-narrow-tiny` is the
+ABOUT = {
+    "vit-d128": """ `vit-d128` is self-trained too (`--model vit-d128 --steps 2000 --drop-patches 0.5`:
+11 epochs, half of the patches left out in three quarters of them).""",
+    "resnet-narrow-2": """ `resnet-narrow-2` is
+the ResNet's training done once more, with another number of threads (`--name resnet-narrow-2`).""",
+    "resnet-narrow-tiny": """ `resnet-narrow-tiny` is the
 same network, trained by the same command on Tiny-ImageNet at 32 pixels, 200 classes: 90,000 training images (7 epochs,
 which is brief), 10,000 held out, and as
-test images the 10,000 that the data set has for validation (`--data TINY --model resnet-narrow --name resnet-narrow-tiny`)."""
+test images the 10,000 that the data set has for validation (`--data TINY --model resnet-narrow --name resnet-narrow-tiny`).""",
+    "resnet-narrow-tiny-long": """
+`resnet-narrow-tiny-long` is that model with a longer fine-tuning for all methods, {long} steps: a tenth of the images of its training.""",
+}
+"""What is said of each model that has results."""
 
 SPEED = """## Speed
 
@@ -222,20 +228,32 @@ def accuracy(data: dict[str, Any]) -> str:
         images=setting["steps"] * setting["batch"],
         rates=", ".join(f"{r:g}" for r in setting["rates"]),
         seeds=", ".join(seeds),
-        tried=higher_rates(data["select"]),
-        again=AGAIN if "resnet-narrow-2" in data["dense"] else "",
-        tiny=TINY if "resnet-narrow-tiny" in data["dense"] else "",
+        untried=untried(data["select"], setting["rates"][-1]),
+        about="".join(
+            text.format(long=data["settings"][model]["steps"])
+            for model, text in ABOUT.items()
+            if model in data["dense"]
+        ),
         tables="\n\n".join(accuracy_table(m, d, runs) for m, d in data["dense"].items()),
         comment=comment_on("accuracy"),
     )  # fmt: skip
 
 
-def higher_rates(select: dict[str, Any]) -> str:
-    """For which rows a rate above the grid was tried."""
-    names = [
-        key for key, found in select.items() if any(s.endswith("@0.01") for s in found["held_out"])
-    ]
-    return f" (tried for {', '.join(f'`{name}`' for name in names)})" if names else ""
+def untried(select: dict[str, Any], highest: float) -> str:
+    """For which rows no rate above the grid was tried, though its highest was the best."""
+    names = [key for key, found in select.items() if _stops_at(found["held_out"], highest)]
+    told = ", ".join(f"`{name}`" for name in names)
+    return f" (not for {told}: they are older than that rule)" if names else ""
+
+
+def _stops_at(scores: dict[str, float], highest: float) -> bool:
+    variants: dict[str, dict[float, float]] = {}
+    for key, score in scores.items():
+        variant, _, rate = key.partition("@")
+        variants.setdefault(variant, {})[float(rate)] = score
+    return any(
+        max(rates, key=rates.__getitem__) == highest == max(rates) for rates in variants.values()
+    )
 
 
 def accuracy_table(model: str, dense: dict[str, Any], runs: dict[tuple[str, ...], Any]) -> str:

@@ -55,7 +55,7 @@ LAYERS: dict[str, int] = {
         [
             "loading",
             "calibrate",
-            "fitted",
+            "fits",
             "trials",
             "streaming",
             "convert",

@@ -28,7 +28,7 @@ from tiedconv.recipe import Recipe
 from tiedconv.run_folder import RunFolder
 from tiedconv.sources import LazyWeights, Preprocess, Source
 from tiedconv.streaming import streamed
-from tiedconv.trials import OnGroup, bind, calibrated, finalists, fits
+from tiedconv.trials import OnGroup, bind, calibrated, finalists, fit_all
 from tiedconv.version import __version__
 from tiedconv.writing import write_compact
 
@@ -243,7 +243,7 @@ def _convert(
     data = None if calib is None else calib.open(source)
     record = source.to_json()
     if calib is None or data is None:
-        fitted = fits(model, recipe, on_group)[0]
+        fitted = fit_all(model, recipe, on_group)[0]
         bind(model, fitted, record)
         extra: dict[str, Any] = {}
     else:

@@ -18,7 +18,7 @@ from tiedconv.budget import Metrics
 from tiedconv.calibrate import Calibration, Finalist, FoundFits, Kept, calibration_record
 from tiedconv.calibration import Moments
 from tiedconv.errors import BudgetError, NothingToConvert
-from tiedconv.fitted import Fitted, identity_of, keep, kept
+from tiedconv.fits import Fit, identity_of, keep, kept
 from tiedconv.planner import alternatives, fit_plan, make_plan, weights_of
 from tiedconv.recipe import Recipe
 from tiedconv.run_folder import RunFolder
@@ -31,13 +31,13 @@ T = TypeVar("T")
 OnGroup = Callable[[int, int], None]
 
 
-def fits(
+def fit_all(
     model: nn.Module,
     recipe: Recipe,
     on_group: OnGroup | None = None,
     calib: Calibration | None = None,
     data: Dataset[Any] | None = None,
-) -> list[Fitted]:
+) -> list[Fit]:
     """The fits of a recipe and of what its scheme wants tried beside it, least cost first.
 
     Args:
@@ -84,7 +84,7 @@ def tried(recipes: Sequence[Recipe], fit: Callable[[Recipe], T]) -> Iterator[T]:
         raise min(refused, key=lambda error: error.smallest)
 
 
-def bind(model: nn.Module, fitted: Fitted, source: Mapping[str, Any]) -> None:
+def bind(model: nn.Module, fitted: Fit, source: Mapping[str, Any]) -> None:
     """Make a model the tied one of a fit, in place."""
     own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     for name in fitted.plan.kept:
@@ -100,15 +100,15 @@ def finalists(
     calib: Calibration,
     data: Dataset[Any],
     source: Mapping[str, Any],
-) -> list[Fitted]:
+) -> list[Fit]:
     """The fits that blocks are fitted to, best first: those kept, or made now and kept.
 
     Costs are predictions, good for small errors. Where blocks are fitted too, the two best fits
     go through it, unless one is far ahead.
 
     Args:
-        model, recipe, on_group, calib, data: as of `fits`.
-        original: a copy of the model, which `fits` may move.
+        model, recipe, on_group, calib, data: as of `fit_all`.
+        original: a copy of the model, which `fit_all` may move.
         source: where the model came from.
 
     Raises:
@@ -121,7 +121,7 @@ def finalists(
         if calib.resume and (found := kept(calib.run_dir, alternatives(recipe), identity)):
             calib.on_event(FoundFits(len(found)))
             return found
-    found = fits(model, recipe, on_group, calib, data)
+    found = fit_all(model, recipe, on_group, calib, data)
     near = [fit for fit in found if fit.cost <= CLOSE * found[0].cost]
     chosen = near[:FINALISTS] if calib.config.fits else near[:1]
     if calib.run_dir is not None:
@@ -134,11 +134,11 @@ def finalists(
 def calibrated(
     model: nn.Module,
     teacher: nn.Module,
-    found: Sequence[Fitted],
+    found: Sequence[Fit],
     calib: Calibration,
     data: Dataset[Any],
     source: Mapping[str, Any],
-) -> tuple[Fitted, dict[str, Any]]:
+) -> tuple[Fit, dict[str, Any]]:
     """Tie a model by each of its fits, fit the blocks, and keep what diverges least, in place.
 
     Args:
@@ -151,7 +151,7 @@ def calibrated(
     Returns:
         the fit that was kept, and what the history says of the calibration.
     """
-    results: list[tuple[float, Fitted, nn.Module, dict[str, Any]]] = []
+    results: list[tuple[float, Fit, nn.Module, dict[str, Any]]] = []
     for i, fitted in enumerate(found):
         student = model if len(found) == 1 else copy.deepcopy(model)
         bind(student, fitted, source)
@@ -185,7 +185,7 @@ class _Trial:
     data: Dataset[Any] | None
     measured: list[tuple[Mapping[str, Tensor], Moments]] = dataclasses.field(default_factory=list)
 
-    def fit(self, recipe: Recipe) -> Fitted:
+    def fit(self, recipe: Recipe) -> Fit:
         """The recipe carried out; raises what the planner raises."""
         moments: Moments | None = None
 
@@ -202,7 +202,7 @@ class _Trial:
             metrics = moments.metrics if moments is not None else None
             planned, factors, cost = fit_plan(planned, moved, self.on_group, metrics)
         ridge = None if moments is None else moments.ridge
-        return Fitted(recipe, planned, moved, factors, cost, ridge)
+        return Fit(recipe, planned, moved, factors, cost, ridge)
 
     def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
         """What errors cost with the weights so moved, measured once."""

@@ -32,7 +32,7 @@ _IMAGES = 16  # by which sets of images are told apart
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Fit:
     """A recipe carried out on a model's weights, before the model is tied.
 
     Args:
@@ -74,7 +74,7 @@ def identity_of(
 
 
 def keep(
-    folder: Path, fits: Sequence[Fitted], source: Mapping[str, Any], identity: Mapping[str, Any]
+    folder: Path, fits: Sequence[Fit], source: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
     """Write the fits that a calibration goes on with.
 
@@ -109,7 +109,7 @@ def keep(
         )
 
 
-def kept(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, Any]) -> list[Fitted]:
+def kept(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, Any]) -> list[Fit]:
     """The fits that `keep` wrote; none where it was not done with them.
 
     Args:
@@ -121,7 +121,7 @@ def kept(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, Any]) -
         CheckpointError: a file is damaged.
         UserError: they were made with other options, another model or other images.
     """
-    found: list[Fitted] = []
+    found: list[Fit] = []
     count = 1 if (folder / FIT).exists() else 2
     while len(found) < count:
         path = RunFolder(folder).part(len(found), count) / FIT
@@ -136,7 +136,7 @@ def kept(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, Any]) -
             moved = {name: tensors[name] for name in file.plan.kept}
             factors = {name: tensors[name] for name in file.plan.factors}
             cost, ridge = float(entry["cost"]), entry["ridge"]
-        found.append(Fitted(recipe, file.plan, moved, factors, cost, ridge))
+        found.append(Fit(recipe, file.plan, moved, factors, cost, ridge))
     return found
 
 
