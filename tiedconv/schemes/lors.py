@@ -9,13 +9,14 @@ of what it leaves, improved by turns; `match` first puts each layer's hidden uni
 head bases in the order that agrees best with the layers before it, which changes no output.
 
 Beyond the paper: `bases` gives each layer its own mixture of several bases,
-`W_i = sum_k c_ik base_k + B_i A_i`, and `core` stores the base as a product of two thin matrices.
+`W_i = sum_k c_ik base_k + B_i A_i`, and `core` stores the base as a product of two thin matrices;
+a layer that shares its shape with no other is then its own base, and of low rank too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -70,12 +71,17 @@ class Lors(Cored, Ranked):
             longest = max(longest, len(members))
             if len(members) > max(1, self.bases):
                 yield Draft(name, self, members)
+            elif len(members) == 1 and self.core:  # its own base, and no residual beside it
+                yield Draft(name, replace(self, rank=0, k=()), members)
         if 1 < longest <= self.bases:
             raise SchemeError(
                 f"bases={self.bases} is too many for stacks of at most {longest} layers",
                 "Each layer would have a base of its own",
                 f"Use less than {longest} bases",
             )
+
+    def rank_slots(self, count: int) -> list[bool]:
+        return [count > 1] * count
 
     def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
         factors: dict[str, Shape] = {}
