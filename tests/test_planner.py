@@ -282,6 +282,22 @@ def test_a_budget_out_of_reach_of_a_scheme_is_met_with_a_core() -> None:
         assert not any(g.options["core"] for g in whole.groups)
 
 
+def test_with_a_core_a_layer_without_an_equal_is_of_low_rank() -> None:
+    name = "torchvision-resnet"
+    for core, options in itertools.product((0, 2), ({"rank": 1}, {"rank": 1, "k": [1, 2]})):
+        plan = tiedconv.plan(model(name), "lors", core=core, include="layer1*", **options)
+        lone = [g for g in plan.groups if len(g.members) == 1]
+        assert bool(lone) == bool(core)
+        assert all(set(g.factors) == {"base_left", "base_right"} for g in lone)
+        assert any(len(g.members) > 1 and "B0" in g.factors for g in plan.groups)
+    # So a budget reaches what residuals beside whole layers can't.
+    whole = tiedconv.plan(model(name), "lors", rank=0)
+    budget = whole.stored // 2
+    assert tiedconv.plan(model(name), "lors", params=str(budget)).stored <= budget
+    tied = tiedconv.convert(model(name), "lors", params=str(budget))
+    assert 0.95 * budget < state_of(tied).plan.stored <= budget
+
+
 def named_ways(message: str) -> Iterator[tuple[str, dict[str, Any], int]]:
     """The ways that a message offers: `--scheme S --option k=v reaches N`."""
     for scheme, options, size in re.findall(
