@@ -2,8 +2,8 @@
 
     python benchmarks/pareto.py benchmarks/results/accuracy.json --out docs/pareto.png
 
-One panel for each model: top-1 after fine-tuning against the bytes stored, with the spread over
-the seeds. Points of one method that a smaller one of its own beats are drawn all the same.
+One panel for each model that was made small to several sizes: top-1 after fine-tuning against the
+bytes stored, with the spread over the seeds. Points of one method that a smaller one of its own beats are drawn all the same.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ LOOKS: dict[str, tuple[str, str]] = {
     "basis": ("#9467bd", "D"), "lowrank": ("#ff7f0e", "v"),
     "svd": ("#8c8c8c", "v"), "whitened-svd": ("#4d4d4d", "P"), "torch-pruning": ("#b07d62", "X"),
     "minivit": ("#5fa8b5", "<"), "half-width": ("#c9a227", ">"), "tied-scratch": ("#8fb3de", "s"),
+    "half-width-whole": ("#8a6d0b", ">"), "tied-scratch-whole": ("#3f6fb0", "s"),
 }  # fmt: skip
 Runs = dict[tuple[str, str, float], list[dict[str, Any]]]
 
@@ -44,10 +45,15 @@ def main() -> None:
     for key, run in store["runs"].items():
         model, method, budget, _ = key.split("/")
         runs.setdefault((model, method, float(budget)), []).append(run)
-    models = list(dict.fromkeys(model for model, _, _ in runs))
+    models = [model for model in store["dense"] if len(_budgets(model, runs)) > 2]
     if args.only:
         runs = {k: v for k, v in runs.items() if k[1] in {*args.only, "dense-more"}}
     draw(models, runs, store["dense"], args.out)
+
+
+def _budgets(model: str, runs: Runs) -> set[float]:
+    """The sizes, in percent, that a model has results for; 100 is the dense one, trained on."""
+    return {budget for name, _, budget in runs if name == model}
 
 
 def _of(model: str, runs: Runs) -> list[tuple[tuple[str, str, float], list[dict[str, Any]]]]:
