@@ -3,7 +3,8 @@
     python benchmarks/pareto.py benchmarks/results/accuracy.json --out docs/pareto.png
 
 One panel for each model that was made small to several sizes: top-1 after fine-tuning against the
-bytes stored, with the spread over the seeds. Points of one method that a smaller one of its own beats are drawn all the same.
+bytes stored, with the spread over the seeds. Points of one method that a smaller one of its own
+beats are drawn all the same.
 """
 
 from __future__ import annotations
