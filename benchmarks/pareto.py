@@ -46,15 +46,15 @@ def main() -> None:
     for key, run in store["runs"].items():
         model, method, budget, _ = key.split("/")
         runs.setdefault((model, method, float(budget)), []).append(run)
-    models = [model for model in store["dense"] if len(_budgets(model, runs)) > 2]
+    models = [model for model in store["dense"] if len(_sizes(model, runs)) > 1]
     if args.only:
         runs = {k: v for k, v in runs.items() if k[1] in {*args.only, "dense-more"}}
     draw(models, runs, store["dense"], args.out)
 
 
-def _budgets(model: str, runs: Runs) -> set[float]:
-    """The sizes, in percent, that a model has results for; 100 is the dense one, trained on."""
-    return {budget for name, _, budget in runs if name == model}
+def _sizes(model: str, runs: Runs) -> set[float]:
+    """The budgets, in percent, to which a model was made smaller."""
+    return {budget for name, _, budget in runs if name == model and budget < 100}
 
 
 def _of(model: str, runs: Runs) -> list[tuple[tuple[str, str, float], list[dict[str, Any]]]]:

@@ -10,7 +10,7 @@ head bases in the order that agrees best with the layers before it, which change
 
 Beyond the paper: `bases` gives each layer its own mixture of several bases,
 `W_i = sum_k c_ik base_k + B_i A_i`, and `core` stores the base as a product of two thin matrices;
-a layer that shares its shape with no other is then its own base, and of low rank too.
+a layer that is alone in its group is then its own base, and of low rank too.
 """
 
 from __future__ import annotations
