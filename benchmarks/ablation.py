@@ -24,14 +24,14 @@ from accuracy import load
 from models import Pixels, listed, normalised, read_pixels
 from torch import Tensor, nn
 
-from tiedconv.anatomy import examine
-from tiedconv.binding import tie
 from tiedconv.calibration import CalibConfig, fit_blocks, gather_moments
 from tiedconv.data import TensorList
 from tiedconv.errors import BudgetError, NothingToConvert
-from tiedconv.metric import Metric
-from tiedconv.planner import fit_plan, make_plan, weights_of
-from tiedconv.recipe import Recipe
+from tiedconv.families.inspect import examine
+from tiedconv.numerics.kfac_metric import Metric
+from tiedconv.planning.planner import fit_plan, make_plan, weights_of
+from tiedconv.planning.recipe import Recipe
+from tiedconv.runtime.tie import tie
 
 ROOMY = "85%"
 """Where three bases for four layers are stored, and residuals beside them."""

@@ -22,8 +22,8 @@ from accuracy import load
 from models import listed, read_pixels, top1
 
 import tiedconv
-from tiedconv.calibrate import Calibration
 from tiedconv.calibration import CalibConfig
+from tiedconv.conversion.calibrate import Calibration
 
 RESULT = Path(__file__).parent / "results" / "calib_images.json"
 

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from tiedconv.anatomy import examine
-from tiedconv.binding import tie
 from tiedconv.calibration import CalibConfig, Fitting, Joint, fit_blocks, gather_moments
 from tiedconv.data import TensorList
-from tiedconv.planner import fit_plan, make_plan, weights_of
-from tiedconv.recipe import Recipe
+from tiedconv.families.inspect import examine
+from tiedconv.planning.planner import fit_plan, make_plan, weights_of
+from tiedconv.planning.recipe import Recipe
+from tiedconv.runtime.tie import tie
 from tiedconv.sources import open_source
 
 SAMPLED = 64

@@ -25,9 +25,11 @@ sys.path.insert(0, str(ROOT))
 
 import tiedconv  # noqa: E402
 from tiedconv import sources  # noqa: E402
-from tiedconv.calibrate import Calibration  # noqa: E402
 from tiedconv.calibration import CalibConfig  # noqa: E402
-from tiedconv.convert import convert_file  # noqa: E402
+from tiedconv.commands.convert import convert_file  # noqa: E402
+from tiedconv.commands.evaluate import evaluate  # noqa: E402
+from tiedconv.commands.finetune import finetune  # noqa: E402
+from tiedconv.conversion.calibrate import Calibration  # noqa: E402
 from tiedconv.data import open_images  # noqa: E402
 from tiedconv.detection import (  # noqa: E402
     DetectionList,
@@ -35,11 +37,9 @@ from tiedconv.detection import (  # noqa: E402
     average_precision,
     detections_of,
 )
-from tiedconv.evaluate import evaluate  # noqa: E402
-from tiedconv.finetune import finetune  # noqa: E402
-from tiedconv.pictures import new_figure, write_figure  # noqa: E402
-from tiedconv.recipe import Recipe  # noqa: E402
+from tiedconv.planning.recipe import Recipe  # noqa: E402
 from tiedconv.training import TrainConfig  # noqa: E402
+from tiedconv.utils.plotting import new_figure, write_figure  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "detection.json"
 PICTURE = ROOT / "docs" / "detection.jpg"

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 import tiedconv
-from tiedconv.binding import state_of, untie
-from tiedconv.contender import Contender, Process
-from tiedconv.export import apart
-from tiedconv.exporting import Job, all_formats
-from tiedconv.exporting._format import stored_bytes
-from tiedconv.exporting.onnx import write_dense
-from tiedconv.recipe import Recipe, Rule
+from tiedconv.commands._bench_worker import Contender, Process
+from tiedconv.commands.export import apart
+from tiedconv.exporters import Job, all_formats
+from tiedconv.exporters._format import stored_bytes
+from tiedconv.exporters.onnx import write_dense
+from tiedconv.planning.recipe import Recipe, Rule
+from tiedconv.runtime.tie import state_of, untie
 
 RESULT = Path(__file__).parent / "results" / "export.json"
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedconv
-from tiedconv.binding import is_tied
+from tiedconv.runtime.tie import is_tied
 
 WEIGHT_DECAY, WARM_UP, CLIP = 0.05, 0.05, 1.0
 

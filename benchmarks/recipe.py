@@ -31,7 +31,7 @@ from models import Pixels, listed, read_pixels
 from torch import nn
 
 import tiedconv
-from tiedconv.progressive import OriginalFading
+from tiedconv.conversion.original_blend import OriginalFading
 from tiedconv.training import TrainConfig, evaluate_model, train
 
 RESULT = Path(__file__).parent / "results" / "recipe.json"

@@ -76,8 +76,8 @@ def main() -> None:
 
 def make_dense(path: Path, width: int, depth: int) -> None:
     """A checkpoint of random weights, never in memory as a whole."""
+    from tiedconv.io.writing import write_tensors
     from tiedconv.sources.init import skip_memory
-    from tiedconv.writing import write_tensors
 
     with skip_memory():
         model = encoder(width, depth)

@@ -19,9 +19,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiedconv
-from tiedconv.applied import apply, is_never_made, multiplications
-from tiedconv.applying import apply_factors, make_weights
-from tiedconv.binding import (
+from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, from_json, transpose
+from tiedconv.errors import NothingToConvert, PlanError, SchemeError
+from tiedconv.io.validation import check_plan
+from tiedconv.numerics.linalg import energy
+from tiedconv.runtime.factored import apply, is_never_made, multiplications
+from tiedconv.runtime.factored_linear import apply_factors, make_weights
+from tiedconv.runtime.factored_torch import Features, linear
+from tiedconv.runtime.generator import generate, parts_of
+from tiedconv.runtime.tie import (
     clear_offsets,
     dense_state_dict,
     scale_offsets,
@@ -29,13 +35,7 @@ from tiedconv.binding import (
     state_of,
     tied_weights,
 )
-from tiedconv.errors import NothingToConvert, PlanError, SchemeError
-from tiedconv.evaluated import is_applied
-from tiedconv.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, from_json, transpose
-from tiedconv.features import Features, linear
-from tiedconv.generated import generate, parts_of
-from tiedconv.limits import check_plan
-from tiedconv.linalg import energy
+from tiedconv.runtime.tied_module import is_applied
 from tiedconv.schemes import make_scheme
 from tiedconv.schemes._tucker import Term, block_energies, fit_stack, start, sweep
 
@@ -361,7 +361,7 @@ def test_onnx_applies_the_factors_and_holds_no_generator(
 ) -> None:
     ort = pytest.importorskip("onnxruntime")
     ir = pytest.importorskip("onnx_ir")
-    from tiedconv.exporting._onnx_lower import onnx_graph
+    from tiedconv.exporters._onnx_lower import onnx_graph
 
     model = tied(**options)
     plan = state_of(model).plan

@@ -13,11 +13,11 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.applied import CantApplyError, apply, is_turned, matrix_of, multiplications
-from tiedconv.applying import apply_factors, make_weights, making
-from tiedconv.binding import freeze, state_of, tied_weights
-from tiedconv.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, transpose
-from tiedconv.features import Features
+from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, transpose
+from tiedconv.runtime.factored import CantApplyError, apply, is_turned, matrix_of, multiplications
+from tiedconv.runtime.factored_linear import apply_factors, make_weights, making
+from tiedconv.runtime.factored_torch import Features
+from tiedconv.runtime.tie import freeze, state_of, tied_weights
 
 SIZES = st.integers(1, 4)
 

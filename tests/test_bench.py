@@ -12,8 +12,8 @@ from cli_helpers import figures, refused, run
 from test_export import MODEL_ARGS, SPEC, _with_size
 
 import tiedconv
-from tiedconv.bench import Bench, Measured, Timing, bench, draw, share_of_dense
-from tiedconv.contender import Contender, Process
+from tiedconv.commands._bench_worker import Contender, Process
+from tiedconv.commands.bench import Bench, Measured, Timing, bench, draw, share_of_dense
 from tiedconv.errors import RunError
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import tiedconv
-from tiedconv.binding import freeze, state_of
 from tiedconv.calibration import (
     BlockwiseResult,
     CalibConfig,
@@ -27,10 +26,10 @@ from tiedconv.calibration import (
     fit_blocks,
     fitting,
 )
+from tiedconv.calibration.activation_cache import Cache
 from tiedconv.calibration.fitting import split
-from tiedconv.calibration.pair import Pair
 from tiedconv.calibration.state import identity_of
-from tiedconv.calibration.streams import Cache
+from tiedconv.calibration.teacher_student import Pair
 from tiedconv.data import Batch, Broken
 from tiedconv.errors import (
     CheckpointError,
@@ -40,6 +39,7 @@ from tiedconv.errors import (
     TrainingError,
     UserError,
 )
+from tiedconv.runtime.tie import freeze, state_of
 from tiedconv.training import recalibrate_batchnorm
 from tiedconv.training.device import Placement
 

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tiedconv
-import tiedconv.checkpoint as checkpoint
+import tiedconv.io.checkpoint as checkpoint
 from tiedconv.errors import CheckpointError, OutputError, UserError
-from tiedconv.files import check_output, replacing
-from tiedconv.loading import is_compact
+from tiedconv.io.safetensors_file import check_output, replacing
+from tiedconv.sources.load import is_compact
 
 NAME = "timm-vit"
 
@@ -314,12 +314,12 @@ def test_a_folder_that_cannot_be_written_to(
         raise OSError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tiedconv.files.tempfile.mkstemp", refuse)
+        patch.setattr("tiedconv.io.safetensors_file.tempfile.mkstemp", refuse)
         with pytest.raises(OutputError, match="Permission denied"):
             check_output(tmp_path / "m.safetensors")
     tied = model()
     with monkeypatch.context() as patch:
-        patch.setattr("tiedconv.files.os.open", refuse)
+        patch.setattr("tiedconv.io.safetensors_file.os.open", refuse)
         with pytest.raises(OutputError, match="Permission denied"):
             tiedconv.save(tied, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
@@ -339,7 +339,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         Path(part).write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr("tiedconv.files.save_file", half)
+    monkeypatch.setattr("tiedconv.io.safetensors_file.save_file", half)
     expected = OutputError if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected):
         tiedconv.save(model(), path, force=True)
@@ -355,7 +355,7 @@ def test_a_full_disk_reported_by_safetensors_is_an_output_error(
     def full(*args: object) -> None:
         raise SafetensorError("Error while serializing: IoError(No space left on device)")
 
-    monkeypatch.setattr("tiedconv.files.save_file", full)
+    monkeypatch.setattr("tiedconv.io.safetensors_file.save_file", full)
     with pytest.raises(OutputError, match="No space left"):
         tiedconv.save(model(), tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
@@ -464,7 +464,7 @@ import json, signal, sys
 from pathlib import Path
 from micro import all_micros
 import tiedconv
-from tiedconv.files import TensorFile
+from tiedconv.io.safetensors_file import TensorFile
 
 path = Path(sys.argv[1])
 model = tiedconv.convert(all_micros()["timm-vit"].model(), "lors")

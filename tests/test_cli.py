@@ -350,7 +350,7 @@ def test_finetune_takes_the_whole_recipe(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every option reaches the training, its images and the file's history."""
-    finetune = import_module("tiedconv.finetune")
+    finetune = import_module("tiedconv.commands.finetune")
     train, seen = finetune.train, []
 
     def watched(model: Any, train_data: Any, val_data: Any, config: Any, **more: Any) -> Any:
@@ -377,8 +377,8 @@ def test_finetune_takes_the_whole_recipe(
 
 
 def test_a_compact_teacher_has_images_prepared_as_it_wants(world: World, tmp_path: Path) -> None:
-    from tiedconv.evaluate import open_teacher
-    from tiedconv.loading import source_of
+    from tiedconv.commands.evaluate import open_teacher
+    from tiedconv.sources.load import source_of
 
     other = tmp_path / "other.safetensors"
     run("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", other, "--mean", "0.1")

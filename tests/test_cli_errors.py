@@ -25,7 +25,7 @@ from cli_helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from tiedconv import planner
+from tiedconv.planning import planner
 from tiedconv.training import engine, update
 
 
@@ -50,7 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("timm:vit_tinny_patch16_224", ["Near to it are timm:vit_tiny_patch16_224"]),
         ("hf:no/such-model", ["no/such-model"]),
         ("no_such_module:net", ["no_such_module", "Python can import it"]),
-        ("tiedconv.demo:digits_vitt", ["no function digits_vitt", "digits_vit"]),
+        ("tiedconv.commands.demo:digits_vitt", ["no function digits_vitt", "digits_vit"]),
         ("model.pth", ["name of a file", "--weights FILE"]),
         ("resnet50 --scheme tide", ["'tide'", "Did you mean tied?", "lors"]),
         ("resnet50 --scheme lors --option rnk=3", ["'rnk'", "rank"]),
@@ -545,7 +545,7 @@ def test_a_disk_that_fills_while_safetensors_writes(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("tiedconv.files.save_file", full)
+    monkeypatch.setattr("tiedconv.io.safetensors_file.save_file", full)
     for command in _writers(world, "out.safetensors")[::2]:
         refused(*command, words=["No space left on device", "Free some space"])
 
@@ -557,7 +557,7 @@ def test_an_interruption_leaves_nothing_half_written(
         raise KeyboardInterrupt
 
     convert, finetune, export = _writers(world, "out.safetensors")
-    monkeypatch.setattr("tiedconv.files.save_file", interrupted)
+    monkeypatch.setattr("tiedconv.io.safetensors_file.save_file", interrupted)
     for command in (convert, export):
         assert run(*command, code=130).stderr.startswith("Interrupted")
     monkeypatch.setattr(planner, "total_cost", interrupted)

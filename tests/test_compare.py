@@ -16,9 +16,9 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.calibrate import Calibration
 from tiedconv.calibration import CalibConfig, gather_moments
-from tiedconv.compare import Comparison, compare
+from tiedconv.commands.compare import Comparison, compare
+from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import TensorList
 from tiedconv.errors import NothingToConvert, RecipeError, UserError
 from tiedconv.schemes import all_schemes

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 import tiedconv
 from tiedconv import Recipe
-from tiedconv.anatomy import examine
-from tiedconv.binding import dense_state_dict, is_tied, state_of
-from tiedconv.calibrate import Calibration, Finalist, Kept, Measuring
 from tiedconv.calibration import CalibConfig, Fitted, Joint, gather_moments
 from tiedconv.cli.progress import ConvertBar
+from tiedconv.conversion.calibrate import Calibration, Finalist, Kept, Measuring
 from tiedconv.errors import BudgetError, CheckpointError, DataError, UserError
-from tiedconv.metric import Metric
-from tiedconv.planner import alternatives, fit_plan, make_plan, weights_of
-from tiedconv.run_folder import CALIBRATION, FIT, RunFolder
+from tiedconv.families.inspect import examine
+from tiedconv.io.run_dir import CALIBRATION, FIT, RunFolder
+from tiedconv.numerics.kfac_metric import Metric
+from tiedconv.planning.planner import alternatives, fit_plan, make_plan, weights_of
+from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of
 
 MICROS = all_micros()
 PARAMS = {"timm-vit": "50%", "torchvision-vit": "50%", "torchvision-resnet": "70%"}
@@ -282,7 +282,7 @@ def test_of_a_recipe_and_its_alternatives_the_cheapest_is_carried_out(scheme: st
 
 @pytest.fixture
 def _two_finalists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiedconv.trials.CLOSE", math.inf)
+    monkeypatch.setattr("tiedconv.conversion.candidates.CLOSE", math.inf)
 
 
 def kept_in(folder: Path, scheme: str = "lors", **options: Any) -> dict[str, Tensor]:
@@ -327,7 +327,7 @@ def test_what_was_measured_and_fitted_is_not_done_again(
     cut = tmp_path / "cut"
     assert interrupted_at(1, cut) == FITS
     monkeypatch.setattr(Calibration, "measure", None)
-    monkeypatch.setattr("tiedconv.trials.fit_plan", None)
+    monkeypatch.setattr("tiedconv.conversion.candidates.fit_plan", None)
     resumed = kept_in(cut, resume=True)
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
@@ -374,7 +374,7 @@ def test_a_damaged_fit_is_refused_and_a_missing_one_made_again(tmp_path: Path) -
 def test_where_two_fits_are_near_each_other_it_is_told_which_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tiedconv.trials.CLOSE", math.inf)
+    monkeypatch.setattr("tiedconv.conversion.candidates.CLOSE", math.inf)
     events: list[Any] = []
     calib = calib_for("timm-vit", on_event=events.append)
     made = tiedconv.convert(MICROS["timm-vit"].model(), "lors", params="60%", calib=calib)

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 import tiedconv
 from tiedconv.data import Loader, open_images, open_split, open_unlabelled
 from tiedconv.data.layouts import all_layouts, layout_of
-from tiedconv.data.names import Names
+from tiedconv.data.packed_strings import Names
 from tiedconv.errors import DataError, MissingExtra, UserError
 from tiedconv.training import Checkpointed, TrainConfig
 

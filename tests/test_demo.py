@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tiedconv
-from tiedconv.demo import MODELS, run_demo
+from tiedconv.commands.demo import MODELS, run_demo
 
 pytest.importorskip("sklearn", reason="the demo needs the extra demo")
 pytest.importorskip("matplotlib", reason="the demo needs the extra demo")

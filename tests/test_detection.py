@@ -42,10 +42,10 @@ from tiedconv.detection import (
 )
 from tiedconv.detection.objective import some_labels
 from tiedconv.errors import DataError, MissingExtra, UserError
+from tiedconv.loggers.curve import Curve
 from tiedconv.sources import Preprocess
 from tiedconv.training import Baseline, TeacherScore, TrainConfig, TrainResult, train
 from tiedconv.training.device import Placement
-from tiedconv.watching.curve import Curve
 
 SPEC = "detection_helpers:tiny_detector"
 HERE = str(Path(__file__).parent)

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.anatomy import examine
-from tiedconv.binding import state_of
-from tiedconv.calibration.pair import Pair
-from tiedconv.calibration.streams import Cache
+from tiedconv.calibration.activation_cache import Cache
+from tiedconv.calibration.teacher_student import Pair
+from tiedconv.core.plan import Plan
 from tiedconv.errors import NothingToConvert, SourceError
 from tiedconv.families import find_blocks
-from tiedconv.plan import Plan
-from tiedconv.recipe import Rule
+from tiedconv.families.inspect import examine
+from tiedconv.planning.recipe import Rule
+from tiedconv.runtime.tie import state_of
 from tiedconv.sources import open_source
 from tiedconv.training.device import Placement
 

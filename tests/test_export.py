@@ -20,12 +20,12 @@ from micro import Micro, all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv import exporting
-from tiedconv.binding import dense_state_dict, state_of
+from tiedconv import exporters as exporting
 from tiedconv.errors import CheckpointError, UserError, VerifyError
-from tiedconv.exporting import Job, _onnx_lower, all_formats
-from tiedconv.exporting._format import stored_bytes
-from tiedconv.exporting._onnx_lower import onnx_graph
+from tiedconv.exporters import Job, _onnx_lower, all_formats
+from tiedconv.exporters._format import stored_bytes
+from tiedconv.exporters._onnx_lower import onnx_graph
+from tiedconv.runtime.tie import dense_state_dict, state_of
 
 WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("timm-vit", "tied", {}),
@@ -166,7 +166,7 @@ def _with_size(model: nn.Module) -> nn.Module:
     """The source of a model of 16 pixels says so."""
     source = dict(state_of(model).source or {})
     source["preprocess"] = {**source["preprocess"], "size": 16, "resize": None}
-    from tiedconv.binding import set_state
+    from tiedconv.runtime.tie import set_state
 
     set_state(model, source=source)
     return model
@@ -254,7 +254,7 @@ def test_files_run_where_there_is_no_tiedconv(compact: Path, here: Path, output:
 def test_large_models_keep_their_tensors_beside(
     compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiedconv.exporting.onnx.EXTERNAL_ABOVE", 1000)
+    monkeypatch.setattr("tiedconv.exporters.onnx.EXTERNAL_ABOVE", 1000)
     wrote = figures("export", compact, "-o", "m.onnx")
     assert files_of(here) == {"m.onnx", "m.onnx.data"}
     assert wrote["difference"] < 1e-4

@@ -13,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiedconv.errors import PlanError
-from tiedconv.expr import (
+from tiedconv.core.expr import (
     MAX_DEPTH,
     MAX_NODES,
     Add,
@@ -31,6 +30,7 @@ from tiedconv.expr import (
     reshape,
     transpose,
 )
+from tiedconv.errors import PlanError
 
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=4).map(tuple)
 

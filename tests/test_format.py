@@ -16,11 +16,13 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv import expr, files, limits
-from tiedconv.binding import dense_state_dict, set_state, state_of
-from tiedconv.checkpoint import FORMAT
+from tiedconv.core import expr
+from tiedconv.core.plan import Plan
 from tiedconv.errors import PlanError
-from tiedconv.plan import Plan
+from tiedconv.io import safetensors_file as files
+from tiedconv.io import validation as limits
+from tiedconv.io.checkpoint import FORMAT
+from tiedconv.runtime.tie import dense_state_dict, set_state, state_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text("utf-8")
 LONGEST = 60

@@ -10,11 +10,11 @@ import torch
 from micro import all_detectors, all_micros, every_micro, original_logits
 from torch import Tensor
 
-from tiedconv import gauge
-from tiedconv.anatomy import Anatomy, examine
+from tiedconv.core.plan import Block, Slot, Span
 from tiedconv.families import find_blocks
-from tiedconv.gauge import Workbench
-from tiedconv.plan import Block, Slot, Span
+from tiedconv.families.inspect import Anatomy, examine
+from tiedconv.numerics import symmetries as gauge
+from tiedconv.numerics.symmetries import Workbench
 from tiedconv.schemes import all_schemes, make_scheme
 from tiedconv.schemes._align import is_whole
 

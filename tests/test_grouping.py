@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiedconv.core.partition import partition
 from tiedconv.errors import SchemeError
-from tiedconv.grouping import partition
 
 SPECS = st.sampled_from(["all", "each"]) | st.tuples(
     st.sampled_from(["adjacent", "cycle"]), st.integers(1, 9)

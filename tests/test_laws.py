@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tiedconv
-from tiedconv.anatomy import examine
-from tiedconv.applied import is_never_made
-from tiedconv.binding import dense_state_dict, is_tied, state_of
 from tiedconv.errors import NothingToConvert
 from tiedconv.families import all_families, find_blocks
-from tiedconv.planner import make_plan
-from tiedconv.recipe import Budget, Recipe, Rule
+from tiedconv.families.inspect import examine
+from tiedconv.planning.planner import make_plan
+from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.runtime.factored import is_never_made
+from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of
 from tiedconv.schemes import all_schemes
 from tiedconv.schemes._base import Ranked
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiedconv import leastsquares
-from tiedconv.expr import Expr, MatMul, Permute, Ref
-from tiedconv.leastsquares import Factors, conjugate_gradients, improve, total_cost
-from tiedconv.linalg import base_and_residuals
-from tiedconv.metric import IDENTITY, Metric
+from tiedconv.core.expr import Expr, MatMul, Permute, Ref
+from tiedconv.numerics import least_squares as leastsquares
+from tiedconv.numerics.kfac_metric import IDENTITY, Metric
+from tiedconv.numerics.least_squares import Factors, conjugate_gradients, improve, total_cost
+from tiedconv.numerics.linalg import base_and_residuals
 from tiedconv.schemes import Layout, all_schemes, make_scheme
 
 Shapes = list[tuple[int, int]]

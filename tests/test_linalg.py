@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiedconv import linalg
+from tiedconv.numerics import linalg
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiedconv.linalg import truncate
-from tiedconv.metric import IDENTITY, Metric, mean_metric, shrunk
+from tiedconv.numerics.kfac_metric import IDENTITY, Metric, mean_metric, shrunk
+from tiedconv.numerics.linalg import truncate
 
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 SEEDS = st.integers(0, 20)

@@ -15,16 +15,16 @@ from torch.nn.functional import linear, log_softmax, pad, scaled_dot_product_att
 from torch.nn.grad import conv2d_weight
 from torch.utils.data import Dataset
 
-from tiedconv.anatomy import examine
-from tiedconv.budget import metrics_of
 from tiedconv.calibration import Moments, gather_moments, moments
+from tiedconv.commands.sensitivity import matrices_of
+from tiedconv.core.plan import Member
 from tiedconv.data import Broken
 from tiedconv.errors import DataError, TiedconvError
-from tiedconv.metric import Metric, shrunk
-from tiedconv.plan import Member
-from tiedconv.planner import weights_of
-from tiedconv.recipe import Recipe
-from tiedconv.sensitivity import matrices_of
+from tiedconv.families.inspect import examine
+from tiedconv.numerics.kfac_metric import Metric, shrunk
+from tiedconv.planning.planner import weights_of
+from tiedconv.planning.rank_allocation import metrics_of
+from tiedconv.planning.recipe import Recipe
 
 MICROS = all_micros()
 QUANTILE = 0.37  # of a class in the cumulated probabilities, where classes are not drawn

@@ -9,10 +9,10 @@ import pytest
 
 import tiedconv
 from tiedconv import sources
-from tiedconv.anatomy import Anatomy, examine
-from tiedconv.plan import Plan
-from tiedconv.planner import make_plan
-from tiedconv.recipe import Recipe, Rule
+from tiedconv.core.plan import Plan
+from tiedconv.families.inspect import Anatomy, examine
+from tiedconv.planning.planner import make_plan
+from tiedconv.planning.recipe import Recipe, Rule
 
 
 @functools.cache

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from micro import MEANT_FOR, all_micros
 
 import tiedconv
+from tiedconv.core.expr import Add, Expr, MatMul, Mul, Ref
+from tiedconv.core.plan import Member, Plan, Slot, Span, assemble, member_expr, stored_name
 from tiedconv.errors import PlanError
-from tiedconv.expr import Add, Expr, MatMul, Mul, Ref
-from tiedconv.plan import Member, Plan, Slot, Span, assemble, member_expr, stored_name
 from tiedconv.schemes import all_schemes
 
 

@@ -16,9 +16,7 @@ from micro import MEANT_FOR, all_micros, original_logits, schemes
 from torch import nn
 
 import tiedconv
-from tiedconv.anatomy import examine
-from tiedconv.binding import is_tied, state_of
-from tiedconv.budget import allocate
+from tiedconv.core.plan import Plan
 from tiedconv.errors import (
     BudgetError,
     NothingToConvert,
@@ -28,11 +26,13 @@ from tiedconv.errors import (
     UserError,
 )
 from tiedconv.families import all_families
-from tiedconv.gauge import Workbench
-from tiedconv.linalg import spectrum
-from tiedconv.plan import Plan
-from tiedconv.planner import draft, smaller_ways
-from tiedconv.recipe import Budget, Recipe, Rule
+from tiedconv.families.inspect import examine
+from tiedconv.numerics.linalg import spectrum
+from tiedconv.numerics.symmetries import Workbench
+from tiedconv.planning.planner import draft, smaller_ways
+from tiedconv.planning.rank_allocation import allocate
+from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.schemes import Draft, all_schemes
 from tiedconv.schemes._base import Ranked
 

@@ -29,7 +29,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.binding import (
+from tiedconv.conversion.original_blend import OriginalFading, conversion_recipe, moved_original
+from tiedconv.data import TensorList
+from tiedconv.errors import PlanError, UserError
+from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.runtime.tie import (
     clear_offsets,
     dense_state_dict,
     freeze,
@@ -40,10 +44,6 @@ from tiedconv.binding import (
     state_of,
     untie,
 )
-from tiedconv.data import TensorList
-from tiedconv.errors import PlanError, UserError
-from tiedconv.progressive import OriginalFading, conversion_recipe, moved_original
-from tiedconv.recipe import Budget, Recipe, Rule
 from tiedconv.training import (
     Baseline,
     Checkpointed,
@@ -559,7 +559,7 @@ def test_the_command_fades_the_original_by_name(
         return tiny_model(), SPEC
 
     # By this way, as the package's own name `finetune` is the function.
-    monkeypatch.setattr(import_module("tiedconv.finetune"), "open_teacher", opened)
+    monkeypatch.setattr(import_module("tiedconv.commands.finetune"), "open_teacher", opened)
     seen: list[Tensor] = []
     begin = OriginalFading.begin
 

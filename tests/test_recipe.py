@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.binding import dense_state_dict
+from tiedconv.conversion.original_blend import OriginalFading
 from tiedconv.data import ImageTransform, TensorList, train_transform
 from tiedconv.data.seeds import epoch_seed, step_seed
 from tiedconv.errors import DataError, UserError
-from tiedconv.progressive import OriginalFading
+from tiedconv.runtime.tie import dense_state_dict
 from tiedconv.sources import Preprocess
 from tiedconv.training import (
     Blocks,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tiedconv.errors import UserError
-from tiedconv.files import replacing
-from tiedconv.run_folder import CALIBRATION, CURVE, FIT, RunFolder
+from tiedconv.io.run_dir import CALIBRATION, CURVE, FIT, RunFolder
+from tiedconv.io.safetensors_file import replacing
 
 OWN = ["step-000000012.pt", CURVE, CALIBRATION, f"1/{CALIBRATION}", FIT, f"0/{FIT}"]
 

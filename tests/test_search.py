@@ -15,16 +15,23 @@ from hypothesis import strategies as st
 from micro import all_micros
 from torch import Tensor
 
-from tiedconv.anatomy import examine
-from tiedconv.budget import Metrics, allocate, fill, gains_of, metrics_of, with_least
-from tiedconv.gauge import Workbench
-from tiedconv.linalg import spectrum
-from tiedconv.metric import IDENTITY, Metric
-from tiedconv.plan import Block, Member
-from tiedconv.planner import compile_plan, draft, fit_plan, make_plan
-from tiedconv.recipe import Recipe
+from tiedconv.core.plan import Block, Member
+from tiedconv.families.inspect import examine
+from tiedconv.numerics.kfac_metric import IDENTITY, Metric
+from tiedconv.numerics.linalg import spectrum
+from tiedconv.numerics.symmetries import Workbench
+from tiedconv.planning.planner import compile_plan, draft, fit_plan, make_plan
+from tiedconv.planning.rank_allocation import (
+    Metrics,
+    allocate,
+    fill,
+    gains_of,
+    metrics_of,
+    with_least,
+)
+from tiedconv.planning.recipe import Recipe
+from tiedconv.planning.scheme_search import Curve, Menu, Part, choose, least_size
 from tiedconv.schemes import Draft, Scheme, make_scheme
-from tiedconv.search import Curve, Menu, Part, choose, least_size
 
 NAMES = ("timm-vit", "torchvision-resnet", "hf-imagegpt", "convmixer")
 each_model = pytest.mark.parametrize("name", NAMES)

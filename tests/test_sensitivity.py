@@ -13,12 +13,12 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.anatomy import examine
-from tiedconv.calibrate import Calibration
 from tiedconv.calibration import CalibConfig, gather_moments
+from tiedconv.commands.sensitivity import Sensed, Sensitivity, draw, matrices_of, sensitivity
+from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import TensorList
 from tiedconv.errors import DataError, MissingExtra, NothingToConvert, OutputError, UserError
-from tiedconv.sensitivity import Sensed, Sensitivity, draw, matrices_of, sensitivity
+from tiedconv.families.inspect import examine
 from tiedconv.training import logits_of
 
 FAST = CalibConfig(effort="fast")

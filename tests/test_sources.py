@@ -242,7 +242,7 @@ def test_a_file_can_not_name_code() -> None:
         skeleton(Source("tiedconv.sources:open_source", {"spec": "resnet18"}))
     with pytest.raises(SourceError, match="model in memory"):
         skeleton(Source("", weights="memory"))
-    assert all(spec.startswith("tiedconv.demo:") for spec in TRUSTED)
+    assert all(spec.startswith("tiedconv.commands.demo:") for spec in TRUSTED)
 
 
 # --- no network --------------------------------------------------------------------------------

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 import tiedconv
 import tiedconv.sources as sources
-from tiedconv import streaming
-from tiedconv.anatomy import examine
-from tiedconv.convert import convert_file
+from tiedconv.commands.convert import convert_file
+from tiedconv.conversion import streaming
 from tiedconv.errors import OutputError, TiedconvError, WeightsError
-from tiedconv.recipe import Budget, Recipe, Rule
-from tiedconv.scratch import Scratch
+from tiedconv.families.inspect import examine
+from tiedconv.io.tensor_scratch import Scratch
+from tiedconv.io.writing import write_tensors
+from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.sources import fit_to, open_lazily, open_source, read_weights
 from tiedconv.sources.init import skip_memory
-from tiedconv.writing import write_tensors
 
 HERE = "test_streaming"
 RECIPES: dict[str, Recipe] = {
@@ -184,7 +184,7 @@ def test_a_streamed_file_is_good_and_tells_where_it_came_from(
         calls.append("streamed")
         return streaming.streamed(*arguments, **options)
 
-    monkeypatch.setattr(sys.modules["tiedconv.convert"], "streamed", noted)
+    monkeypatch.setattr(sys.modules["tiedconv.commands.convert"], "streamed", noted)
     output = tmp_path / "out.safetensors"
     run("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", output)
     assert calls == ["streamed"]
@@ -544,8 +544,8 @@ def peak():
 import big_model
 import tiedconv.cli
 from scipy.optimize import linear_sum_assignment
-from tiedconv.convert import convert_file
-from tiedconv.recipe import Recipe
+from tiedconv.commands.convert import convert_file
+from tiedconv.planning.recipe import Recipe
 before = peak()
 convert_file("big_model:encoder", Recipe.of({scheme!r}, rank=0), Path("out.safetensors"),
              weights="big.safetensors", force=True)

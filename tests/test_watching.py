@@ -20,6 +20,20 @@ from rich.console import Console
 
 from tiedconv.cli import progress
 from tiedconv.errors import OutputError
+from tiedconv.loggers import (
+    Course,
+    JsonLog,
+    Run,
+    Watcher,
+    Watchers,
+    curve,
+    draw,
+    memory,
+    memory_in_use,
+    watchers,
+)
+from tiedconv.loggers import tensorboard as board
+from tiedconv.loggers.picture import smoothed
 from tiedconv.training import (
     ACCURACY,
     AGREEMENT,
@@ -32,20 +46,6 @@ from tiedconv.training import (
     Unlabelled,
     engine,
 )
-from tiedconv.watching import (
-    Course,
-    JsonLog,
-    Run,
-    Watcher,
-    Watchers,
-    curve,
-    draw,
-    memory,
-    memory_in_use,
-    watchers,
-)
-from tiedconv.watching import tensorboard as board
-from tiedconv.watching.picture import smoothed
 
 
 @pytest.fixture(autouse=True)

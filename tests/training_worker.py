@@ -18,8 +18,8 @@ import tiedconv
 from tiedconv.data import TensorList
 from tiedconv.training import Interrupted, Processes, TrainConfig, joined, train
 from tiedconv.training.losses import LossMeter
-from tiedconv.training.parallel import Learner
-from tiedconv.training.update import Updater
+from tiedconv.training.train_step import Updater
+from tiedconv.training.wrappers import Learner
 
 CLASSES = 5
 STEPS = 12

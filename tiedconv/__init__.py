@@ -8,25 +8,25 @@ low-rank residuals; each number is stored once, in one self-describing file.
     >>> tiedconv.save(model, "resnet50-tied.safetensors")       # doctest: +SKIP
 """
 
-from tiedconv.applying import apply_factors
-from tiedconv.bench import bench
-from tiedconv.binding import freeze, tie, unfreeze, untie
-from tiedconv.calibrate import Calibration
 from tiedconv.calibration import CalibConfig
-from tiedconv.checkpoint import save
-from tiedconv.compare import compare
-from tiedconv.convert import convert, plan
+from tiedconv.commands.bench import bench
+from tiedconv.commands.compare import compare
+from tiedconv.commands.convert import convert, plan
+from tiedconv.commands.evaluate import evaluate
+from tiedconv.commands.export import export
+from tiedconv.commands.finetune import finetune, forecast
+from tiedconv.commands.report import report
+from tiedconv.commands.sensitivity import sensitivity
+from tiedconv.commands.verify import verify
+from tiedconv.conversion.calibrate import Calibration
+from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError
-from tiedconv.evaluate import evaluate
-from tiedconv.export import export
-from tiedconv.finetune import finetune, forecast
-from tiedconv.loading import load
-from tiedconv.plan import Plan
-from tiedconv.recipe import Recipe
-from tiedconv.report import report
-from tiedconv.sensitivity import sensitivity
+from tiedconv.io.checkpoint import save
+from tiedconv.planning.recipe import Recipe
+from tiedconv.runtime.factored_linear import apply_factors
+from tiedconv.runtime.tie import freeze, tie, unfreeze, untie
+from tiedconv.sources.load import load
 from tiedconv.training import TrainConfig
-from tiedconv.verify import verify
 from tiedconv.version import __version__
 
 __all__ = [

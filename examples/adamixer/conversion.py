@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adamixer.settings import LORS, Setting
-from tiedconv.recipe import Recipe, Rule
+from tiedconv.planning.recipe import Recipe, Rule
 
 RECIPE = Path(__file__).with_name("lors.toml")
 

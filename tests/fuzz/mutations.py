@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiedconv.files import DTYPES
+from tiedconv.io.safetensors_file import DTYPES
 
 Random = random.Random
 
@@ -279,7 +279,8 @@ def ask_for_a_giant(rng: Random, parts: Parts) -> bytes:
     if rng.random() < 0.3:
         parts.source["spec"] = rng.choice(
             ["resnet50", "timm:swin_tiny_patch4_window7_224", "os:system", "timm:local-dir:/tmp",
-             "timm:hf-hub:a/b", "hf:/tmp", "posix:abort", "tiedconv.demo:digits_vit", "../x"]
+             "timm:hf-hub:a/b", "hf:/tmp", "posix:abort", "tiedconv.commands.demo:digits_vit",
+             "../x"]
         )  # fmt: skip
     return pack(parts)
 
@@ -376,7 +377,7 @@ def explode(rng: Random, parts: Parts) -> bytes:
 
 
 def _shape(expr: list[Any]) -> list[int]:
-    from tiedconv.expr import from_json
+    from tiedconv.core.expr import from_json
 
     return list(from_json(expr).shape)
 

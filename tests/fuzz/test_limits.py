@@ -23,15 +23,15 @@ from trials import sound_files
 from typer.testing import CliRunner
 
 import tiedconv
-from tiedconv.binding import dense_state_dict
-from tiedconv.checkpoint import read
 from tiedconv.cli import app
+from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Slice, all_from_json
+from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError, SourceError, TiedconvError
-from tiedconv.expr import Add, Cat, Expr, MatMul, Mul, Ref, Slice, all_from_json
-from tiedconv.files import MAX_VALUES, TensorFile, strict_json
-from tiedconv.limits import check_plan, effort, printable
-from tiedconv.plan import Plan
-from tiedconv.sources.bounded import bounded
+from tiedconv.io.checkpoint import read
+from tiedconv.io.safetensors_file import MAX_VALUES, TensorFile, strict_json
+from tiedconv.io.validation import check_plan, effort, printable
+from tiedconv.runtime.tie import dense_state_dict
+from tiedconv.sources.size_guard import bounded
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 
 import tiedconv
 import tiedconv.sources as sources
-from tiedconv.binding import dense_state_dict, set_state, state_of
-from tiedconv.checkpoint import Checkpoint, read
 from tiedconv.cli import app
 from tiedconv.errors import TiedconvError
+from tiedconv.io.checkpoint import Checkpoint, read
+from tiedconv.runtime.tie import dense_state_dict, set_state, state_of
 
 SECONDS, MEGABYTES = 1.0, 200
 

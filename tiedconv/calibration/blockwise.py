@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.binding import state_of, unfreeze
+from tiedconv.calibration.activation_cache import Cache, Stream, chunks, read_images, release, take
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.calibration.events import (
     BlockwiseResult,
@@ -33,14 +33,14 @@ from tiedconv.calibration.events import (
     ignore,
 )
 from tiedconv.calibration.fitting import Midway, Schedule, mean_error, minimise, split
-from tiedconv.calibration.lenses import Lens, measure_lenses
 from tiedconv.calibration.objectives import JointObjective, SpanObjective, seen
-from tiedconv.calibration.pair import Pair
+from tiedconv.calibration.output_metric import Lens, measure_lenses
+from tiedconv.calibration.spans import Span
 from tiedconv.calibration.state import checkpoint_path, foreign, identity_of, load_state, save_state
-from tiedconv.calibration.streams import Cache, Stream, chunks, read_images, release, take
-from tiedconv.calibration.units import Span
+from tiedconv.calibration.teacher_student import Pair
 from tiedconv.data import Loader
 from tiedconv.errors import UserError
+from tiedconv.runtime.tie import state_of, unfreeze
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.evaluation import EVENT_SECONDS

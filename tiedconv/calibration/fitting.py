@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tiedconv.calibration.streams import chunks
+from tiedconv.calibration.activation_cache import chunks
 from tiedconv.errors import TrainingError
 
 WARMUP = 0.05

@@ -20,12 +20,12 @@ from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from tiedconv.answering import first_answer
-from tiedconv.calibration.lenses import followed
+from tiedconv.calibration.output_metric import followed
 from tiedconv.data import Loader
 from tiedconv.detection import drawn_loss
 from tiedconv.errors import DataError
-from tiedconv.metric import Metric, shrunk
+from tiedconv.numerics.kfac_metric import Metric, shrunk
+from tiedconv.runtime.forward_check import first_answer
 from tiedconv.training import pick_device
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement

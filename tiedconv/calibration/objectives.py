@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.calibration.lenses import Lens
+from tiedconv.calibration.activation_cache import Stream, chunks, run_tapped, take
+from tiedconv.calibration.output_metric import Lens
 from tiedconv.calibration.probing import Call
-from tiedconv.calibration.streams import Stream, chunks, run_tapped, take
 from tiedconv.detection import answer_distance
 from tiedconv.training.device import Placement
 

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tiedconv.calibration.config import CalibConfig
-from tiedconv.checkpoint import tensor_hash
+from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError
-from tiedconv.files import replacing, save_tensors
-from tiedconv.plan import Plan
-from tiedconv.run_folder import CALIBRATION
+from tiedconv.io.checkpoint import tensor_hash
+from tiedconv.io.run_dir import CALIBRATION
+from tiedconv.io.safetensors_file import replacing, save_tensors
 from tiedconv.training.state import prepare_folder, require_same, weights_digest
 
 FORMAT = "tiedconv-calibration-3"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiedconv.cli.app import app
+from tiedconv.cli.application import app
 
 __all__ = ["app", "main"]
 

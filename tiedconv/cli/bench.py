@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from tiedconv.bench import DENSE, Bench, Measured, Timing, draw, share_of_dense
-from tiedconv.bench import bench as run
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
+from tiedconv.commands.bench import DENSE, Bench, Measured, Timing, draw, share_of_dense
+from tiedconv.commands.bench import bench as run
 from tiedconv.errors import UserError
-from tiedconv.pictures import check_picture
+from tiedconv.utils.plotting import check_picture
 
 
 def register(app: typer.Typer) -> None:

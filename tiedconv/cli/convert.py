@@ -9,16 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from tiedconv.calibrate import Calibration
 from tiedconv.calibration import CalibConfig
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import ConvertBar
-from tiedconv.convert import Conversion, convert_file
+from tiedconv.commands.convert import Conversion, convert_file
+from tiedconv.commands.report import plan_report, report
+from tiedconv.conversion.calibrate import Calibration
 from tiedconv.errors import UserError
-from tiedconv.recipe import Budget, Recipe, Rule
-from tiedconv.report import plan_report, report
-from tiedconv.run_folder import RunFolder
+from tiedconv.io.run_dir import RunFolder
+from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import all_schemes
 
 

@@ -10,7 +10,7 @@ import typer
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
-from tiedconv.demo import run_demo
+from tiedconv.commands.demo import run_demo
 
 
 def register(app: typer.Typer) -> None:

@@ -10,8 +10,8 @@ import typer
 from tiedconv.cli import common, render
 from tiedconv.cli.common import say
 from tiedconv.cli.progress import TrainingBar
+from tiedconv.commands.evaluate import evaluate as run
 from tiedconv.detection import Precision
-from tiedconv.evaluate import evaluate as run
 
 
 def register(app: typer.Typer) -> None:

@@ -9,9 +9,9 @@ import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import say
-from tiedconv.export import Exported
-from tiedconv.export import export as run
-from tiedconv.exporting import DTYPES, LOWERINGS, all_formats
+from tiedconv.commands.export import Exported
+from tiedconv.commands.export import export as run
+from tiedconv.exporters import DTYPES, LOWERINGS, all_formats
 
 
 def register(app: typer.Typer) -> None:

@@ -10,15 +10,15 @@ from typing import Annotated
 
 import typer
 
-from tiedconv.cli import common, render, watching
+from tiedconv.cli import common, render, training_logs
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import TrainingBar
+from tiedconv.commands.finetune import Finetuned, forecast
+from tiedconv.commands.finetune import finetune as run
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
-from tiedconv.files import json_ready
-from tiedconv.finetune import Finetuned, forecast
-from tiedconv.finetune import finetune as run
-from tiedconv.run_folder import RunFolder
+from tiedconv.io.run_dir import RunFolder
+from tiedconv.io.safetensors_file import json_ready
 from tiedconv.training import (
     Event,
     Forecast,
@@ -122,10 +122,10 @@ def finetune(
         float, typer.Option(help="Time between two states that --resume can go on from.")
     ] = 10.0,
     keep: Annotated[int, typer.Option(help="So many of the newest states are kept.")] = 2,
-    log: watching.Log = None,
-    tensorboard: watching.Board = None,
-    picture: watching.Picture = None,
-    no_picture: watching.NoPicture = False,
+    log: training_logs.Log = None,
+    tensorboard: training_logs.Board = None,
+    picture: training_logs.Picture = None,
+    no_picture: training_logs.NoPicture = False,
     device: common.Device = "auto",
     workers: common.Workers = None,
     seed: Annotated[int, typer.Option(help="Of order, augmentation and the held-out part.")] = 0,
@@ -173,7 +173,7 @@ def finetune(
         if rank_in_environment() == 0:
             show_forecast(found, config, json_=json_)
         return
-    files = watching.Files.wanted(
+    files = training_logs.Files.wanted(
         output, log, tensorboard, picture, no_picture, force=force, resume=resume
     )
     noted = {"data": data, "teacher": teacher, "device": device, "command": common.command_line()}

@@ -12,12 +12,12 @@ from typing import Annotated
 
 import typer
 
-from tiedconv.calibrate import Calibration, Event, Measuring
 from tiedconv.calibration import CalibConfig
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
-from tiedconv.compare import BUDGETS, Cell, Comparison, Fixed, Row, Way, compare
+from tiedconv.commands.compare import BUDGETS, Cell, Comparison, Fixed, Row, Way, compare
+from tiedconv.conversion.calibrate import Calibration, Event, Measuring
 
 
 def register(app: typer.Typer) -> None:

@@ -17,11 +17,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tiedconv.calibrate import Event as CalibrationEvent
-from tiedconv.calibrate import Finalist, FoundFits, Kept, Measuring
 from tiedconv.calibration import Fitted, Fitting, Joint
 from tiedconv.cli.common import err
 from tiedconv.cli.render import accuracy, counted, duration, size
+from tiedconv.conversion.calibrate import Event as CalibrationEvent
+from tiedconv.conversion.calibrate import Finalist, FoundFits, Kept, Measuring
+from tiedconv.loggers import memory_in_use
 from tiedconv.training import (
     AGREEMENT,
     PRECISION,
@@ -41,7 +42,6 @@ from tiedconv.training import (
     Unlabelled,
     rank_in_environment,
 )
-from tiedconv.watching import memory_in_use
 
 LINE_SECONDS = 60.0
 """Time between two lines where no bar is drawn."""

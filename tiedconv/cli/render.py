@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tiedconv.report import GroupReport, Report
+from tiedconv.commands.report import GroupReport, Report
 
 Row = Sequence[str]
 

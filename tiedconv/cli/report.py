@@ -11,8 +11,8 @@ import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import say
-from tiedconv.report import Report
-from tiedconv.report import report as run
+from tiedconv.commands.report import Report
+from tiedconv.commands.report import report as run
 
 T = TypeVar("T")
 

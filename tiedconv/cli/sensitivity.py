@@ -9,15 +9,15 @@ from typing import Annotated
 
 import typer
 
-from tiedconv.calibrate import Calibration, Event, Measuring
 from tiedconv.calibration import CalibConfig
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
+from tiedconv.commands.sensitivity import Sensed, Sensitivity, draw
+from tiedconv.commands.sensitivity import sensitivity as run
+from tiedconv.conversion.calibrate import Calibration, Event, Measuring
 from tiedconv.errors import UserError
-from tiedconv.pictures import check_picture
-from tiedconv.sensitivity import Sensed, Sensitivity, draw
-from tiedconv.sensitivity import sensitivity as run
+from tiedconv.utils.plotting import check_picture
 
 NAMED = 3  # matrices that the summary names at either end
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tiedconv.cli import common
 from tiedconv.cli.common import out
-from tiedconv.verify import verify as run
+from tiedconv.commands.verify import verify as run
 
 _MARKS = {True: ("ok ", "green"), False: ("bad", "red"), None: ("-- ", "yellow")}
 

@@ -6,12 +6,12 @@ image is decoded.
 
 from __future__ import annotations
 
+from tiedconv.data.annotations import Objects
+from tiedconv.data.datasets import Broken, ImageList, Sample, TensorList
 from tiedconv.data.images import Images, Store
-from tiedconv.data.lists import Broken, ImageList, Sample, TensorList
 from tiedconv.data.loading import Batch, Loader, Ticket, default_workers
-from tiedconv.data.normalising import Normalisation, in_bytes
-from tiedconv.data.objects import Objects
-from tiedconv.data.opening import Labels, Split, open_images, open_split, open_unlabelled
+from tiedconv.data.normalize import Normalisation, in_bytes
+from tiedconv.data.open import Labels, Split, open_images, open_split, open_unlabelled
 from tiedconv.data.transforms import (
     AUGMENTS,
     ImageTransform,

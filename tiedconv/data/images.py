@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from tiedconv.data.objects import Objects
+from tiedconv.data.annotations import Ints, Objects
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 """File name endings of images, compared in lower case."""
@@ -19,8 +18,6 @@ _NAMES = 1000  # that a digest reads, of a million images
 
 MAX_CLASSES = 1_000_000
 """A larger label is no class number but something else, such as a time."""
-
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Store(Protocol):

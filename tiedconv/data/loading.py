@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tiedconv.data.lists import Broken
-from tiedconv.data.normalising import in_bytes
+from tiedconv.data.datasets import Broken
+from tiedconv.data.normalize import in_bytes
 from tiedconv.data.seeds import epoch_seed, sample_seeds
 from tiedconv.errors import DataError, TiedconvError
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiedconv.data.normalising import Normalisation
+from tiedconv.data.normalize import Normalisation
 from tiedconv.errors import UserError
 
 AUGMENTS = ("none", "flip", "shift", "crop", "randaugment", "trivialaugment")

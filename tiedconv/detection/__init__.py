@@ -7,16 +7,15 @@ transformers do. Called with `labels` as well it returns a `loss`.
 
 from __future__ import annotations
 
-from tiedconv.detection.answers import (
+from tiedconv.detection.classes import class_map
+from tiedconv.detection.lists import DetectionList
+from tiedconv.detection.losses import (
     answer_distance,
     answer_loss,
     divergence,
     drawn_loss,
     first_answers,
 )
-from tiedconv.detection.choosing import TASKS, detects, for_detector
-from tiedconv.detection.classes import class_map
-from tiedconv.detection.lists import DetectionList
 from tiedconv.detection.objective import DetectionObjective
 from tiedconv.detection.outputs import (
     Detections,
@@ -25,7 +24,14 @@ from tiedconv.detection.outputs import (
     tensor_in,
 )
 from tiedconv.detection.scoring import Precision, average_precision
-from tiedconv.detection.task import Detection, PrecisionChange, as_precision
+from tiedconv.detection.task import (
+    TASKS,
+    Detection,
+    PrecisionChange,
+    as_precision,
+    detects,
+    for_detector,
+)
 
 __all__ = [
     "TASKS",

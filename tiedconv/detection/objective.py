@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.data import Objects
-from tiedconv.detection.answers import answer_loss
 from tiedconv.detection.classes import class_map
+from tiedconv.detection.losses import answer_loss
 from tiedconv.detection.outputs import parts_of, tensor_in, told_labels
 from tiedconv.errors import UserError
 from tiedconv.training.batchnorm import norms_of

@@ -1,9 +1,9 @@
 """Model families: pure functions from tensor names and shapes to blocks.
 
-Each file of this folder that does not begin with an underscore holds one `FAMILY`. A family sees
-`{name: shape}` and a few facts that shapes don't tell (`hints`: number of heads, activation,
-epsilon of a norm, where known), so it works on a file's header without building a model, and it
-imports no model library. A new family is one new file.
+Each file of this folder that does not begin with an underscore holds one `FAMILY`; `inspect` reads
+what families see off a model. A family sees `{name: shape}` and a few facts that shapes don't show
+(`hints`: number of heads, activation, epsilon of a norm, where known), so it works on a file's
+header without building a model, and it imports no model library. A new family is one new file.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 
-from tiedconv.expr import Shape
+from tiedconv.core.expr import Shape
+from tiedconv.core.plan import Block
 from tiedconv.families._patterns import Family, Hints
-from tiedconv.plan import Block
 
 __all__ = ["Family", "Hints", "all_families", "find_blocks"]
 
@@ -23,7 +23,8 @@ __all__ = ["Family", "Hints", "all_families", "find_blocks"]
 @functools.cache
 def all_families() -> tuple[Family, ...]:
     """Every family of the folder; those that match anything come last."""
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    files = (m.name for m in pkgutil.iter_modules(__path__))
+    names = sorted(n for n in files if not n.startswith("_") and n != "inspect")
     found = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in names]
     return tuple(sorted(found, key=lambda family: family.last))
 

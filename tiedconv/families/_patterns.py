@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from tiedconv.expr import Shape
-from tiedconv.plan import Block, Slot, Span
+from tiedconv.core.expr import Shape
+from tiedconv.core.plan import Block, Slot, Span
 
 Hints = Mapping[str, float | str]
 Shapes = Mapping[str, Shape]

@@ -13,9 +13,9 @@ import math
 import re
 from collections import defaultdict
 
-from tiedconv.expr import Shape
+from tiedconv.core.expr import Shape
+from tiedconv.core.plan import Block, Slot
 from tiedconv.families._patterns import Family, Hints, Shapes
-from tiedconv.plan import Block, Slot
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 

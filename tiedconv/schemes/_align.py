@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tiedconv.gauge import (
+from tiedconv.core.partition import partition
+from tiedconv.core.plan import Block
+from tiedconv.numerics.linalg import match, procrustes
+from tiedconv.numerics.symmetries import (
     Workbench,
     fold_norm,
     permute_bottleneck,
@@ -23,9 +26,6 @@ from tiedconv.gauge import (
     scale_hidden,
     transform_heads,
 )
-from tiedconv.grouping import partition
-from tiedconv.linalg import match, procrustes
-from tiedconv.plan import Block
 
 _ROLES = {
     "ffn": {"up", "down"},

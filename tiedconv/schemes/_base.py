@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tiedconv.core.expr import Add, Expr, MatMul, Ref, Shape
+from tiedconv.core.partition import partition
+from tiedconv.core.plan import Block, Member, Slot
 from tiedconv.errors import SchemeError
-from tiedconv.expr import Add, Expr, MatMul, Ref, Shape
-from tiedconv.gauge import Workbench
-from tiedconv.grouping import partition
-from tiedconv.linalg import spectrum, truncate
-from tiedconv.metric import Metric, mean_metric
-from tiedconv.plan import Block, Member, Slot
+from tiedconv.numerics.kfac_metric import Metric, mean_metric
+from tiedconv.numerics.linalg import spectrum, truncate
+from tiedconv.numerics.symmetries import Workbench
 from tiedconv.schemes._align import fold_norms
 
 

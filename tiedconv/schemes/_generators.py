@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tiedconv.core.expr import Add, Expr, Ref, Shape
+from tiedconv.core.plan import Member
 from tiedconv.errors import SchemeError
-from tiedconv.expr import Add, Expr, Ref, Shape
-from tiedconv.generated import generate
-from tiedconv.metric import Metric
-from tiedconv.plan import Member
+from tiedconv.numerics.kfac_metric import Metric
+from tiedconv.runtime.generator import generate
 from tiedconv.schemes._base import Dial
 from tiedconv.schemes._tucker import Term, block_energies, fit_stack
 

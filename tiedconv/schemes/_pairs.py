@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from tiedconv.grouping import partition
-from tiedconv.plan import Block, Member
+from tiedconv.core.partition import partition
+from tiedconv.core.plan import Block, Member
 
 Pair = tuple[tuple[str, bool], tuple[str, bool]]
 

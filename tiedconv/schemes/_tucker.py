@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiedconv.leastsquares import conjugate_gradients
-from tiedconv.linalg import energy
+from tiedconv.numerics.least_squares import conjugate_gradients
+from tiedconv.numerics.linalg import energy
 
 STEPS = 100  # turns over base and terms, at most
 SWEEPS = 3  # over a new term, before it takes turns with the others

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tiedconv.gauge import Workbench
-from tiedconv.plan import Block
+from tiedconv.core.plan import Block
+from tiedconv.numerics.symmetries import Workbench
 from tiedconv.schemes._base import Draft, Layout, Scheme
 from tiedconv.schemes.basis import Basis
 from tiedconv.schemes.lors import Lors

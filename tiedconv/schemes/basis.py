@@ -21,12 +21,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tiedconv.core.expr import Expr, MatMul, Mul, Ref, Shape
+from tiedconv.core.partition import partition
+from tiedconv.core.plan import Block, Member
 from tiedconv.errors import SchemeError
-from tiedconv.expr import Expr, MatMul, Mul, Ref, Shape
-from tiedconv.grouping import partition
-from tiedconv.linalg import shared_with_scales, spectrum, truncate
-from tiedconv.metric import Metric, mean_metric
-from tiedconv.plan import Block, Member
+from tiedconv.numerics.kfac_metric import Metric, mean_metric
+from tiedconv.numerics.linalg import shared_with_scales, spectrum, truncate
 from tiedconv.schemes._base import Cored, Draft, Layout, fuse
 
 _READS = {"q", "k", "v", "qk", "kv", "qkv", "up", "conv1"}

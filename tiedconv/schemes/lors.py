@@ -21,11 +21,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tiedconv.core.expr import Add, Expr, Mul, Ref, Shape, Slice
+from tiedconv.core.plan import Block
 from tiedconv.errors import SchemeError
-from tiedconv.expr import Add, Expr, Mul, Ref, Shape, Slice
-from tiedconv.gauge import Workbench
-from tiedconv.linalg import base_and_residuals, bases_and_residuals
-from tiedconv.plan import Block
+from tiedconv.numerics.linalg import base_and_residuals, bases_and_residuals
+from tiedconv.numerics.symmetries import Workbench
 from tiedconv.schemes._align import match_layers
 from tiedconv.schemes._base import Cored, Draft, Layout, Ranked, Scheme, stacks, with_residual
 

@@ -16,10 +16,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tiedconv.core.expr import Shape
+from tiedconv.core.plan import Block
 from tiedconv.errors import NothingToConvert
-from tiedconv.expr import Shape
-from tiedconv.metric import Metric
-from tiedconv.plan import Block
+from tiedconv.numerics.kfac_metric import Metric
 from tiedconv.schemes._base import Dial, Draft, Layout, Scheme, stacks
 from tiedconv.schemes._generators import Form, is_linear
 

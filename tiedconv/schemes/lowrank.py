@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tiedconv.expr import Shape
-from tiedconv.linalg import truncate
-from tiedconv.plan import Block
+from tiedconv.core.expr import Shape
+from tiedconv.core.plan import Block
+from tiedconv.numerics.linalg import truncate
 from tiedconv.schemes._base import Draft, Layout, Ranked, stacks, with_residual
 
 

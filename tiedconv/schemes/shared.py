@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tiedconv.expr import Ref
-from tiedconv.gauge import Workbench
-from tiedconv.plan import Block
+from tiedconv.core.expr import Ref
+from tiedconv.core.plan import Block
+from tiedconv.numerics.symmetries import Workbench
 from tiedconv.schemes._align import match_layers
 from tiedconv.schemes._base import Draft, Layout, Scheme, stacks
 

@@ -23,11 +23,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tiedconv.core.expr import Expr, MatMul, Mul, Ref, Shape, Slice
+from tiedconv.core.plan import Block
 from tiedconv.errors import SchemeError
-from tiedconv.expr import Expr, MatMul, Mul, Ref, Shape, Slice
-from tiedconv.gauge import Workbench
-from tiedconv.linalg import energy, shared_with_scales, truncate, weighted_base
-from tiedconv.plan import Block
+from tiedconv.numerics.linalg import energy, shared_with_scales, truncate, weighted_base
+from tiedconv.numerics.symmetries import Workbench
 from tiedconv.schemes import _align
 from tiedconv.schemes._base import Cored, Draft, Layout, Ranked, with_residual
 from tiedconv.schemes._pairs import PAIRINGS, Stage, bottleneck_groups, pair_groups

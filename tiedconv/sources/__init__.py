@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import SourceError, WeightsError
-from .arguments import JSON, is_json, parse_model_args
-from .building import Provider
-from .init import seeded, skip_init, skip_memory
-from .lazy import LazyWeights, loads_plainly
-from .shards import DTYPES, places, weights_file
-from .source import Preprocess, Source
-from .weights import (
+from tiedconv.errors import SourceError, WeightsError
+from tiedconv.sources.arguments import JSON, is_json, parse_model_args
+from tiedconv.sources.init import seeded, skip_init, skip_memory
+from tiedconv.sources.lazy import LazyWeights, loads_plainly
+from tiedconv.sources.provider import Provider
+from tiedconv.sources.sharded_safetensors import DTYPES, places, weights_file
+from tiedconv.sources.source import Preprocess, Source
+from tiedconv.sources.weights import (
     fit_to,
     is_safetensors,
     load_into,
@@ -55,8 +55,13 @@ __all__ = [
     "skip_init",
 ]
 
+# Functions that have moved since files were written that name them.
+_MOVED = {
+    "tiedconv.demo:digits_vit": "tiedconv.commands.demo:digits_vit",
+    "tiedconv.demo:digits_resnet": "tiedconv.commands.demo:digits_resnet",
+}
 # The functions that a file may name: our own, which build models of fixed shape and nothing else.
-TRUSTED = frozenset({"tiedconv.demo:digits_vit", "tiedconv.demo:digits_resnet"})
+TRUSTED = frozenset({"tiedconv.commands.demo:digits_vit", "tiedconv.commands.demo:digits_resnet"})
 
 
 def open_source(
@@ -202,9 +207,9 @@ def skeleton(source: Source, *, trust_code: bool = False) -> nn.Module:
         SourceError: the source names code that is not trusted, a model that was in memory, or
             one that can't be built here.
     """
-    from .python_function import is_function_spec
+    from tiedconv.sources.python_function import is_function_spec
 
-    spec = source.spec
+    spec = _MOVED.get(source.spec, source.spec)
     if not spec:
         raise SourceError(
             "The file was made from a model in memory",
@@ -266,18 +271,18 @@ def _provider(
         )
     name = spec.partition(":")[2]
     if _prefix(spec) == "timm":
-        from .timm_models import TimmModel
+        from tiedconv.sources.timm_models import TimmModel
 
         return TimmModel(name, kwargs)
     if _prefix(spec) == "hf":
-        from .hf_models import HfModel
+        from tiedconv.sources.hf_models import HfModel
 
         return HfModel(name, kwargs, config, network)
-    from .python_function import PythonFunction, is_function_spec
+    from tiedconv.sources.python_function import PythonFunction, is_function_spec
 
     if is_function_spec(spec):
         return PythonFunction(spec, kwargs)
-    from .torchvision_models import TorchvisionModel
+    from tiedconv.sources.torchvision_models import TorchvisionModel
 
     return TorchvisionModel(spec, kwargs)
 

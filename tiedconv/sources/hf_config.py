@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import SourceError
-from .arguments import JSON
-from .building import first_line
+from tiedconv.errors import SourceError
+from tiedconv.sources.arguments import JSON
+from tiedconv.sources.provider import first_line
 
 # Kept out of the stored configuration: where it came from, what differs between machines, and
 # the precision of the published file (a skeleton is float32).

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import MissingExtra, SourceError, WeightsError
-from .arguments import JSON, refuse_arguments
-from .building import construct, first_line, is_download_error, not_downloaded
-from .fitting import describe_mismatch, load_into
-from .hf_config import architecture, from_data, to_data
-from .hf_preprocess import from_image_processor, from_model_config
-from .hub import hub_if_reachable, hub_offline
-from .source import Preprocess
-from .torchvision_compat import import_torchvision
+from tiedconv.errors import MissingExtra, SourceError, WeightsError
+from tiedconv.sources.arguments import JSON, refuse_arguments
+from tiedconv.sources.hf_config import architecture, from_data, to_data
+from tiedconv.sources.hf_preprocess import from_image_processor, from_model_config
+from tiedconv.sources.hub import hub_if_reachable, hub_offline
+from tiedconv.sources.provider import construct, first_line, is_download_error, not_downloaded
+from tiedconv.sources.source import Preprocess
+from tiedconv.sources.state_dict import describe_mismatch, load_into
+from tiedconv.sources.torchvision_compat import import_torchvision
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError, SourceError
-from .arguments import JSON, image_size
-from .source import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from tiedconv.errors import PlanError, SourceError
+from tiedconv.sources.arguments import JSON, image_size
+from tiedconv.sources.source import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 _BICUBIC = 3  # Pillow's number for it, which the files hold
 _DETECTORS_SIZE = 640  # that of RT-DETR and those after it

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .fitting import fit_to
-from .shards import DTYPES, Place
+from tiedconv.sources.sharded_safetensors import DTYPES, Place
+from tiedconv.sources.state_dict import fit_to
 
 # Modules whose loaders may put new names for old ones, but copy what has the right name.
 _COPIES = (

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import SourceError
-from .arguments import JSON, image_size
-from .building import construct, first_line
-from .fitting import load_into
-from .source import Preprocess
+from tiedconv.errors import SourceError
+from tiedconv.sources.arguments import JSON, image_size
+from tiedconv.sources.provider import construct, first_line
+from tiedconv.sources.source import Preprocess
+from tiedconv.sources.state_dict import load_into
 
 _SPEC = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import CheckpointError, PlanError, UserError
-from .arguments import JSON, is_object
+from tiedconv.errors import CheckpointError, PlanError, UserError
+from tiedconv.sources.arguments import JSON, is_object
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import MissingExtra, SourceError
-from .arguments import JSON, image_size, refuse_arguments
-from .building import (
+from tiedconv.errors import MissingExtra, SourceError
+from tiedconv.sources.arguments import JSON, image_size, refuse_arguments
+from tiedconv.sources.hub import hub_if_reachable
+from tiedconv.sources.provider import (
     construct,
     is_download_error,
     not_downloaded,
     unknown_model,
 )
-from .fitting import load_into
-from .hub import hub_if_reachable
-from .source import Preprocess
-from .torchvision_compat import import_torchvision
+from tiedconv.sources.source import Preprocess
+from tiedconv.sources.state_dict import load_into
+from tiedconv.sources.torchvision_compat import import_torchvision
 
 _RESERVED = (
     "cache_dir",

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from ..errors import SourceError
+from tiedconv.errors import SourceError
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 

@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import SourceError
-from .arguments import JSON, image_size, refuse_arguments
-from .building import (
+from tiedconv.errors import SourceError
+from tiedconv.sources.arguments import JSON, image_size, refuse_arguments
+from tiedconv.sources.init import skip_init
+from tiedconv.sources.provider import (
     construct,
     is_download_error,
     not_downloaded,
     unknown_model,
 )
-from .fitting import load_into
-from .init import skip_init
-from .source import Preprocess
-from .torchvision_compat import import_torchvision
+from tiedconv.sources.source import Preprocess
+from tiedconv.sources.state_dict import load_into
+from tiedconv.sources.torchvision_compat import import_torchvision
 
 # What torchvision sets in secret when it loads the published weights of these models. A skeleton
 # must have it too, or the same weights would compute something else in it.

@@ -13,9 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import WeightsError
-from .fitting import fit_to, load_into
-from .shards import NOT_WEIGHTS, damaged, is_index, opened, places, shards, weights_file
+from tiedconv.errors import WeightsError
+from tiedconv.sources.sharded_safetensors import (
+    NOT_WEIGHTS,
+    damaged,
+    is_index,
+    opened,
+    places,
+    shards,
+    weights_file,
+)
+from tiedconv.sources.state_dict import fit_to, load_into
 
 __all__ = ["fit_to", "load_into", "read_weights", "sha256_of_file", "sha256_of_weights"]
 

@@ -6,12 +6,14 @@ events, results as dataclasses.
 
 from __future__ import annotations
 
-from tiedconv.training.agreement import Agreement, answered, as_agreement
 from tiedconv.training.batching import find_batch_size
 from tiedconv.training.batchnorm import has_batchnorm, recalibrate_batchnorm
+from tiedconv.training.blend import Fading, share_left
 from tiedconv.training.blocks import Blocks
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import pick_device
+from tiedconv.training.distributed import Processes, joined, rank_in_environment
+from tiedconv.training.dry_run import Forecast, forecast
 from tiedconv.training.ema import Ema
 from tiedconv.training.engine import train
 from tiedconv.training.evaluation import EvalResult, evaluate_model
@@ -32,24 +34,22 @@ from tiedconv.training.events import (
     TeacherScore,
     Unlabelled,
 )
-from tiedconv.training.fading import Fading, share_left
-from tiedconv.training.forecast import Forecast, forecast
-from tiedconv.training.interrupts import Interrupted, ended_as_by_hand
 from tiedconv.training.losses import (
     distillation_loss,
     feature_loss,
     hard_distillation_loss,
     logits_of,
 )
-from tiedconv.training.measures import ACCURACY, AGREEMENT, PRECISION, Measure
-from tiedconv.training.mixing import Mix
+from tiedconv.training.metrics import ACCURACY, AGREEMENT, PRECISION, Measure
+from tiedconv.training.mixup import Mix
 from tiedconv.training.objective import Objective, Outcome
 from tiedconv.training.optim import learning_rate, parameter_groups
-from tiedconv.training.pace import Pace
-from tiedconv.training.processes import Processes, joined, rank_in_environment
+from tiedconv.training.pseudo_labels import Agreement, answered, as_agreement
 from tiedconv.training.results import TrainResult
+from tiedconv.training.signals import Interrupted, ended_as_by_hand
 from tiedconv.training.state import FREE_TO_CHANGE, StateFolder
 from tiedconv.training.teacher import fit_inputs
+from tiedconv.training.throughput import Pace
 
 __all__ = [
     "ACCURACY",

@@ -15,9 +15,9 @@ from tiedconv.data import Batch
 from tiedconv.errors import UserError
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
-from tiedconv.training.pace import probes, undone
-from tiedconv.training.processes import joined
-from tiedconv.training.setup import Setup
+from tiedconv.training.distributed import joined
+from tiedconv.training.throughput import probes, undone
+from tiedconv.training.trainer import Setup
 
 LARGEST = 1024
 """Images in a batch at most: beyond it, a short training has too few steps."""

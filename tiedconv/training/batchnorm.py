@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tiedconv.data import Batch
 from tiedconv.training.device import Placement
-from tiedconv.training.processes import ALONE, Processes, SpareImage
+from tiedconv.training.distributed import ALONE, Processes, SpareImage
 
 
 def has_batchnorm(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.training.shards import divided_as, own_part, whole
+from tiedconv.training.dtensor import divided_as, own_part, whole
 
 
 class Ema:

@@ -22,9 +22,11 @@ from torch.utils.data import Dataset
 from tiedconv.data import Batch
 from tiedconv.errors import TrainingError, UserError
 from tiedconv.training.batching import with_batch_size
+from tiedconv.training.blend import Fading, check_fading, share_left
 from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
+from tiedconv.training.distributed import SpareImage, joined
 from tiedconv.training.ema import Ema
 from tiedconv.training.evaluation import (
     EVENT_SECONDS,
@@ -46,15 +48,13 @@ from tiedconv.training.events import (
     TeacherScore,
     ignore,
 )
-from tiedconv.training.fading import Fading, check_fading, share_left
-from tiedconv.training.interrupts import Interrupted, Interrupts
 from tiedconv.training.losses import LossMeter, diverged
 from tiedconv.training.optim import learning_rate, trained_only
-from tiedconv.training.pace import measure_pace, require_time
-from tiedconv.training.processes import SpareImage, joined
 from tiedconv.training.results import Progress, TrainResult
-from tiedconv.training.setup import Setup
+from tiedconv.training.signals import Interrupted, Interrupts
 from tiedconv.training.state import StateFolder, identity_of
+from tiedconv.training.throughput import measure_pace, require_time
+from tiedconv.training.trainer import Setup
 
 LONG_EVALUATION = 10.0
 """Seconds; before one that takes longer, the state is saved. A launcher that stops its processes

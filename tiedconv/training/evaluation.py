@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.answering import first_answer
 from tiedconv.data import Batch, Loader
 from tiedconv.errors import DataError
+from tiedconv.runtime.forward_check import first_answer
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
+from tiedconv.training.distributed import ALONE, Processes, SpareImage
 from tiedconv.training.events import EvalStep, FewClasses, OnEvent, Skipped, ignore
 from tiedconv.training.losses import rows_of
-from tiedconv.training.processes import ALONE, Processes, SpareImage
 
 EVENT_SECONDS = 0.1
 """The shortest time between two progress events."""

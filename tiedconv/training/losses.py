@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiedconv.errors import TrainingError, UserError
 from tiedconv.training.config import TrainConfig
-from tiedconv.training.processes import ALONE, Processes
+from tiedconv.training.distributed import ALONE, Processes
 
 
 def logits_of(output: Any) -> Tensor:

@@ -15,7 +15,7 @@ from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
 from tiedconv.training.evaluation import check_labels
 from tiedconv.training.losses import feature_loss, logits_of, training_loss
-from tiedconv.training.mixing import Mix
+from tiedconv.training.mixup import Mix
 
 
 class Outcome(NamedTuple):

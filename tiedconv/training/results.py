@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tiedconv.training.measures import ACCURACY, MEASURES, Measure
+from tiedconv.training.metrics import ACCURACY, MEASURES, Measure
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from tiedconv.data.images import MAX_CLASSES, SUFFIXES, Ints
+from tiedconv.data.annotations import Ints
+from tiedconv.data.images import MAX_CLASSES, SUFFIXES
 from tiedconv.data.layouts._base import listed
 from tiedconv.errors import DataError
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from tiedconv.data.images import Images, Ints
+from tiedconv.data.annotations import Floats, Ints, Objects
+from tiedconv.data.images import Images
 from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts, part_of
-from tiedconv.data.objects import Floats, Objects
 from tiedconv.errors import DataError
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tiedconv.data.images import SUFFIXES, Images, Ints
+from tiedconv.data.annotations import Ints
+from tiedconv.data.images import SUFFIXES, Images
 from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts, listed
-from tiedconv.data.names import Names
+from tiedconv.data.packed_strings import Names
 from tiedconv.errors import DataError
 
 _ANY_FOLDER = f"Give a folder that holds images ({', '.join(SUFFIXES)}), at any depth"

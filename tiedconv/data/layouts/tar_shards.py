@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tiedconv.data.images import Images, Ints
+from tiedconv.data.annotations import Ints
+from tiedconv.data.images import Images
 from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts, listed, part_of
 from tiedconv.data.layouts._tar_index import BLOCK, index_of
 from tiedconv.errors import DataError, MissingExtra

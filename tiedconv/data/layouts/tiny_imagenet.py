@@ -17,7 +17,7 @@ import numpy as np
 from tiedconv.data.images import Images
 from tiedconv.data.layouts._base import Parts, listed
 from tiedconv.data.layouts.image_folder import Files, ImageFolder, class_names
-from tiedconv.data.names import Names
+from tiedconv.data.packed_strings import Names
 from tiedconv.errors import DataError
 
 _TABLE = "val_annotations.txt"

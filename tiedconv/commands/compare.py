@@ -1,0 +1,359 @@
+"""The verb `plan`: what each scheme makes of a model at each budget, side by side.
+
+Without images it takes no weights: sizes follow from shapes. With images each cell is fitted in
+the Fisher-weighted error (see `tiedconv.numerics.kfac_metric`), and the error of the fit estimates
+the KL divergence of the converted model's outputs from the original's, before any block-wise
+reconstruction or fine-tuning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+import tiedconv.sources as sources
+from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.cost_estimate import Pricer, Sizes, key_of
+from tiedconv.errors import NothingToConvert, RecipeError, UserError
+from tiedconv.families.inspect import examine
+from tiedconv.planning.planner import alternatives, draft, make_plan
+from tiedconv.planning.rank_allocation import has_dials, with_least
+from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.runtime.tie import is_tied
+from tiedconv.schemes import all_schemes, make_scheme
+from tiedconv.sources import Preprocess, Source
+from tiedconv.sources.load import check_preprocess, is_compact, with_preprocess
+
+BUDGETS = ("70%", "50%", "30%")
+OnFit = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A scheme with the options that differ from its defaults."""
+
+    scheme: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The scheme and its options in few words, such as `shared groups=all`."""
+        return " ".join([self.scheme, *self._settings()])
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """How `tiedconv convert` is asked for it."""
+        options = [word for setting in self._settings() for word in ("--option", setting)]
+        return ("--scheme", self.scheme, *options)
+
+    def recipe(self, budget: str | None = None) -> Recipe:
+        """Of one rule, with a budget or without."""
+        return Recipe((Rule(self.scheme, self.options),), Budget(budget) if budget else None)
+
+    def _settings(self) -> list[str]:
+        return [
+            f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in self.options.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way at one budget.
+
+    Args:
+        budget: as it was asked for.
+        stored: parameters, None if the budget can't be met.
+        share: of the original's parameters, 0 to 1.
+        how: the way taken, which for small budgets may have an option of its own.
+        cost: estimated divergence from the original's answers, in nats for each image.
+        best: whether no other way at this budget has a lower cost.
+    """
+
+    budget: str
+    stored: int | None = None
+    share: float | None = None
+    how: Way | None = None
+    cost: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way at every budget.
+
+    Args:
+        way: as it was asked for.
+        smallest: the fewest parameters that it can store.
+        share: the same of the original's parameters.
+        cells: one for each budget.
+    """
+
+    way: Way
+    smallest: int
+    share: float
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A way that has one size, with no budget: parameters, their share, and the cost as `Cell`."""
+
+    way: Way
+    stored: int
+    share: float
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Args:
+        model: its spec.
+        original: its parameters.
+        budgets: as they were asked for.
+        rows: ways that a budget can dial.
+        fixed: ways that have one size.
+        unfit: schemes that find nothing to convert.
+        images: that the costs were measured on, None without any.
+        skipped: images that could not be read.
+        seconds: time taken.
+    """
+
+    model: str
+    original: int
+    budgets: tuple[str, ...]
+    rows: tuple[Row, ...]
+    fixed: tuple[Fixed, ...]
+    unfit: tuple[str, ...]
+    images: int | None
+    skipped: int
+    seconds: float
+
+
+def compare(
+    model: str | nn.Module,
+    budgets: Sequence[str] = BUDGETS,
+    *,
+    calib: str | Path | Dataset[Any] | Calibration | None = None,
+    weights: str | Path = "default",
+    model_args: Mapping[str, Any] | None = None,
+    preprocess: Callable[[Preprocess], Preprocess] | None = None,
+    seed: int = 0,
+    on_fit: OnFit | None = None,
+) -> Comparison:
+    """Every scheme at every budget: exact sizes, and with images what each would cost.
+
+    Args:
+        model: a model, which is left as it is, or its spec, such as `resnet50`.
+        budgets: shares of the original such as `50%`, or numbers of parameters such as `12M`.
+        calib: images without labels to estimate costs by: a folder, a data set, or a
+            `Calibration` that says how many.
+        weights: for a spec with images: `default`, `none`, or a file.
+        model_args: arguments of the model's constructor, for a spec.
+        preprocess: changes how images are prepared.
+        seed: of random weights.
+        on_fit: called with (fits done, fits in all, what comes next).
+
+    Raises:
+        RecipeError: a budget that is none.
+        NothingToConvert: no scheme finds anything in this model.
+        UserError: a model or folder that can't be used.
+    """
+    start = time.perf_counter()
+    wanted = _budgets(budgets)
+    if calib is not None and not isinstance(calib, Calibration):
+        calib = Calibration(calib, images=256)
+    spec = model if isinstance(model, str) else ""
+    network, source = opened(
+        model, weights if calib is not None else None, model_args, preprocess, seed
+    )
+    sizes = Sizes(examine(network))
+    rows, fixed, unfit = _sizes(sizes, wanted)
+    images, skipped = None, 0
+    if calib is not None:
+        data = calib.open(source)
+        pricer = Pricer(network, sizes.anatomy, calib, data)
+        rows, fixed = _priced(sizes, pricer, rows, fixed, on_fit)
+        images, skipped = pricer.images, pricer.skipped
+    seconds = time.perf_counter() - start
+    return Comparison(
+        spec, sizes.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, skipped,
+        seconds,
+    )  # fmt: skip
+
+
+def _budgets(texts: Sequence[str]) -> list[Budget]:
+    found = [Budget(text.strip()) for text in dict.fromkeys(texts) if text.strip()]
+    if not found:
+        raise RecipeError(
+            "No budget was given", "There is nothing to compare", "Write it as 70%,50%,30%"
+        )
+    return found
+
+
+def opened(
+    model: str | nn.Module,
+    weights: str | Path | None,
+    model_args: Mapping[str, Any] | None,
+    preprocess: Callable[[Preprocess], Preprocess] | None,
+    seed: int,
+) -> tuple[nn.Module, Source]:
+    """An original model that was given or named, and where it comes from.
+
+    Args:
+        model: a model, or its spec.
+        weights: for a spec: `default`, `none` (random), a file; None to do without any.
+        model_args: arguments of the model's constructor.
+        preprocess: changes how images are prepared.
+        seed: of random weights.
+
+    Raises:
+        UserError: it is tied already, can't be had, or can't take images of the size asked for.
+    """
+    if isinstance(model, nn.Module):
+        if is_tied(model):
+            raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
+        return model, with_preprocess(Source("", weights="memory"), preprocess)
+    if is_compact(model):
+        raise UserError(
+            f"{model} is a compact file already",
+            "Only an original model can be looked at so",
+            f"See what it stores (tiedconv report {model}), or name the model it was made from",
+        )
+    if weights is None:
+        return sources.outline(model, model_args)
+    check_preprocess(model, model_args, preprocess)
+    network, source = sources.open_source(model, model_args, weights, seed=seed)
+    return network, with_preprocess(source, preprocess)
+
+
+def _sizes(
+    sizes: Sizes, budgets: Sequence[Budget]
+) -> tuple[tuple[Row, ...], tuple[Fixed, ...], tuple[str, ...]]:
+    """All ways, without weights."""
+    rows: list[Row] = []
+    fixed: list[Fixed] = []
+    unfit: list[str] = []
+    refused: NothingToConvert | None = None
+    for scheme in all_schemes():
+        try:
+            dialled, size = _nature(sizes, scheme)
+        except NothingToConvert as error:
+            refused = error
+            unfit.append(scheme)
+            continue
+        if dialled:
+            rows.append(_row(sizes, Way(scheme), budgets))
+        if size:
+            fixed += _fixed(sizes, scheme)
+    if refused is not None and not rows and not fixed:
+        raise refused
+    return tuple(rows), tuple(fixed), tuple(unfit)
+
+
+def _nature(sizes: Sizes, scheme: str) -> tuple[bool, bool]:
+    """Whether a budget can dial a scheme, and whether it has a size of its own without one."""
+    made = make_scheme(scheme, {})
+    drafts = [d for task in draft(sizes.anatomy, Recipe.of(scheme)) for d in task.drafts]
+    is_open = len(made.candidates()) > 1
+    dialled = is_open or bool(made.alternatives()) or any(map(has_dials, drafts))
+    if is_open:
+        return dialled, False
+    # Where the defaults spend nothing on ranks, what is stored is the scheme's own form.
+    bare = [d.scheme.layout(d.shapes).factors for d in with_least(drafts)]
+    return dialled, bare == [d.scheme.layout(d.shapes).factors for d in drafts]
+
+
+def _row(sizes: Sizes, way: Way, budgets: Sequence[Budget]) -> Row:
+    cells: list[Cell] = []
+    for budget in budgets:
+        feasible = sizes.feasible(way.recipe(budget.text))
+        if not feasible:
+            cells.append(Cell(budget.text))
+            continue
+        stored = make_plan(sizes.anatomy, feasible[0])[0].stored
+        cells.append(Cell(budget.text, stored, stored / sizes.original, _way(feasible[0])))
+    tried = alternatives(way.recipe("100%"))
+    smallest = min(s for r in tried if (s := sizes.smallest(r)) is not None)
+    return Row(way, smallest, smallest / sizes.original, tuple(cells))
+
+
+def _fixed(sizes: Sizes, scheme: str) -> list[Fixed]:
+    """A scheme at its defaults and at what takes it further down, each size once."""
+    found: dict[int, Fixed] = {}
+    for options in ({}, *all_schemes()[scheme].further):
+        way = Way(scheme, options)
+        stored = make_plan(sizes.anatomy, way.recipe())[0].stored
+        found.setdefault(stored, Fixed(way, stored, stored / sizes.original))
+    return list(found.values())
+
+
+def _way(recipe: Recipe) -> Way:
+    return Way(recipe.rules[0].scheme, recipe.rules[0].options)
+
+
+def _priced(
+    sizes: Sizes,
+    pricer: Pricer,
+    rows: Sequence[Row],
+    fixed: Sequence[Fixed],
+    on_fit: OnFit | None,
+) -> tuple[tuple[Row, ...], tuple[Fixed, ...]]:
+    """The same with sizes as they are fitted, and costs."""
+    wanted = [
+        recipe
+        for row in rows
+        for cell in row.cells
+        for recipe in sizes.feasible(row.way.recipe(cell.budget))
+    ] + [f.way.recipe() for f in fixed]
+    each = {key_of(recipe): recipe for recipe in wanted}
+    tell = on_fit or _ignore
+    tell(0, len(each), "aligning")
+    for done, recipe in enumerate(sorted(each.values(), key=pricer.alignment)):
+        budget = f" at {recipe.budget.text}" if recipe.budget else ""
+        tell(done, len(each), _way(recipe).name + budget)
+        pricer.price(recipe)
+    costs = [pricer.price(f.way.recipe()).cost for f in fixed]
+    return tuple(_marked([_priced_row(sizes, pricer, row) for row in rows])), tuple(
+        dataclasses.replace(f, cost=cost) for f, cost in zip(fixed, costs, strict=True)
+    )
+
+
+def _priced_row(sizes: Sizes, pricer: Pricer, row: Row) -> Row:
+    cells: list[Cell] = []
+    for cell in row.cells:
+        prices = [pricer.price(r) for r in sizes.feasible(row.way.recipe(cell.budget))]
+        if prices:
+            best = min(prices, key=lambda p: p.cost)
+            share = best.stored / sizes.original
+            cell = Cell(cell.budget, best.stored, share, _way(best.recipe), best.cost)
+        cells.append(cell)
+    return dataclasses.replace(row, cells=tuple(cells))
+
+
+def _ignore(done: int, total: int, what: str) -> None:
+    """The listener of those who don't listen."""
+
+
+def _marked(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the lowest cost of each budget marked."""
+    lowest: dict[str, float] = {}
+    for cell in (c for row in rows for c in row.cells):
+        if cell.cost is not None:
+            lowest[cell.budget] = min(cell.cost, lowest.get(cell.budget, math.inf))
+
+    def marked(cell: Cell) -> Cell:
+        best = cell.cost is not None and cell.cost == lowest[cell.budget]
+        return dataclasses.replace(cell, best=best)
+
+    return [dataclasses.replace(r, cells=tuple(map(marked, r.cells))) for r in rows]

@@ -1,0 +1,167 @@
+"""The verb `evaluate`: accuracy of a compact file or of any model on a folder of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import tiedconv.sources as sources
+from tiedconv.data import ImageList, eval_transform, open_images
+from tiedconv.detection import DetectionList, Precision, detects
+from tiedconv.errors import UserError
+from tiedconv.runtime.tie import state_of
+from tiedconv.sources import Preprocess, Source
+from tiedconv.sources.load import is_compact, load, source_of, with_preprocess
+from tiedconv.training import EvalResult, OnEvent, evaluate_model, fit_inputs
+
+Change = Callable[[Preprocess], Preprocess]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of a model, and on what it was measured.
+
+    Args:
+        model: the file or spec.
+        result: figures.
+        preprocess: how images were prepared.
+        classes: number of classes in the data.
+        precision: of a detector; its accuracies are NaN.
+    """
+
+    model: str
+    result: EvalResult
+    preprocess: Preprocess
+    classes: int
+    precision: Precision | None = None
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    weights: str | Path = "default",
+    model_args: Mapping[str, Any] | None = None,
+    preprocess: Change | None = None,
+    batch_size: int = 64,
+    limit: int | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    task: str = "auto",
+    strict: bool = False,
+    trust_code: bool = False,
+    on_event: OnEvent | None = None,
+) -> Evaluation:
+    """Top-1 and top-5 of a model on images in class folders; average precision of a detector.
+
+    Args:
+        model: a compact file, or a model spec.
+        data: a folder with `val/` or `test/`, or of class folders; a folder or pattern of tar
+            shards; `hf:` with the name or folder of a Hugging Face data set. For a detector, a
+            folder in COCO's form.
+        weights: for a spec: `default`, `none`, or a file.
+        model_args: arguments of the model's constructor, for a spec.
+        preprocess: changes how images are prepared.
+        batch_size: images at a time.
+        limit: at most so many images, spread evenly over the classes.
+        device: `auto`, `cpu`, `cuda`, ...
+        workers: processes that decode images, None to choose.
+        task: `classification`, `detection`, or `auto`: what the data are for.
+        strict: a broken image is an error rather than skipped.
+        trust_code: allow the file to name a function that builds the model.
+        on_event: called with progress.
+
+    Raises:
+        UserError: a model, file or folder that can't be used.
+    """
+    images = open_images(data, limit=limit)
+    network, source = open_any(model, weights, model_args, trust_code=trust_code)
+    wanted = with_preprocess(source, preprocess).preprocess or Preprocess(224)
+    listed = (
+        DetectionList(images, wanted, strict=strict)
+        if detects(task, images)
+        else ImageList(images, eval_transform(wanted), strict=strict)
+    )
+    result = evaluate_model(
+        network,
+        listed,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        on_event=on_event,
+    )
+    if isinstance(listed, DetectionList):
+        result = dataclasses.replace(result, top1=math.nan, top5=math.nan)
+        names = listed.task.objects.names
+        return Evaluation(str(model), result, wanted, len(names), listed.task.precision)
+    return Evaluation(str(model), result, wanted, len(images.classes))
+
+
+def open_any(
+    model: str | Path,
+    weights: str | Path = "default",
+    model_args: Mapping[str, Any] | None = None,
+    *,
+    trust_code: bool = False,
+) -> tuple[nn.Module, Source]:
+    """The model of a compact file or of a spec, with where it came from."""
+    if looks_like_file(model):
+        network = load(model, trust_code=trust_code)
+        return network, source_of(state_of(network).source)
+    return sources.open_source(str(model), model_args, weights)
+
+
+def open_teacher(
+    teacher: str, source: Source, *, trust_code: bool = False
+) -> tuple[nn.Module | None, str]:
+    """The teacher that a user names, and what to call it.
+
+    Args:
+        teacher: `auto` (the original model), `none`, a file of weights for the original's class,
+            a compact file, or a model spec.
+        source: of the model to be taught. A teacher of its own kind (a compact file, a spec)
+            has the images brought from that model's preparation to its own.
+
+    Raises:
+        UserError: `auto` can't be done, because the original's weights were a file that is not
+            at hand.
+    """
+    if teacher == "none" or (teacher == "auto" and source.weights == "none"):
+        return None, "none"
+    if teacher == "auto":
+        if source.weights == "default":
+            return sources.open_source(source.spec, source.kwargs, "default")[0], source.spec
+        origin = source.weights_name or "a model in memory"
+        raise UserError(
+            f"The teacher should be the original model, whose weights came from {origin}",
+            "A compact file keeps no path to them",
+            f"Pass --teacher {source.weights_name or 'WEIGHTS'} (the path), or --teacher none",
+        )
+    if looks_like_file(teacher):
+        if is_compact(teacher):
+            model = load(teacher, trust_code=trust_code)
+            _fit_inputs(model, source, source_of(state_of(model).source))
+            return model, Path(teacher).name
+        model = sources.skeleton(source, trust_code=trust_code)
+        sources.load_into(model, sources.read_weights(Path(teacher)))
+        return model.eval(), Path(teacher).name
+    model, own = sources.open_source(teacher)
+    _fit_inputs(model, source, own)
+    return model, teacher
+
+
+def _fit_inputs(teacher: nn.Module, source: Source, own: Source) -> None:
+    if source.preprocess is not None and own.preprocess is not None:
+        fit_inputs(teacher, source.preprocess, own.preprocess)
+
+
+def looks_like_file(model: str | Path) -> bool:
+    """Whether a name is meant as a file rather than as a model spec."""
+    path = Path(model)
+    return path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".bin")

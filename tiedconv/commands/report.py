@@ -1,0 +1,199 @@
+"""The verb `report`: what a file or a tied model stores, and what it was before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tiedconv.core.plan import Group, Plan
+from tiedconv.io.checkpoint import Checkpoint, read
+from tiedconv.runtime.factored import multiplications
+from tiedconv.runtime.tie import state_of
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group: what it was, what is stored of it, how well it fits.
+
+    Args:
+        name, scheme: of the group.
+        rank: ranks of its residuals, such as `64` or `8-64`, empty without any.
+        matrices: how many take part.
+        original, stored: parameters.
+        size: bytes on disk.
+        error: relative Frobenius error of the fit, None if not fitted.
+        views: weights that are views of stored numbers, free at run time.
+        computed: weights that take arithmetic (cached by `freeze` for inference).
+    """
+
+    name: str
+    scheme: str
+    rank: str
+    matrices: int
+    original: int
+    stored: int
+    size: int
+    error: float | None
+    views: int
+    computed: int
+
+    @property
+    def ratio(self) -> float:
+        """Stored over original parameters."""
+        return self.stored / self.original
+
+
+@dataclass(frozen=True)
+class Report:
+    """A file or model in figures.
+
+    Args:
+        name: of the file, or of the model's class.
+        model: the spec it was made from.
+        groups: one entry each.
+        original, stored: parameters in all.
+        kept: parameters stored as they were (they are part of both figures).
+        tensor_bytes: bytes of all stored tensors, buffers included.
+        file_bytes: size of the file, 0 for a model in memory.
+        history: what was done, oldest first.
+        source: as recorded.
+        applied: multiplications of the converted layers with factors applied one by one (see
+            `tiedconv.applied`), as a share of those with their weights.
+    """
+
+    name: str
+    model: str
+    groups: tuple[GroupReport, ...]
+    original: int
+    stored: int
+    kept: int
+    tensor_bytes: int
+    file_bytes: int
+    history: tuple[Mapping[str, Any], ...]
+    source: Mapping[str, Any] | None
+    applied: float
+
+    @property
+    def ratio(self) -> float:
+        """Stored over original parameters."""
+        return self.stored / self.original
+
+    @property
+    def top1(self) -> float | None:
+        """The last measured top-1 accuracy, 0 to 1; None if none, or measured in another way."""
+        return self._last("top1")
+
+    @property
+    def agreement(self) -> float | None:
+        """Likewise the agreement with the teacher, of a training on images without labels."""
+        return self._last("agreement")
+
+    @property
+    def ap(self) -> float | None:
+        """Likewise the average precision of a detector."""
+        return self._last("ap")
+
+    def _last(self, figure: str) -> float | None:
+        # An older figure is of a model that a later training has changed.
+        measured = [e for e in self.history if _measured(e)]
+        value = measured[-1].get(figure) if measured else None
+        return None if value is None else float(value)
+
+
+def report(what: str | Path | nn.Module) -> Report:
+    """Figures of a compact file (its header alone is read) or of a tied model.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or not tiedconv's.
+        UserError: the model is not tied.
+    """
+    if isinstance(what, nn.Module):
+        state = state_of(what)
+        sizes = {n: t.element_size() for n, t in what.state_dict().items()}
+        return _report(
+            type(what).__name__, state.plan, sizes, state.source, state.history, file_bytes=0
+        )
+    checkpoint = read(what)
+    return report_of(checkpoint)
+
+
+def report_of(checkpoint: Checkpoint) -> Report:
+    """Figures of a file whose head was read."""
+    sizes = {n: _BYTES.get(d, 4) for n, d in checkpoint.dtypes.items()}
+    return _report(
+        checkpoint.path.name,
+        checkpoint.plan,
+        sizes,
+        checkpoint.source,
+        checkpoint.history,
+        checkpoint.size,
+    )
+
+
+def plan_report(plan: Plan, name: str) -> Report:
+    """Figures of a plan that is not carried out yet, at 4 bytes a number."""
+    sizes = dict.fromkeys([*plan.kept, *plan.factors], 4)
+    return _report(name, plan, sizes, {"spec": name}, (), file_bytes=0)
+
+
+def _report(
+    name: str,
+    plan: Plan,
+    sizes: Mapping[str, int],
+    source: Mapping[str, Any] | None,
+    history: tuple[Mapping[str, Any], ...],
+    file_bytes: int,
+) -> Report:
+    views = {weight: expr.is_view for weight, expr in plan.weights.items()}
+    stored = {**plan.kept, **plan.factors}
+    kept = sum(math.prod(s) for n, s in plan.kept.items() if n not in plan.buffers)
+    return Report(
+        name=name,
+        model=str((source or {}).get("spec") or "a model in memory"),
+        groups=tuple(_group(g, views, sizes) for g in plan.groups),
+        original=plan.original,
+        stored=plan.stored,
+        kept=kept,
+        tensor_bytes=sum(math.prod(s) * sizes[n] for n, s in stored.items()),
+        file_bytes=file_bytes,
+        history=history,
+        source=source,
+        applied=_applied(plan),
+    )
+
+
+def _measured(entry: Mapping[str, Any]) -> bool:
+    return any(entry.get(figure) is not None for figure in ("top1", "agreement", "ap"))
+
+
+def _applied(plan: Plan) -> float:
+    made = {name: math.prod(expr.shape) for name, expr in plan.weights.items()}
+    applied = sum(multiplications(e) or made[name] for name, e in plan.weights.items())
+    return applied / max(1, sum(made.values()))
+
+
+def _group(group: Group, views: Mapping[str, bool], sizes: Mapping[str, int]) -> GroupReport:
+    ranks = [s[1] for n, s in group.factors.items() if n.startswith("B") and n[1:].isdecimal()]
+    spread = f"{min(ranks)}-{max(ranks)}" if ranks and min(ranks) < max(ranks) else ""
+    seen = sum(views[m.slot.tensor] for m in group.members)
+    return GroupReport(
+        name=group.name,
+        scheme=group.scheme,
+        rank=spread or (str(ranks[0]) if ranks else ""),
+        matrices=len(group.members),
+        original=group.original,
+        stored=group.stored,
+        size=sum(
+            math.prod(s) * sizes[group.stored_name(n)] for n, s in group.factors.items()
+        ),
+        error=group.error,
+        views=seen,
+        computed=len(group.members) - seen,
+    )  # fmt: skip

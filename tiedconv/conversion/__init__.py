@@ -1,0 +1,1 @@
+"""The conversion pipeline, from a model to a file."""

@@ -1,0 +1,182 @@
+"""Calibration of a conversion: what errors cost on images, and the fit of each block to them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tiedconv.calibration import (
+    BlockwiseResult,
+    CalibConfig,
+    CalibEvent,
+    Moments,
+    fit_blocks,
+    gather_moments,
+)
+from tiedconv.data import ImageList, eval_transform, open_unlabelled
+from tiedconv.io.run_dir import RunFolder
+from tiedconv.sources import Preprocess, Source
+
+MEASURED_AT_ONCE = 32
+"""Images, at most: more take memory, and the time of each stays."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Moments are being measured: images done, images in all."""
+
+    images: int
+    total: int
+
+
+@dataclass(frozen=True)
+class FoundFits:
+    """So many fits of an interrupted calibration are gone on with, and nothing is measured."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """The blocks of one of several fits come next: their costs are too near to each other to tell.
+
+    Args:
+        number: of this fit, from 1.
+        count: of the fits.
+        schemes: that it is made of.
+    """
+
+    number: int
+    count: int
+    schemes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The fit that was kept of several: the one that diverges least.
+
+    Args:
+        number: of that fit, from 1.
+        divergences: of each, in nats an image.
+    """
+
+    number: int
+    divergences: tuple[float, ...]
+
+
+Event = CalibEvent | Measuring | FoundFits | Finalist | Kept
+OnCalibration = Callable[[Event], None]
+
+
+def _ignore(event: Event) -> None:
+    """The listener of those who don't listen."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images to convert by; labels are never looked at.
+
+    Args:
+        data: a folder of images, or a data set of (image, anything), prepared as the model wants.
+        images: at most so many are used.
+        config: effort, seed and the rest.
+        device: `auto`, `cpu`, `cuda`, ...
+        workers: processes that decode images, None to choose.
+        strict: a broken image is an error rather than skipped.
+        run_dir: where an interrupted calibration is kept.
+        resume: go on with one.
+        on_event: called with progress.
+    """
+
+    data: str | Path | Dataset[Any]
+    images: int = 1024
+    config: CalibConfig = field(default_factory=CalibConfig)
+    device: str = "auto"
+    workers: int | None = None
+    strict: bool = False
+    run_dir: Path | None = None
+    resume: bool = False
+    on_event: OnCalibration = _ignore
+
+    def part(self, index: int, count: int) -> Calibration:
+        """The same for one of several models, with a folder of its own for what is kept."""
+        place = None if self.run_dir is None else RunFolder(self.run_dir).part(index, count)
+        return dataclasses.replace(self, run_dir=place)
+
+    def open(self, source: Source) -> Dataset[Any]:
+        """The images as the model wants them.
+
+        Raises:
+            DataError: a folder without images.
+        """
+        if not isinstance(self.data, str | Path):
+            return self.data
+        found = open_unlabelled(self.data, count=self.images, seed=self.config.seed)
+        wanted = source.preprocess or Preprocess(224)
+        return ImageList(found, eval_transform(wanted), strict=self.strict)
+
+    def measure(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, bool],
+        data: Dataset[Any],
+        moved: Mapping[str, Tensor] | None = None,
+    ) -> Moments:
+        """What errors of these weights cost (`tiedconv.numerics.kfac_metric`); the model stays.
+
+        Args:
+            model: plain.
+            weights: tensor names, and whether each is stored as `(in, out)`.
+            data: from `open`.
+            moved: tensors to measure with in place of the model's own.
+        """
+        # A copy, as placing a model on a device or in another layout gives it new tensors.
+        probe = copy.deepcopy(model)
+        probe.load_state_dict(moved or {}, strict=False)
+        return gather_moments(
+            probe,
+            weights,
+            data,
+            batch_size=min(MEASURED_AT_ONCE, self.config.batch_size),
+            seed=self.config.seed,
+            device=self.device,
+            workers=self.workers,
+            on_images=lambda done, total: self.on_event(Measuring(done, total)),
+        )
+
+    def fit(self, student: nn.Module, teacher: nn.Module, data: Dataset[Any]) -> BlockwiseResult:
+        """Fit each block of the student to the teacher's; see `calibration.fit_blocks`."""
+        return fit_blocks(
+            student,
+            teacher,
+            data,
+            self.config,
+            device=self.device,
+            workers=self.workers,
+            checkpoint_dir=self.run_dir,
+            resume=self.resume,
+            on_event=self.on_event,
+        )
+
+
+def calibration_record(
+    ridge: float | None, result: BlockwiseResult, what: Calibration
+) -> dict[str, Any]:
+    """What a file's history says of a calibration; `ridge` is the median of its metrics'."""
+    return {
+        "images": result.images,
+        "skipped": result.skipped,
+        "effort": what.config.effort,
+        "seed": what.config.seed,
+        "ridge_median": ridge,
+        "kl_before": result.kl_before,
+        "kl_after": result.kl_after,
+        "blocks": [[list(s.units), s.before, s.after] for s in result.spans],
+    }

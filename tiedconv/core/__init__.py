@@ -1,0 +1,1 @@
+"""What a conversion is made of: expressions, plans, and how matrices are cut."""

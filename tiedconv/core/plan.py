@@ -1,0 +1,417 @@
+"""A conversion as plain data.
+
+Three nouns describe the model as it was, one what becomes of it:
+
+- `Slot`: one logical `(out, in)` matrix inside a named tensor;
+- `Block`: slots that work together (a feed-forward, an attention, a bottleneck), with the
+  facts that the mathematics may use;
+- `Group`: slots that a scheme stores together, as factors;
+- `Plan`: every converted weight as an expression over stored tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+import tiedconv.core.expr as algebra
+from tiedconv.core.expr import Cat, Expr, Ref, Shape, all_from_json, is_name, reshape, transpose
+from tiedconv.errors import PlanError
+
+PREFIX = "tied/"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One logical matrix of shape `(out, in)` inside a named tensor.
+
+    A convolution's matrix is `(out, in * kh * kw)`; a fused qkv holds three slots, told apart
+    by their rows; a tensor stored as `(in, out)` (HF `Conv1D`) has `transposed` set.
+    """
+
+    tensor: str
+    shape: Shape
+    start: int
+    stop: int
+    transposed: bool = False
+
+    @classmethod
+    def whole(cls, tensor: str, shape: Shape, transposed: bool = False) -> Slot:
+        """The slot that covers all rows of a tensor."""
+        return cls(tensor, shape, 0, shape[1] if transposed else shape[0], transposed)
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs."""
+        return self.stop - self.start
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs, times the size of the kernel."""
+        return self.shape[0] if self.transposed else math.prod(self.shape[1:])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(out, in * kh * kw)`."""
+        return (self.rows, self.columns)
+
+    @property
+    def kernel(self) -> Shape:
+        """The size of the convolution, empty for a linear layer."""
+        return self.shape[2:]
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return self.rows * self.columns
+
+    def matrix_of(self, tensor: Tensor) -> Tensor:
+        """The view of shape `matrix_shape` of the whole tensor."""
+        rows = tensor.t() if self.transposed else tensor.reshape(tensor.shape[0], -1)
+        return rows[self.start : self.stop]
+
+    def to_json(self) -> list[Any]:
+        """`[tensor, shape, start, stop, transposed]`."""
+        return [self.tensor, list(self.shape), self.start, self.stop, self.transposed]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Slot:
+        """The slot of a list made by `to_json`; raises PlanError if it is malformed."""
+        match data:
+            case [str(tensor), [*shape], start, stop, bool(transposed)] if (
+                is_name(tensor)
+                and 2 <= len(shape) <= 6
+                and all(type(n) is int and n > 0 for n in [*shape, stop])
+                and type(start) is int
+                and 0 <= start < stop <= (shape[1] if transposed else shape[0])
+            ):
+                return cls(tensor, tuple(shape), start, stop, transposed)
+        raise PlanError(
+            f"The plan holds a malformed slot: {reprlib.repr(data)}",
+            remedy="Convert the model again",
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Entries `start` to `stop` of a named vector: a bias, a norm's scale."""
+
+    tensor: str
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view of the whole vector."""
+        return tensor[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Slots that work together.
+
+    Args:
+        kind: `ffn` (slots up, down), `attention` (q, k, v, o), `bottleneck` (conv1, conv2,
+            conv3) or `linear` (any).
+        name: where it is, such as `blocks.3.mlp`.
+        stack: the stack it belongs to, such as `blocks.*.mlp`.
+        index: its place in the stack.
+        slots: role to slot.
+        vectors: role to the vector beside it (biases, norms), where there is one.
+        heads: attention heads, where known.
+        relu: True if the hidden units pass a ReLU and nothing else, so that they may be scaled.
+        free: True if hidden units and heads may be permuted (nothing else reads them).
+        eps: of the BatchNorms.
+        private: True for small parts that decide much (the heads of a detector, where it samples):
+            a recipe has them only where a pattern of its own names them.
+    """
+
+    kind: str
+    name: str
+    stack: str
+    index: int
+    slots: Mapping[str, Slot]
+    vectors: Mapping[str, Span] = field(default_factory=dict)
+    heads: int | None = None
+    relu: bool = False
+    free: bool = True
+    eps: float = 1e-5
+    private: bool = False
+
+    def keep(self, tensors: Iterable[str]) -> Block:
+        """The same block with only the slots that lie in `tensors`."""
+        names = set(tensors)
+        slots = {role: s for role, s in self.slots.items() if s.tensor in names}
+        return dataclasses.replace(self, slots=slots)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A slot as a group sees it; `flip` means that its transpose takes part."""
+
+    slot: Slot
+    flip: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix that takes part."""
+        rows, columns = self.slot.matrix_shape
+        return (columns, rows) if self.flip else (rows, columns)
+
+    def matrix_of(self, tensor: Tensor) -> Tensor:
+        """The matrix that takes part, as a view."""
+        matrix = self.slot.matrix_of(tensor)
+        return matrix.t() if self.flip else matrix
+
+
+@dataclass(frozen=True)
+class Group:
+    """Slots that one scheme stores together.
+
+    Args:
+        name: such as `blocks.3.mlp`; factors are stored as `tied/blocks/3/mlp/<factor>`.
+        scheme: its name.
+        options: the scheme's options, ranks resolved, as JSON.
+        members: the slots.
+        factors: local factor name to shape.
+        error: relative Frobenius error of the fit, None before it.
+    """
+
+    name: str
+    scheme: str
+    options: Mapping[str, Any]
+    members: tuple[Member, ...]
+    factors: Mapping[str, Shape]
+    error: float | None = None
+
+    @property
+    def original(self) -> int:
+        """Parameters before."""
+        return sum(m.slot.numel for m in self.members)
+
+    @property
+    def stored(self) -> int:
+        """Parameters after."""
+        return sum(math.prod(s) for s in self.factors.values())
+
+    def stored_name(self, factor: str) -> str:
+        """The stored tensor that holds a factor."""
+        return stored_name(self.name, factor)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return {
+            "name": self.name,
+            "scheme": self.scheme,
+            "options": dict(self.options),
+            "members": [[m.slot.to_json(), m.flip] for m in self.members],
+            "factors": {k: list(v) for k, v in self.factors.items()},
+            "error": self.error,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Group:
+        """The group of plain data; raises PlanError if it is malformed."""
+        match data:
+            case {
+                "name": str(name),
+                "scheme": str(scheme),
+                "options": dict(options),
+                "members": [*members],
+                "factors": dict(factors),
+                "error": None | float() | int() as error,
+            } if len(data) == 6 and error is not True and error is not False:
+                return cls(
+                    _name(name),
+                    _name(scheme),
+                    options,
+                    tuple(Member(Slot.from_json(s), flip) for s, flip in _pairs(members)),
+                    {_name(k): _shape(v) for k, v in factors.items()},
+                    error,
+                )
+        raise PlanError("The plan holds a malformed group", remedy="Convert the model again")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which expression over which stored tensors gives each converted weight.
+
+    Args:
+        weights: original tensor name to its expression.
+        groups: who shares what, for fitting and for the report.
+        kept: tensors stored under their own names: name to shape.
+        buffers: those of `kept` that are no parameters (BatchNorm statistics).
+        aliases: second names of tensors that the original model itself shares.
+    """
+
+    weights: Mapping[str, Expr]
+    groups: tuple[Group, ...]
+    kept: Mapping[str, Shape]
+    buffers: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # immutable
+
+    @functools.cached_property
+    def factors(self) -> dict[str, Shape]:
+        """Stored tensors that expressions read: name to shape."""
+        found: dict[str, Shape] = {}
+        for name, expr in self.weights.items():
+            for ref in (node for node in expr.walk() if isinstance(node, Ref)):
+                if found.setdefault(ref.name, ref.shape) != ref.shape:
+                    raise PlanError(
+                        f"{name} reads {ref.name} as {ref.shape}, which is elsewhere read as "
+                        f"{found[ref.name]}",
+                        "The plan contradicts itself",
+                        "The file is damaged or forged: convert the model again",
+                    )
+        return found
+
+    @property
+    def stored(self) -> int:
+        """Parameters after conversion."""
+        kept = sum(math.prod(s) for n, s in self.kept.items() if n not in self.buffers)
+        return kept + sum(math.prod(s) for s in self.factors.values())
+
+    @property
+    def original(self) -> int:
+        """Parameters before conversion."""
+        kept = sum(math.prod(s) for n, s in self.kept.items() if n not in self.buffers)
+        return kept + sum(math.prod(e.shape) for e in self.weights.values())
+
+    def validate(self) -> None:
+        """Raise PlanError unless the plan hangs together (shapes, names, references)."""
+        factors = self.factors
+        algebra.check_size(self.weights.values())
+        for name, shape in factors.items():
+            if not name.startswith(PREFIX) or "." in name or name in self.kept:
+                raise _bad(f"it stores a factor under the name {name!r} of shape {shape}")
+        for name in self.weights:
+            if name in self.kept or name in self.aliases:
+                raise _bad(f"{name} is both computed and stored")
+        if not self.buffers <= self.kept.keys():
+            raise _bad("it lists buffers that it does not store")
+        for alias, name in self.aliases.items():
+            if alias in self.kept or not (name in self.kept or name in self.weights):
+                raise _bad(f"{alias} is a second name of {name}, which is not there")
+        promised = {g.stored_name(f): s for g in self.groups for f, s in g.factors.items()}
+        if any(factors.get(n, s) != s for n, s in promised.items()):
+            raise _bad("its groups and its expressions disagree about a factor's shape")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return {
+            "weights": {n: e.to_json() for n, e in self.weights.items()},
+            "groups": [g.to_json() for g in self.groups],
+            "kept": {n: list(s) for n, s in self.kept.items()},
+            "buffers": sorted(self.buffers),
+            "aliases": dict(self.aliases),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """The plan of plain data, validated; raises PlanError if it is malformed."""
+        match data:
+            case {
+                "weights": dict(weights),
+                "groups": [*groups],
+                "kept": dict(kept),
+                "buffers": [*buffers],
+                "aliases": dict(aliases),
+            } if len(data) == 5:
+                plan = cls(
+                    {_name(n): e for n, e in all_from_json(weights).items()},
+                    tuple(Group.from_json(g) for g in groups),
+                    {_name(n): _shape(s) for n, s in kept.items()},
+                    frozenset(map(_name, buffers)),
+                    {_name(a): _name(n) for a, n in aliases.items()},
+                )
+                plan.validate()
+                return plan
+        raise _bad("it lacks a part or has one too many")
+
+
+def stored_name(group: str, factor: str) -> str:
+    """`tied/<group>/<factor>`; a parameter's name may hold no dot, so dots become slashes."""
+    return f"{PREFIX}{group.replace('.', '/')}/{factor}"
+
+
+def assemble(pieces: Sequence[tuple[Slot, Expr]]) -> tuple[Expr, dict[str, Slot]]:
+    """The expression of a whole tensor from those of some of its slots.
+
+    Rows that no slot covers are stored as they are.
+
+    Args:
+        pieces: slots of one tensor with the expressions of their `(out, in)` matrices.
+
+    Returns:
+        the tensor's expression, and the stored rest: name to the slot it holds.
+    """
+    first = pieces[0][0]
+    rest: dict[str, Slot] = {}
+    parts: list[Expr] = []
+
+    def keep(start: int, stop: int) -> None:
+        gap = dataclasses.replace(first, start=start, stop=stop)
+        name = stored_name(first.tensor, f"rows{start}-{stop}")
+        rest[name] = gap
+        parts.append(Ref(name, gap.matrix_shape))
+
+    row = 0
+    for slot, expr in sorted(pieces, key=lambda piece: piece[0].start):
+        if slot.start < row:
+            raise _bad(f"two groups give the same rows of {first.tensor}")
+        if slot.start > row:
+            keep(row, slot.start)
+        parts.append(expr)
+        row = slot.stop
+    end = Slot.whole(first.tensor, first.shape, first.transposed).stop
+    if row < end:
+        keep(row, end)
+    matrix = parts[0] if len(parts) == 1 else Cat(tuple(parts), 0)
+    if first.transposed:
+        return transpose(matrix), rest
+    return reshape(matrix, first.shape), rest
+
+
+def member_expr(member: Member, expr: Expr) -> Expr:
+    """The `(out, in)` expression of a slot from that of the matrix that takes part."""
+    return transpose(expr) if member.flip else expr
+
+
+def _pairs(members: list[Any]) -> Iterable[tuple[Any, bool]]:
+    for member in members:
+        if not isinstance(member, list) or len(member) != 2 or not isinstance(member[1], bool):
+            raise _bad("a group's member is malformed")
+        yield member[0], member[1]
+
+
+def _name(value: Any) -> str:
+    if is_name(value):
+        return str(value)
+    raise _bad(f"{reprlib.repr(value)} stands where a name belongs")
+
+
+def _shape(value: Any) -> Shape:
+    if (
+        isinstance(value, list)
+        and len(value) <= 8
+        and all(type(n) is int and n >= 0 for n in value)
+    ):
+        return tuple(value)
+    raise _bad(f"{reprlib.repr(value)} stands where a shape belongs")
+
+
+def _bad(what: str) -> PlanError:
+    return PlanError(
+        f"The plan is malformed: {what}",
+        "The model can't be rebuilt from it",
+        "If it came from a file, the file is damaged or forged: convert the model again",
+    )

@@ -1,0 +1,48 @@
+"""What is to be detected: boxes and classes of a data set's images, in a few arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """The objects of N images, M in all; those of one image follow on each other.
+
+    Attributes:
+        starts: where the objects of each image begin, shape (N + 1,).
+        boxes: left, top, width, height in pixels of the image, shape (M, 4).
+        classes: for each an index into `names`, shape (M,).
+        areas: in pixels, of the outline where there is one, shape (M,).
+        crowds: 1 for a box around several objects at once, which no single box can find, (M,).
+        sizes: width and height of each image, shape (N, 2).
+        names: of the classes.
+        numbers: what the data set calls each class, shape (C,).
+    """
+
+    starts: Ints
+    boxes: Floats
+    classes: Ints
+    areas: Floats
+    crowds: Ints
+    sizes: Ints
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+    def of(self, image: int) -> slice:
+        """Where in the arrays the objects of an image are."""
+        return slice(int(self.starts[image]), int(self.starts[image + 1]))
+
+    def count(self, images: Ints) -> int:
+        """How many objects some of the images have."""
+        return int(np.diff(self.starts)[images].sum())
+
+    def __len__(self) -> int:
+        """Number of objects."""
+        return len(self.boxes)

@@ -1,0 +1,257 @@
+"""The operations of `tiedconv.applied` as nodes of an ONNX graph, for linear layers and kernels.
+
+Only standard operators are used, and none that a runtime could fold with a constant: a matrix read
+both ways is given to `MatMul` and to `Gemm` with `transB`, a kernel read both ways to `Conv` and to
+`ConvTranspose`. A graph with `Transpose(W)` would be doubled in memory by ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tiedconv.core.expr import Expr, Ref, Reshape, Shape
+from tiedconv.exporters._onnx_factors import Factors, emit, kernel_use, numbers
+from tiedconv.runtime.factored import CantApplyError
+from tiedconv.runtime.generator import Generated
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnx_ir.tape import Tape
+
+
+class NoteLinear:
+    """Tells the factors what `OnnxLinear` will ask of them. Features are a mere marker."""
+
+    def __init__(self, factors: Factors) -> None:
+        self.factors = factors
+
+    def product(self, x: None, matrix: Expr, turned: bool) -> None:
+        """`x M^T`, or `x M` if turned."""
+        for name in matrix.refs:
+            plain = isinstance(matrix, Ref)
+            self.factors.note(name, ("along" if turned else "across") if plain else "whole")
+
+    def scaled(self, x: None, vector: Expr) -> None:
+        """Each feature times its number."""
+        for name in vector.refs:
+            self.factors.note(name, "vector" if isinstance(vector, Ref) else "whole")
+
+    def added(self, a: None, b: None) -> None:
+        """Nothing to note."""
+
+    def joined(self, parts: Sequence[None]) -> None:
+        """Nothing to note."""
+
+    def parted(self, x: None, sizes: Sequence[int]) -> list[None]:
+        """Features in groups."""
+        return [None] * len(sizes)
+
+    def generated(self, x: None, parts: Generated) -> None:
+        """The products of a generated weight."""
+        for name in {**parts.left.refs, **parts.right.refs}:
+            self.factors.note(name, "whole")
+
+
+class OnnxLinear:
+    """Products with features in the last dimension."""
+
+    axis = -1
+
+    def __init__(self, factors: Factors, tape: Tape, rank: int) -> None:
+        self.factors, self.tape, self.rank = factors, tape, rank
+
+    def product(self, x: ir.Value, matrix: Expr, turned: bool) -> ir.Value:
+        """`x M^T`, or `x M` if turned."""
+        if not isinstance(matrix, Ref):
+            whole = emit(matrix, self.factors, self.tape)
+            return self._along(x, whole) if turned else self._across(x, whole, matrix.shape)
+        if turned:
+            return self._along(x, self.factors.whole(matrix.name))
+        if self.factors.is_stored_across(matrix.name):
+            return self._along(x, self.factors.across(matrix.name))
+        return self._across(x, self.factors.whole(matrix.name), matrix.shape)
+
+    def _along(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
+        return self.tape.op("MatMul", [x, matrix])
+
+    def _across(self, x: ir.Value, matrix: ir.Value, shape: Shape) -> ir.Value:
+        if self.rank == 2:
+            return self.tape.op("Gemm", [x, matrix], {"transB": 1})
+        rows = self._shaped(x, [-1, shape[1]])
+        made = self.tape.op("Gemm", [rows, matrix], {"transB": 1})
+        return self._led(made, x, shape[0])
+
+    def scaled(self, x: ir.Value, vector: Expr) -> ir.Value:
+        """Each feature times its number."""
+        return self.tape.op("Mul", [x, self.vector(vector)])
+
+    def vector(self, vector: Expr) -> ir.Value:
+        """A scale as `(n,)`."""
+        if isinstance(vector, Ref):
+            stored = self.factors.vector(vector.name)
+            if stored is not None:
+                return stored
+        whole = emit(vector, self.factors, self.tape)
+        return self.tape.op("Reshape", [whole, numbers(self.tape, [-1])])
+
+    def added(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The sum."""
+        return self.tape.op("Add", [a, b])
+
+    def joined(self, parts: Sequence[ir.Value]) -> ir.Value:
+        """Features one after another."""
+        return self.tape.op("Concat", list(parts), {"axis": self.axis})
+
+    def parted(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
+        """Features in groups."""
+        split = numbers(self.tape, list(sizes))
+        return list(
+            self.tape.op_multi_out("Split", [x, split], {"axis": self.axis}, num_outputs=len(sizes))
+        )
+
+    def generated(self, x: ir.Value, parts: Generated) -> ir.Value:
+        """The products of a generated weight, A first: no stored factor need be transposed."""
+        terms, r, s = parts.inner
+        groups, inputs = parts.left.shape[0], parts.right.shape[-1]
+        left, right = (emit(part, self.factors, self.tape) for part in (parts.left, parts.right))
+        rows = self._shaped(x, [1, -1, terms, r, s])
+        inner = self.tape.op("MatMul", [rows, right])
+        inner = self._shaped(inner, [groups, -1, terms * r, inputs])
+        made = self.tape.op("MatMul", [left, inner])
+        made = self.tape.op("Transpose", [made], {"perm": [1, 0, 2, 3]})
+        made = self._shaped(made, [-1, parts.outputs])
+        return made if self.rank == 2 else self._led(made, x, parts.outputs)
+
+    def _shaped(self, x: ir.Value, shape: list[int]) -> ir.Value:
+        return self.tape.op("Reshape", [x, numbers(self.tape, shape)])
+
+    def _led(self, rows: ir.Value, like: ir.Value, features: int) -> ir.Value:
+        """Rows of features in the leading dimensions of another value."""
+        lead = self.tape.op("Shape", [like], {"end": -1})
+        whole = self.tape.op("Concat", [lead, numbers(self.tape, [features])], {"axis": 0})
+        return self.tape.op("Reshape", [rows, whole])
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a convolution reads its input: kernel `(kh, kw)` and the node's own attributes."""
+
+    size: Shape
+    attributes: dict[str, object]
+
+    @property
+    def is_point(self) -> bool:
+        """Whether each output reads one pixel, and each pixel one output."""
+        plain = all(s == 1 for s in self.attributes.get("strides", (1, 1)))  # type: ignore[attr-defined]
+        pads = all(p == 0 for p in self.attributes.get("pads", (0,)))  # type: ignore[attr-defined]
+        named = self.attributes.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        return self.size == (1, 1) and plain and pads and named
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Features of an image; the first product with them reads as the kernel does."""
+
+    value: ir.Value | None
+    fresh: bool
+
+
+class NoteKernel:
+    """Tells the factors what `OnnxKernel` will ask of them."""
+
+    def __init__(self, factors: Factors, kernel: Kernel) -> None:
+        self.factors, self.kernel = factors, kernel
+
+    def product(self, x: Pixels, matrix: Expr, turned: bool) -> Pixels:
+        """`x M^T`, or `x M` if turned."""
+        is_point = not x.fresh or self.kernel.is_point
+        if not isinstance(matrix, Ref) or (turned and not is_point):
+            raise CantApplyError
+        size = self.kernel.size if x.fresh else (1, 1)
+        self.factors.note(matrix.name, kernel_use((0, 0, *size)))
+        return Pixels(None, fresh=False)
+
+    def scaled(self, x: Pixels, vector: Expr) -> Pixels:
+        """Each feature times its number."""
+        self._check(x)
+        NoteLinear(self.factors).scaled(None, vector)
+        return x
+
+    def added(self, a: Pixels, b: Pixels) -> Pixels:
+        """The sum."""
+        del b
+        return a
+
+    def joined(self, parts: Sequence[Pixels]) -> Pixels:
+        """Features one after another."""
+        return parts[0]
+
+    def parted(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
+        """Features in groups."""
+        self._check(x)
+        return [x] * len(sizes)
+
+    def generated(self, x: Pixels, parts: Generated) -> Pixels:
+        """Features of pixels are no matrices: what generates kernels is made."""
+        raise CantApplyError
+
+    def _check(self, x: Pixels) -> None:
+        if x.fresh and not self.kernel.is_point:
+            raise CantApplyError  # the features are patches, which nothing holds
+
+
+class OnnxKernel:
+    """Products with features in the channels of an image; what `NoteKernel` lets through."""
+
+    def __init__(self, factors: Factors, tape: Tape, kernel: Kernel) -> None:
+        self.kernel, self.tape, self.factors = kernel, tape, factors
+        self.linear = OnnxLinear(factors, tape, 4)
+        self.linear.axis = 1
+
+    def product(self, x: Pixels, matrix: Expr, turned: bool) -> Pixels:
+        """`x M^T`, or `x M` if turned."""
+        assert isinstance(matrix, Ref)
+        size = self.kernel.size if x.fresh else (1, 1)
+        shape = (matrix.shape[0], matrix.shape[1] // (size[0] * size[1]), *size)
+        stored = self.factors.kernel(matrix.name, shape)
+        if stored is None:
+            stored = emit(Reshape(matrix, shape), self.factors, self.tape)
+        if turned:
+            return self._made("ConvTranspose", [x.value, stored], {"kernel_shape": [1, 1]})
+        own = self.kernel.attributes if x.fresh else {}
+        return self._made("Conv", [x.value, stored], {**own, "kernel_shape": list(size)})
+
+    def _made(
+        self, op: str, inputs: list[ir.Value | None], attributes: dict[str, object]
+    ) -> Pixels:  # fmt: skip
+        return Pixels(self.tape.op(op, inputs, attributes), fresh=False)
+
+    def scaled(self, x: Pixels, vector: Expr) -> Pixels:
+        """Each feature times its number."""
+        scale = self.linear.vector(vector)
+        size = numbers(self.tape, [1, -1, 1, 1])
+        scale = self.tape.op("Reshape", [scale, size])
+        return Pixels(self.tape.op("Mul", [x.value, scale]), x.fresh)
+
+    def added(self, a: Pixels, b: Pixels) -> Pixels:
+        """The sum."""
+        return Pixels(self.tape.op("Add", [a.value, b.value]), fresh=False)
+
+    def joined(self, parts: Sequence[Pixels]) -> Pixels:
+        """Features one after another."""
+        return Pixels(self.linear.joined([_of(p) for p in parts]), fresh=False)
+
+    def parted(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
+        """Features in groups."""
+        return [Pixels(v, x.fresh) for v in self.linear.parted(_of(x), sizes)]
+
+    def generated(self, x: Pixels, parts: Generated) -> Pixels:
+        """Not let through by `NoteKernel`."""
+        raise CantApplyError
+
+
+def _of(x: Pixels) -> ir.Value:
+    assert x.value is not None
+    return x.value

@@ -1,0 +1,317 @@
+"""Lowering: a plan's factors in an ONNX graph, so that neither file nor runtime doubles them.
+
+`auto` applies factors where that takes fewer products than the weight itself: time and memory are
+won. So it does for a generator (see `tiedconv.generated`), for memory alone. A tied matrix takes as
+many; applied it costs up to a tenth more time, and wins memory only where the runtime is told not
+to pack matrices. A kernel read both ways needs ConvTranspose, which took 1.2 times the time of
+Conv, and ONNX Runtime copies kernels into a layout of its own anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tiedconv.core.expr import Expr
+from tiedconv.core.plan import Plan
+from tiedconv.errors import UserError
+from tiedconv.exporters._onnx_apply import (
+    Kernel,
+    NoteKernel,
+    NoteLinear,
+    OnnxKernel,
+    OnnxLinear,
+    Pixels,
+)
+from tiedconv.exporters._onnx_factors import Factors, array_of, emit, numbers
+from tiedconv.exporters._onnx_graph import (
+    Site,
+    attributes_of,
+    drop_zero_biases,
+    sites_of,
+    trace,
+)
+from tiedconv.runtime.factored import (
+    CantApplyError,
+    apply,
+    is_never_made,
+    is_turned,
+    matrix_of,
+    multiplications,
+)
+from tiedconv.runtime.tie import state_of, untie
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from onnx_ir.tape import Tape
+
+CHEAPER = 0.95
+"""With `auto`, factors are applied where they take at most so many times the weight's products."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """How the converted weights are computed in a graph.
+
+    Args:
+        applied: weights whose factors are applied one by one; they are never made.
+        made: weights that the graph computes from factors, once, as it is loaded.
+        one_copy: whether a runtime must be told not to pack matrices to hold each once: one is
+            read both ways.
+    """
+
+    applied: tuple[str, ...]
+    made: tuple[str, ...]
+    one_copy: bool = False
+
+
+def onnx_graph(
+    model: nn.Module, images: Tensor, *, lower: str = "auto", opset: int | None = None
+) -> tuple[ir.Model, Lowered]:
+    """The graph of a tied model, each stored tensor in it once.
+
+    Args:
+        model: tied; it is untied here, so give a copy.
+        images: an example `(n, C, H, W)`, n at least 2.
+        lower: where factors are applied rather than joined to weights: `auto`, `always` where
+            that can be done, or `never`.
+        opset: of ONNX, None to choose.
+
+    Raises:
+        UserError: the model can't be exported.
+    """
+    plan = state_of(model).plan
+    tensors = {n: p.detach() for n, p in model.named_parameters() if n in plan.factors}
+    graph = _traced(_told_apart(untie(model), plan), images, opset)
+    return graph, put_factors(graph, plan, tensors, lower)
+
+
+def _told_apart(model: nn.Module, plan: Plan) -> nn.Module:
+    """A plain model whose converted weights all differ: the exporter joins those that are equal."""
+    generator = torch.Generator().manual_seed(0)
+    for name in plan.weights:
+        parameter = model.get_parameter(name)
+        drawn = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(drawn)
+    return model
+
+
+def dense_graph(model: nn.Module, images: Tensor) -> ir.Model:
+    """The graph of a plain model, cleaned in the same way."""
+    graph = _traced(model, images, None)
+    _clean(graph, frozenset())
+    return graph
+
+
+def _traced(model: nn.Module, images: Tensor, opset: int | None) -> ir.Model:
+    graph = trace(model, images, opset)
+    _simplify(graph)
+    drop_zero_biases(graph.graph)
+    return graph
+
+
+def put_factors(
+    model: ir.Model, plan: Plan, tensors: Mapping[str, Tensor], lower: str
+) -> Lowered:  # fmt: skip
+    """Replace every converted weight of a graph by its factors, in place.
+
+    Raises:
+        UserError: a converted weight is not to be found in the graph.
+    """
+    graph = model.graph
+    factors = Factors(dict(tensors), lambda name, t: _initializer(graph, name, t))
+    sites: dict[str, list[Site]] = {}
+    values: dict[str, ir.Value] = {}
+    for name in plan.weights:
+        known = [n for n in (name, *_aliases(plan, name)) if n in graph.initializers]
+        if not known:
+            raise UserError(
+                f"The exported graph has no weight {name}",
+                "Its factors have no place to go: the model computes without it",
+                "Export with --to pt2 or --to dense, and report this with the model's name",
+            )
+        values[name] = graph.initializers[known[0]]
+        sites[name] = sites_of(values[name])
+    applied = _applied(plan, sites, lower)
+    for name, expr in plan.weights.items():
+        if name in applied:
+            for site in sites[name]:
+                _note(expr, site, factors)
+        else:
+            for factor in expr.refs:
+                factors.note(factor, "whole")
+    for name, expr in plan.weights.items():
+        if name in applied:
+            for site in sites[name]:
+                _apply(expr, site, factors)
+        else:
+            _make(expr, values[name], factors, graph)
+    _clean(model, {str(value.name) for value in values.values()})
+    both = any({"along", "across"} <= uses for uses in factors.wanted.values())
+    return Lowered(tuple(sorted(applied)), tuple(sorted(plan.weights.keys() - applied)), both)
+
+
+def _clean(model: ir.Model, replaced: Collection[str]) -> None:
+    from onnx_ir import passes
+    from onnx_ir.passes import common
+
+    _store_transposed(model.graph, replaced)
+    cleaning = passes.Sequential(
+        common.RemoveUnusedNodesPass(), common.TopologicalSortPass(),
+        common.ClearMetadataAndDocStringPass(),
+    )  # fmt: skip
+    cleaning(model)
+
+
+def _aliases(plan: Plan, name: str) -> list[str]:
+    return [alias for alias, of in plan.aliases.items() if of == name]
+
+
+def _applied(plan: Plan, sites: Mapping[str, list[Site]], lower: str) -> set[str]:
+    """The weights whose factors are to be applied one by one."""
+    if lower == "never":
+        return set()
+    able = {n for n, e in plan.weights.items() if _can_apply(e, sites[n])}
+    if lower == "always":
+        return able
+    kernels = {n for n in able if any(site.kind == "conv" for site in sites[n])}
+    # A kernel read both ways is made, and so is what shares its factor: ConvTranspose is slow.
+    slow = {ref for n in kernels if is_turned(plan.weights[n]) for ref in plan.weights[n].refs}
+    return {
+        n for n in able
+        if is_never_made(plan.weights[n])
+        or ((multiplications(plan.weights[n]) or 0) <= CHEAPER * math.prod(plan.weights[n].shape)
+        and not (n in kernels and slow & plan.weights[n].refs.keys()))
+    }  # fmt: skip
+
+
+def _can_apply(expr: Expr, sites: list[Site]) -> bool:
+    if any(site.kind == "other" for site in sites):
+        return False
+    scratch = Factors({}, lambda name, t: None)
+    try:
+        for site in sites:
+            _note(expr, site, scratch)
+    except CantApplyError:
+        return False
+    return True
+
+
+def _kernel(expr: Expr, site: Site) -> Kernel:
+    return Kernel(tuple(expr.shape[2:]), dict(attributes_of(site.node)))
+
+
+def _note(expr: Expr, site: Site, factors: Factors) -> None:
+    if site.kind == "conv":
+        apply(matrix_of(expr), Pixels(None, fresh=True), NoteKernel(factors, _kernel(expr, site)))
+    else:
+        apply(matrix_of(expr), None, NoteLinear(factors), turned=site.kind == "turned")
+
+
+def _apply(expr: Expr, site: Site, factors: Factors) -> None:
+    from onnx_ir.tape import Tape
+
+    tape = Tape()
+    assert site.x is not None
+    if site.kind == "conv":
+        on = OnnxKernel(factors, tape, _kernel(expr, site))
+        found = apply(matrix_of(expr), Pixels(site.x, fresh=True), on).value
+    else:
+        assert site.x.shape is not None
+        linear = OnnxLinear(factors, tape, len(site.x.shape))
+        found = apply(matrix_of(expr), site.x, linear, turned=site.kind == "turned")
+    assert found is not None
+    if site.bias is not None:
+        found = _biased(found, site, tape)
+    _replace(site.node, found, tape)
+
+
+def _biased(made: ir.Value, site: Site, tape: Tape) -> ir.Value:
+    """A result with the bias added, by the node that makes it if that can."""
+    assert site.bias is not None
+    last = made.producer()
+    if last is not None and last.op_type in ("Conv", "ConvTranspose", "Gemm"):
+        last.resize_inputs(3)
+        last.replace_input_with(2, site.bias)
+        return made
+    bias = site.bias
+    if site.kind == "conv":
+        bias = tape.op("Reshape", [bias, numbers(tape, [1, -1, 1, 1])])
+    return tape.op("Add", [made, bias])
+
+
+def _replace(node: ir.Node, by: ir.Value, tape: Tape) -> None:
+    """Let nodes stand for one node."""
+    import onnx_ir as ir
+
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, tape.nodes)
+    old = node.outputs[0]
+    by.shape, by.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, by, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _make(expr: Expr, weight: ir.Value, factors: Factors, graph: ir.Graph) -> None:
+    """Compute a weight from its factors at the head of the graph."""
+    import onnx_ir as ir
+    from onnx_ir.tape import Tape
+
+    tape = Tape()
+    made = emit(expr, factors, tape)
+    if tape.nodes:
+        graph.insert_before(graph[0], tape.nodes)
+    ir.convenience.replace_all_uses_with(weight, made)
+    del graph.initializers[weight.name]
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
+    import onnx_ir as ir
+
+    stored = ir.Tensor(array_of(tensor), name=name)
+    value = ir.Value(
+        name=name, type=ir.TensorType(stored.dtype), shape=stored.shape, const_value=stored
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _store_transposed(graph: ir.Graph, replaced: Collection[str]) -> None:
+    """Matrices that are only read transposed are stored so: a runtime need not do it."""
+    import onnx_ir as ir
+
+    for name, value in list(graph.initializers.items()):
+        if name in replaced:  # its uses are replaced
+            if not value.uses():
+                del graph.initializers[name]
+            continue
+        nodes = [node for node, _ in value.uses()]
+        stored = value.const_value
+        if not nodes or stored is None or len(stored.shape) != 2:
+            continue
+        turns = all(n.op_type == "Transpose" for n in nodes)
+        if not turns or value in graph.outputs:
+            continue
+        array = stored.numpy().T.copy()
+        value.const_value = ir.Tensor(array, name=name)
+        value.shape = ir.Shape(array.shape)
+        for node in nodes:
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            graph.remove(node, safe=True)
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold what the exporter left unfolded, but nothing that reads a stored tensor."""
+    from onnxscript import optimizer
+
+    def should_fold(node: ir.Node) -> bool | None:
+        reads_stored = any(v is not None and v.is_initializer() for v in node.inputs)
+        return False if reads_stored and node.op_type != "Shape" else None
+
+    optimizer.optimize_ir(model, should_fold=should_fold)

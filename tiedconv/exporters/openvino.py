@@ -1,0 +1,46 @@
+"""OpenVINO's pair of files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tiedconv.exporters._format import Format, Job, Written
+from tiedconv.exporters.onnx import FORMAT as ONNX
+
+
+class OpenVino(Format):
+    """A graph in XML and its tensors in a file beside it, converted from the ONNX form."""
+
+    name: ClassVar = "openvino"
+    endings: ClassVar = (".xml",)
+    dtypes: ClassVar = ("float32", "float16")
+    packages: ClassVar = ("openvino", *ONNX.packages)
+    extra: ClassVar = "openvino"
+
+    def write(self, job: Job) -> Written:
+        """The tensors' file is measured: OpenVINO may store what it has folded."""
+        import openvino as ov
+
+        between = dataclasses.replace(job, name=f"{job.path.stem}.onnx")
+        written = ONNX.write(between)
+        # Not convert_model: its transformations store the transpose of a tied matrix as well.
+        model = ov.Core().read_model(between.path)
+        ov.save_model(model, job.path, compress_to_fp16=False)
+        between.path.unlink()
+        size = job.path.with_suffix(".bin").stat().st_size
+        return dataclasses.replace(written, weight_bytes=size)
+
+    def run(self, path: Path, images: Tensor) -> Tensor | None:
+        """By OpenVINO on the CPU, in float32: where the CPU has bfloat16 it would round to that."""
+        import openvino as ov
+
+        compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return torch.from_numpy(compiled(images.numpy())[0])
+
+
+FORMAT = OpenVino()

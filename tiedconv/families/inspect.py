@@ -1,0 +1,76 @@
+"""What can be read off a model: shapes, buffers, shared tensors, facts about modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from tiedconv.core.expr import Shape
+from tiedconv.core.plan import Block
+from tiedconv.families import Hints, find_blocks
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model as names, shapes and facts.
+
+    Args:
+        shapes: every tensor of the state dict under its first name, in the model's order.
+        buffers: those that are no parameters.
+        aliases: second names of shared tensors, to their first.
+        hints: facts about modules, see `families.find_blocks`.
+    """
+
+    shapes: Mapping[str, Shape]
+    buffers: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    hints: Hints = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Shape]:
+        """Shapes of the parameters alone, each once."""
+        return {n: s for n, s in self.shapes.items() if n not in self.buffers}
+
+    @cached_property
+    def blocks(self) -> Sequence[tuple[str, Block]]:
+        """What `find_blocks` finds; looked for once, as a comparison drafts dozens of recipes."""
+        return find_blocks(self.shapes, self.hints)
+
+
+def examine(model: nn.Module) -> Anatomy:
+    """The anatomy of a model."""
+    first: dict[int, str] = {}
+    shapes: dict[str, Shape] = {}
+    aliases: dict[str, str] = {}
+    parameters = {id(p) for p in model.parameters()}
+    buffers: set[str] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            continue  # extra state of some modules: not a tensor, not ours
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        shapes[name] = tuple(tensor.shape)
+        if id(tensor) not in parameters:
+            buffers.add(name)
+    return Anatomy(shapes, frozenset(buffers), aliases, _hints(model))
+
+
+def _hints(model: nn.Module) -> dict[str, float | str]:
+    hints: dict[str, float | str] = {}
+    for name, module in model.named_modules():
+        hints[name] = kind = type(module).__name__
+        for attribute in ("num_heads", "num_attention_heads", "head_dim", "eps"):
+            value = getattr(module, attribute, None)
+            if isinstance(value, int | float):
+                hints[f"{name}.{attribute}"] = value
+        activation = module.__dict__.get("activation") or module.__dict__.get("intermediate_act_fn")
+        if callable(activation):
+            hints[f"{name}.activation"] = getattr(activation, "__name__", "")
+        if "emb" in kind.lower() and ("rot" in kind.lower() or "rope" in kind.lower()):
+            hints["rotary"] = 1.0
+    return hints

@@ -1,0 +1,1 @@
+"""Files: read, checked and written; the folder of an interrupted run."""

@@ -1,0 +1,26 @@
+"""What a training leaves for those who watch it: a log, figures for TensorBoard, a picture.
+
+All of them listen to the events of `tiedconv.training`, and change nothing of the training.
+"""
+
+from __future__ import annotations
+
+from tiedconv.loggers.curve import Course, Curve, Point
+from tiedconv.loggers.log import JsonLog
+from tiedconv.loggers.memory import memory_in_use
+from tiedconv.loggers.picture import draw
+from tiedconv.loggers.tensorboard import TensorBoard
+from tiedconv.loggers.watchers import Run, Watcher, Watchers
+
+__all__ = [
+    "Course",
+    "Curve",
+    "JsonLog",
+    "Point",
+    "Run",
+    "TensorBoard",
+    "Watcher",
+    "Watchers",
+    "draw",
+    "memory_in_use",
+]

@@ -1,0 +1,1 @@
+"""Numerical building blocks: linear algebra, Fisher-weighted errors, least squares, symmetries."""

@@ -1,0 +1,181 @@
+"""Exact changes of a network's weights that leave its outputs as they are.
+
+A trained network's weights are one point of a family that computes the same function. Before a
+fit, a scheme moves along that family to where its own form fits better. Every function here is
+such a move; the laws in the tests check each of them against the model's outputs.
+
+The moves edit a `Workbench`; a block that isn't `free` is never touched by those that need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tiedconv.core.plan import Block, Member, Slot, Span
+
+
+class Workbench:
+    """Tensors by name, copied the first time they are edited.
+
+    Args:
+        tensors: name to tensor.
+        in_place: edit contiguous tensors themselves, for a caller who owns them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
+        self.tensors: MutableMapping[str, Tensor] = dict(tensors)
+        self._own = {n for n, t in tensors.items() if in_place and t.is_contiguous()}
+
+    def matrix(self, slot: Slot) -> Tensor:
+        """The `(out, in)` matrix of a slot, to read."""
+        return slot.matrix_of(self.tensors[slot.tensor])
+
+    def matrices(self, members: Sequence[Member]) -> Sequence[Tensor]:
+        """The matrices of a group, float32, to read."""
+        return [m.matrix_of(self.tensors[m.slot.tensor]).float() for m in members]
+
+    def edit(self, place: Slot | Span) -> Tensor:
+        """A writable view: the `(out, in)` matrix of a slot, or the entries of a span."""
+        if place.tensor not in self._own:
+            self.tensors[place.tensor] = self.tensors[place.tensor].clone(
+                memory_format=torch.contiguous_format
+            )
+            self._own.add(place.tensor)
+        tensor = self.tensors[place.tensor]
+        return place.matrix_of(tensor) if isinstance(place, Slot) else place.of(tensor)
+
+    def scale_vector(self, block: Block, role: str, by: Tensor) -> None:
+        """Multiply a vector of a block, if it has one of that role."""
+        if role in block.vectors:
+            self.edit(block.vectors[role]).mul_(by)
+
+
+def scale_conv_rows(bench: Workbench, block: Block, i: int, c: Tensor) -> None:
+    """Scale the rows of `conv<i>` by c (any sign, none zero); BatchNorm i takes it back.
+
+    BatchNorm of `c x` equals BatchNorm of x when its running mean is scaled by c, its variance
+    by c^2, and its weight by `sqrt(c^2 v + eps) / (c sqrt(v + eps))`.
+
+    Args:
+        c: `(out,)`.
+    """
+    bench.edit(block.slots[f"conv{i}"]).mul_(c.unsqueeze(1))
+    bench.edit(block.vectors[f"bn{i}.running_mean"]).mul_(c)
+    variance = bench.edit(block.vectors[f"bn{i}.running_var"])
+    scaled = c.square() * variance
+    ratio = torch.sqrt(scaled + block.eps) / torch.sqrt(variance + block.eps) / c
+    bench.edit(block.vectors[f"bn{i}.weight"]).mul_(ratio)
+    variance.copy_(scaled)
+
+
+def scale_bottleneck_units(bench: Workbench, block: Block, f: Tensor) -> None:
+    """Scale the columns of conv3 by f > 0, and BatchNorm 2 by 1 / f: ReLU lets it pass.
+
+    Args:
+        f: `(width,)`.
+    """
+    bench.edit(block.slots["conv3"]).mul_(f)
+    for part in ("weight", "bias"):
+        bench.edit(block.vectors[f"bn2.{part}"]).div_(f)
+
+
+def permute_bottleneck(
+    bench: Workbench, block: Block, first: Tensor | None, second: Tensor | None
+) -> None:
+    """Put the units after conv1 (`first`) and after conv2 (`second`) in another order.
+
+    Only for a conv2 without groups. Orders are index tensors `(width,)`.
+    """
+    conv2 = block.slots["conv2"]
+    for i, order in ((1, first), (2, second)):
+        if order is None:
+            continue
+        _reorder(bench.edit(block.slots[f"conv{i}"]), order)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            _reorder(bench.edit(block.vectors[f"bn{i}.{part}"]), order)
+    if first is not None:
+        kernels = bench.edit(conv2).reshape(conv2.rows, first.numel(), -1)
+        kernels.copy_(kernels[:, first].clone())
+    if second is not None:
+        columns = bench.edit(block.slots["conv3"])
+        columns.copy_(columns[:, second].clone())
+
+
+def permute_hidden(bench: Workbench, block: Block, order: Tensor) -> None:
+    """Put the hidden units of a feed-forward in another order, `(hidden,)`."""
+    _reorder(bench.edit(block.slots["up"]), order)
+    if "up.bias" in block.vectors:
+        _reorder(bench.edit(block.vectors["up.bias"]), order)
+    columns = bench.edit(block.slots["down"])
+    columns.copy_(columns[:, order].clone())
+
+
+def scale_hidden(bench: Workbench, block: Block, c: Tensor) -> None:
+    """Scale the hidden units of a ReLU feed-forward by c > 0, `(hidden,)`."""
+    bench.edit(block.slots["up"]).mul_(c.unsqueeze(1))
+    bench.scale_vector(block, "up.bias", c)
+    bench.edit(block.slots["down"]).div_(c)
+
+
+def transform_heads(
+    bench: Workbench, block: Block, qk: Tensor | None = None, vo: Tensor | None = None
+) -> None:
+    """Change the basis inside each head: `(q, k) -> (G q, G^-T k)`, `(v, o) -> (H v, o H^-1)`.
+
+    Args:
+        qk, vo: invertible `(heads, d_head, d_head)`.
+    """
+    if qk is not None:
+        _heads_times(bench, block, "q", qk)
+        _heads_times(bench, block, "k", torch.linalg.inv(qk).mT)
+    if vo is not None:
+        _heads_times(bench, block, "v", vo)
+        o = bench.edit(block.slots["o"])
+        heads, d, _ = vo.shape
+        inverse = torch.linalg.inv(vo).to(o.dtype)
+        o.copy_(torch.einsum("ohd,hde->ohe", o.reshape(-1, heads, d), inverse).reshape(o.shape))
+
+
+def permute_heads(bench: Workbench, block: Block, order: Tensor) -> None:
+    """Put the heads of an attention in another order, `(heads,)`."""
+    assert block.heads
+    d = block.slots["q"].rows // block.heads
+    rows = (order.unsqueeze(1) * d + torch.arange(d)).flatten()
+    for role in "qkv":
+        _reorder(bench.edit(block.slots[role]), rows)
+        if f"{role}.bias" in block.vectors:
+            _reorder(bench.edit(block.vectors[f"{role}.bias"]), rows)
+    o = bench.edit(block.slots["o"])
+    o.copy_(o[:, rows].clone())
+
+
+def fold_norm(bench: Workbench, block: Block) -> bool:
+    """Move a LayerNorm's scale into the weights that read it; False if there is none to move."""
+    if "norm.weight" not in block.vectors:
+        return False
+    scale = bench.edit(block.vectors["norm.weight"])
+    if float(scale.abs().min()) < 1e-4:
+        return False  # a dead channel's bias can't be divided by its scale
+    for role in ("up",) if block.kind == "ffn" else ("q", "k", "v"):
+        bench.edit(block.slots[role]).mul_(scale)
+    bench.edit(block.vectors["norm.bias"]).div_(scale)
+    scale.fill_(1.0)
+    return True
+
+
+def _heads_times(bench: Workbench, block: Block, role: str, g: Tensor) -> None:
+    """Rows of q, k or v, head by head, from the left times g; the bias with them."""
+    heads, d, _ = g.shape
+    rows = bench.edit(block.slots[role])
+    g = g.to(rows.dtype)
+    rows.copy_((g @ rows.reshape(heads, d, -1)).reshape(rows.shape))
+    if f"{role}.bias" in block.vectors:
+        bias = bench.edit(block.vectors[f"{role}.bias"])
+        bias.copy_((g @ bias.reshape(heads, d, 1)).flatten())
+
+
+def _reorder(rows: Tensor, order: Tensor) -> None:
+    rows.copy_(rows[order].clone())

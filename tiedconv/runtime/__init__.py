@@ -1,0 +1,1 @@
+"""Tied models at run time: parameters that are computed from what is stored."""

@@ -1,0 +1,144 @@
+"""Building a model that a file asks for, without believing the file about its size.
+
+A file may name any model of a library with any arguments, and `depth=1000000` is an argument.
+Here the library is stopped as soon as it makes more than a model of the promised size needs.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.overrides import TorchFunctionMode
+
+from tiedconv.errors import SourceError
+
+# A library may make more than it keeps: another head, a class for training.
+_SPARE_NUMBERS = 2**23
+_SPARE_MODULES = 1_000
+_LONGEST = 2**16  # tensors that are taken apart into numbers, such as the rates of a drop path
+
+_MAKERS = frozenset(
+    {
+        "arange", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand",
+        "randint", "randn", "randperm", "tril_indices", "triu_indices", "zeros",
+    }
+)  # fmt: skip
+_OUTER = frozenset({"cartesian_prod", "ger", "kron", "outer"})
+_REPEATS = frozenset({"repeat", "repeat_interleave", "tile"})
+
+
+@contextmanager
+def bounded(numbers: int, tensors: int) -> Iterator[None]:
+    """Within it, no model can be built that is much larger than said. For the current thread.
+
+    Args:
+        numbers: parameters and buffers that the model has.
+        tensors: in which they come.
+
+    Raises:
+        SourceError: from the constructor of a model that is larger.
+    """
+    most = 2 * numbers + _SPARE_NUMBERS
+    left = {"numbers": most, "modules": 20 * tensors + _SPARE_MODULES}
+    thread = threading.get_ident()
+
+    def spend(what: str, count: int) -> None:
+        if threading.get_ident() == thread:
+            left[what] -= count
+            if left[what] < 0:
+                raise _too_large(numbers)
+
+    def on_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        spend("numbers", 0 if tensor is None else tensor.numel())
+
+    def on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        spend("modules", 1)
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(on_tensor),
+        hooks.register_module_buffer_registration_hook(on_tensor),
+        hooks.register_module_module_registration_hook(on_module),
+    ]
+    try:
+        with _Bounded(numbers, most):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Bounded(TorchFunctionMode):
+    """Refuses operations whose result, or what they read, is larger than the whole model."""
+
+    def __init__(self, numbers: int, most: int) -> None:
+        super().__init__()
+        self.numbers, self.most = numbers, most
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if _expected(name, func, args, kwargs) > self.most:
+            raise _too_large(self.numbers)
+        if name in ("__iter__", "tolist", "unbind") and max(args[0].shape, default=0) > _LONGEST:
+            raise _too_large(self.numbers)
+        return func(*args, **kwargs)
+
+
+def _expected(
+    name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> int:
+    """How many numbers an operation reads, or is known to make."""
+    if name in _MAKERS:
+        try:
+            return int(func(*args, **{**kwargs, "device": "meta", "out": None}).numel())
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, OverflowError):
+            return _product(args)
+    tensors = [t for t in _flat([*args, *kwargs.values()]) if isinstance(t, Tensor)]
+    if not tensors:
+        return 0
+    sizes = [t.numel() for t in tensors]
+    if name in _OUTER:
+        return math.prod(sizes)
+    if name in _REPEATS:
+        return sizes[0] * _product(args[1:])
+    if len({t.shape for t in tensors}) == 1:
+        return max(sizes)
+    try:
+        # Neither all operations broadcast nor all arguments take part: it is a bound from above.
+        together = math.prod(torch.broadcast_shapes(*(t.shape for t in tensors)))  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        together = 0
+    return max(*sizes, together, 0)
+
+
+def _product(args: Sequence[Any]) -> int:
+    return math.prod(n for n in _flat(args) if type(n) is int and n > 0)
+
+
+def _flat(items: Sequence[Any]) -> Iterator[Any]:
+    for item in items:
+        if isinstance(item, list | tuple):
+            yield from item
+        else:
+            yield item
+
+
+def _too_large(numbers: int) -> SourceError:
+    return SourceError(
+        f"The file asks for a model far larger than the {numbers:,} numbers that it describes",
+        "The model was not built",
+        "The file is damaged or forged: convert the model again",
+    )

@@ -1,0 +1,138 @@
+"""What a training works with: loaders, the model on its device, what updates and evaluates it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from tiedconv.data import Broken, Loader
+from tiedconv.runtime.forward_check import first_answer
+from tiedconv.training.batchnorm import modes_kept
+from tiedconv.training.compile import Switched, compile_if_possible
+from tiedconv.training.config import TrainConfig
+from tiedconv.training.device import Placement
+from tiedconv.training.distributed import Processes, check_shares
+from tiedconv.training.evaluation import class_count, scorer_of
+from tiedconv.training.evaluator import Examiner
+from tiedconv.training.losses import rows_of
+from tiedconv.training.objective import Loss, Objective
+from tiedconv.training.optim import make_optimizer
+from tiedconv.training.train_step import Updater
+from tiedconv.training.wrappers import make_learner
+
+
+class Setup:
+    """The parts of a training, made for one model and these data.
+
+    Arguments and errors are those of `train`, with a device and processes that are settled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Dataset[Any],
+        val_data: Dataset[Any],
+        config: TrainConfig,
+        teacher: nn.Module | None,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
+        images = min(len(train_data), len(val_data))  # type: ignore[arg-type]
+        check_shares(processes, config.batch_size, images)
+        self.val_data = val_data
+        self.other_classes = False  # of the teacher
+        self.given, self.teacher, self.config, self.processes = model, teacher, config, processes
+        size, seed, workers = config.batch_size, config.seed, config.workers
+        part = processes.rank, processes.count
+        self.loader = Loader(
+            train_data, size, shuffle=True, seed=seed, workers=workers, device=device, part=part
+        )
+        self.val_loader = Loader(
+            val_data, size, seed=seed, workers=workers, device=device, part=part
+        )
+        self.placement = Placement.choose(model, device, config.amp, config.channels_last)
+        for each in (model, teacher):
+            if each is not None:
+                self.placement.place(each)
+        if teacher is not None:
+            teacher.eval()
+        self.learner = make_learner(model, processes, device, config.sharding)
+        self.model = self.learner.model
+        self.forward = Switched(self.learner.forward)
+        objective = _objective(
+            config, self.forward, self.model, teacher, train_data, self.placement
+        )  # fmt: skip
+        self.optimizer = make_optimizer(self.model, config)
+        self.updater = Updater(
+            self.learner, self.optimizer, objective, config, self.placement, processes
+        )  # fmt: skip
+        self.examiner = Examiner(
+            self.learner, self.loader, self.val_loader, scorer_of(val_data), config,
+            self.placement, processes,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Shows two images to model and teacher, so that what can't be is told before the work.
+
+        Raises:
+            UserError: images of a size that one of them can't take, or a teacher with other
+                classes or widths, where it is to be learned from.
+            DataError: labels that the model has no output for.
+        """
+        sample = _readable(self.val_data)
+        if sample is None or getattr(self.val_data, "task", None) is not None:
+            return
+        images, labels = torch.stack([sample[0]] * 2), torch.tensor([sample[1]] * 2)
+        with modes_kept(self.model):
+            self.model.eval()
+            shown = self.placement.images(images)
+            with self.placement.autocast():
+                own = rows_of(first_answer(self.learner.forward, shown))
+                if self.teacher is not None:
+                    other = rows_of(first_answer(self.teacher, shown))
+                    self.other_classes = own.shape[-1] != other.shape[-1]
+            self.updater.objective(images, labels, 0)
+        self.learner.after_evaluation()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """A context that ends with readers stopped, and modes and layouts as they were."""
+        with modes_kept(self.given), closing(self.loader), closing(self.val_loader):
+            try:
+                yield
+            finally:
+                self.placement.release(self.given, self.teacher)
+
+    def compile(self) -> str | None:
+        """Lets torch compile the model if that was asked for; gives the reason if it can't."""
+        if not self.config.compile:
+            return None
+        return compile_if_possible(self.forward, self.updater, self.loader)
+
+
+def _readable(data: Dataset[Any]) -> Any:
+    """One of the first images with what stands beside it; None where none can be read."""
+    samples = (data[index] for index in range(min(16, len(data))))  # type: ignore[arg-type]
+    return next((sample for sample in samples if not isinstance(sample, Broken)), None)
+
+
+def _objective(
+    config: TrainConfig,
+    forward: Callable[..., Any],
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Dataset[Any],
+    placement: Placement,
+) -> Loss:
+    """What is minimised: as the data set's own task has it, or a classifier's loss."""
+    task = getattr(data, "task", None)
+    if task is not None:
+        made: Loss = task.objective(config, forward, student, teacher, placement)
+        return made
+    return Objective(config, forward, student, teacher, class_count(data), placement)
