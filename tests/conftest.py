@@ -26,20 +26,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tiedconv")
 
 
-LONG = [
-    "test_laws", "test_export", "test_processes", "test_gauge", "test_bench", "test_demo",
-    "test_convert_calib",
-]  # fmt: skip
-"""Files that one worker is busy with for a minute or more, longest first."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: of several workers each takes a file at a time (`--dist loadfile`)."""
-    places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Each test starts from one seed, whichever ran before it."""

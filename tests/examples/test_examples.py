@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import tiedconv
 import tiedconv.sources as sources
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name: str) -> Any:

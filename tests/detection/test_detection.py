@@ -48,7 +48,7 @@ from tiedconv.training import Baseline, TeacherScore, TrainConfig, TrainResult, 
 from tiedconv.training.device import Placement
 
 SPEC = "detection_helpers:tiny_detector"
-HERE = str(Path(__file__).parent)
+HERE = str(Path(__file__).parents[1] / "helpers")
 
 
 @pytest.fixture(scope="module")

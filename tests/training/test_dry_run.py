@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import QUICK, World, figures, files_of, refused, run
-from test_training import QUICK as CONFIG
-from test_training import assert_same, make_data, make_net
-from test_training import run as train_net
 from torch import Tensor, nn
+from training_helpers import QUICK as CONFIG
+from training_helpers import assert_same, make_data, make_net
+from training_helpers import run as train_net
 
 import tiedconv
 from tiedconv.errors import DataError, UserError
@@ -190,7 +190,7 @@ def test_what_compiles_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_image_at_all_is_an_error() -> None:
-    from test_training import Flawed
+    from training_helpers import Flawed
 
     data = Flawed(make_data(6), set(range(6)))
     with pytest.raises(DataError, match="None of the images could be read"):

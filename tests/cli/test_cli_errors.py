@@ -26,7 +26,7 @@ from cli_helpers import (
 from safetensors.torch import load_file, save_file
 
 from tiedconv.planning import planner
-from tiedconv.training import engine, update
+from tiedconv.training import engine, train_step
 
 
 @pytest.fixture
@@ -574,6 +574,6 @@ def test_a_failed_training_is_no_mistake_of_the_users(
     def diverges(*_: Any, **__: Any) -> torch.Tensor:
         return torch.tensor(float("nan"))
 
-    monkeypatch.setattr(update.Updater, "step", diverges)
+    monkeypatch.setattr(train_step.Updater, "step", diverges)
     result = run(*_writers(world, "out.safetensors")[1], code=1)
     assert result.stderr.splitlines()[-1].startswith("error: The loss")

@@ -497,7 +497,7 @@ def test_importing_loads_no_image_library() -> None:
         "loaded = {'torchvision', 'PIL'} & set(sys.modules);"
         "sys.exit(str(loaded) if loaded else 0)"
     )
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
     )

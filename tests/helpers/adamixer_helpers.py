@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tiedconv
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY: dict[str, Any] = {
     "classes": 3, "stages": 3, "queries": 6, "width": 16, "heads": 2, "ffn": 24,
     "groups": 2, "in_points": 4, "out_points": 6,

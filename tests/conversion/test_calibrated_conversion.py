@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from calibration_helpers import Images, images_of
 from micro import all_micros
 from PIL import Image
-from test_moments import Images, images_of
 from torch import Tensor, nn
 
 import tiedconv

@@ -16,7 +16,7 @@ import pytest
 import torch
 from cli_helpers import World
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 WORKER = HERE / "training_worker.py"
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}",

@@ -24,7 +24,7 @@ from tiedconv.io import validation as limits
 from tiedconv.io.checkpoint import FORMAT
 from tiedconv.runtime.tie import dense_state_dict, set_state, state_of
 
-PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text("utf-8")
 LONGEST = 60
 
 # The name is taken by nothing that could be imported; the reader's own folder is not on the path.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import figures, refused, run
-from test_export import MODEL_ARGS, SPEC, _with_size
+from export_helpers import MODEL_ARGS, SPEC, with_image_size
 
 import tiedconv
 from tiedconv.commands._bench_worker import Contender, Process
@@ -23,7 +23,7 @@ def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "m.safetensors"
     arguments = {**MODEL_ARGS, "embed_dim": 384, "num_heads": 6}
     model = tiedconv.convert(SPEC, "lowrank", params="40%", model_args=arguments, weights="none")
-    tiedconv.save(_with_size(model), path)
+    tiedconv.save(with_image_size(model), path)
     return path
 
 
@@ -69,7 +69,7 @@ def test_memory_is_what_the_weights_take(found: dict[str, Any]) -> None:
 def test_compiled_forms_are_compared_with_the_compiled_dense_one(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     model = tiedconv.convert(SPEC, "tied", model_args={**MODEL_ARGS, "depth": 1}, weights="none")
-    tiedconv.save(_with_size(model), path)
+    tiedconv.save(with_image_size(model), path)
     made = figures("bench", path, "--runtime", "compiled", "--rounds", 3, "--batch", "1")
     assert [(row["runtime"], row["model"]) for row in made["rows"]] == [
         ("compiled", "dense"), ("compiled", "compact"),

@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from cli_helpers import figures, files_of, refused, run
+from export_helpers import MODEL_ARGS, SPEC, with_image_size
 from micro import Micro, all_micros
 from torch import Tensor, nn
 
@@ -148,28 +149,13 @@ def test_auto_applies_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> No
 # Files
 
 
-SPEC = "timm:vit_tiny_patch16_224"
-MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3,
-              "num_classes": 5}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compact file of a tied ViT."""
     path = tmp_path_factory.mktemp("export") / "m.safetensors"
     model = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none")
-    tiedconv.save(_with_size(model), path)
+    tiedconv.save(with_image_size(model), path)
     return path
-
-
-def _with_size(model: nn.Module) -> nn.Module:
-    """The source of a model of 16 pixels says so."""
-    source = dict(state_of(model).source or {})
-    source["preprocess"] = {**source["preprocess"], "size": 16, "resize": None}
-    from tiedconv.runtime.tie import set_state
-
-    set_state(model, source=source)
-    return model
 
 
 @pytest.fixture
@@ -317,7 +303,7 @@ def test_numbers_too_large_for_half_are_named(here: Path) -> None:
     model = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none")
     with torch.no_grad():
         model.get_parameter("head.weight")[0, 0] = 1e6
-    tiedconv.save(_with_size(model), "m.safetensors")
+    tiedconv.save(with_image_size(model), "m.safetensors")
     for output, to in (("h.safetensors", "compact"), ("h.onnx", "onnx")):
         with pytest.raises(UserError, match=r"head.weight has numbers that float16 can't hold"):
             tiedconv.export("m.safetensors", output, to, dtype="float16")
@@ -344,7 +330,7 @@ def test_an_interrupted_export_leaves_what_was_there(
 
 def test_verify_tells_an_export_from_another(compact: Path, here: Path) -> None:
     other = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none", seed=1)
-    tiedconv.save(_with_size(other), "other.safetensors")
+    tiedconv.save(with_image_size(other), "other.safetensors")
     for output in ("m.onnx", "m.pt2", "m.pth"):
         tiedconv.export(compact, output)
         checks = figures("verify", compact, "--against", output)["checks"]

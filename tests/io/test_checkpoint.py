@@ -489,9 +489,9 @@ while True:
 @pytest.mark.skipif(os.name == "nt", reason="signals of this kind are those of POSIX")
 def test_interrupted_writers_leave_whole_files_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "helpers"
     command = [sys.executable, "-c", WRITER, str(path)]
-    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parents[1]}"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as writer:
         assert writer.stdout is not None
         try:

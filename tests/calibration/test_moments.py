@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from micro import all_micros, settle
+from calibration_helpers import MICROS, Images, images_of
+from micro import settle
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax, pad, scaled_dot_product_attention
 from torch.nn.grad import conv2d_weight
-from torch.utils.data import Dataset
 
 from tiedconv.calibration import Moments, gather_moments, moments
 from tiedconv.commands.sensitivity import matrices_of
 from tiedconv.core.plan import Member
-from tiedconv.data import Broken
 from tiedconv.errors import DataError, TiedconvError
 from tiedconv.families.inspect import examine
 from tiedconv.numerics.kfac_metric import Metric, shrunk
@@ -26,32 +25,7 @@ from tiedconv.planning.planner import weights_of
 from tiedconv.planning.rank_allocation import metrics_of
 from tiedconv.planning.recipe import Recipe
 
-MICROS = all_micros()
 QUANTILE = 0.37  # of a class in the cumulated probabilities, where classes are not drawn
-
-
-class Images(Dataset[Any]):
-    """Images in memory; those of `broken` can't be read."""
-
-    in_memory = True
-
-    def __init__(self, images: Tensor, broken: tuple[int, ...] = ()) -> None:
-        self.images, self.broken = images, broken
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        if index in self.broken:
-            return Broken(f"image{index}.jpg", "it is broken")
-        return self.images[index], -1
-
-
-def images_of(name: str, count: int) -> Tensor:
-    """Seeded inputs of a micro model; each image has a brightness of its own."""
-    parts = [MICROS[name].example(torch.Generator().manual_seed(10 + i)) for i in range(count)]
-    x = torch.cat([part[:1] for part in parts])
-    return x + torch.linspace(-1, 1, count).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def gather(model: nn.Module, weights: Mapping[str, bool], x: Tensor, **options: Any) -> Moments:

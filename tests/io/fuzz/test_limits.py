@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import SPEC
+from fuzz_mutations import Entry, Parts, hash_of, pack, refs, unpack
+from fuzz_trials import sound_files
 from micro import all_micros
-from mutations import Entry, Parts, hash_of, pack, refs, unpack
 from torch import nn
-from trials import sound_files
 from typer.testing import CliRunner
 
 import tiedconv
