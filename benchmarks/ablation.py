@@ -24,11 +24,11 @@ from accuracy import load
 from models import Pixels, listed, normalised, read_pixels
 from torch import Tensor, nn
 
-from tiedconv.calibration import CalibConfig, fit_blocks, gather_moments
+from tiedconv.calibration import CalibConfig, fit_blocks, gather_statistics
 from tiedconv.data import TensorList
 from tiedconv.errors import BudgetError, NothingToConvert
-from tiedconv.families.inspect import examine
-from tiedconv.numerics.kfac_metric import Metric
+from tiedconv.families.inspect import inspect_model
+from tiedconv.numerics.kfac_metric import KfacMetric
 from tiedconv.planning.planner import fit_plan, make_plan, weights_of
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.tie import tie
@@ -104,24 +104,22 @@ def settings(params: str) -> list[Setting]:
 
 def converted(model: nn.Module, row: Setting, data: TensorList) -> tuple[nn.Module, float]:
     """The compact model, and its stored share of the parameters."""
-    anatomy = examine(model)
+    info = inspect_model(model)
     recipe = Recipe.of(row.scheme, params=row.params, **row.options)
     own = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    known: dict[str, Metric] = {}
+    known: dict[str, KfacMetric] = {}
 
-    def measure(moved: Mapping[str, Tensor]) -> dict[str, Metric]:
+    def measure(moved: Mapping[str, Tensor]) -> dict[str, KfacMetric]:
         if row.metric != "none":
             probe = copy.deepcopy(model)
             probe.load_state_dict(moved, strict=False)
-            found = gather_moments(probe, weights_of(anatomy, recipe), data, workers=0)
+            found = gather_statistics(probe, weights_of(info, recipe), data, workers=0)
             for name, metric in found.metrics.items():
-                known[name] = Metric(None, metric.right) if row.metric == "inputs" else metric
+                known[name] = KfacMetric(None, metric.right) if row.metric == "inputs" else metric
         return known
 
     with torch.no_grad():
-        plan, moved = make_plan(
-            anatomy, recipe, {n: own[n] for n in anatomy.shapes}, measure=measure
-        )
+        plan, moved = make_plan(info, recipe, {n: own[n] for n in info.shapes}, measure=measure)
         plan, factors, _ = fit_plan(plan, moved, None, known)
     compact = copy.deepcopy(model)
     compact.load_state_dict(moved, strict=False)

@@ -111,7 +111,7 @@ def _options(
     ways: list[Mapping[str, Any]] = [{}]
     if scheme == "tied":
         ways += [{"groups": "adjacent:2"}, {"groups": "adjacent:4"}]
-    ways += all_schemes()[scheme].further
+    ways += all_schemes()[scheme].smaller_options
     for way in ways:
         try:
             tiedconv.plan(model, scheme, params=f"{budget}%", **{**way, **fixed})

@@ -4,8 +4,8 @@
 
 ViT-B/16 of torchvision with random weights, random images of 224 px in memory. Parts are timed one
 after the other in one process, each with the batch size that `convert --calib` takes: a forward
-pass, the moments, the plan and fit of `lowrank` at 50 %, which is what `--effort fast` does; then,
-for `--effort normal`, the blocks and the whole. With `--sample N` only N steps are taken for each
+pass, the statistics, the plan and fit of `lowrank` at 50 %, as `--effort fast` does; then, for
+`--effort normal`, the blocks and the whole. With `--sample N` only N steps are taken for each
 block and for the whole, on 64 of the images, and the file tells the time that all steps on all
 images would take: a forecast, and called so. Peak memory is the process's own (on a GPU, the
 allocator's too). Ratios are to the forward pass.
@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from tiedconv.calibration import CalibConfig, Fitting, Joint, fit_blocks, gather_moments
+from tiedconv.calibration import CalibConfig, Fitting, Joint, fit_blocks, gather_statistics
 from tiedconv.data import TensorList
-from tiedconv.families.inspect import examine
+from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.planner import fit_plan, make_plan, weights_of
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.tie import tie
@@ -114,9 +114,9 @@ def main() -> None:
     model.eval()
     images = torch.randint(0, 256, (args.images, 3, 224, 224), dtype=torch.uint8)
     data = unlabelled(images)
-    anatomy, recipe = examine(model), Recipe.of("lowrank", params="50%")
+    info, recipe = inspect_model(model), Recipe.of("lowrank", params="50%")
     own = {n: t.detach() for n, t in model.state_dict().items()}
-    tensors = {n: own[n] for n in anatomy.shapes}
+    tensors = {n: own[n] for n in info.shapes}
     parts = Parts(device)
 
     @torch.no_grad()
@@ -126,17 +126,17 @@ def main() -> None:
             placed(images[start : start + 32].to(device).float() / 255)
 
     parts.timed("forward", forward)
-    weights = weights_of(anatomy, recipe)
-    moments = parts.timed(
-        "moments", lambda: gather_moments(model, weights, data, device=device, workers=0)
+    weights = weights_of(info, recipe)
+    statistics = parts.timed(
+        "statistics", lambda: gather_statistics(model, weights, data, device=device, workers=0)
     )
     model.cpu()
     with torch.no_grad():
         plan, moved = parts.timed(
-            "plan", lambda: make_plan(anatomy, recipe, tensors, measure=lambda _: moments.metrics)
+            "plan", lambda: make_plan(info, recipe, tensors, measure=lambda _: statistics.metrics)
         )
         plan, factors, cost = parts.timed(
-            "fit", lambda: fit_plan(plan, moved, None, moments.metrics)
+            "fit", lambda: fit_plan(plan, moved, None, statistics.metrics)
         )
     figures: dict[str, Any] = {}
     if args.effort == "normal":
@@ -144,7 +144,7 @@ def main() -> None:
         tie(student, plan, factors)
         figures = blocks(parts, student, model, images, args.sample)
     forward_seconds = parts.figures["forward"]["seconds"]
-    fast = sum(parts.figures[name]["seconds"] for name in ("moments", "plan", "fit"))
+    fast = sum(parts.figures[name]["seconds"] for name in ("statistics", "plan", "fit"))
     figures |= {
         "model": args.model, "images": args.images, "effort": args.effort, "cost": cost,
         "ratio_fast": fast / forward_seconds, "parts": parts.figures,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import tiedconv
-from tiedconv.commands._bench_worker import Contender, Process
+from tiedconv.commands._bench_worker import BenchTarget, Process
 from tiedconv.commands.export import apart
 from tiedconv.exporters import Job, all_formats
 from tiedconv.exporters._format import stored_bytes
@@ -107,10 +107,10 @@ def measure(name: str, scheme: str, batches: list[int], rounds: int, folder: Pat
 def turns(folder: Path, side: int, batches: list[int], rounds: int) -> dict[str, Any]:
     """Load time, memory and latency of each form, as shares of the dense one."""
     shape = (3, side, side)
-    forms = {"dense": Contender(str(folder / "dense.onnx"), "onnx", shape=shape)}
+    forms = {"dense": BenchTarget(str(folder / "dense.onnx"), "onnx", shape=shape)}
     for way, (lower, one_copy) in WAYS.items():
         file = str(folder / f"{lower}.onnx")
-        forms[way] = Contender(file, "onnx", one_copy=one_copy, shape=shape)
+        forms[way] = BenchTarget(file, "onnx", one_copy=one_copy, shape=shape)
     processes = {way: Process(c) for way, c in forms.items()}
     try:
         loaded = {way: p.load() for way, p in processes.items()}

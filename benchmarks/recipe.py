@@ -31,7 +31,7 @@ from models import Pixels, listed, read_pixels
 from torch import nn
 
 import tiedconv
-from tiedconv.conversion.original_blend import OriginalFading
+from tiedconv.conversion.original_blend import OriginalBlend
 from tiedconv.training import TrainConfig, evaluate_model, train
 
 RESULT = Path(__file__).parent / "results" / "recipe.json"
@@ -161,7 +161,7 @@ class Bench:
         model = copy.deepcopy(self.start)
         # What it evaluates before and after is not asked for: a few images will do.
         few = listed(self.train.take(torch.arange(8)))
-        fading = OriginalFading(model, self.dense) if config.progressive else None
+        fading = OriginalBlend(model, self.dense) if config.progressive else None
         train(
             model, shown, few, config, teacher=teacher, fading=fading, device=self.args.device
         )  # fmt: skip

@@ -28,7 +28,7 @@ CIFAR-10 as JPEG files: 45,000 training images, 5,000 held out of them for every
 images. `vit-real` is a ViT that someone else trained on all 50,000 (so its held-out images are no
 news to it); `resnet-narrow` is self-trained on the 45,000
 (`benchmarks/train_models.py --model resnet-narrow --steps 2500`: 14 epochs of shifts and flips).{about} Each method
-makes a model of at most the budget, in parameters of the whole model (`minivit`, which has no dial, of the nearest
+makes a model of at most the budget, in parameters of the whole model (`minivit`, which has no rank_option, of the nearest
 size), and each gets the same
 training: {steps} steps of {batch} images ({images:,} images, reflected shifts and flips), AdamW, the original as teacher
 (temperature {temperature:g}, weight {distill:g}). The learning rate, one of {rates}, and a rival's variant are chosen after

@@ -65,7 +65,7 @@ EPOCH = """### A whole epoch: {model}
 {comment}
 """
 
-PROGRESSIVE = """## Fading the original out
+PROGRESSIVE = """## Blend the original out
 
 {model}, `{scheme}` at {params} of its parameters without any image: {before:.2f} % before, the original {dense:.2f} %. Then
 {steps} steps of {batch}, all else as in the recipe above; `progressive` begins at the original and fades it out over this share of

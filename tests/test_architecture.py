@@ -216,11 +216,11 @@ def test_schemes_and_families_are_what_they_should_be() -> None:
     for name, scheme in all_schemes().items():
         assert issubclass(scheme, Scheme)
         assert scheme.name == name
-        assert scheme.looks_for
+        assert scheme.pattern
         assert scheme() == scheme()  # every option has a default
         assert scheme.__doc__
     families = all_families()
-    assert all(isinstance(f, Family) and f.looks_for for f in families)
+    assert all(isinstance(f, Family) and f.pattern for f in families)
     assert len({f.name for f in families}) == len(families)
     assert [f.last for f in families] == sorted(f.last for f in families)
 

@@ -29,10 +29,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import tiedconv
 from tiedconv.errors import NothingToConvert
 from tiedconv.families import all_families, find_blocks
-from tiedconv.families.inspect import examine
+from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.planner import make_plan
 from tiedconv.planning.recipe import Budget, Recipe, Rule
-from tiedconv.runtime.factored import is_never_made
+from tiedconv.runtime.factored import never_materialized
 from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of
 from tiedconv.schemes import all_schemes
 from tiedconv.schemes._base import Ranked
@@ -173,7 +173,7 @@ def full_rank_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
         if issubclass(cls, Ranked):
             options: list[dict[str, Any]] = [{}]
             if name in EVERY_OPTION:
-                options += map(dict, cls.further)
+                options += map(dict, cls.smaller_options)
             if name in EVERY_OPTION and scheme == "tied":
                 options += [{"scale": False}, {"pairing": "vo-qk"}, {"first": "slice"}]
                 options += [{"core": 10**6}]
@@ -238,7 +238,7 @@ def test_the_reported_error_is_that_of_the_weights(name: str, scheme: str) -> No
     """Against the same weights, moved by the same align, measured in another way."""
     micro, tied = converted(name, scheme)
     model = micro.model()
-    anatomy = examine(model)
+    info = inspect_model(model)
     own = model.state_dict()
     # The recipe that was carried out: with a budget, the best of several.
     entry = state_of(tied).history[-1]["recipe"]
@@ -247,7 +247,7 @@ def test_the_reported_error_is_that_of_the_weights(name: str, scheme: str) -> No
         for r in copy.deepcopy(entry["rules"])
     )
     recipe = Recipe(rules, Budget(entry["params"]) if entry["params"] else None)
-    _, moved = make_plan(anatomy, recipe, {n: own[n] for n in anatomy.shapes})
+    _, moved = make_plan(info, recipe, {n: own[n] for n in info.shapes})
     now = {n: w.detach() for n, w in weights_of(tied)}
     for group in state_of(tied).plan.groups:
         wanted = torch.cat(
@@ -403,7 +403,7 @@ def test_freezing_changes_no_output_and_training_or_loading_unfreezes(
     assert relative(micro.logits(tied), before) < 1e-6
     assert list(tied.state_dict()) == keys
     cached = dict(weights_of(tied))
-    computed = [n for n, e in plan.weights.items() if not (e.is_view or is_never_made(e))]
+    computed = [n for n, e in plan.weights.items() if not (e.is_view or never_materialized(e))]
     again = dict(weights_of(tied))
     assert all(cached[n] is again[n] for n in computed)
     other = copy.deepcopy(tied)
@@ -429,7 +429,7 @@ def test_freezing_changes_no_output_and_training_or_loading_unfreezes(
 def rounding(tied: nn.Module) -> float:
     """How far a tied model may be from the one with its weights: made, they are the same bits."""
     plan = state_of(tied).plan
-    return 1e-5 if any(map(is_never_made, plan.weights.values())) else 1e-6
+    return 1e-5 if any(map(never_materialized, plan.weights.values())) else 1e-6
 
 
 def classes(model: nn.Module) -> list[tuple[str, type[nn.Module]]]:
@@ -452,7 +452,7 @@ def test_untying_gives_classes_names_and_outputs_back(name: str, scheme: str) ->
     assert [n for n, _ in sorted(untied.named_parameters())] == [
         n for n, _ in sorted(plain.named_parameters())
     ]
-    assert examine(untied).aliases.keys() == examine(plain).aliases.keys()
+    assert inspect_model(untied).aliases.keys() == inspect_model(plain).aliases.keys()
     assert relative(micro.logits(untied), before) < off
     # And what was untied can be tied again.
     assert_tied(convert(untied, scheme))
@@ -586,8 +586,8 @@ def example_of(family: str) -> str:
 @functools.cache
 def families_in(name: str) -> frozenset[str]:
     """The families that find something in a tiny model."""
-    anatomy = examine(all_micros()[name].model())
-    return frozenset(family for family, _ in find_blocks(anatomy.shapes, anatomy.hints))
+    info = inspect_model(all_micros()[name].model())
+    return frozenset(family for family, _ in find_blocks(info.shapes, info.hints))
 
 
 def compiled(micro: Micro, model: nn.Module, *, fullgraph: bool) -> Tensor:

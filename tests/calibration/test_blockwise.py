@@ -452,7 +452,7 @@ def test_a_foreign_or_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     for change in ({"seed": 3}, {"count": 14}):
         with pytest.raises(UserError, match="different calibration") as error:
             fit("perceptron", student, teacher, checkpoint_dir=tmp_path, resume=True, **change)
-        assert error.value.remedy
+        assert error.value.hint
     fit("perceptron", student, teacher, checkpoint_dir=tmp_path, resume=True, cache_bytes=0)
     other, _ = pair_of("perceptron", "lowrank")
     with pytest.raises(UserError, match="plan"):
@@ -601,7 +601,7 @@ def test_wrong_calls_are_told_with_a_remedy(what: str, call: Any) -> None:
     student, teacher = pair_of("timm-vit", "tied")
     with pytest.raises(TiedconvError) as error:
         call(student, teacher, Images(images_of(MICROS["timm-vit"])))
-    assert error.value.remedy
+    assert error.value.hint
     assert all(p.requires_grad for p in student.parameters())
 
 
@@ -624,7 +624,7 @@ def test_outputs_that_are_not_finite_are_told() -> None:
 def test_options_out_of_range_are_told(option: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(option))) as error:
         CalibConfig(**option)
-    assert error.value.remedy
+    assert error.value.hint
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

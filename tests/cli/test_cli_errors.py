@@ -574,6 +574,6 @@ def test_a_failed_training_is_no_mistake_of_the_users(
     def diverges(*_: Any, **__: Any) -> torch.Tensor:
         return torch.tensor(float("nan"))
 
-    monkeypatch.setattr(train_step.Updater, "step", diverges)
+    monkeypatch.setattr(train_step.TrainStep, "step", diverges)
     result = run(*_writers(world, "out.safetensors")[1], code=1)
     assert result.stderr.splitlines()[-1].startswith("error: The loss")

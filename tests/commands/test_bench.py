@@ -12,7 +12,7 @@ from cli_helpers import figures, refused, run
 from export_helpers import MODEL_ARGS, SPEC, with_image_size
 
 import tiedconv
-from tiedconv.commands._bench_worker import Contender, Process
+from tiedconv.commands._bench_worker import BenchTarget, Process
 from tiedconv.commands.bench import Bench, Measured, Timing, bench, draw, share_of_dense
 from tiedconv.errors import RunError
 
@@ -118,7 +118,7 @@ def test_what_can_not_be_measured_is_refused(compact: Path, tmp_path: Path) -> N
 
 def test_a_process_that_fails_or_ends_is_told(compact: Path, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"nothing")
-    process = Process(Contender(str(tmp_path / "m.onnx"), "onnx"))
+    process = Process(BenchTarget(str(tmp_path / "m.onnx"), "onnx"))
     with pytest.raises(RunError, match=r"onnx can't run .*m.onnx"):
         process.load()
     process._process.kill()

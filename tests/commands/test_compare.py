@@ -16,7 +16,7 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.calibration import CalibConfig, gather_moments
+from tiedconv.calibration import CalibConfig, gather_statistics
 from tiedconv.commands.compare import Comparison, compare
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import TensorList
@@ -168,8 +168,8 @@ def test_a_cost_is_what_the_metric_says_of_the_converted_weights(
     assert sum(p.numel() for p in made.parameters()) == row.cells[0].stored
     before, after = vit.state_dict(), tiedconv.untie(made).state_dict()
     names = {n: False for n, t in before.items() if n.startswith("blocks.") and t.dim() == 2}
-    moments = gather_moments(copy.deepcopy(vit), names, images(), device="cpu", workers=0)
-    total = sum(moments.metrics[n].cost(before[n] - after[n]) for n in names)
+    statistics = gather_statistics(copy.deepcopy(vit), names, images(), device="cpu", workers=0)
+    total = sum(statistics.metrics[n].cost(before[n] - after[n]) for n in names)
     assert row.cells[0].cost == pytest.approx(total, rel=1e-3)
 
 

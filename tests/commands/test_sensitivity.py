@@ -13,12 +13,12 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.calibration import CalibConfig, gather_moments
+from tiedconv.calibration import CalibConfig, gather_statistics
 from tiedconv.commands.sensitivity import Sensed, Sensitivity, draw, matrices_of, sensitivity
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import TensorList
 from tiedconv.errors import DataError, MissingExtra, NothingToConvert, OutputError, UserError
-from tiedconv.families.inspect import examine
+from tiedconv.families.inspect import inspect_model
 from tiedconv.training import logits_of
 
 FAST = CalibConfig(effort="fast")
@@ -48,10 +48,10 @@ def test_predictions_are_exact_and_measurements_true(name: str) -> None:
     found = sensitivity(model, calibration(images), keep=0.3, measure=True, batch_size=4)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert (found.images, found.skipped) == (6, 0)
-    places = matrices_of(examine(model))
+    places = matrices_of(inspect_model(model))
     assert len(places) == len(found.rows) > 3
     weights = {p.slot.tensor: p.slot.transposed for p in places}
-    moments = gather_moments(
+    statistics = gather_statistics(
         copy.deepcopy(model), weights, calibration(images).open(None), device="cpu", workers=0
     )  # type: ignore[arg-type]
     right = answers(model, images)
@@ -61,7 +61,7 @@ def test_predictions_are_exact_and_measurements_true(name: str) -> None:
         assert row.parameters == matrix.numel()
         assert row.stored == row.rank * (out + inputs)
         assert row.rank == 1 or row.stored <= 0.3 * row.parameters
-        metric = moments.metrics[row.tensor]
+        metric = statistics.metrics[row.tensor]
         b, a = metric.truncate(matrix, row.rank)
         cost = metric.cost(matrix - b @ a)
         assert row.predicted == pytest.approx(cost, rel=1e-2, abs=1e-7), row.name
@@ -79,10 +79,10 @@ def test_no_approximation_of_that_rank_costs_less() -> None:
     model, images = all_micros()["timm-vit"].model(), pixels(16)
     row = sensitivity(model, calibration(images)).rows[0]
     data = calibration(images).data
-    moments = gather_moments(
+    statistics = gather_statistics(
         copy.deepcopy(model), {row.tensor: False}, data, device="cpu", workers=0
     )  # type: ignore[arg-type]
-    metric, matrix = moments.metrics[row.tensor], model.state_dict()[row.tensor]
+    metric, matrix = statistics.metrics[row.tensor], model.state_dict()[row.tensor]
     b, a = metric.truncate(matrix, row.rank)
     generator = torch.Generator().manual_seed(0)
     assert row.predicted is not None
@@ -93,7 +93,7 @@ def test_no_approximation_of_that_rank_costs_less() -> None:
 
 def test_matrices_stand_in_the_models_order_under_its_names() -> None:
     def names(name: str) -> list[str]:
-        places = matrices_of(examine(all_micros()[name].model()))
+        places = matrices_of(inspect_model(all_micros()[name].model()))
         return [f"{p.layer} {p.role}" for p in places]
 
     assert names("timm-vit")[:5] == [

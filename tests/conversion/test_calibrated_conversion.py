@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import tiedconv
 from tiedconv import Recipe
-from tiedconv.calibration import CalibConfig, Fitted, Joint, gather_moments
+from tiedconv.calibration import CalibConfig, Fitted, Joint, gather_statistics
 from tiedconv.cli.progress import ConvertBar
 from tiedconv.conversion.calibrate import Calibration, Finalist, Kept, Measuring
 from tiedconv.errors import BudgetError, CheckpointError, DataError, UserError
-from tiedconv.families.inspect import examine
-from tiedconv.io.run_dir import CALIBRATION, FIT, RunFolder
-from tiedconv.numerics.kfac_metric import Metric
+from tiedconv.families.inspect import inspect_model
+from tiedconv.io.run_dir import CALIBRATION, FIT, RunDir
+from tiedconv.numerics.kfac_metric import KfacMetric
 from tiedconv.planning.planner import alternatives, fit_plan, make_plan, weights_of
 from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of
 
@@ -220,20 +220,20 @@ def test_progress_is_told_from_the_first_image_to_the_last_step() -> None:
 
 def cost_of(name: str, recipe: Recipe, x: Tensor) -> float:
     """The predicted cost of a recipe as it is, none of its alternatives."""
-    anatomy = examine(MICROS[name].model())
+    info = inspect_model(MICROS[name].model())
     own = MICROS[name].model().state_dict()
-    found: dict[str, Metric] = {}
+    found: dict[str, KfacMetric] = {}
 
-    def measure(moved: Mapping[str, Tensor]) -> dict[str, Metric]:
+    def measure(moved: Mapping[str, Tensor]) -> dict[str, KfacMetric]:
         model = MICROS[name].model()
         model.load_state_dict(moved, strict=False)
-        weights = weights_of(anatomy, recipe)
-        found.update(gather_moments(model, weights, Images(x), device="cpu").metrics)
+        weights = weights_of(info, recipe)
+        found.update(gather_statistics(model, weights, Images(x), device="cpu").metrics)
         return found
 
     with torch.no_grad():
-        tensors = {n: own[n] for n in anatomy.shapes}
-        plan, moved = make_plan(anatomy, recipe, tensors, measure=measure)
+        tensors = {n: own[n] for n in info.shapes}
+        plan, moved = make_plan(info, recipe, tensors, measure=measure)
         return fit_plan(plan, moved, None, found)[2]
 
 
@@ -301,7 +301,7 @@ def interrupted_at(number: int, folder: Path) -> list[Path]:
 
     with pytest.raises(KeyboardInterrupt):
         kept_in(folder, on_event=interrupt)
-    return sorted(file.relative_to(folder) for file in RunFolder(folder).kept())
+    return sorted(file.relative_to(folder) for file in RunDir(folder).kept())
 
 
 FITS = [Path("0", FIT), Path("1", FIT)]

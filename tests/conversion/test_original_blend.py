@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.conversion.original_blend import OriginalFading, conversion_recipe, moved_original
+from tiedconv.conversion.original_blend import OriginalBlend, conversion_recipe, moved_original
 from tiedconv.data import TensorList
 from tiedconv.errors import PlanError, UserError
 from tiedconv.planning.recipe import Budget, Recipe, Rule
@@ -211,7 +211,7 @@ def test_it_begins_at_the_original_and_ends_at_the_compact_model(name: str, reci
     expected = original_logits(name, torch.float64)
     assert not torch.allclose(compact, expected, atol=1e-3)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    fading = OriginalFading(model, original)
+    fading = OriginalBlend(model, original)
     torch.testing.assert_close(micro.logits(model), compact)
     fading.begin()
     # The moves themselves are made with SVDs and square roots, hence not to the last bit.
@@ -237,7 +237,7 @@ def test_kept_tensors_are_set_to_the_originals() -> None:
         for name in state_of(model).plan.kept:
             if model.state_dict()[name].is_floating_point():
                 model.state_dict()[name].mul_(1.5)
-    OriginalFading(model, original).begin()
+    OriginalBlend(model, original).begin()
     expected = original_logits("torchvision-resnet", torch.float64)
     torch.testing.assert_close(micro.logits(model), expected, atol=1e-6, rtol=1e-6)
 
@@ -248,7 +248,7 @@ def test_a_recipe_that_leaves_the_choice_open() -> None:
     original, model = pair("timm-vit", "tied")
     recipe = Recipe.of("auto", params="60%").to_json()
     set_state(model, history=({"step": "convert", "recipe": recipe},))
-    OriginalFading(model, original).begin()
+    OriginalBlend(model, original).begin()
     expected = original_logits("timm-vit", torch.float64)
     torch.testing.assert_close(micro.logits(model), expected, atol=1e-6, rtol=1e-6)
 
@@ -293,8 +293,8 @@ def test_it_needs_the_original() -> None:
         (all_micros()["torchvision-vit"].model(), "another architecture"),
     ):
         with pytest.raises(UserError, match=f"needs the original model.*{what}.*--teacher auto"):
-            OriginalFading(model, teacher)
-    OriginalFading(model, original)
+            OriginalBlend(model, teacher)
+    OriginalBlend(model, original)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_conversion_that_can_not_be_made_again(entry: dict[str, Any], why: str
     original, model = pair("timm-vit", "tied")
     set_state(model, history=({"step": "convert", **entry},))
     with pytest.raises(UserError, match=f"{why}.*without --progressive"):
-        OriginalFading(model, original)
+        OriginalBlend(model, original)
 
 
 def test_other_options_of_a_rule_are_no_recipe_either() -> None:
@@ -324,7 +324,7 @@ def test_other_options_of_a_rule_are_no_recipe_either() -> None:
     rule = {"scheme": "tied", "include": ["*"], "exclude": [], "warp": 9}
     set_state(model, history=({"step": "convert", "recipe": {"params": None, "rules": [rule]}},))
     with pytest.raises(UserError, match="does not understand its recipe"):
-        OriginalFading(model, original)
+        OriginalBlend(model, original)
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def images(count: int, seed: int = 0, side: int = 16, augment: str = "none") -> 
     return TensorList(noise + labels.reshape(-1, 1, 1, 1) / 3, labels, augment=augment)
 
 
-class Watched(OriginalFading):
+class Watched(OriginalBlend):
     """Notes what happens."""
 
     def __init__(self, model: nn.Module, original: nn.Module) -> None:
@@ -425,7 +425,7 @@ def test_the_first_step_is_that_of_the_original() -> None:
     losses = []
     for share in (1.0, 0.0):
         original, model = pair("timm-vit", "tied", torch.float32)
-        fading = OriginalFading(model, original)
+        fading = OriginalBlend(model, original)
         options: dict[str, Any] = {"teacher": original, "fading": fading, "device": "cpu"}
         config = TrainConfig(
             steps=1, batch_size=14, progressive=share, distill_weight=1.0, workers=0
@@ -442,7 +442,7 @@ def test_the_offsets_are_gone_after_an_error() -> None:
             raise KeyboardInterrupt
 
     options: dict[str, Any] = {"teacher": original, "device": "cpu", "on_event": listen}
-    fading = OriginalFading(model, original)
+    fading = OriginalBlend(model, original)
     with pytest.raises(KeyboardInterrupt):
         train(model, images(14), images(14, 1), CONFIG, fading=fading, **options)
     assert not has_offsets(model)
@@ -460,7 +460,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: str, epoch:
 
     def go(**options: Any) -> nn.Module:
         original, model = pair(name, "tied", torch.float32)
-        fading = OriginalFading(model, original)
+        fading = OriginalBlend(model, original)
         train(model, *data, config, teacher=original, fading=fading, device="cpu", **options)
         return model
 
@@ -561,14 +561,14 @@ def test_the_command_fades_the_original_by_name(
     # By this way, as the package's own name `finetune` is the function.
     monkeypatch.setattr(import_module("tiedconv.commands.finetune"), "open_teacher", opened)
     seen: list[Tensor] = []
-    begin = OriginalFading.begin
+    begin = OriginalBlend.begin
 
-    def watched(self: OriginalFading) -> None:
+    def watched(self: OriginalBlend) -> None:
         begin(self)
         with torch.no_grad():
             seen.append(self._model.eval()(tiny_images()))
 
-    monkeypatch.setattr(OriginalFading, "begin", watched)
+    monkeypatch.setattr(OriginalBlend, "begin", watched)
     run(
         "finetune", file, "--data", world.data, "-o", tmp_path / "out.safetensors", *QUICK,
         "--progressive", 1, "--steps", 1,

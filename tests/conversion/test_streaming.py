@@ -23,8 +23,8 @@ import tiedconv.sources as sources
 from tiedconv.commands.convert import convert_file
 from tiedconv.conversion import streaming
 from tiedconv.errors import OutputError, TiedconvError, WeightsError
-from tiedconv.families.inspect import examine
-from tiedconv.io.tensor_scratch import Scratch
+from tiedconv.families.inspect import inspect_model
+from tiedconv.io.tensor_scratch import TensorScratch
 from tiedconv.io.writing import write_tensors
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.sources import fit_to, open_lazily, open_source, read_weights
@@ -237,7 +237,7 @@ def test_a_model_without_memory_has_the_same_anatomy(name: str) -> None:
     with skip_memory():
         model = all_micros()[name].build()
     plain = all_micros()[name].build()
-    assert examine(model) == examine(plain)
+    assert inspect_model(model) == inspect_model(plain)
     assert all(p.is_meta for p in model.parameters())
     for (key, a), (_, b) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
         assert torch.equal(a, b), key
@@ -253,7 +253,7 @@ def test_lazy_weights_are_what_loading_gives(name: str, tmp_path: Path) -> None:
     assert lazy is not None
     assert lazy[1] == source
     state = loaded.state_dict()
-    assert len(lazy[2]) == len(examine(loaded).shapes)
+    assert len(lazy[2]) == len(inspect_model(loaded).shapes)
     for tensor_name, tensor in lazy[2].items():
         assert torch.equal(tensor, state[tensor_name])
         assert tensor.dtype == lazy[2].dtypes[tensor_name]
@@ -465,10 +465,10 @@ def test_weights_that_change_while_they_are_read(world: World, tmp_path: Path) -
 def test_a_full_disk_while_it_works(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Scratch, tensor: Tensor) -> None:
+    def full(self: TensorScratch, tensor: Tensor) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Scratch, "put", full)
+    monkeypatch.setattr(TensorScratch, "put", full)
     output = tmp_path / "out.safetensors"
     refused(
         "convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", output,
@@ -497,7 +497,7 @@ def test_a_failure_while_it_writes_leaves_what_was_there(
 
 
 def test_the_scratch_file_keeps_what_is_written_to_it(tmp_path: Path) -> None:
-    with Scratch(tmp_path) as scratch:
+    with TensorScratch(tmp_path) as scratch:
         tensors = [torch.randn(3, 5), torch.arange(7), torch.tensor(2.5), torch.zeros(0, 4)]
         spots = [scratch.put(t) for t in tensors]
         assert not files_of(tmp_path)

@@ -23,9 +23,9 @@ from tiedconv.data import (
     Images,
     Loader,
     TensorList,
+    as_uint8,
     default_workers,
     eval_transform,
-    in_bytes,
     open_images,
     open_split,
     train_transform,
@@ -337,7 +337,7 @@ def test_labels_must_belong_to_the_images() -> None:
 def float_batches(data: ImageList | TensorList, seed: int) -> list[torch.Tensor]:
     """What a loader should give, normalised by the data set itself."""
 
-    class Plain(torch.utils.data.Dataset[object]):  # has no `in_bytes`
+    class Plain(torch.utils.data.Dataset[object]):  # has no `as_uint8`
         classes = data.classes if isinstance(data, ImageList) else ()
         if isinstance(data, TensorList):
             read_batch = data.read_batch
@@ -360,7 +360,7 @@ def test_images_that_travel_as_bytes_end_as_the_same_bits(
     preprocess = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     folder = open_images(make_folder(tmp_path, {"a": 5, "b": 5}))
     data = ImageList(folder, train_transform(preprocess, augment, erasing))
-    plain, normalisation = in_bytes(data)
+    plain, normalisation = as_uint8(data)
     assert normalisation is not None
     assert plain[0][0].dtype == torch.uint8
     here = [b.images for b in Loader(data, 4, shuffle=True, seed=5, workers=0).epoch(1)]
@@ -378,7 +378,7 @@ def test_tensors_that_travel_as_bytes_end_as_the_same_bits(
     mean, std = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)) if normalised else (None, None)
     data = TensorList(images.to(dtype), [0] * 10, mean=mean, std=std, augment=augment)
     kept = data.images.clone()
-    plain, normalisation = in_bytes(data)
+    plain, normalisation = as_uint8(data)
     assert (normalisation is not None) is (dtype == torch.uint8)
     assert next(iter(plain))[0].dtype == (torch.uint8 if normalisation else torch.float32)
     there = Loader(data, 4, shuffle=True, seed=5, workers=0, device=torch.device("cpu"))
@@ -396,7 +396,7 @@ def test_tensors_that_travel_as_bytes_end_as_the_same_bits(
 def test_whoever_has_a_transform_of_his_own_keeps_his_numbers(tmp_path: Path) -> None:
     images = open_images(make_folder(tmp_path, {"a": 2, "b": 2}))
     data = ImageList(images, lambda image: torch.full((3, 8, 8), 7, dtype=torch.uint8))
-    assert in_bytes(data) == (data, None)
+    assert as_uint8(data) == (data, None)
     (batch,) = batches_of(Loader(data, 8, workers=0))
     assert batch.images.dtype == torch.uint8
 

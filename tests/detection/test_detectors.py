@@ -24,7 +24,7 @@ from tiedconv.calibration.teacher_student import Pair
 from tiedconv.core.plan import Plan
 from tiedconv.errors import NothingToConvert, SourceError
 from tiedconv.families import find_blocks
-from tiedconv.families.inspect import examine
+from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.recipe import Rule
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import open_source
@@ -142,7 +142,7 @@ def test_only_the_decoder_changed_and_in_it_no_head(root: Path, name: str) -> No
 @each_detector
 def test_what_the_original_shares_stays_shared(root: Path, name: str) -> None:
     it = made(root, name)
-    aliases = examine(it.original).aliases
+    aliases = inspect_model(it.original).aliases
     assert it.plan.aliases == aliases
     loaded = tiedconv.load(it.file)
     for model in (loaded, copy.deepcopy(loaded), tiedconv.untie(copy.deepcopy(loaded))):
@@ -206,21 +206,21 @@ def test_heads_and_sampling_are_converted_when_a_pattern_of_their_own_names_them
 
 def test_a_narrower_rule_keeps_what_names_none_of_the_given() -> None:
     rule = Rule("lowrank", include=("*", "a.*", "b.c"), exclude=("b.d",))
-    assert rule.naming_none_of(["a.b"]).include == ("b.c",)
-    assert rule.naming_none_of(["a.b"]).exclude == ("b.d",)
-    assert rule.naming_none_of([]).include == ("a.*", "b.c")  # stars alone name nothing
+    assert rule.without_patterns_matching(["a.b"]).include == ("b.c",)
+    assert rule.without_patterns_matching(["a.b"]).exclude == ("b.d",)
+    assert rule.without_patterns_matching([]).include == ("a.*", "b.c")  # stars alone name nothing
 
 
 def test_shared_heads_are_converted_once_and_stay_shared(tmp_path: Path) -> None:
     model = all_detectors()["hf-deimv2"].model()
-    aliases = examine(model).aliases
+    aliases = inspect_model(model).aliases
     assert aliases["bbox_embed.1.layers.0.weight"] == "model.decoder.bbox_embed.1.layers.0.weight"
     tied = tiedconv.convert(model, "lors", include="*bbox_embed*")
     tiedconv.save(tied, tmp_path / "m.safetensors")
     back = tiedconv.load(tmp_path / "m.safetensors", model=fresh("hf-deimv2"))
     assert same(back, tied)
     dense = tiedconv.untie(back)
-    assert examine(dense).aliases == aliases
+    assert inspect_model(dense).aliases == aliases
     assert same(dense, tied)
 
 
@@ -269,8 +269,8 @@ def test_rotary_positions_leave_no_head_free() -> None:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         image_size=32, patch_size=8,
     )  # fmt: skip
-    anatomy = examine(DINOv3ViTModel(config))
-    blocks = [b for _, b in find_blocks(anatomy.shapes, anatomy.hints) if b.kind == "attention"]
+    info = inspect_model(DINOv3ViTModel(config))
+    blocks = [b for _, b in find_blocks(info.shapes, info.hints) if b.kind == "attention"]
     assert blocks
     assert not any(b.free for b in blocks)
 

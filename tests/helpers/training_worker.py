@@ -16,10 +16,10 @@ from torch import nn
 
 import tiedconv
 from tiedconv.data import TensorList
-from tiedconv.training import Interrupted, Processes, TrainConfig, joined, train
+from tiedconv.training import DistContext, Interrupted, TrainConfig, joined, train
 from tiedconv.training.losses import LossMeter
-from tiedconv.training.train_step import Updater
-from tiedconv.training.wrappers import Learner
+from tiedconv.training.train_step import TrainStep
+from tiedconv.training.wrappers import TrainWrapper
 
 CLASSES = 5
 STEPS = 12
@@ -70,22 +70,22 @@ def images(count: int, seed: int) -> TensorList:
     return TensorList(pixels, labels, mean=(0.5,) * 3, std=(0.3,) * 3, augment="crop")
 
 
-def resumed(scheme: str, kind: str, processes: Processes, folder: Path) -> dict[str, Any]:
+def resumed(scheme: str, kind: str, processes: DistContext, folder: Path) -> dict[str, Any]:
     """A run of which one process is asked to stop, and what going on gives."""
-    step = Updater.step
+    step = TrainStep.step
 
-    def asked(self: Updater, *arguments: Any) -> Any:
+    def asked(self: TrainStep, *arguments: Any) -> Any:
         if processes.rank == 1 and arguments[3] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *arguments)
 
-    Updater.step = asked  # type: ignore[method-assign]
+    TrainStep.step = asked  # type: ignore[method-assign]
     try:
         curve(scheme, kind, folder, **RECIPE)
     except Interrupted as stopped:
         signum = stopped.signum
     finally:
-        Updater.step = step  # type: ignore[method-assign]
+        TrainStep.step = step  # type: ignore[method-assign]
     processes.gathered(None)  # all have come here
     return {**curve(scheme, kind, folder, **RECIPE), "signum": int(signum)}
 
@@ -94,20 +94,20 @@ def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) ->
     """The loss of each step, what the model is in the end, and what it holds on the way."""
     losses: list[float] = []
     held: set[tuple[int, int]] = set()
-    read, clip = LossMeter.read, Learner.clip
+    read, clip = LossMeter.read, TrainWrapper.clip
 
     def noted(self: LossMeter, *arguments: Any) -> list[float]:
         told = read(self, *arguments)
         losses.extend(told)
         return told
 
-    def counted(self: Learner, parameters: Any, most: float) -> Any:
+    def counted(self: TrainWrapper, parameters: Any, most: float) -> Any:
         stored = [p for n, p in self.model.named_parameters() if n.startswith("tied/")]
         held.add((len(stored), len({id(p) for p in stored})))
         assert all(p.grad is not None for p in stored)
         return clip(self, parameters, most)
 
-    LossMeter.read, Learner.clip = noted, counted  # type: ignore[method-assign]
+    LossMeter.read, TrainWrapper.clip = noted, counted  # type: ignore[method-assign]
     try:
         teacher = vit()
         model = tiedconv.convert(vit(), scheme)
@@ -120,7 +120,7 @@ def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) ->
             checkpoint_dir=folder, resume=folder is not None,
         )  # fmt: skip
     finally:
-        LossMeter.read, Learner.clip = read, clip  # type: ignore[method-assign]
+        LossMeter.read, TrainWrapper.clip = read, clip  # type: ignore[method-assign]
     (stored, once), *others = held
     assert not others
     return {

@@ -464,7 +464,7 @@ import json, signal, sys
 from pathlib import Path
 from micro import all_micros
 import tiedconv
-from tiedconv.io.safetensors_file import TensorFile
+from tiedconv.io.safetensors_file import SafetensorsFile
 
 path = Path(sys.argv[1])
 model = tiedconv.convert(all_micros()["timm-vit"].model(), "lors")
@@ -480,7 +480,7 @@ while True:
             tiedconv.save(model, path, force=True)
     except KeyboardInterrupt:
         pass
-    whole = not path.exists() or bool(TensorFile(path).shapes)
+    whole = not path.exists() or bool(SafetensorsFile(path).shapes)
     left = [p.name for p in path.parent.iterdir() if p != path]
     print(json.dumps([whole, left]), flush=True)
 """

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from tiedconv.errors import UserError
-from tiedconv.io.run_dir import CALIBRATION, CURVE, FIT, RunFolder
+from tiedconv.io.run_dir import CALIBRATION, CURVE, FIT, RunDir
 from tiedconv.io.safetensors_file import replacing
 
 OWN = ["step-000000012.pt", CURVE, CALIBRATION, f"1/{CALIBRATION}", FIT, f"0/{FIT}"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    made = RunFolder.beside(tmp_path / "out.safetensors")
+def folder(tmp_path: Path) -> RunDir:
+    made = RunDir.beside(tmp_path / "out.safetensors")
     for part in ("0", "1"):
         (made.path / part).mkdir(parents=True)
     return made
@@ -33,7 +33,7 @@ def killed_while_writing(path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="forks and signals are those of POSIX")
 @pytest.mark.parametrize("name", OWN)
-def test_what_a_killed_process_was_writing_goes(folder: RunFolder, name: str) -> None:
+def test_what_a_killed_process_was_writing_goes(folder: RunDir, name: str) -> None:
     killed_while_writing(folder.path / name)
     assert [p for p in folder.path.rglob("*") if p.is_file()]
     assert folder.kept() == []
@@ -42,7 +42,7 @@ def test_what_a_killed_process_was_writing_goes(folder: RunFolder, name: str) ->
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_only_what_a_run_keeps_is_removed(folder: RunFolder, name: str) -> None:
+def test_only_what_a_run_keeps_is_removed(folder: RunDir, name: str) -> None:
     (folder.path / name).touch()
     (folder.path / "notes.txt").touch()
     (folder.path / ".notes.txt.part").touch()
@@ -52,7 +52,7 @@ def test_only_what_a_run_keeps_is_removed(folder: RunFolder, name: str) -> None:
     assert {p.name for p in folder.path.iterdir()} == {"notes.txt", ".notes.txt.part"}
 
 
-def test_what_can_be_gone_on_from_is_named(folder: RunFolder) -> None:
+def test_what_can_be_gone_on_from_is_named(folder: RunDir) -> None:
     folder.require_new()
     (folder.path / CURVE).touch()
     folder.require_new()  # a picture's points are nothing to go on from
@@ -62,7 +62,7 @@ def test_what_can_be_gone_on_from_is_named(folder: RunFolder) -> None:
 
 
 def test_a_folder_that_is_not_there_is_no_trouble(tmp_path: Path) -> None:
-    folder = RunFolder.beside(tmp_path / "out.safetensors")
+    folder = RunDir.beside(tmp_path / "out.safetensors")
     assert folder.kept() == []
     folder.require_new()
     folder.clear()

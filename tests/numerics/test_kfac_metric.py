@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiedconv.numerics.kfac_metric import IDENTITY, Metric, mean_metric, shrunk
+from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric, mean_metric, shrinkage_estimate
 from tiedconv.numerics.linalg import truncate
 
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7))
@@ -27,13 +27,13 @@ def moment(size: int, seed: int = 0, spread: float = 3.0) -> Tensor:
     return (q * values) @ q.t() * (1 + seed % 3)
 
 
-def metric_of(shape: tuple[int, int], sides: str = "both", seed: int = 0) -> Metric:
+def metric_of(shape: tuple[int, int], sides: str = "both", seed: int = 0) -> KfacMetric:
     left = moment(shape[0], seed + 100) if sides in ("both", "left") else None
     right = moment(shape[1], seed + 200) if sides in ("both", "right") else None
-    return Metric(left, right)
+    return KfacMetric(left, right)
 
 
-def whole(metric: Metric, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def whole(metric: KfacMetric, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """G and C, written out where they are the identity."""
     out, inputs = shape
     left = torch.eye(out).double() if metric.left is None else metric.left
@@ -136,7 +136,7 @@ def test_without_moments_it_is_the_plain_truncated_svd(
     matrix = randn(*shape, seed=seed)
     (b, a), (plain_b, plain_a) = IDENTITY.truncate(matrix, rank), truncate(matrix, rank)
     assert torch.allclose(b @ a, plain_b @ plain_a, atol=1e-9)
-    eyes = Metric(torch.eye(shape[0]).double(), torch.eye(shape[1]).double())
+    eyes = KfacMetric(torch.eye(shape[0]).double(), torch.eye(shape[1]).double())
     b, a = eyes.truncate(matrix, rank)
     assert torch.allclose(b @ a, plain_b @ plain_a, atol=1e-9)
 
@@ -155,13 +155,13 @@ def test_a_zero_matrix_gives_zero_and_finite_factors() -> None:
 
 
 def test_a_float32_metric_keeps_the_precision_of_what_it_measures() -> None:
-    metric = Metric(moment(6).float(), moment(5).float())
+    metric = KfacMetric(moment(6).float(), moment(5).float())
     for dtype in (torch.float32, torch.float64):
         assert metric.apply(randn(6, 5, dtype=dtype)).dtype == dtype
         assert metric.truncate(randn(6, 5, dtype=dtype), 2)[0].dtype == dtype
 
 
-def random_cost(metric: Metric, shape: tuple[int, int]) -> float:
+def random_cost(metric: KfacMetric, shape: tuple[int, int]) -> float:
     """The mean cost of an error whose entries are independent, of variance one."""
     g, c = whole(metric, shape)
     return 0.5 * float(torch.trace(g) * torch.trace(c))
@@ -182,7 +182,7 @@ def test_of_one_metric_alone_the_mean_is_itself_and_the_scale_of_a_side_is_free(
     assert metric.left is not None
     assert metric.right is not None
     other = metric_of((6, 5), seed=9)
-    scaled = Metric(metric.left * 1e3, metric.right / 1e3)
+    scaled = KfacMetric(metric.left * 1e3, metric.right / 1e3)
     mean, same = mean_metric([metric, other]), mean_metric([scaled, other])
     assert mean.cost(error) == pytest.approx(same.cost(error))
 
@@ -199,7 +199,7 @@ def test_sides_of_unlike_sizes_have_no_mean() -> None:
 def test_the_left_side_can_take_the_scale_of_the_right(shape: tuple[int, int], seed: int) -> None:
     metric = metric_of(shape, seed=seed)
     assert metric.right is not None
-    unit = Metric(metric.scaled_left(), metric.right / metric.right.diagonal().mean())
+    unit = KfacMetric(metric.scaled_left(), metric.right / metric.right.diagonal().mean())
     error = randn(*shape, seed=seed)
     assert unit.cost(error) == pytest.approx(metric.cost(error), rel=1e-9)
 
@@ -214,7 +214,7 @@ def halves(count: int, seed: int = 0, spread: float = 2.0) -> tuple[Tensor, Tens
 @given(st.integers(2, 60), SEEDS)
 def test_a_shrunk_moment_is_positive_definite_whatever_the_rank(count: int, seed: int) -> None:
     first, second = halves(count, seed)
-    found, ridge = shrunk(first, second)
+    found, ridge = shrinkage_estimate(first, second)
     assert 1e-4 <= ridge <= 1
     assert found.dtype == torch.float32
     assert float(torch.linalg.eigvalsh(found.double())[0]) > 0
@@ -240,12 +240,12 @@ def test_the_ridge_is_half_the_one_that_predicts_the_other_half_best(count: int,
         for a, b in ((first, second), (second, first))
     ]
     expected = min(1.0, max(1e-4, sum(best) / 2 / 2))
-    assert shrunk(first, second)[1] == pytest.approx(expected, abs=1e-2 / 2)
+    assert shrinkage_estimate(first, second)[1] == pytest.approx(expected, abs=1e-2 / 2)
 
 
 def test_more_images_need_a_smaller_ridge() -> None:
     def ridge(count: int) -> float:
-        return sum(shrunk(*halves(count, seed))[1] for seed in range(8)) / 8
+        return sum(shrinkage_estimate(*halves(count, seed))[1] for seed in range(8)) / 8
 
     ridges = [ridge(count) for count in (8, 32, 128, 512, 2048)]
     assert ridges == sorted(ridges, reverse=True)
@@ -254,16 +254,18 @@ def test_more_images_need_a_smaller_ridge() -> None:
 
 def test_halves_that_agree_need_the_least_ridge() -> None:
     first, _ = halves(40)
-    found, ridge = shrunk(first, first)
+    found, ridge = shrinkage_estimate(first, first)
     assert ridge == 1e-4
     assert torch.allclose(found.double(), first, rtol=1e-3, atol=1e-3 * float(first.max()))
 
 
 def test_of_nothing_the_moment_is_the_identity() -> None:
-    found, _ = shrunk(torch.zeros(3, 3).double(), torch.zeros(3, 3).double())
+    found, _ = shrinkage_estimate(torch.zeros(3, 3).double(), torch.zeros(3, 3).double())
     assert torch.equal(found, torch.eye(3))
     # A width of one has one eigenvalue, which is its own mean.
-    found, ridge = shrunk(torch.full((1, 1), 4.0).double(), torch.full((1, 1), 2.0).double())
+    found, ridge = shrinkage_estimate(
+        torch.full((1, 1), 4.0).double(), torch.full((1, 1), 2.0).double()
+    )
     assert float(found) == pytest.approx(3.0)
     assert ridge == 1e-4
 
@@ -274,5 +276,5 @@ def test_a_ridge_comes_nearer_to_the_truth_than_none() -> None:
     for seed in range(10):
         first, second = halves(16, seed, spread=0.5)
         plain += float(((first + second) / 2 - truth).square().sum())
-        ridged += float((shrunk(first, second)[0].double() - truth).square().sum())
+        ridged += float((shrinkage_estimate(first, second)[0].double() - truth).square().sum())
     assert ridged < 0.8 * plain

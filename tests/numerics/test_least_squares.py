@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tiedconv.core.expr import Expr, MatMul, Permute, Ref
 from tiedconv.numerics import least_squares as leastsquares
-from tiedconv.numerics.kfac_metric import IDENTITY, Metric
+from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.least_squares import Factors, conjugate_gradients, improve, total_cost
 from tiedconv.numerics.linalg import base_and_residuals
 from tiedconv.schemes import Layout, all_schemes, make_scheme
@@ -58,13 +58,13 @@ def moment(size: int, seed: int = 0, spread: float = 3.0) -> Tensor:
     return (q * 10.0 ** (-spread * torch.linspace(0, 1, size, dtype=q.dtype))) @ q.t()
 
 
-def metric_of(shape: tuple[int, int], seed: int = 0, spread: float = 3.0) -> Metric:
-    return Metric(moment(shape[0], seed + 100, spread), moment(shape[1], seed + 200, spread))
+def metric_of(shape: tuple[int, int], seed: int = 0, spread: float = 3.0) -> KfacMetric:
+    return KfacMetric(moment(shape[0], seed + 100, spread), moment(shape[1], seed + 200, spread))
 
 
 def problem(
     form: str, seed: int, spread: float = 3.0, dtype: torch.dtype = torch.float64
-) -> tuple[Layout, list[Tensor], list[Metric], Factors]:
+) -> tuple[Layout, list[Tensor], list[KfacMetric], Factors]:
     """A form's layout, matrices for it, what their errors cost, and the form's own fit."""
     name, options, shapes = FORMS[form]
     scheme = make_scheme(name, options)
@@ -73,7 +73,7 @@ def problem(
     return scheme.layout(shapes), matrices, metrics, scheme.fit(matrices)
 
 
-def long(metric: Metric) -> Tensor:
+def long(metric: KfacMetric) -> Tensor:
     """The metric as one matrix on rows put one behind the other."""
     assert metric.left is not None
     assert metric.right is not None
@@ -149,7 +149,7 @@ def test_at_the_end_no_factor_alone_can_gain_more(form: str) -> None:
 
 def least_squares(
     weights: tuple[Expr, ...], factors: Factors, name: str, matrices: list[Tensor],
-    metrics: list[Metric],
+    metrics: list[KfacMetric],
 ) -> Tensor:  # fmt: skip
     """The best value of one factor, from the normal equations written out in full."""
     shape, size = factors[name].shape, factors[name].numel()
@@ -220,7 +220,7 @@ def test_without_a_metric_a_base_and_residuals_end_where_the_plain_fit_does() ->
 def test_the_scale_of_the_costs_is_without_effect(form: str) -> None:
     layout, matrices, metrics, start = problem(form, 3, spread=2.0)
     made = improve(layout.weights, start, matrices, metrics)
-    scaled = [Metric(m.left * 1e-9, m.right) for m in metrics if m.left is not None]
+    scaled = [KfacMetric(m.left * 1e-9, m.right) for m in metrics if m.left is not None]
     again = improve(layout.weights, start, matrices, scaled)
     for expr in layout.weights:
         assert torch.allclose(

@@ -216,14 +216,14 @@ def test_procrustes_finds_the_rotation_that_was_applied() -> None:
 
 @given(st.integers(1, 6), st.integers(0, 20))
 def test_match_is_the_best_of_all_assignments(size: int, seed: int) -> None:
-    likeness = randn(size, size, seed=seed)
-    order = linalg.match(likeness)
+    similarity = randn(size, size, seed=seed)
+    order = linalg.match(similarity)
     assert sorted(order.tolist()) == list(range(size))
     rows = torch.arange(size)
     best = max(
-        float(likeness[rows, torch.tensor(p)].sum()) for p in itertools.permutations(range(size))
+        float(similarity[rows, torch.tensor(p)].sum()) for p in itertools.permutations(range(size))
     )
-    assert float(likeness[rows, order].sum()) == pytest.approx(best)
+    assert float(similarity[rows, order].sum()) == pytest.approx(best)
 
 
 def test_match_undoes_a_permutation() -> None:

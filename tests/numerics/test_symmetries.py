@@ -12,36 +12,36 @@ from torch import Tensor
 
 from tiedconv.core.plan import Block, Slot, Span
 from tiedconv.families import find_blocks
-from tiedconv.families.inspect import Anatomy, examine
+from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.numerics import symmetries as gauge
-from tiedconv.numerics.symmetries import Workbench
+from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.schemes import all_schemes, make_scheme
 from tiedconv.schemes._align import is_whole
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 ONLY_SINGLE = {"hf-dab-detr"}  # computes its positions and its attention in float32
 
-Move = Callable[[Workbench, Block, torch.Generator], bool]
+Move = Callable[[WeightEditor, Block, torch.Generator], bool]
 
 
 @functools.cache
-def anatomy_of(name: str) -> Anatomy:
-    return examine(every_micro()[name].model())
+def anatomy_of(name: str) -> ModelInfo:
+    return inspect_model(every_micro()[name].model())
 
 
 @functools.cache
 def blocks_of(name: str) -> tuple[Block, ...]:
-    anatomy = anatomy_of(name)
-    return tuple(block for _, block in find_blocks(anatomy.shapes, anatomy.hints))
+    info = anatomy_of(name)
+    return tuple(block for _, block in find_blocks(info.shapes, info.hints))
 
 
-def off_by(name: str, dtype: torch.dtype, bench: Workbench) -> float:
+def off_by(name: str, dtype: torch.dtype, editor: WeightEditor) -> float:
     """How far the moved weights' logits are from the original's."""
     micro = every_micro()[name]
     model = micro.model(dtype)
     own = model.state_dict()
     with torch.no_grad():
-        for key, tensor in bench.tensors.items():
+        for key, tensor in editor.tensors.items():
             assert tensor.dtype == own[key].dtype, key
             assert tensor.shape == own[key].shape, key
             own[key].copy_(tensor)
@@ -49,9 +49,9 @@ def off_by(name: str, dtype: torch.dtype, bench: Workbench) -> float:
     return float((micro.logits(model) - wanted).abs().max() / wanted.abs().max())
 
 
-def bench_for(name: str, dtype: torch.dtype) -> Workbench:
+def bench_for(name: str, dtype: torch.dtype) -> WeightEditor:
     own = every_micro()[name].model(dtype).state_dict()
-    return Workbench({key: own[key] for key in anatomy_of(name).shapes})
+    return WeightEditor({key: own[key] for key in anatomy_of(name).shapes})
 
 
 def positive(count: int, generator: torch.Generator) -> Tensor:
@@ -64,26 +64,26 @@ def signed(count: int, generator: torch.Generator) -> Tensor:
 
 
 def conv_rows(i: int) -> Move:
-    def move(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+    def move(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
         if block.kind != "bottleneck":
             return False
         c = signed(block.slots[f"conv{i}"].rows, generator)
-        gauge.scale_conv_rows(bench, block, i, c)
+        gauge.scale_conv_rows(editor, block, i, c)
         return True
 
     return move
 
 
-def bottleneck_units(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+def bottleneck_units(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
     if block.kind != "bottleneck" or not block.relu:
         return False
     f = positive(block.slots["conv3"].columns, generator)
-    gauge.scale_bottleneck_units(bench, block, f)
+    gauge.scale_bottleneck_units(editor, block, f)
     return True
 
 
 def bottleneck_order(which: tuple[bool, bool]) -> Move:
-    def move(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+    def move(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
         if block.kind != "bottleneck" or not block.free:
             return False
         conv1, conv2 = block.slots["conv1"], block.slots["conv2"]
@@ -93,30 +93,30 @@ def bottleneck_order(which: tuple[bool, bool]) -> Move:
             torch.randperm(s.rows, generator=generator) if wanted else None
             for s, wanted in zip((conv1, conv2), which, strict=True)
         ]
-        gauge.permute_bottleneck(bench, block, orders[0], orders[1])
+        gauge.permute_bottleneck(editor, block, orders[0], orders[1])
         return True
 
     return move
 
 
-def hidden_order(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+def hidden_order(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
     if block.kind != "ffn" or not block.free:
         return False
     gauge.permute_hidden(
-        bench, block, torch.randperm(block.slots["up"].rows, generator=generator)
+        editor, block, torch.randperm(block.slots["up"].rows, generator=generator)
     )  # fmt: skip
     return True
 
 
-def hidden_scale(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+def hidden_scale(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
     if block.kind != "ffn" or not (block.free and block.relu):
         return False
-    gauge.scale_hidden(bench, block, positive(block.slots["up"].rows, generator))
+    gauge.scale_hidden(editor, block, positive(block.slots["up"].rows, generator))
     return True
 
 
 def head_bases(which: tuple[bool, bool]) -> Move:
-    def move(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+    def move(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
         if block.kind != "attention" or not (block.free and block.heads):
             return False
         d = block.slots["q"].rows // block.heads
@@ -126,21 +126,21 @@ def head_bases(which: tuple[bool, bool]) -> Move:
             return torch.eye(d, dtype=torch.float64) + 0.1 * g
 
         qk, vo = (invertible() if wanted else None for wanted in which)
-        gauge.transform_heads(bench, block, qk, vo)
+        gauge.transform_heads(editor, block, qk, vo)
         return True
 
     return move
 
 
-def head_order(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
+def head_order(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
     if block.kind != "attention" or not (block.free and block.heads):
         return False
-    gauge.permute_heads(bench, block, torch.arange(block.heads).flip(0))
+    gauge.permute_heads(editor, block, torch.arange(block.heads).flip(0))
     return True
 
 
-def fold(bench: Workbench, block: Block, generator: torch.Generator) -> bool:
-    return is_whole(block) and gauge.fold_norm(bench, block)
+def fold(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
+    return is_whole(block) and gauge.fold_norm(editor, block)
 
 
 MOVES: dict[str, Move] = {
@@ -167,11 +167,11 @@ def taking(dtype: torch.dtype) -> list[str]:
     return [name for name in every_micro() if single or name not in ONLY_SINGLE]
 
 
-def apply(move: Move, name: str, dtype: torch.dtype) -> tuple[Workbench, int]:
+def apply(move: Move, name: str, dtype: torch.dtype) -> tuple[WeightEditor, int]:
     """A move on every block it applies to, and on how many it did."""
-    bench = bench_for(name, dtype)
+    editor = bench_for(name, dtype)
     generator = torch.Generator().manual_seed(4)
-    return bench, sum(move(bench, block, generator) for block in blocks_of(name))
+    return editor, sum(move(editor, block, generator) for block in blocks_of(name))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -179,10 +179,10 @@ def apply(move: Move, name: str, dtype: torch.dtype) -> tuple[Workbench, int]:
 def test_a_move_changes_no_output(move: str, dtype: torch.dtype) -> None:
     moved = 0
     for name in taking(dtype):
-        bench, applied = apply(MOVES[move], name, dtype)
+        editor, applied = apply(MOVES[move], name, dtype)
         if applied:
             moved += applied
-            assert off_by(name, dtype, bench) < TOLERANCE[dtype], name
+            assert off_by(name, dtype, editor) < TOLERANCE[dtype], name
     assert moved >= 3, "this move was never tried"
 
 
@@ -191,22 +191,22 @@ def test_a_move_does_change_the_weights_and_no_tensor_it_was_given(move: str) ->
     for name in all_micros():
         own = all_micros()[name].model().state_dict()
         before = {key: t.clone() for key, t in own.items()}
-        bench = Workbench(own)
+        editor = WeightEditor(own)
         generator = torch.Generator().manual_seed(4)
-        applied = sum(MOVES[move](bench, block, generator) for block in blocks_of(name))
+        applied = sum(MOVES[move](editor, block, generator) for block in blocks_of(name))
         assert all(torch.equal(own[key], t) for key, t in before.items())
-        changed = any(not torch.equal(bench.tensors[key], t) for key, t in before.items())
+        changed = any(not torch.equal(editor.tensors[key], t) for key, t in before.items())
         assert changed == bool(applied)
 
 
 def test_all_moves_after_each_other_change_no_output() -> None:
     for name in taking(torch.float64):
-        bench = bench_for(name, torch.float64)
+        editor = bench_for(name, torch.float64)
         generator = torch.Generator().manual_seed(5)
         for move in MOVES.values():
             for block in blocks_of(name):
-                move(bench, block, generator)
-        assert off_by(name, torch.float64, bench) < 1e-9, name
+                move(editor, block, generator)
+        assert off_by(name, torch.float64, editor) < 1e-9, name
 
 
 VARIANTS: list[tuple[str, dict[str, object]]] = [
@@ -239,9 +239,9 @@ def test_aligning_changes_no_output(name: str, scheme: str, options: dict[str, o
     for dtype, tolerance in TOLERANCE.items():
         if name not in taking(dtype):
             continue
-        bench = bench_for(name, dtype)
-        make_scheme(scheme, options).align(blocks_of(name), bench)
-        assert off_by(name, dtype, bench) < tolerance
+        editor = bench_for(name, dtype)
+        make_scheme(scheme, options).align(blocks_of(name), editor)
+        assert off_by(name, dtype, editor) < tolerance
 
 
 @pytest.mark.parametrize("scheme", all_schemes())
@@ -253,9 +253,9 @@ def test_aligning_only_part_of_a_block_changes_no_output(scheme: str) -> None:
             for block in blocks_of(name):
                 tensors = [slot.tensor for slot in block.slots.values()]
                 parts.append(block.keep([t for t in tensors if t != tensors[skip]]))
-            bench = bench_for(name, torch.float64)
-            make_scheme(scheme, {}).align([b for b in parts if b.slots], bench)
-            assert off_by(name, torch.float64, bench) < 1e-9, name
+            editor = bench_for(name, torch.float64)
+            make_scheme(scheme, {}).align([b for b in parts if b.slots], editor)
+            assert off_by(name, torch.float64, editor) < 1e-9, name
 
 
 def test_a_block_that_is_not_free_is_left_alone() -> None:
@@ -266,11 +266,11 @@ def test_a_block_that_is_not_free_is_left_alone() -> None:
 
 def test_a_dead_norm_is_not_folded() -> None:
     block = next(b for b in blocks_of("timm-vit") if b.kind == "ffn")
-    bench = bench_for("timm-vit", torch.float32)
-    bench.edit(block.vectors["norm.weight"])[3] = 0.0
-    before = {key: t.clone() for key, t in bench.tensors.items()}
-    assert not gauge.fold_norm(bench, block)
-    assert all(torch.equal(bench.tensors[key], t) for key, t in before.items())
+    editor = bench_for("timm-vit", torch.float32)
+    editor.edit(block.vectors["norm.weight"])[3] = 0.0
+    before = {key: t.clone() for key, t in editor.tensors.items()}
+    assert not gauge.fold_norm(editor, block)
+    assert all(torch.equal(editor.tensors[key], t) for key, t in before.items())
 
 
 def test_dead_units_and_constant_weights_align_without_nan() -> None:
@@ -285,10 +285,10 @@ def test_dead_units_and_constant_weights_align_without_nan() -> None:
             before = micro.logits(model)
             own = model.state_dict()
             for scheme in all_schemes():
-                bench = Workbench({key: own[key].clone() for key in anatomy_of(name).shapes})
-                make_scheme(scheme, {}).align(blocks_of(name), bench)
+                editor = WeightEditor({key: own[key].clone() for key in anatomy_of(name).shapes})
+                make_scheme(scheme, {}).align(blocks_of(name), editor)
                 moved = micro.model(torch.float64)
-                moved.load_state_dict(bench.tensors)
+                moved.load_state_dict(editor.tensors)
                 after = micro.logits(moved)
                 assert torch.isfinite(after).all()
                 assert float((after - before).abs().max()) < 1e-8 * float(before.abs().max())
@@ -300,11 +300,11 @@ def half_dead(tensor: Tensor) -> Tensor:
 
 def test_a_workbench_copies_a_tensor_once_and_only_when_edited() -> None:
     given = {"w": torch.ones(2, 3), "b": torch.ones(4)}
-    bench = Workbench(given)
-    bench.edit(Slot.whole("w", (2, 3))).mul_(2)
-    bench.edit(Slot.whole("w", (2, 3))).mul_(3)
-    bench.edit(Span("b", 1, 2)).zero_()
-    assert torch.equal(bench.tensors["w"], torch.full((2, 3), 6.0))
-    assert bench.tensors["b"].tolist() == [1, 0, 1, 1]
+    editor = WeightEditor(given)
+    editor.edit(Slot.whole("w", (2, 3))).mul_(2)
+    editor.edit(Slot.whole("w", (2, 3))).mul_(3)
+    editor.edit(Span("b", 1, 2)).zero_()
+    assert torch.equal(editor.tensors["w"], torch.full((2, 3), 6.0))
+    assert editor.tensors["b"].tolist() == [1, 0, 1, 1]
     assert torch.equal(given["w"], torch.ones(2, 3))
     assert torch.equal(given["b"], torch.ones(4))

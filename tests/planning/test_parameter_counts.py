@@ -10,14 +10,14 @@ import pytest
 import tiedconv
 from tiedconv import sources
 from tiedconv.core.plan import Plan
-from tiedconv.families.inspect import Anatomy, examine
+from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.planning.planner import make_plan
 from tiedconv.planning.recipe import Recipe, Rule
 
 
 @functools.cache
-def anatomy_of(spec: str) -> Anatomy:
-    return examine(sources.describe(spec)[0])
+def anatomy_of(spec: str) -> ModelInfo:
+    return inspect_model(sources.describe(spec)[0])
 
 
 def planned(spec: str, scheme: str, **options: Any) -> Plan:

@@ -26,10 +26,10 @@ from tiedconv.errors import (
     UserError,
 )
 from tiedconv.families import all_families
-from tiedconv.families.inspect import examine
+from tiedconv.families.inspect import inspect_model
 from tiedconv.numerics.linalg import spectrum
-from tiedconv.numerics.symmetries import Workbench
-from tiedconv.planning.planner import draft, smaller_ways
+from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.planning.planner import draft, smaller_options
 from tiedconv.planning.rank_allocation import allocate
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.runtime.tie import is_tied, state_of
@@ -54,7 +54,7 @@ def test_a_model_with_nothing_to_convert_is_told_what_was_looked_for(scheme: str
         tiedconv.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), scheme)
     message = str(caught.value)
     assert all(family.name in message for family in all_families())
-    assert all_schemes()[scheme].looks_for in message
+    assert all_schemes()[scheme].pattern in message
     assert caught.value.exit_code == 2
 
 
@@ -314,10 +314,10 @@ def named_ways(message: str) -> Iterator[tuple[str, dict[str, Any], int]]:
 
 def test_the_ways_offered_are_smaller_and_true() -> None:
     for name in ("torchvision-resnet", "timm-vit", "perceptron"):
-        anatomy = examine(model(name))
+        info = inspect_model(model(name))
         recipe = Recipe.of("lors")
         current = tiedconv.plan(model(name), "lors").stored
-        ways = smaller_ways(anatomy, recipe)
+        ways = smaller_options(info, recipe)
         assert ways
         for text, size in ways:
             (scheme, options, again), *_ = named_ways(f"{text} reaches {size:,}")
@@ -336,13 +336,13 @@ BUDGETS = [
 
 @pytest.mark.parametrize(("name", "scheme", "params"), BUDGETS)
 def test_a_budget_is_never_exceeded_and_nearly_used(name: str, scheme: str, params: str) -> None:
-    anatomy = examine(model(name))
+    info = inspect_model(model(name))
     most = tiedconv.plan(model(name), scheme, rank=10**6)
     budget = Budget(params).resolve(most.original)
     dry = tiedconv.plan(model(name), scheme, params=params)
     fitted = state_of(tiedconv.convert(model(name), scheme, params=params)).plan
     dearest = max(
-        sum(m.shape) for t in draft(anatomy, Recipe.of(scheme)) for d in t.drafts for m in d.members
+        sum(m.shape) for t in draft(info, Recipe.of(scheme)) for d in t.drafts for m in d.members
     )
     for plan in (dry, fitted):
         assert plan.stored <= budget
@@ -379,28 +379,30 @@ def test_a_larger_budget_never_fits_worse(scheme: str) -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-def drafts_of(name: str, scheme: str) -> tuple[list[Draft], Workbench]:
-    anatomy = examine(model(name))
+def drafts_of(name: str, scheme: str) -> tuple[list[Draft], WeightEditor]:
+    info = inspect_model(model(name))
     own = model(name).state_dict()
     drafts = [
-        Draft(d.name, d.scheme.with_ranks([d.scheme.least_rank] * len(d.members)), d.members)
-        for t in draft(anatomy, Recipe.of(scheme))
+        Draft(
+            d.name, d.scheme.with_residual_ranks([d.scheme.least_rank] * len(d.members)), d.members
+        )
+        for t in draft(info, Recipe.of(scheme))
         for d in t.drafts
     ]
-    return drafts, Workbench({n: own[n] for n in anatomy.shapes})
+    return drafts, WeightEditor({n: own[n] for n in info.shapes})
 
 
 @pytest.mark.parametrize("scheme", ["lors", "lowrank"])
 @pytest.mark.parametrize("spare", [0, 150, 3_000, 12_000])
 def test_no_exchange_of_one_rank_for_another_removes_more_error(scheme: str, spare: int) -> None:
-    drafts, bench = drafts_of("timm-vit", scheme)
+    drafts, editor = drafts_of("timm-vit", scheme)
     taken: list[tuple[float, int]] = []  # error removed and cost of the last rank of each matrix
     untaken: list[tuple[float, int]] = []
     spent = 0
-    for before, after in zip(drafts, allocate(drafts, spare, bench), strict=True):
+    for before, after in zip(drafts, allocate(drafts, spare, editor), strict=True):
         assert isinstance(after.scheme, Ranked)
         assert isinstance(after.scheme.rank, tuple)
-        matrices = [m.matrix_of(bench.tensors[m.slot.tensor]) for m in before.members]
+        matrices = [m.matrix_of(editor.tensors[m.slot.tensor]) for m in before.members]
         for j, residual in enumerate(before.scheme.residuals(matrices)):
             assert residual is not None
             rank, least = after.scheme.rank[j], before.scheme.least_rank
@@ -488,7 +490,7 @@ def test_progress_counts_every_group_once() -> None:
 
 @pytest.mark.parametrize("name", all_micros())
 def test_every_scheme_alone_finds_only_what_the_families_found(name: str) -> None:
-    shapes = examine(model(name)).shapes
+    shapes = inspect_model(model(name)).shapes
     for scheme in all_schemes():
         try:
             told = OPTIONS.get(scheme, {}) if MEANT_FOR.get(scheme, (name,))[0] == name else {}

@@ -16,13 +16,13 @@ from micro import all_micros
 from torch import Tensor
 
 from tiedconv.core.plan import Block, Member
-from tiedconv.families.inspect import examine
-from tiedconv.numerics.kfac_metric import IDENTITY, Metric
+from tiedconv.families.inspect import inspect_model
+from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.linalg import spectrum
-from tiedconv.numerics.symmetries import Workbench
+from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.planning.planner import compile_plan, draft, fit_plan, make_plan
 from tiedconv.planning.rank_allocation import (
-    Metrics,
+    KfacMetrics,
     allocate,
     fill,
     gains_of,
@@ -30,7 +30,7 @@ from tiedconv.planning.rank_allocation import (
     with_least,
 )
 from tiedconv.planning.recipe import Recipe
-from tiedconv.planning.scheme_search import Curve, Menu, Part, choose, least_size
+from tiedconv.planning.scheme_search import Curve, Part, StackOptions, choose, least_size
 from tiedconv.schemes import Draft, Scheme, make_scheme
 
 NAMES = ("timm-vit", "torchvision-resnet", "hf-imagegpt", "convmixer")
@@ -52,14 +52,14 @@ CANDIDATES = (
 
 @functools.cache
 def blocks_of(name: str) -> tuple[Block, ...]:
-    return draft(examine(all_micros()[name].model()), Recipe.of("lowrank"))[0].blocks
+    return draft(inspect_model(all_micros()[name].model()), Recipe.of("lowrank"))[0].blocks
 
 
 @functools.cache
-def bench_of(name: str) -> Workbench:
+def bench_of(name: str) -> WeightEditor:
     model = all_micros()[name].model()
     own = model.state_dict()
-    return Workbench({n: own[n] for n in examine(model).shapes})
+    return WeightEditor({n: own[n] for n in inspect_model(model).shapes})
 
 
 def moment(size: int, seed: int) -> Tensor:
@@ -70,14 +70,14 @@ def moment(size: int, seed: int) -> Tensor:
 
 
 @functools.cache
-def metrics_for(name: str) -> Metrics:
+def metrics_for(name: str) -> KfacMetrics:
     """What errors of a micro model's weights cost, drawn at random."""
     slots = {s.tensor: s for b in blocks_of(name) for s in b.slots.values()}
     found = {}
     for i, (tensor, slot) in enumerate(slots.items()):
         whole = bench_of(name).tensors[tensor]
         rows = whole.shape[1] if slot.transposed else whole.shape[0]
-        found[tensor] = Metric(moment(rows, i), moment(slot.columns, 100 + i) * 10.0 ** (i % 3))
+        found[tensor] = KfacMetric(moment(rows, i), moment(slot.columns, 100 + i) * 10.0 ** (i % 3))
     return found
 
 
@@ -93,20 +93,20 @@ def size_of(name: str, drafts: Sequence[Draft]) -> int:
     return dense(name) - taken + sum(math.prod(shape) for f in factors for shape in f)
 
 
-def predicted(name: str, drafts: Sequence[Draft], metrics: Metrics) -> float:
+def predicted(name: str, drafts: Sequence[Draft], metrics: KfacMetrics) -> float:
     """The cost that truncated SVDs leave at the ranks chosen: exact for low rank."""
     total = 0.0
     for d in drafts:
-        dials = d.scheme.dials(d.shapes)
+        rank_options = d.scheme.rank_options(d.shapes)
         for j, gain in enumerate(gains_of(d, bench_of(name), metrics)):
-            dial = dials[j]
-            if gain is not None and dial is not None:
+            rank_option = rank_options[j]
+            if gain is not None and rank_option is not None:
                 total += float(gain[rank_of(d, j) :].sum())
     return total
 
 
 def rank_of(d: Draft, j: int) -> int:
-    """Where a dial of a draft stands."""
+    """Where a rank_option of a draft stands."""
     factors = d.scheme.layout(d.shapes).factors
     if j == len(d.members):
         core = getattr(type(d.scheme), "core_name", "")
@@ -154,7 +154,7 @@ def left_by(name: str, part: Part, budget: int) -> float:
 @each_model
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
 def test_more_candidates_never_leave_a_higher_predicted_cost(name: str, share: float) -> None:
-    """Of forms whose curves are exact; up to the size of the last step of a dial."""
+    """Of forms whose curves are exact; up to the size of the last step of a rank_option."""
     fused, apart = CANDIDATES[:2]
     both = Part((fused, apart), blocks_of(name))
     least = max(least_size(Part((c,), blocks_of(name))) for c in both.candidates)
@@ -218,7 +218,7 @@ def test_parts_share_one_budget() -> None:
     spent = []
     for loved in ("attn", "mlp"):
         metrics = {
-            tensor: Metric(None, torch.eye(bench_of(name).tensors[tensor].shape[1]) * factor)
+            tensor: KfacMetric(None, torch.eye(bench_of(name).tensors[tensor].shape[1]) * factor)
             for tensor in metrics_for(name)
             for factor in [100.0 if loved in tensor else 1.0]
         }
@@ -231,15 +231,15 @@ def test_parts_share_one_budget() -> None:
     assert spent[0] > 1.2 * spent[1]
 
 
-def curve(size: int, cost: float, *gains: float, price: int = 1) -> Curve:
-    """A curve of one dial."""
+def curve(size: int, cost: float, *gains: float, multiplier: int = 1) -> Curve:
+    """A curve of one rank_option."""
     if not gains:
         return Curve((), size, cost)
-    return Curve((), size, cost, ((0, 0),), (torch.tensor(gains),), (price,))
+    return Curve((), size, cost, ((0, 0),), (torch.tensor(gains),), (multiplier,))
 
 
 def test_a_curve_takes_what_is_worth_its_price() -> None:
-    c = curve(10, 0.5, 8.0, 4.0, 2.0, 1.0, price=2)
+    c = curve(10, 0.5, 8.0, 4.0, 2.0, 1.0, multiplier=2)
     assert c.at(1e9) == (15.5, 10)
     assert c.at(3.0) == (7.5, 12)
     assert c.at(1.5) == (3.5, 14)
@@ -247,16 +247,16 @@ def test_a_curve_takes_what_is_worth_its_price() -> None:
 
 
 @given(st.floats(1e-3, 1e3))
-def test_a_menu_is_ordered_by_cost_plus_price(price: float) -> None:
+def test_a_menu_is_ordered_by_cost_plus_price(multiplier: float) -> None:
     each = (
-        (curve(100, 0.0), curve(10, 1.0, 30.0, 10.0, 3.0, price=9)),
-        (curve(100, 0.0), curve(20, 5.0, 20.0, 8.0, price=12)),
+        (curve(100, 0.0), curve(10, 1.0, 30.0, 10.0, 3.0, multiplier=9)),
+        (curve(100, 0.0), curve(20, 5.0, 20.0, 8.0, multiplier=12)),
     )
-    whole = (curve(25, 9.0, 40.0, 20.0, price=20),)
-    chosen = Menu(each, whole).best(price)
+    whole = (curve(25, 9.0, 40.0, 20.0, multiplier=20),)
+    chosen = StackOptions(each, whole).best(multiplier)
 
     def worth(curves: Sequence[Curve]) -> float:
-        return sum(c.at(price)[0] + price * c.at(price)[1] for c in curves)
+        return sum(c.at(multiplier)[0] + multiplier * c.at(multiplier)[1] for c in curves)
 
     ways = [*itertools.product(*each), whole]
     assert worth(chosen) == pytest.approx(min(map(worth, ways)))
@@ -264,8 +264,8 @@ def test_a_menu_is_ordered_by_cost_plus_price(price: float) -> None:
 
 def test_a_stack_is_taken_as_a_whole_where_that_is_best() -> None:
     each = ((curve(100, 0.0), curve(10, 5.0)), (curve(100, 0.0), curve(10, 5.0)))
-    assert len(Menu(each, (curve(12, 6.0),)).best(0.1)) == 1
-    assert len(Menu(each, (curve(12, 60.0),)).best(0.1)) == 2
+    assert len(StackOptions(each, (curve(12, 6.0),)).best(0.1)) == 1
+    assert len(StackOptions(each, (curve(12, 60.0),)).best(0.1)) == 2
 
 
 @each_model
@@ -277,16 +277,16 @@ def test_ranks_go_where_the_metric_says(name: str) -> None:
     for loved in list(metrics)[:3]:
         m = metrics[loved]
         assert m.left is not None
-        raised = {**metrics, loved: Metric(m.left * 100, m.right)}
+        raised = {**metrics, loved: KfacMetric(m.left * 100, m.right)}
         after = allocate(least, spare, bench_of(name), raised)
         for old, new in zip(before, after, strict=True):
             mine = old.members[0].slot.tensor == loved
-            dial = old.scheme.dials(old.shapes)[0]
-            assert dial is not None
-            if mine and rank_of(old, 0) < dial.most:
+            rank_option = old.scheme.rank_options(old.shapes)[0]
+            assert rank_option is not None
+            if mine and rank_of(old, 0) < rank_option.break_even_rank:
                 assert rank_of(new, 0) > rank_of(old, 0)
             elif mine:
-                assert rank_of(new, 0) == dial.most
+                assert rank_of(new, 0) == rank_option.break_even_rank
         others = [
             sum(rank_of(d, 0) for d in drafts if d.members[0].slot.tensor != loved)
             for drafts in (before, after)
@@ -300,7 +300,7 @@ def test_the_scale_of_all_costs_decides_nothing(name: str) -> None:
     metrics = metrics_for(name)
     # A power of two, so that no rounding differs.
     scaled = {
-        n: Metric(m.left * 2.0**-20, m.right) for n, m in metrics.items() if m.left is not None
+        n: KfacMetric(m.left * 2.0**-20, m.right) for n, m in metrics.items() if m.left is not None
     }
     spare = dense(name) // 3
     assert allocate(least, spare, bench_of(name), metrics) == allocate(
@@ -372,21 +372,21 @@ def test_a_plan_made_with_metrics_costs_less_in_them_than_one_made_without(
 ) -> None:
     if (name, scheme_name) == ("torchvision-resnet", "auto"):
         params = "70%"  # at 80 % both cost the same, as far as costs of single matrices can tell
-    anatomy = examine(all_micros()[name].model())
-    tensors = {n: bench_of(name).tensors[n] for n in anatomy.shapes}
+    info = inspect_model(all_micros()[name].model())
+    tensors = {n: bench_of(name).tensors[n] for n in info.shapes}
     options = {"core": 0.5} if scheme_name in ("tied", "lors") else {}
     recipe = Recipe.of(scheme_name, params=params, **options)
     metrics = metrics_for(name)
     costs = []
     for measure in (lambda _: metrics, None):
-        plan, moved = make_plan(anatomy, recipe, tensors, measure=measure)
+        plan, moved = make_plan(info, recipe, tensors, measure=measure)
         assert plan.stored <= plan.original * int(params[:-1]) // 100
         costs.append(fit_plan(plan, moved, None, metrics)[2])
     assert costs[0] < costs[1]
 
 
 def test_a_plan_of_kept_blocks_only_stores_everything() -> None:
-    anatomy = examine(all_micros()["timm-vit"].model())
-    plan = compile_plan(anatomy, [])
+    info = inspect_model(all_micros()["timm-vit"].model())
+    plan = compile_plan(info, [])
     assert plan.stored == plan.original
     assert not plan.groups

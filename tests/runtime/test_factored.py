@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 import tiedconv
 from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, transpose
-from tiedconv.runtime.factored import CantApplyError, apply, is_turned, matrix_of, multiplications
+from tiedconv.runtime.factored import (
+    NotFactorableError,
+    apply,
+    is_turned,
+    matrix_of,
+    multiplications,
+)
 from tiedconv.runtime.factored_linear import apply_factors, make_weights, making
 from tiedconv.runtime.factored_torch import Features
 from tiedconv.runtime.tie import freeze, state_of, tied_weights
@@ -90,7 +96,7 @@ def test_applying_is_multiplying_with_the_matrix(
 
 
 def test_a_kernel_that_is_no_matrix_in_another_shape_has_to_be_made() -> None:
-    with pytest.raises(CantApplyError):
+    with pytest.raises(NotFactorableError):
         matrix_of(Reshape(transpose(Ref("w", (6, 4))), (2, 3, 2, 2)))
     assert multiplications(Add(Ref("w", (3, 4)), Ref("v", (1, 4)))) is None
     assert matrix_of(Ref("w", (2, 3, 2, 2))).shape == (2, 12)

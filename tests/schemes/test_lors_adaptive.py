@@ -23,7 +23,7 @@ from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, from_j
 from tiedconv.errors import NothingToConvert, PlanError, SchemeError
 from tiedconv.io.validation import check_plan
 from tiedconv.numerics.linalg import energy
-from tiedconv.runtime.factored import apply, is_never_made, multiplications
+from tiedconv.runtime.factored import apply, multiplications, never_materialized
 from tiedconv.runtime.factored_linear import apply_factors, make_weights
 from tiedconv.runtime.factored_torch import Features, linear
 from tiedconv.runtime.generator import generate, parts_of
@@ -118,8 +118,8 @@ def test_a_generated_weight_is_applied_wherever_it_stands(
     x = randn(2, 3, whole.shape[1], seed=8)
     found = apply(whole, x, Features(lambda e: e.evaluate(tensors.__getitem__)))
     assert torch.allclose(found, x @ whole.evaluate(tensors.__getitem__).t())
-    assert is_never_made(whole)
-    assert not is_never_made(transpose(whole))
+    assert never_materialized(whole)
+    assert not never_materialized(transpose(whole))
 
 
 def test_another_expression_of_the_same_nodes_is_no_generated_weight() -> None:

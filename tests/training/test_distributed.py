@@ -190,7 +190,7 @@ def test_where_the_first_cannot_write_it_alone_says_so(world: World, tmp_path: P
 
 
 def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
-    """Even where the first can't be followed, as a disk does not answer."""
+    """Even where the first can't be forward_with_grad, as a disk does not answer."""
     arguments = command(world, "--epochs", 2000)
     code = (
         "import sys, time, torch; save = torch.save\n"

@@ -21,8 +21,8 @@ from tiedconv.errors import DataError, UserError
 from tiedconv.training import (
     Event,
     NotCompiled,
-    Pace,
     Start,
+    Throughput,
     TrainConfig,
     find_batch_size,
     forecast,
@@ -94,7 +94,7 @@ def test_a_forecast_of_few_images_takes_them_again_and_again() -> None:
 @pytest.mark.parametrize("every", [True, False])
 def test_steps_within_a_time(every: bool) -> None:
     config = replace(CONFIG, eval_every_epoch=every)
-    pace = Pace(step_seconds=0.5, images_per_second=1, eval_seconds=4.0, memory=0)
+    pace = Throughput(step_seconds=0.5, images_per_second=1, eval_seconds=4.0, memory=0)
     steps = pace.steps_within(1000, per_epoch=20, config=config)
     # The evaluation before the training is done when the time is asked for.
     assert 0.9 * 1000 < pace.seconds_of(steps, 20, config) - 4.0 <= 1000

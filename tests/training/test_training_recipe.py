@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.conversion.original_blend import OriginalFading
+from tiedconv.conversion.original_blend import OriginalBlend
 from tiedconv.data import ImageTransform, TensorList, train_transform
 from tiedconv.data.seeds import epoch_seed, step_seed
 from tiedconv.errors import DataError, UserError
@@ -707,7 +707,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         return tiedconv.convert(all_micros()[name].model(), "tied")
 
     def trained(model: nn.Module, **more: Any) -> TrainResult:
-        fading = OriginalFading(model, original) if progressive else None
+        fading = OriginalBlend(model, original) if progressive else None
         data = images(augment="crop")
         return run(model, config, teacher=original, train_data=data, fading=fading, **more)
 

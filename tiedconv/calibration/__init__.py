@@ -13,7 +13,7 @@ from tiedconv.calibration.events import (
     OnCalibEvent,
     SpanResult,
 )
-from tiedconv.calibration.moments import Moments, gather_moments
+from tiedconv.calibration.kfac_statistics import KfacStatistics, gather_statistics
 
 __all__ = [
     "EFFORTS",
@@ -24,9 +24,9 @@ __all__ = [
     "Fitted",
     "Fitting",
     "Joint",
-    "Moments",
+    "KfacStatistics",
     "OnCalibEvent",
     "SpanResult",
     "fit_blocks",
-    "gather_moments",
+    "gather_statistics",
 ]

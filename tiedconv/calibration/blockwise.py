@@ -32,9 +32,9 @@ from tiedconv.calibration.events import (
     SpanResult,
     ignore,
 )
-from tiedconv.calibration.fitting import Midway, Schedule, mean_error, minimise, split
+from tiedconv.calibration.fitting import FitState, Schedule, mean_error, minimise, split
 from tiedconv.calibration.objectives import JointObjective, SpanObjective, seen
-from tiedconv.calibration.output_metric import Lens, measure_lenses
+from tiedconv.calibration.output_metric import OutputMetric, measure_lenses
 from tiedconv.calibration.spans import Span
 from tiedconv.calibration.state import checkpoint_path, foreign, identity_of, load_state, save_state
 from tiedconv.calibration.teacher_student import Pair
@@ -89,7 +89,7 @@ def fit_blocks(
     config = config or CalibConfig()
     state_of(student)  # raises if it isn't tied
     if resume and checkpoint_dir is None:
-        raise UserError("Nothing to resume from", remedy="Give the checkpoint folder as well")
+        raise UserError("Nothing to resume from", hint="Give the checkpoint folder as well")
     if teacher is student:
         raise UserError(
             "Teacher and student are the same model",
@@ -142,13 +142,13 @@ class _Progress:
     kl_after: float = math.nan
     before: list[float] = field(default_factory=list)
     after: list[float] = field(default_factory=list)
-    midway: Midway | None = None
+    midway: FitState | None = None
 
     @classmethod
     def of(cls, saved: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> _Progress:
         midway = saved.pop("midway", None)
         try:
-            at = None if midway is None else Midway(**{**midway, "tensors": tensors})
+            at = None if midway is None else FitState(**{**midway, "tensors": tensors})
             return cls(**saved, midway=at)
         except TypeError as error:
             raise foreign(path) from error
@@ -174,7 +174,7 @@ class _Run:
         self.path: Path | None = None
         self.streams: tuple[int, Stream, Stream] | None = None
         self.start = time.perf_counter()
-        self._lenses: dict[str, Lens | None] | None = None
+        self._lenses: dict[str, OutputMetric | None] | None = None
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class _Run:
         objective.measure_energies(self.config.batch_size)
         return objective
 
-    def lenses(self) -> dict[str, Lens | None]:
+    def lenses(self) -> dict[str, OutputMetric | None]:
         """What of each unit's output matters, measured when first asked for."""
         if self._lenses is None:
             names = [unit for span in self.pair.spans for unit in span.units]
@@ -342,7 +342,7 @@ class _Run:
         self.at.joint, self.at.midway = True, None
         self.save()
 
-    def save_midway(self, midway: Midway) -> None:
+    def save_midway(self, midway: FitState) -> None:
         """Keeps where the fit of the whole is: for a large model it takes the longest."""
         self.at.midway = midway
         self.save()

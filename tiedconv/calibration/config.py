@@ -120,12 +120,12 @@ def _at_least(name: str, value: float, low: float, *, open_low: bool = False) ->
     if (low < value if open_low else low <= value) and value != math.inf:
         return
     rule = f"more than {low:g}" if open_low else f"{low:g} or more"
-    raise UserError(f"The calibration option {name} is {value}", remedy=f"Choose {rule}")
+    raise UserError(f"The calibration option {name} is {value}", hint=f"Choose {rule}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(
             f"The calibration option {name} is {value!r}",
-            remedy=f"Choose one of {', '.join(allowed)}",
+            hint=f"Choose one of {', '.join(allowed)}",
         )

@@ -62,7 +62,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Midway:
+class FitState:
     """A fit between two of its steps: what else it takes to go on from the student's tensors.
 
     Args:
@@ -88,8 +88,8 @@ def minimise(
     held: Tensor,
     schedule: Schedule,
     on_step: Callable[[int, float], None],
-    midway: Midway | None = None,
-    keep: Callable[[Midway], None] | None = None,
+    midway: FitState | None = None,
+    keep: Callable[[FitState], None] | None = None,
 ) -> tuple[float, float]:
     """Fits the objective's parameters, in place.
 
@@ -152,7 +152,7 @@ class _Descent:
         before: float,
         norms: Sequence[_BatchNorm],
         best: _Best,
-        midway: Midway | None,
+        midway: FitState | None,
     ) -> None:
         self._objective, self._schedule, self._before = objective, schedule, before
         self._norms, self._best = norms, best
@@ -173,7 +173,7 @@ class _Descent:
         self,
         train: Tensor,
         on_step: Callable[[int, float], None],
-        keep: Callable[[Midway], None] | None,
+        keep: Callable[[FitState], None] | None,
     ) -> None:
         """All steps that are left, or those before the loss is no number."""
         schedule = self._schedule
@@ -210,7 +210,7 @@ class _Descent:
         self._optimizer.step()
         return loss
 
-    def _midway(self, step: int) -> Midway:
+    def _midway(self, step: int) -> FitState:
         memory = {
             f"adam/{i}/{name}": tensor
             for i, parameter in enumerate(self._objective.parameters)
@@ -218,7 +218,7 @@ class _Descent:
         }
         tensors = {**memory, **self._best.tensors()}
         norms = bool(self._norms)
-        return Midway(step, self._before, self._best.error, norms, self._rates, tensors)
+        return FitState(step, self._before, self._best.error, norms, self._rates, tensors)
 
     def _remember(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -278,7 +278,7 @@ class _Best:
     """The state with the smallest held-out error so far."""
 
     def __init__(
-        self, objective: Objective, held: Tensor, batch_size: int, midway: Midway | None
+        self, objective: Objective, held: Tensor, batch_size: int, midway: FitState | None
     ) -> None:
         self._objective, self._held, self._batch_size = objective, held, batch_size
         buffers = [b for module in objective.modules for b in module.buffers()]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.calibration.activation_cache import Stream, chunks, run_tapped, take
-from tiedconv.calibration.output_metric import Lens
+from tiedconv.calibration.output_metric import OutputMetric
 from tiedconv.calibration.probing import Call
 from tiedconv.detection import answer_distance
 from tiedconv.training.device import Placement
@@ -45,7 +45,7 @@ def tapped(run: Callable[[list[Tensor]], Any], modules: Sequence[nn.Module]) -> 
     return outputs
 
 
-def seen(outputs: Outputs, lenses: Sequence[Lens | None]) -> Outputs:
+def seen(outputs: Outputs, lenses: Sequence[OutputMetric | None]) -> Outputs:
     """The same outputs through lenses, where there are any."""
 
     def through(tensors: list[Tensor]) -> list[Tensor]:

@@ -1,10 +1,10 @@
 """What of a unit's output matters to the answers: its error is measured in that direction.
 
 A plain distance counts all tokens and channels alike, though a classifier may read one token and
-a norm may drown most channels. So errors are weighted by the second moments of the gradient that
+a norm may drown most channels. So errors are weighted by the second statistics of the gradient that
 comes back to the output: a weight for each place (token or pixel) and a matrix over channels. With
 the class drawn from the model's own answer this is a Kronecker form of the Fisher matrix there,
-as `moments` has it for weights, and again no label is needed.
+as `statistics` has it for weights, and again no label is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RIDGE = 0.1
 
 
 @dataclass(frozen=True)
-class Lens:
+class OutputMetric:
     """A linear map of a unit's output, after which plain distance is what matters.
 
     Args:
@@ -51,7 +51,7 @@ def measure_lenses(
     batches: Iterable[Tensor],
     placement: Placement,
     seed: int,
-) -> list[Lens | None]:
+) -> list[OutputMetric | None]:
     """A lens for each unit of the original model; None where no gradient comes back.
 
     Args:
@@ -77,7 +77,7 @@ def measure_lenses(
         handles = [unit.register_forward_hook(hook) for unit in units]
         try:
             with torch.enable_grad(), placement.autocast():
-                output = model(followed(model, images))
+                output = model(forward_with_grad(model, images))
         finally:
             for handle in handles:
                 handle.remove()
@@ -103,7 +103,7 @@ def measure_lenses(
     ]
 
 
-def followed(model: nn.Module, images: Tensor) -> Tensor:
+def forward_with_grad(model: nn.Module, images: Tensor) -> Tensor:
     """The images such that gradients reach all that a model makes of them.
 
     Token ids can't ask for a gradient; then the model's parameters do.
@@ -115,14 +115,14 @@ def followed(model: nn.Module, images: Tensor) -> Tensor:
     return images
 
 
-def _lens(places: Tensor, channels: Tensor, first: bool) -> Lens | None:
+def _lens(places: Tensor, channels: Tensor, first: bool) -> OutputMetric | None:
     if not float(places.sum()) > 0 or not torch.isfinite(channels).all():
         return None
     weights = (1 - RIDGE) * places / places.mean() + RIDGE
     moment = (1 - RIDGE) * channels.cpu().double() / float(channels.diagonal().mean())
     moment.diagonal().add_(RIDGE)
     root = torch.linalg.cholesky(moment).to(places.device, places.dtype)
-    return Lens(weights.sqrt().unsqueeze(1), root, first)
+    return OutputMetric(weights.sqrt().unsqueeze(1), root, first)
 
 
 def _rows(output: Tensor, first: bool) -> Tensor:

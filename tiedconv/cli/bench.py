@@ -69,7 +69,7 @@ def _sizes(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--batch {text!r} is no list of sizes", remedy="Write it as 1,8,32"
+            f"--batch {text!r} is no list of sizes", hint="Write it as 1,8,32"
         ) from None
 
 

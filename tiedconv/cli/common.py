@@ -24,7 +24,7 @@ from tiedconv.cli import render
 from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError
 from tiedconv.io.safetensors_file import json_ready
 from tiedconv.sources import Preprocess, parse_model_args
-from tiedconv.training import ended_as_by_hand, rank_in_environment
+from tiedconv.training import rank_in_environment, sigterm_as_keyboard_interrupt
 
 P = ParamSpec("P")
 
@@ -77,7 +77,7 @@ Weights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes that decode images; chosen if not given.", min=0)
+    int | None, typer.Option(help="DistContext that decode images; chosen if not given.", min=0)
 ]
 Data = Annotated[
     str,
@@ -147,7 +147,7 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with ended_as_by_hand(), _heard():
+            with sigterm_as_keyboard_interrupt(), _heard():
                 function(*args, **kwargs)
         except TiedconvError as error:
             # Of several processes all find what is wrong with a command, and one says it.
@@ -271,7 +271,7 @@ def preprocess_change(
     means, stds = _numbers("--mean", mean), _numbers("--std", std)
     if interpolation not in (None, "bilinear", "bicubic"):
         raise UserError(
-            f"--interpolation {interpolation} is unknown", remedy="Use bilinear or bicubic"
+            f"--interpolation {interpolation} is unknown", hint="Use bilinear or bicubic"
         )
 
     def change(own: Preprocess) -> Preprocess:
@@ -299,7 +299,7 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
         raise UserError(
             f"{option} {text!r} is not one number for each channel",
-            remedy=f"Write it as {option} 0.485,0.456,0.406",
+            hint=f"Write it as {option} 0.485,0.456,0.406",
         )
     least = min(values)
     if max(values) > 1 or least < 0 or (option == "--std" and least == 0):

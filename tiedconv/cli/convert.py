@@ -17,7 +17,7 @@ from tiedconv.commands.convert import Conversion, convert_file
 from tiedconv.commands.report import plan_report, report
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.errors import UserError
-from tiedconv.io.run_dir import RunFolder
+from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import all_schemes
 
@@ -155,7 +155,7 @@ def _interruptible(
     model: str, recipe: Recipe, output: Path | None, calib: Calibration | None, **options: Any
 ) -> Conversion:  # fmt: skip
     """`convert_file`, with word of what an interruption leaves behind and a resume finds."""
-    kept = None if output is None else RunFolder.beside(output)
+    kept = None if output is None else RunDir.beside(output)
     if kept is not None and calib is not None and calib.resume and not kept.kept():
         hint(f"Nothing is kept in {kept.path}: the calibration begins anew.")
     try:
@@ -205,7 +205,7 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UserError(
-                f"--option {pair!r} has no value", remedy="Write it as --option groups=all"
+                f"--option {pair!r} has no value", hint="Write it as --option groups=all"
             )
         options[name] = _value(value)
     return options
@@ -216,7 +216,7 @@ def _rank(text: str) -> Any:
     if isinstance(rank, float) and rank > 1:
         raise UserError(
             f"--rank {text} is neither a whole number nor a share below 1",
-            remedy="Write it as --rank 16, or as --rank 0.2 for a share of each matrix",
+            hint="Write it as --rank 16, or as --rank 0.2 for a share of each matrix",
         )
     return rank
 

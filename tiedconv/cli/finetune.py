@@ -17,7 +17,7 @@ from tiedconv.commands.finetune import Finetuned, forecast
 from tiedconv.commands.finetune import finetune as run
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
-from tiedconv.io.run_dir import RunFolder
+from tiedconv.io.run_dir import RunDir
 from tiedconv.io.safetensors_file import json_ready
 from tiedconv.training import (
     Event,
@@ -151,7 +151,7 @@ def finetune(
     lengths = {"--epochs": epochs, "--steps": steps, "--time-budget": time_budget}
     given = [name for name, value in lengths.items() if value is not None]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} were both given", remedy="Give one of them")
+        raise UserError(f"{' and '.join(given)} were both given", hint="Give one of them")
     config = TrainConfig(
         epochs=epochs if given else 1, steps=steps, time_budget=_seconds(time_budget),
         batch_size=_batch_size(batch_size), lr=lr, only=tuple(only or ()), optimizer=optimizer,
@@ -177,7 +177,7 @@ def finetune(
         output, log, tensorboard, picture, no_picture, force=force, resume=resume
     )
     noted = {"data": data, "teacher": teacher, "device": device, "command": common.command_line()}
-    kept = RunFolder.beside(output)
+    kept = RunDir.beside(output)
     anew = resume and not kept.kept()
     with TrainingBar() as bar, files.watchers(file, config, bar.line, noted) as watch:
         if anew and rank_in_environment() == 0:
@@ -206,7 +206,7 @@ def _seconds(text: str | None) -> float | None:
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
     numbers = [int(part or 0) for part in found.groups()] if found else [0]
     if not any(numbers):
-        raise UserError(f"--time-budget {text} is no time", remedy="Write it as 45s, 20m or 1h30m")
+        raise UserError(f"--time-budget {text} is no time", hint="Write it as 45s, 20m or 1h30m")
     hours, minutes, seconds = numbers
     return 3600.0 * hours + 60.0 * minutes + seconds
 
@@ -216,7 +216,7 @@ def _batch_size(text: str) -> int:
         return 0
     if not text.isdecimal() or int(text) < 1:
         raise UserError(
-            f"--batch-size {text} is no number of images", remedy="Choose 1 or more, or auto"
+            f"--batch-size {text} is no number of images", hint="Choose 1 or more, or auto"
         )
     return int(text)
 

@@ -73,7 +73,7 @@ def sensitivity(
     """
     share = _share(keep)
     if sort not in ("order", "cost"):
-        raise UserError(f"--sort {sort} is unknown", remedy="Use order or cost")
+        raise UserError(f"--sort {sort} is unknown", hint="Use order or cost")
     if output is not None:
         check_picture(output, force=force)
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
@@ -116,7 +116,7 @@ def _share(text: str) -> float:
     if not 0 < share < 1:
         raise UserError(
             f"--keep {text!r} is no share of a matrix",
-            remedy="Write it as 50%, or as 0.5: above 0 and below all",
+            hint="Write it as 50%, or as 0.5: above 0 and below all",
         )
     return share
 

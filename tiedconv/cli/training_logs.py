@@ -15,7 +15,7 @@ import torch
 from tiedconv.cli.common import option_in
 from tiedconv.commands.report import report
 from tiedconv.errors import MissingExtra, OutputError, TiedconvError, UserError
-from tiedconv.io.run_dir import RunFolder
+from tiedconv.io.run_dir import RunDir
 from tiedconv.io.safetensors_file import check_output
 from tiedconv.loggers import Curve, JsonLog, TensorBoard, Watcher, Watchers, draw
 from tiedconv.training import TrainConfig, TrainResult
@@ -71,7 +71,7 @@ class Files:
             UserError: options that contradict each other, or a file that can't be written.
         """
         if picture is not None and no_picture:
-            raise UserError("--picture and --no-picture were both given", remedy="Give one of them")
+            raise UserError("--picture and --no-picture were both given", hint="Give one of them")
         optional = picture is None
         if optional and not no_picture:
             picture = output.with_suffix(".training.png")
@@ -117,7 +117,7 @@ class Files:
             board = TensorBoard(self.tensorboard)
             board.check(force=self.force, resume=self.resume)
             watchers.append(board)
-        curve = Curve(RunFolder.beside(self.output).path) if self.picture is not None else None
+        curve = Curve(RunDir.beside(self.output).path) if self.picture is not None else None
         if curve is not None:
             watchers.append(curve)
         versions = {

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from tiedconv.errors import RunError
-from tiedconv.utils.memory import most_resident
+from tiedconv.utils.memory import peak_rss
 
 RUNTIMES = ("eager", "frozen", "applied", "compiled", "onnx", "pt2")
 LOADS = 3
@@ -38,7 +38,7 @@ Runner = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Contender:
+class BenchTarget:
     """What a process is to run.
 
     Args:
@@ -63,7 +63,7 @@ class Contender:
 class Process:
     """A contender's process, seen from outside."""
 
-    def __init__(self, contender: Contender) -> None:
+    def __init__(self, contender: BenchTarget) -> None:
         self.contender = contender
         environment = {**os.environ, "OMP_NUM_THREADS": str(contender.threads)}
         self._process = subprocess.Popen(
@@ -135,7 +135,7 @@ def held_bytes() -> int:
         for line in fields.read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
-    return most_resident() or 0
+    return peak_rss() or 0
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def main() -> None:
         answer: dict[str, Any] = {}
         try:
             if "load" in question:
-                contender = Contender(**question["load"])
+                contender = BenchTarget(**question["load"])
                 # Once before: what any model in this runtime costs is not what this one does.
                 make_runner(contender)
                 base, seconds = held_bytes(), []
@@ -162,7 +162,7 @@ def main() -> None:
                 runner(question["run"])
                 answer = {"seconds": time.perf_counter() - start}
             elif "peak" in question:
-                answer = {"bytes": (most_resident() or 0) - base}
+                answer = {"bytes": (peak_rss() or 0) - base}
         except Exception as error:  # to be told by the driver
             words = str(error).strip().splitlines()
             answer = {"error": words[0] if words else type(error).__name__}
@@ -170,14 +170,14 @@ def main() -> None:
         sys.stdout.flush()
 
 
-def make_runner(contender: Contender) -> Runner:
+def make_runner(contender: BenchTarget) -> Runner:
     """Loads a contender's model; the result runs it on so many random images."""
     torch.set_num_threads(contender.threads)
     make = {"onnx": _onnx, "pt2": _pt2}.get(contender.runtime, _torch)
     return make(contender)
 
 
-def _torch(contender: Contender) -> Runner:
+def _torch(contender: BenchTarget) -> Runner:
     from tiedconv.runtime.factored_linear import apply_factors
     from tiedconv.runtime.tie import freeze, untie
     from tiedconv.sources.load import load
@@ -198,7 +198,7 @@ def _torch(contender: Contender) -> Runner:
     return run
 
 
-def _pt2(contender: Contender) -> Runner:
+def _pt2(contender: BenchTarget) -> Runner:
     module = torch.export.load(contender.file).module()
 
     def run(batch: int) -> None:
@@ -208,7 +208,7 @@ def _pt2(contender: Contender) -> Runner:
     return run
 
 
-def _onnx(contender: Contender) -> Runner:
+def _onnx(contender: BenchTarget) -> Runner:
     import numpy as np
     import onnxruntime as ort
 

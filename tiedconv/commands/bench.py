@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tiedconv.commands._bench_worker import Contender, Process
+from tiedconv.commands._bench_worker import BenchTarget, Process
 from tiedconv.commands.export import export, images_for
 from tiedconv.errors import MissingExtra, RunError, UserError
 from tiedconv.exporters import all_formats
@@ -137,7 +137,7 @@ def bench(
     return Bench(Path(file), tuple(rows), rounds, threads, _device(), tuple(left_out))
 
 
-Listed = tuple[str, str, Contender]
+Listed = tuple[str, str, BenchTarget]
 
 
 def _contenders(
@@ -147,7 +147,7 @@ def _contenders(
     found: list[Listed] = []
 
     def add(runtime: str, kind: str, path: Path, as_: str, **how: Any) -> None:
-        made = Contender(str(path), as_, trust_code=trust_code, **how)
+        made = BenchTarget(str(path), as_, trust_code=trust_code, **how)
         found.append((runtime, kind, made))
 
     for runtime in runtimes:
@@ -224,12 +224,12 @@ def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None
     for runtime in runtimes:
         if runtime not in known:
             raise UserError(
-                f"There is no runtime {runtime!r}", remedy=f"Use some of: {', '.join(known)}"
+                f"There is no runtime {runtime!r}", hint=f"Use some of: {', '.join(known)}"
             )
     if not runtimes or not batches or min(batches) < 1 or rounds < 3:
         raise UserError(
             "There is nothing to measure",
-            remedy="Name a runtime, batch sizes from 1 on, and at least 3 rounds",
+            hint="Name a runtime, batch sizes from 1 on, and at least 3 rounds",
         )
     if "onnx" in runtimes:
         all_formats()["onnx"].check()

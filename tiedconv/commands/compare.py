@@ -22,11 +22,11 @@ from torch.utils.data import Dataset
 
 import tiedconv.sources as sources
 from tiedconv.conversion.calibrate import Calibration
-from tiedconv.conversion.cost_estimate import Pricer, Sizes, key_of
+from tiedconv.conversion.cost_estimate import CostEstimator, Sizes, key_of
 from tiedconv.errors import NothingToConvert, RecipeError, UserError
-from tiedconv.families.inspect import examine
+from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.planner import alternatives, draft, make_plan
-from tiedconv.planning.rank_allocation import has_dials, with_least
+from tiedconv.planning.rank_allocation import has_rank_options, with_least
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.runtime.tie import is_tied
 from tiedconv.schemes import all_schemes, make_scheme
@@ -121,7 +121,7 @@ class Comparison:
         model: its spec.
         original: its parameters.
         budgets: as they were asked for.
-        rows: ways that a budget can dial.
+        rows: ways that a budget can size.
         fixed: ways that have one size.
         unfit: schemes that find nothing to convert.
         images: that the costs were measured on, None without any.
@@ -177,12 +177,12 @@ def compare(
     network, source = opened(
         model, weights if calib is not None else None, model_args, preprocess, seed
     )
-    sizes = Sizes(examine(network))
+    sizes = Sizes(inspect_model(network))
     rows, fixed, unfit = _sizes(sizes, wanted)
     images, skipped = None, 0
     if calib is not None:
         data = calib.open(source)
-        pricer = Pricer(network, sizes.anatomy, calib, data)
+        pricer = CostEstimator(network, sizes.info, calib, data)
         rows, fixed = _priced(sizes, pricer, rows, fixed, on_fit)
         images, skipped = pricer.images, pricer.skipped
     seconds = time.perf_counter() - start
@@ -222,7 +222,7 @@ def opened(
     """
     if isinstance(model, nn.Module):
         if is_tied(model):
-            raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
+            raise UserError("This model is tied already", hint="Call tiedconv.untie on it first")
         return model, with_preprocess(Source("", weights="memory"), preprocess)
     if is_compact(model):
         raise UserError(
@@ -262,11 +262,11 @@ def _sizes(
 
 
 def _nature(sizes: Sizes, scheme: str) -> tuple[bool, bool]:
-    """Whether a budget can dial a scheme, and whether it has a size of its own without one."""
+    """Whether a budget can size a scheme, and whether it has a size of its own without one."""
     made = make_scheme(scheme, {})
-    drafts = [d for task in draft(sizes.anatomy, Recipe.of(scheme)) for d in task.drafts]
+    drafts = [d for task in draft(sizes.info, Recipe.of(scheme)) for d in task.drafts]
     is_open = len(made.candidates()) > 1
-    dialled = is_open or bool(made.alternatives()) or any(map(has_dials, drafts))
+    dialled = is_open or bool(made.alternatives()) or any(map(has_rank_options, drafts))
     if is_open:
         return dialled, False
     # Where the defaults spend nothing on ranks, what is stored is the scheme's own form.
@@ -281,7 +281,7 @@ def _row(sizes: Sizes, way: Way, budgets: Sequence[Budget]) -> Row:
         if not feasible:
             cells.append(Cell(budget.text))
             continue
-        stored = make_plan(sizes.anatomy, feasible[0])[0].stored
+        stored = make_plan(sizes.info, feasible[0])[0].stored
         cells.append(Cell(budget.text, stored, stored / sizes.original, _way(feasible[0])))
     tried = alternatives(way.recipe("100%"))
     smallest = min(s for r in tried if (s := sizes.smallest(r)) is not None)
@@ -291,9 +291,9 @@ def _row(sizes: Sizes, way: Way, budgets: Sequence[Budget]) -> Row:
 def _fixed(sizes: Sizes, scheme: str) -> list[Fixed]:
     """A scheme at its defaults and at what takes it further down, each size once."""
     found: dict[int, Fixed] = {}
-    for options in ({}, *all_schemes()[scheme].further):
+    for options in ({}, *all_schemes()[scheme].smaller_options):
         way = Way(scheme, options)
-        stored = make_plan(sizes.anatomy, way.recipe())[0].stored
+        stored = make_plan(sizes.info, way.recipe())[0].stored
         found.setdefault(stored, Fixed(way, stored, stored / sizes.original))
     return list(found.values())
 
@@ -304,7 +304,7 @@ def _way(recipe: Recipe) -> Way:
 
 def _priced(
     sizes: Sizes,
-    pricer: Pricer,
+    pricer: CostEstimator,
     rows: Sequence[Row],
     fixed: Sequence[Fixed],
     on_fit: OnFit | None,
@@ -329,7 +329,7 @@ def _priced(
     )
 
 
-def _priced_row(sizes: Sizes, pricer: Pricer, row: Row) -> Row:
+def _priced_row(sizes: Sizes, pricer: CostEstimator, row: Row) -> Row:
     cells: list[Cell] = []
     for cell in row.cells:
         prices = [pricer.price(r) for r in sizes.feasible(row.way.recipe(cell.budget))]

@@ -20,12 +20,12 @@ from tiedconv.conversion.candidates import OnGroup, bind, calibrated, finalists,
 from tiedconv.conversion.streaming import streamed
 from tiedconv.core.plan import Plan
 from tiedconv.errors import UserError
-from tiedconv.families.inspect import Anatomy, examine
+from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.io.checkpoint import save
-from tiedconv.io.run_dir import RunFolder
+from tiedconv.io.run_dir import RunDir
 from tiedconv.io.safetensors_file import check_output
 from tiedconv.io.writing import write_compact
-from tiedconv.planning.planner import first_plan, smaller_ways
+from tiedconv.planning.planner import first_plan, smaller_options
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.tie import is_tied, set_state, state_of
 from tiedconv.sources import LazyWeights, Preprocess, Source
@@ -80,7 +80,7 @@ def plan(
     """
     if isinstance(model, str):
         model, _ = sources.outline(model, model_args)
-    return first_plan(examine(model), recipe or Recipe.of(scheme, **options))
+    return first_plan(inspect_model(model), recipe or Recipe.of(scheme, **options))
 
 
 def convert(
@@ -122,7 +122,7 @@ def convert(
         model, source = sources.open_source(model, model_args, weights, seed=seed)
     else:
         if is_tied(model):
-            raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
+            raise UserError("This model is tied already", hint="Call tiedconv.untie on it first")
         source = Source("", weights="memory")
         model = model if inplace else copy.deepcopy(model)
     if calib is not None and not isinstance(calib, Calibration):
@@ -174,12 +174,12 @@ def convert_file(
         skeleton, source = sources.outline(spec, model_args)
         if calib is not None:
             calib.open(with_preprocess(source, preprocess))  # or raises
-        anatomy = examine(skeleton)
-        planned = first_plan(anatomy, recipe)
-        ways = _ways(anatomy, recipe, planned)
+        info = inspect_model(skeleton)
+        planned = first_plan(info, recipe)
+        ways = _ways(info, recipe, planned)
         return Conversion(spec, planned, source.preprocess, None, 0, 0.0, ways)
     check_output(output, force=force)
-    folder = RunFolder.beside(output)
+    folder = RunDir.beside(output)
     if calib is not None and not (calib.resume or force):
         folder.require_new()
     lazy = sources.open_lazily(spec, model_args, weights) if calib is None else None
@@ -189,9 +189,9 @@ def convert_file(
         return _stream(spec, model, source, tensors, recipe, output, force, command, on_group)
     if weights == "default":
         # A plan that can't be is refused before weights are fetched.
-        first_plan(examine(sources.outline(spec, model_args)[0]), recipe)
+        first_plan(inspect_model(sources.outline(spec, model_args)[0]), recipe)
     model, source = sources.open_source(spec, model_args, weights, seed=seed)
-    anatomy = examine(model)
+    info = inspect_model(model)
     source = with_preprocess(source, preprocess)
     start = time.perf_counter()
     if calib is not None:
@@ -208,7 +208,7 @@ def convert_file(
     if calib is not None:
         folder.clear()
     state = state_of(model)
-    ways = _ways(anatomy, recipe, state.plan)
+    ways = _ways(info, recipe, state.plan)
     return Conversion(
         spec, state.plan, source.preprocess, output, size, seconds, ways,
         state.history[-1].get("calibration"),
@@ -220,15 +220,15 @@ def _stream(
     output: Path, force: bool, command: str | None, on_group: OnGroup | None,
 ) -> Conversion:  # fmt: skip
     """Convert weights that are read and written tensor by tensor."""
-    anatomy = examine(model)
+    info = inspect_model(model)
     start = time.perf_counter()
-    with streamed(model, anatomy, tensors, recipe, output, on_group) as best:
+    with streamed(model, info, tensors, recipe, output, on_group) as best:
         seconds = time.perf_counter() - start
         history = (_entry(best.recipe, best.plan, command),)
         size = write_compact(
             output, best.plan, source.to_json(), history, best.tensor, force=force
         )  # fmt: skip
-    ways = _ways(anatomy, recipe, best.plan)
+    ways = _ways(info, recipe, best.plan)
     return Conversion(spec, best.plan, source.preprocess, output, size, seconds, ways)
 
 
@@ -267,8 +267,8 @@ def _entry(recipe: Recipe, planned: Plan, command: str | None) -> dict[str, Any]
     }
 
 
-def _ways(anatomy: Anatomy, recipe: Recipe, planned: Plan) -> tuple[tuple[str, int], ...]:
+def _ways(info: ModelInfo, recipe: Recipe, planned: Plan) -> tuple[tuple[str, int], ...]:
     """What would store less, said where the reader may have hoped for more."""
     if recipe.budget is not None or planned.stored < 0.6 * planned.original:
         return ()
-    return tuple(smaller_ways(anatomy, recipe))
+    return tuple(smaller_options(info, recipe))

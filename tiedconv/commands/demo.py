@@ -192,7 +192,7 @@ def write_digits(folder: Path) -> int:
             seen[label] += 1
     except OSError as error:
         raise OutputError(
-            f"{folder} can't be written ({error.strerror})", remedy="Choose another folder with -o"
+            f"{folder} can't be written ({error.strerror})", hint="Choose another folder with -o"
         ) from None
     return tests
 

@@ -160,7 +160,7 @@ def staged(output: Path, *, force: bool = False) -> Iterator[Path]:
 def _check_choices(dtype: str, lower: str) -> None:
     for name, value, known in (("--dtype", dtype, DTYPES), ("--lower", lower, LOWERINGS)):
         if value not in known:
-            raise UserError(f"{name} {value} is unknown", remedy=f"Use one of: {', '.join(known)}")
+            raise UserError(f"{name} {value} is unknown", hint=f"Use one of: {', '.join(known)}")
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor | None:

@@ -16,12 +16,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tiedconv.commands.evaluate import open_teacher
-from tiedconv.conversion.original_blend import OriginalFading
+from tiedconv.conversion.original_blend import OriginalBlend
 from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, train_transform
 from tiedconv.detection import DetectionList, PrecisionChange, as_precision, detects, for_detector
 from tiedconv.errors import DataError, UserError
 from tiedconv.io.checkpoint import save
-from tiedconv.io.run_dir import RunFolder
+from tiedconv.io.run_dir import RunDir
 from tiedconv.io.safetensors_file import check_output
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources import Preprocess, Source, sha256_of_file
@@ -35,10 +35,10 @@ from tiedconv.training import (
     TrainConfig,
     TrainResult,
     Unlabelled,
-    answered,
     as_agreement,
     joined,
     train,
+    with_teacher_labels,
 )
 from tiedconv.training import forecast as training_forecast
 from tiedconv.training.state import weights_digest
@@ -130,7 +130,7 @@ def finetune(
     config = config or TrainConfig()
     output = Path(output)
     check_output(output, force=force)
-    folder = RunFolder.beside(output)
+    folder = RunDir.beside(output)
     if not (resume or force):
         folder.require_new()
     work = _open(
@@ -138,7 +138,7 @@ def finetune(
         unlabelled=unlabelled, task=task, strict=strict, trust_code=trust_code,
     )  # fmt: skip
     model, split, config = work.model, work.split, work.config
-    fading = OriginalFading(model, work.teacher) if config.progressive > 0 else None
+    fading = OriginalBlend(model, work.teacher) if config.progressive > 0 else None
     val_data, agreement, precision = work.val_data, None, None
     with joined(device) as (processes, place):
         if work.detects:
@@ -148,7 +148,9 @@ def finetune(
         elif not split.labelled:
             if on_event is not None and processes.first:
                 on_event(Unlabelled(len(split.train)))
-            val_data = answered(val_data, _needed(work.teacher, data), model, config, place)
+            val_data = with_teacher_labels(
+                val_data, _needed(work.teacher, data), model, config, place
+            )
         if processes.first and not resume:
             folder.clear()
         try:
@@ -167,7 +169,7 @@ def finetune(
         entry = _entry(work, result, _measured(agreement, precision), command, processes.count)
         history = (*state_of(model).history, entry)
         set_state(model, source=work.source.to_json(), history=history)
-        processes.done_by_first(lambda: _write(model, output, folder, force=force), place)
+        processes.run_on_rank0(lambda: _write(model, output, folder, force=force), place)
     return Finetuned(
         output, output.stat().st_size, work.name, len(split.train), len(split.val),
         split.held_out, result, agreement, precision,
@@ -261,7 +263,7 @@ def _open(
     return _Work(model, source, master, name, split, train_data, val_data, config)
 
 
-def _write(model: nn.Module, output: Path, folder: RunFolder, *, force: bool) -> None:
+def _write(model: nn.Module, output: Path, folder: RunDir, *, force: bool) -> None:
     """The result; what it could have been resumed from goes when it is there."""
     save(model.cpu(), output, force=force)
     folder.clear()

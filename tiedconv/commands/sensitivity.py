@@ -22,18 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.calibration import Moments
+from tiedconv.calibration import KfacStatistics
 from tiedconv.commands.compare import opened
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.core.plan import Member, Slot
 from tiedconv.data import Loader
 from tiedconv.detection import divergence, first_answers
 from tiedconv.errors import NothingToConvert, UserError
-from tiedconv.families.inspect import Anatomy, examine
-from tiedconv.numerics.kfac_metric import IDENTITY, Metric
+from tiedconv.families.inspect import ModelInfo, inspect_model
+from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.linalg import spectrum
 from tiedconv.planning.rank_allocation import metrics_of
-from tiedconv.runtime.forward_check import first_answer
+from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.schemes._base import fuse
 from tiedconv.sources import Preprocess
 from tiedconv.training import pick_device
@@ -168,20 +168,20 @@ def sensitivity(
     start = time.perf_counter()
     if not 0 < keep < 1:
         raise UserError(
-            f"keep={keep:g} is no share of a matrix", remedy="Use one above 0 and below 1"
+            f"keep={keep:g} is no share of a matrix", hint="Use one above 0 and below 1"
         )
     if not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
     network, source = opened(model, weights, model_args, preprocess, seed)
     data = calib.open(source)
-    anatomy = examine(network)
-    places = matrices_of(anatomy)
+    info = inspect_model(network)
+    places = matrices_of(info)
     tensors = {n: t.detach() for n, t in network.state_dict(keep_vars=True).items()}
-    moments = calib.measure(network, {p.slot.tensor: p.slot.transposed for p in places}, data)
-    rows = [_predicted(p, _matrix(p, tensors), moments, keep) for p in places]
+    statistics = calib.measure(network, {p.slot.tensor: p.slot.transposed for p in places}, data)
+    rows = [_predicted(p, _matrix(p, tensors), statistics, keep) for p in places]
     if measure:
         thin = [
-            (_metric(p, moments) or IDENTITY).truncate(_matrix(p, tensors), r.rank)
+            (_metric(p, statistics) or IDENTITY).truncate(_matrix(p, tensors), r.rank)
             for p, r in zip(places, rows, strict=True)
         ]
         meter = _Meter(copy.deepcopy(network), [p.slot for p in places], thin, calib)
@@ -192,7 +192,7 @@ def sensitivity(
         ]
     spec = model if isinstance(model, str) else ""
     seconds = time.perf_counter() - start
-    return Sensitivity(spec, keep, moments.images, moments.skipped, tuple(rows), seconds)
+    return Sensitivity(spec, keep, statistics.images, statistics.skipped, tuple(rows), seconds)
 
 
 @dataclass(frozen=True)
@@ -204,15 +204,15 @@ class Place:
     slot: Slot
 
 
-def matrices_of(anatomy: Anatomy) -> list[Place]:
+def matrices_of(info: ModelInfo) -> list[Place]:
     """The matrices of a model's blocks, in its own order; a fused qkv is one.
 
     Raises:
         NothingToConvert: there is none.
     """
-    order = {name: i for i, name in enumerate(anatomy.shapes)}
+    order = {name: i for i, name in enumerate(info.shapes)}
     found: list[Place] = []
-    for _, block in anatomy.blocks:
+    for _, block in info.blocks:
         layer, inside = _split(block.name, block.stack)
         for role, slot in fuse(block.slots).items():
             found.append(Place(layer, f"{inside}{role}", slot))
@@ -237,15 +237,15 @@ def _matrix(place: Place, tensors: Mapping[str, Tensor]) -> Tensor:
     return place.slot.matrix_of(tensors[place.slot.tensor]).float()
 
 
-def _metric(place: Place, moments: Moments) -> Metric | None:
-    known = place.slot.tensor in moments.metrics
-    return metrics_of([Member(place.slot)], moments.metrics)[0] if known else None
+def _metric(place: Place, statistics: KfacStatistics) -> KfacMetric | None:
+    known = place.slot.tensor in statistics.metrics
+    return metrics_of([Member(place.slot)], statistics.metrics)[0] if known else None
 
 
-def _predicted(place: Place, matrix: Tensor, moments: Moments, keep: float) -> Sensed:
+def _predicted(place: Place, matrix: Tensor, statistics: KfacStatistics, keep: float) -> Sensed:
     out, inputs = matrix.shape
     rank = max(1, int(keep * out * inputs / (out + inputs)))
-    metric = _metric(place, moments)
+    metric = _metric(place, statistics)
     cost = None
     if metric is not None:
         values = spectrum(metric.whiten(matrix))
@@ -295,7 +295,7 @@ class _Meter:
 
     def _batch(self, images: Tensor) -> Tensor:
         # All matrices for one batch, so that images are decoded once and never kept.
-        right = first_answer(self._model, images)
+        right = checked_forward(self._model, images)
         found = torch.zeros(len(self._slots), 2, dtype=torch.float64)
         for i, slot in enumerate(self._slots):
             with self._replaced(slot, self._thin[i]):

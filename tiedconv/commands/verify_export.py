@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tiedconv.commands._bench_worker import Contender, Process
+from tiedconv.commands._bench_worker import BenchTarget, Process
 from tiedconv.commands.export import GROWTH, TOLERANCE, WIDE_TOLERANCE, apart
 from tiedconv.errors import CheckpointError, VerifyError
 from tiedconv.exporters import Format, choose_format
@@ -48,7 +48,7 @@ def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[C
         VerifyError: it is another model, holds tensors twice, or gives other logits.
     """
     if not path.is_file():
-        raise CheckpointError(f"There is no file {path}", remedy="Check the path, or export it")
+        raise CheckpointError(f"There is no file {path}", hint="Check the path, or export it")
     form = choose_format(None, path, "float32")
     if form.name == "dense":
         return [_dense(path, form, model)]
@@ -138,7 +138,7 @@ def _logits(
 def _memory(path: Path, form: Format, images: Tensor) -> Check:
     """What the loaded file takes in its runtime, in a process of its own."""
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    contender = Contender(str(path), form.name, shape=shape)
+    contender = BenchTarget(str(path), form.name, shape=shape)
     found = []
     for one_copy in (False, True) if form.name == "onnx" else (False,):
         process = Process(dataclasses.replace(contender, one_copy=one_copy))

@@ -16,12 +16,12 @@ from tiedconv.calibration import (
     BlockwiseResult,
     CalibConfig,
     CalibEvent,
-    Moments,
+    KfacStatistics,
     fit_blocks,
-    gather_moments,
+    gather_statistics,
 )
 from tiedconv.data import ImageList, eval_transform, open_unlabelled
-from tiedconv.io.run_dir import RunFolder
+from tiedconv.io.run_dir import RunDir
 from tiedconv.sources import Preprocess, Source
 
 MEASURED_AT_ONCE = 32
@@ -30,7 +30,7 @@ MEASURED_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Measuring:
-    """Moments are being measured: images done, images in all."""
+    """KfacStatistics are being measured: images done, images in all."""
 
     images: int
     total: int
@@ -107,7 +107,7 @@ class Calibration:
 
     def part(self, index: int, count: int) -> Calibration:
         """The same for one of several models, with a folder of its own for what is kept."""
-        place = None if self.run_dir is None else RunFolder(self.run_dir).part(index, count)
+        place = None if self.run_dir is None else RunDir(self.run_dir).part(index, count)
         return dataclasses.replace(self, run_dir=place)
 
     def open(self, source: Source) -> Dataset[Any]:
@@ -128,7 +128,7 @@ class Calibration:
         weights: Mapping[str, bool],
         data: Dataset[Any],
         moved: Mapping[str, Tensor] | None = None,
-    ) -> Moments:
+    ) -> KfacStatistics:
         """What errors of these weights cost (`tiedconv.numerics.kfac_metric`); the model stays.
 
         Args:
@@ -140,7 +140,7 @@ class Calibration:
         # A copy, as placing a model on a device or in another layout gives it new tensors.
         probe = copy.deepcopy(model)
         probe.load_state_dict(moved or {}, strict=False)
-        return gather_moments(
+        return gather_statistics(
             probe,
             weights,
             data,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.calibration import Moments
+from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.calibrate import Calibration, Finalist, FoundFits, Kept, calibration_record
 from tiedconv.conversion.fit_cache import Fit, identity_of, keep, kept
 from tiedconv.errors import BudgetError, NothingToConvert
-from tiedconv.families.inspect import Anatomy, examine
-from tiedconv.io.run_dir import RunFolder
+from tiedconv.families.inspect import ModelInfo, inspect_model
+from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import alternatives, fit_plan, make_plan, weights_of
-from tiedconv.planning.rank_allocation import Metrics
+from tiedconv.planning.rank_allocation import KfacMetrics
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.tie import tie
 
@@ -49,11 +49,11 @@ def fit_all(
     Raises:
         NothingToConvert, BudgetError: no recipe can be carried out.
     """
-    anatomy = examine(model)
+    info = inspect_model(model)
     own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
-    tensors = {name: own[name] for name in anatomy.shapes}
+    tensors = {name: own[name] for name in info.shapes}
     recipes = alternatives(recipe)
-    trial = _Trial(model, anatomy, tensors, len(recipes) == 1, on_group, calib, data)
+    trial = _Trial(model, info, tensors, len(recipes) == 1, on_group, calib, data)
     return sorted(tried(recipes, trial.fit), key=lambda fit: fit.cost)
 
 
@@ -126,7 +126,7 @@ def finalists(
     chosen = near[:FINALISTS] if calib.config.fits else near[:1]
     if calib.run_dir is not None:
         if calib.resume:
-            RunFolder(calib.run_dir).require_fits(len(chosen))
+            RunDir(calib.run_dir).require_fits(len(chosen))
         keep(calib.run_dir, chosen, source, identity)
     return chosen
 
@@ -177,40 +177,42 @@ class _Trial:
     """What every recipe that is tried on a model has in common."""
 
     model: nn.Module
-    anatomy: Anatomy
+    info: ModelInfo
     tensors: Mapping[str, Tensor]
     in_place: bool
     on_group: OnGroup | None
     calib: Calibration | None
     data: Dataset[Any] | None
-    measured: list[tuple[Mapping[str, Tensor], Moments]] = dataclasses.field(default_factory=list)
+    measured: list[tuple[Mapping[str, Tensor], KfacStatistics]] = dataclasses.field(
+        default_factory=list
+    )
 
     def fit(self, recipe: Recipe) -> Fit:
         """The recipe carried out; raises what the planner raises."""
-        moments: Moments | None = None
+        statistics: KfacStatistics | None = None
 
-        def measure(moved: Mapping[str, Tensor]) -> Metrics:
-            nonlocal moments
-            moments = self._moments(recipe, moved)
-            return moments.metrics
+        def measure(moved: Mapping[str, Tensor]) -> KfacMetrics:
+            nonlocal statistics
+            statistics = self._moments(recipe, moved)
+            return statistics.metrics
 
         with torch.no_grad():
             planned, moved = make_plan(
-                self.anatomy, recipe, self.tensors, in_place=self.in_place,
+                self.info, recipe, self.tensors, in_place=self.in_place,
                 measure=measure if self.calib is not None else None,
             )  # fmt: skip
-            metrics = moments.metrics if moments is not None else None
+            metrics = statistics.metrics if statistics is not None else None
             planned, factors, cost = fit_plan(planned, moved, self.on_group, metrics)
-        ridge = None if moments is None else moments.ridge
+        ridge = None if statistics is None else statistics.ridge
         return Fit(recipe, planned, moved, factors, cost, ridge)
 
-    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
+    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> KfacStatistics:
         """What errors cost with the weights so moved, measured once."""
-        for before, moments in self.measured:
+        for before, statistics in self.measured:
             if all(torch.equal(before[n], t) for n, t in moved.items()):
-                return moments
+                return statistics
         assert self.calib is not None
         assert self.data is not None
-        moments = self.calib.measure(self.model, weights_of(self.anatomy, recipe), self.data, moved)
-        self.measured.append((moved, moments))
-        return moments
+        statistics = self.calib.measure(self.model, weights_of(self.info, recipe), self.data, moved)
+        self.measured.append((moved, statistics))
+        return statistics

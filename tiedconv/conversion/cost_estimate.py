@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.calibration import Moments
+from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.errors import NothingToConvert
-from tiedconv.families.inspect import Anatomy
+from tiedconv.families.inspect import ModelInfo
 from tiedconv.planning.planner import (
     align,
     alternatives,
@@ -27,7 +27,7 @@ from tiedconv.planning.planner import (
     parameters_of,
     weights_of,
 )
-from tiedconv.planning.rank_allocation import Metrics
+from tiedconv.planning.rank_allocation import KfacMetrics
 from tiedconv.planning.recipe import Recipe
 
 
@@ -40,12 +40,12 @@ class Sizes:
     """Sizes that recipes can reach on one model.
 
     Args:
-        anatomy: of the model.
+        info: of the model.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.original = parameters_of(anatomy)
+    def __init__(self, info: ModelInfo) -> None:
+        self.info = info
+        self.original = parameters_of(info)
         self._smallest: dict[str, int | None] = {}
 
     def smallest(self, recipe: Recipe) -> int | None:
@@ -70,13 +70,13 @@ class Sizes:
 
     def _least(self, recipe: Recipe) -> int | None:
         try:
-            return least_stored(self.anatomy, draft(self.anatomy, recipe))
+            return least_stored(self.info, draft(self.info, recipe))
         except NothingToConvert:
             return None
 
 
 @dataclass(frozen=True)
-class Price:
+class CostEstimate:
     """What the fit of a recipe stores, and the cost that it leaves in nats for each image."""
 
     recipe: Recipe
@@ -84,25 +84,25 @@ class Price:
     cost: float
 
 
-class Pricer:
+class CostEstimator:
     """Fits recipes to a model's weights in the metric of images.
 
     Args:
         model: which is left as it is.
-        anatomy: of the model.
+        info: of the model.
         calib: how the images are read.
         data: the images.
     """
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, calib: Calibration, data: Dataset[Any]
+        self, model: nn.Module, info: ModelInfo, calib: Calibration, data: Dataset[Any]
     ) -> None:
         own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
-        self._model, self._anatomy, self._calib, self._data = model, anatomy, calib, data
-        self._tensors = {name: own[name] for name in anatomy.shapes}
+        self._model, self._anatomy, self._calib, self._data = model, info, calib, data
+        self._tensors = {name: own[name] for name in info.shapes}
         self._alignments: dict[str, str] = {}
-        self._measured: tuple[str, Moments] | None = None
-        self._prices: dict[str, Price] = {}
+        self._measured: tuple[str, KfacStatistics] | None = None
+        self._prices: dict[str, CostEstimate] = {}
         self.images = 0  # that were measured on
         self.skipped = 0  # that could not be read
 
@@ -110,7 +110,7 @@ class Pricer:
     def alignment(self, recipe: Recipe) -> str:
         """The same for recipes that move the weights to the same place before they fit them.
 
-        Only the moments of the last place are kept, as they may take more memory than the model:
+        Only the statistics of the last place are kept, as they may take more memory than the model:
         ask for the prices of one place after the other.
         """
         key = key_of(dataclasses.replace(recipe, budget=None))
@@ -124,17 +124,17 @@ class Pricer:
             self._alignments[key] = digest.hexdigest()
         return self._alignments[key]
 
-    def price(self, recipe: Recipe) -> Price:
+    def price(self, recipe: Recipe) -> CostEstimate:
         """The price of a recipe; raises what `make_plan` raises."""
         key = key_of(recipe)
         if key not in self._prices:
             self._prices[key] = self._fit(recipe)
         return self._prices[key]
 
-    def _fit(self, recipe: Recipe) -> Price:
-        metrics: Metrics = {}
+    def _fit(self, recipe: Recipe) -> CostEstimate:
+        metrics: KfacMetrics = {}
 
-        def measure(moved: Mapping[str, Tensor]) -> Metrics:
+        def measure(moved: Mapping[str, Tensor]) -> KfacMetrics:
             nonlocal metrics
             metrics = self._moments(recipe, moved).metrics
             return metrics
@@ -142,17 +142,17 @@ class Pricer:
         with torch.no_grad():
             planned, moved = make_plan(self._anatomy, recipe, self._tensors, measure=measure)
             planned, _, cost = fit_plan(planned, moved, metrics=metrics)
-        return Price(recipe, planned.stored, cost)
+        return CostEstimate(recipe, planned.stored, cost)
 
-    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> Moments:
+    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> KfacStatistics:
         """What errors cost with the weights so moved."""
         place = self.alignment(recipe)
         if self._measured is not None and self._measured[0] == place:
             return self._measured[1]
         self._measured = None  # its memory is needed
-        moments = self._calib.measure(
+        statistics = self._calib.measure(
             self._model, weights_of(self._anatomy, recipe), self._data, moved
         )
-        self._measured = place, moments
-        self.images, self.skipped = moments.images, moments.skipped
-        return moments
+        self._measured = place, statistics
+        self.images, self.skipped = statistics.images, statistics.skipped
+        return statistics

@@ -23,7 +23,7 @@ from tiedconv.core.plan import Plan
 from tiedconv.data import Loader
 from tiedconv.errors import CheckpointError
 from tiedconv.io.checkpoint import Checkpoint, read
-from tiedconv.io.run_dir import FIT, RunFolder
+from tiedconv.io.run_dir import FIT, RunDir
 from tiedconv.io.writing import write_compact
 from tiedconv.planning.recipe import Recipe
 from tiedconv.training.state import prepare_folder, require_same, weights_digest
@@ -88,7 +88,7 @@ def keep(
         OutputError: it can't be written to.
     """
     for i, fit in enumerate(fits):
-        part = RunFolder(folder).part(i, len(fits))
+        part = RunDir(folder).part(i, len(fits))
         prepare_folder(part)
         tensors = {**fit.moved, **fit.factors}
         entry = {
@@ -124,7 +124,7 @@ def kept(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, Any]) -
     found: list[Fit] = []
     count = 1 if (folder / FIT).exists() else 2
     while len(found) < count:
-        path = RunFolder(folder).part(len(found), count) / FIT
+        path = RunDir(folder).part(len(found), count) / FIT
         if not path.exists():
             return []
         with _opened(path) as file:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError, UserError
-from tiedconv.families.inspect import examine
+from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.planner import KEPT, Task, align, draft
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.runtime.tie import (
@@ -37,8 +37,8 @@ from tiedconv.runtime.tie import (
 _REMEDY = "Fine-tune without --progressive, or convert the model anew with this version"
 
 
-class OriginalFading:
-    """Fades the original out of a compact model; a `tiedconv.training.Fading`.
+class OriginalBlend:
+    """Fades the original out of a compact model; a `tiedconv.training.Blend`.
 
     Args:
         model: tied. It is not changed before `begin`.
@@ -101,15 +101,15 @@ def moved_original(model: nn.Module, original: nn.Module | None) -> dict[str, Te
     state = state_of(model)
     original = _checked(state.plan, original)
     recipe = conversion_recipe(state.history)
-    anatomy = examine(original)
+    info = inspect_model(original)
     own = original.state_dict()
     try:
-        tasks = draft(anatomy, recipe)
+        tasks = draft(info, recipe)
     except TiedconvError as error:
         raise _not_again(f"it fails now ({error.what})") from error
     _same_groups(tasks, state.plan)
     with torch.no_grad():
-        return align(anatomy, recipe, {n: own[n].detach().cpu() for n in anatomy.shapes})
+        return align(info, recipe, {n: own[n].detach().cpu() for n in info.shapes})
 
 
 def conversion_recipe(history: Sequence[Mapping[str, Any]]) -> Recipe:
@@ -146,9 +146,9 @@ def _checked(plan: Plan, original: nn.Module | None) -> nn.Module:
     elif is_tied(original):
         what = "the teacher is a compact model"
     else:
-        anatomy = examine(original)
+        info = inspect_model(original)
         shapes = {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}}
-        if dict(anatomy.shapes) != shapes or dict(anatomy.aliases) != dict(plan.aliases):
+        if dict(info.shapes) != shapes or dict(info.aliases) != dict(plan.aliases):
             what = "the teacher is a model of another architecture"
     if what or original is None:
         raise UserError(

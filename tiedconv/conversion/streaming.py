@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tiedconv.conversion.candidates import OnGroup, tried
 from tiedconv.core.plan import Group, Member, Plan, Slot, Span
 from tiedconv.errors import OutputError
-from tiedconv.families.inspect import Anatomy
-from tiedconv.io.tensor_scratch import Scratch, Spot
-from tiedconv.numerics.symmetries import Workbench
+from tiedconv.families.inspect import ModelInfo
+from tiedconv.io.tensor_scratch import StoredTensor, TensorScratch
+from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.planning.planner import alternatives, fit_group, plan_on, widened, working
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.tie import tie
@@ -57,8 +57,8 @@ class StreamedFit:
     plan: Plan
     cost: float
     moved: _Moved
-    factors: Mapping[str, Spot]
-    scratch: Scratch
+    factors: Mapping[str, StoredTensor]
+    scratch: TensorScratch
 
     def tensor(self, name: str) -> Tensor:
         """A kept tensor, or a factor by its stored name."""
@@ -69,7 +69,7 @@ class StreamedFit:
 @contextmanager
 def streamed(
     model: nn.Module,
-    anatomy: Anatomy,
+    info: ModelInfo,
     tensors: LazyWeights,
     recipe: Recipe,
     output: Path,
@@ -79,7 +79,7 @@ def streamed(
 
     Args:
         model: of the weights, as `sources.open_lazily` gives it; it is tied as a check.
-        anatomy: of the model.
+        info: of the model.
         tensors: the weights.
         recipe: what is wanted.
         output: the file to be; beside it must be space for the moved weights and the factors.
@@ -90,10 +90,10 @@ def streamed(
         OutputError: there is no space.
         WeightsError: the weights changed in the meantime.
     """
-    if sum(math.prod(s) * tensors.dtypes[n].itemsize for n, s in anatomy.shapes.items()) > LARGE:
+    if sum(math.prod(s) * tensors.dtypes[n].itemsize for n, s in info.shapes.items()) > LARGE:
         _give_back_freed_memory()
     best: StreamedFit | None = None
-    work = _Work(anatomy, tensors, output, on_group)
+    work = _Work(info, tensors, output, on_group)
     try:
         for found in tried(alternatives(recipe), work.fit):
             if best is not None and best.cost <= found.cost:
@@ -116,7 +116,7 @@ def streamed(
 class _Work:
     """What every recipe that is tried on a model has in common."""
 
-    anatomy: Anatomy
+    info: ModelInfo
     tensors: LazyWeights
     output: Path
     on_group: OnGroup | None
@@ -125,14 +125,14 @@ class _Work:
     def fit(self, recipe: Recipe) -> StreamedFit:
         """The recipe carried out; raises what the planner raises."""
         with _on_disk_of(self.output), ExitStack() as opened:
-            found = self._fit(recipe, opened.enter_context(Scratch(self.output.parent)))
+            found = self._fit(recipe, opened.enter_context(TensorScratch(self.output.parent)))
             opened.pop_all()  # it stays open
             return found
 
-    def _fit(self, recipe: Recipe, scratch: Scratch) -> StreamedFit:
+    def _fit(self, recipe: Recipe, scratch: TensorScratch) -> StreamedFit:
         moved = _Moved(self.tensors, scratch)
-        plan = plan_on(self.anatomy, recipe, _Bench(moved))
-        factors: dict[str, Spot] = {}
+        plan = plan_on(self.info, recipe, _StreamedEditor(moved))
+        factors: dict[str, StoredTensor] = {}
         groups: list[Group] = []
         cost = 0.0
         for i, group in enumerate(plan.groups):
@@ -155,8 +155,8 @@ class _Moved:
     """Weights as the moves left them: what was edited from the scratch, the rest from files."""
 
     tensors: LazyWeights
-    scratch: Scratch
-    edited: dict[str, Spot] = field(default_factory=dict)
+    scratch: TensorScratch
+    edited: dict[str, StoredTensor] = field(default_factory=dict)
 
     def wide(self, name: str) -> Tensor:
         """A tensor in the precision that moves are made in, to read."""
@@ -174,7 +174,7 @@ class _Moved:
         return self.scratch.writable(self.edited[name])
 
 
-class _Bench(Workbench):
+class _StreamedEditor(WeightEditor):
     """A workbench whose tensors are on disk."""
 
     def __init__(self, moved: _Moved) -> None:

@@ -49,7 +49,7 @@ class Expr:
         if any(n < 1 for n in shape) or math.prod(shape) > MAX_ELEMENTS:
             raise PlanError(
                 f"An expression has the impossible shape {shape}",
-                remedy="The file is damaged or forged: convert the model again",
+                hint="The file is damaged or forged: convert the model again",
             )
         object.__setattr__(self, "shape", shape)
 

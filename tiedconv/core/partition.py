@@ -32,5 +32,5 @@ def partition(length: int, spec: str) -> list[list[int]]:
         return [list(range(i, length, n)) for i in range(min(n, length))]
     raise SchemeError(
         f"groups={spec!r} is no partition of a stack",
-        remedy="Use all, each, adjacent:N or cycle:N, such as adjacent:2",
+        hint="Use all, each, adjacent:N or cycle:N, such as adjacent:2",
     )

@@ -95,7 +95,7 @@ class Slot:
                 return cls(tensor, tuple(shape), start, stop, transposed)
         raise PlanError(
             f"The plan holds a malformed slot: {reprlib.repr(data)}",
-            remedy="Convert the model again",
+            hint="Convert the model again",
         )
 
 
@@ -235,7 +235,7 @@ class Group:
                     {_name(k): _shape(v) for k, v in factors.items()},
                     error,
                 )
-        raise PlanError("The plan holds a malformed group", remedy="Convert the model again")
+        raise PlanError("The plan holds a malformed group", hint="Convert the model again")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from tiedconv.data.annotations import Objects
 from tiedconv.data.datasets import Broken, ImageList, Sample, TensorList
 from tiedconv.data.images import Images, Store
-from tiedconv.data.loading import Batch, Loader, Ticket, default_workers
-from tiedconv.data.normalize import Normalisation, in_bytes
+from tiedconv.data.loading import Batch, Loader, SampleKey, default_workers
+from tiedconv.data.normalize import Normalization, as_uint8
 from tiedconv.data.open import Labels, Split, open_images, open_split, open_unlabelled
 from tiedconv.data.transforms import (
     AUGMENTS,
@@ -29,17 +29,17 @@ __all__ = [
     "Images",
     "Labels",
     "Loader",
-    "Normalisation",
+    "Normalization",
     "Objects",
     "PreprocessLike",
     "Sample",
+    "SampleKey",
     "Split",
     "Store",
     "TensorList",
-    "Ticket",
+    "as_uint8",
     "default_workers",
     "eval_transform",
-    "in_bytes",
     "open_images",
     "open_split",
     "open_unlabelled",

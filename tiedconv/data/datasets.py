@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tiedconv.data.images import Images
-from tiedconv.data.normalize import Normalisation
+from tiedconv.data.normalize import Normalization
 from tiedconv.data.seeds import uniforms
 from tiedconv.data.transforms import (
     ERASED_AREA,
@@ -87,7 +87,7 @@ class ImageList(Dataset[Sample | Broken]):
         """What stands beside an image; here its class."""
         return self.images.label(index)
 
-    def in_bytes(self) -> tuple[ImageList, Normalisation] | None:
+    def as_uint8(self) -> tuple[ImageList, Normalization] | None:
         """The same images as uint8, and what then makes the transform's numbers of them.
 
         None for a transform that is not one of `train_transform`.
@@ -95,7 +95,7 @@ class ImageList(Dataset[Sample | Broken]):
         if not isinstance(self.transform, ImageTransform):
             return None
         plain = copy.copy(self)
-        plain.transform = self.transform.in_bytes()
+        plain.transform = self.transform.as_uint8()
         return plain, self.transform.normalisation
 
 
@@ -172,7 +172,7 @@ class TensorList(Dataset[Sample]):
             name = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugment"}[augment]
             raise UserError(
                 f"{name} works on image files, not on tensors",
-                remedy="Choose none, flip, shift or crop",
+                hint="Choose none, flip, shift or crop",
             )
         self.images = images
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -180,9 +180,9 @@ class TensorList(Dataset[Sample]):
             raise DataError(
                 f"Images of shape {tuple(images.shape)} with labels of shape "
                 f"{tuple(self.labels.shape)} don't belong together",
-                remedy="Give images of shape (N, C, H, W) and labels of shape (N,)",
+                hint="Give images of shape (N, C, H, W) and labels of shape (N,)",
             )
-        self.normalisation = Normalisation(
+        self.normalisation = Normalization(
             None if mean is None else tuple(mean), None if std is None else tuple(std)
         )
         self.augment = augment
@@ -211,7 +211,7 @@ class TensorList(Dataset[Sample]):
             images = _erased(images, self.erasing, uniforms(np.array(seeds, np.uint64), 8)[:, 3:])
         return images, self.labels[where]
 
-    def in_bytes(self) -> tuple[TensorList, Normalisation] | None:
+    def as_uint8(self) -> tuple[TensorList, Normalization] | None:
         """The same images as uint8, and what then makes numbers of them.
 
         None if they are numbers already, or something is erased of the normalised ones.
@@ -225,7 +225,7 @@ class TensorList(Dataset[Sample]):
     def _normalised(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             return self.normalisation(images)
-        return self.normalisation.of_numbers(images.float())
+        return self.normalisation.to_unit(images.float())
 
 
 def _augmented(

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tiedconv.data.datasets import Broken
-from tiedconv.data.normalize import in_bytes
+from tiedconv.data.normalize import as_uint8
 from tiedconv.data.seeds import epoch_seed, sample_seeds
 from tiedconv.errors import DataError, TiedconvError
 
-Ticket = tuple[int, int]
+SampleKey = tuple[int, int]
 """An index into the data set, and the seed for what is random in reading it."""
 
 MAX_WORKERS = 8
@@ -79,12 +79,12 @@ class Loader:
     ) -> None:
         count = len(data)  # type: ignore[arg-type]
         if count == 0:
-            raise DataError("The data set is empty", remedy="Give at least one image")
+            raise DataError("The data set is empty", hint="Give at least one image")
         self.images = count
         self._sampler = _EpochBatches(count, batch_size, shuffle, seed, part)
         # A data set with few batches has no use for more readers than batches.
         workers = min(default_workers(data) if workers is None else workers, len(self._sampler))
-        self._data, self._normalisation = in_bytes(data)
+        self._data, self._normalisation = as_uint8(data)
         self._workers, self._device = workers, device
         self._loader: DataLoader[Batch] | None = None
 
@@ -140,7 +140,7 @@ class Loader:
         )
 
 
-class _EpochBatches(Sampler[list[Ticket]]):
+class _EpochBatches(Sampler[list[SampleKey]]):
     """Lists of tickets for one epoch after another."""
 
     def __init__(
@@ -159,7 +159,7 @@ class _EpochBatches(Sampler[list[Ticket]]):
             return whole + (index < more)
         return min(self.batch_size, self.count - index * self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Ticket]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         seeds = sample_seeds(self.seed, self.epoch, self.count)
         if self.shuffle:
             order = np.random.default_rng(epoch_seed(self.seed, self.epoch)).permutation(self.count)
@@ -180,17 +180,17 @@ class _Tickets(Dataset[Batch]):
     def __init__(self, data: Dataset[Any]) -> None:
         self.data = data
 
-    def __getitem__(self, ticket: Ticket) -> Batch:
+    def __getitem__(self, ticket: SampleKey) -> Batch:
         return self.__getitems__([ticket])
 
-    def __getitems__(self, tickets: list[Ticket]) -> Batch:
+    def __getitems__(self, tickets: list[SampleKey]) -> Batch:
         # Errors travel as values: a DataLoader would bury the message in a traceback's text.
         try:
             return self._read(tickets)
         except TiedconvError as error:
             return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), error)
 
-    def _read(self, tickets: list[Ticket]) -> Batch:
+    def _read(self, tickets: list[SampleKey]) -> Batch:
         read_batch = getattr(self.data, "read_batch", None)
         if read_batch is not None:
             return Batch(*read_batch(*zip(*tickets, strict=True)))

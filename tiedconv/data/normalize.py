@@ -1,7 +1,7 @@
 """Bytes to the numbers that a model takes, on whichever device the bytes are.
 
 A byte is a quarter of a number. So a loader has its readers give bytes wherever the data set can
-(`in_bytes`), and normalises a whole batch on the device where it is needed.
+(`as_uint8`), and normalises a whole batch on the device where it is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """What is left to do to an image of bytes: `(x / 255 - mean) / std`.
 
     Args:
@@ -30,9 +30,9 @@ class Normalisation:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (..., C, H, W), uint8, as float32 on the same device, contiguous."""
         values = images.to(torch.float32, memory_format=torch.contiguous_format)
-        return self.of_numbers(values.div_(255))
+        return self.to_unit(values.div_(255))
 
-    def of_numbers(self, values: Tensor) -> Tensor:
+    def to_unit(self, values: Tensor) -> Tensor:
         """The same for numbers (..., C, H, W) that need no scaling; they may be overwritten."""
         if self.mean is not None:
             values.sub_(_columns(self.mean, values.device))
@@ -41,14 +41,14 @@ class Normalisation:
         return values
 
 
-def in_bytes(data: Dataset[Any]) -> tuple[Dataset[Any], Normalisation | None]:
+def as_uint8(data: Dataset[Any]) -> tuple[Dataset[Any], Normalization | None]:
     """A data set that gives bytes, and what then makes numbers of them.
 
-    A data set says so itself, by a method `in_bytes()` that returns such a pair, or None if it
+    A data set says so itself, by a method `as_uint8()` that returns such a pair, or None if it
     can't. Any other is returned as it is, with None.
     """
-    method = getattr(data, "in_bytes", None)
-    found: tuple[Dataset[Any], Normalisation] | None = method() if method is not None else None
+    method = getattr(data, "as_uint8", None)
+    found: tuple[Dataset[Any], Normalization] | None = method() if method is not None else None
     return found or (data, None)
 
 

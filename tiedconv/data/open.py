@@ -68,7 +68,7 @@ def open_split(
     """
     if not 0 < val_fraction < 1:
         raise UserError(
-            f"The held-out share is {val_fraction}", remedy="Choose a number between 0 and 1"
+            f"The held-out share is {val_fraction}", hint="Choose a number between 0 and 1"
         )
     _check_limit(limit)
     layout, parts = _parts(spec, labels)
@@ -133,7 +133,7 @@ def open_unlabelled(spec: str | Path, *, count: int, seed: int = 0) -> Images:
         UserError: `count` below 2.
     """
     if count < 2:
-        raise UserError(f"{count} calibration images were asked for", remedy="Use 2 or more")
+        raise UserError(f"{count} calibration images were asked for", hint="Use 2 or more")
     _, parts = _parts(spec, "ignored")
     part = parts.whole or parts.train or parts.val
     assert part is not None  # a data set has at least one part
@@ -147,7 +147,7 @@ def _parts(spec: str | Path, labels: Labels) -> tuple[Layout, Parts]:
 
 def _check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
-        raise UserError(f"The limit is {limit} images", remedy="Choose 1 or more")
+        raise UserError(f"The limit is {limit} images", hint="Choose 1 or more")
 
 
 def _check_labels(images: Images, spec: str | Path, layout: Layout, labels: Labels) -> None:

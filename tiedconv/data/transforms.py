@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiedconv.data.normalize import Normalisation
+from tiedconv.data.normalize import Normalization
 from tiedconv.errors import UserError
 
 AUGMENTS = ("none", "flip", "shift", "crop", "randaugment", "trivialaugment")
@@ -56,7 +56,7 @@ def check_augment(augment: str) -> None:
     """Raises UserError for an unknown augmentation."""
     if augment not in AUGMENTS:
         raise UserError(
-            f"Unknown augmentation {augment!r}", remedy=f"Choose one of {', '.join(AUGMENTS)}"
+            f"Unknown augmentation {augment!r}", hint=f"Choose one of {', '.join(AUGMENTS)}"
         )
 
 
@@ -65,7 +65,7 @@ def check_erasing(erasing: float) -> None:
     if not 0 <= erasing <= 1:
         raise UserError(
             f"The probability of random erasing is {erasing}",
-            remedy="Choose 0 or more and at most 1",
+            hint="Choose 0 or more and at most 1",
         )
 
 
@@ -103,11 +103,11 @@ class ImageTransform:
         return self.normalisation(pixels) if self.normalise else pixels
 
     @property
-    def normalisation(self) -> Normalisation:
+    def normalisation(self) -> Normalization:
         """What makes numbers of the pixels."""
-        return Normalisation(self.mean, self.std)
+        return Normalization(self.mean, self.std)
 
-    def in_bytes(self) -> ImageTransform:
+    def as_uint8(self) -> ImageTransform:
         """The same without normalising."""
         return replace(self, normalise=False)
 
@@ -194,5 +194,5 @@ def _interpolation(name: str) -> Any:
         return InterpolationMode[name.upper()]
     except KeyError:
         raise UserError(
-            f"Unknown interpolation {name!r}", remedy="Choose bilinear or bicubic"
+            f"Unknown interpolation {name!r}", hint="Choose bilinear or bicubic"
         ) from None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tiedconv.data import Objects
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.losses import answer_loss
-from tiedconv.detection.outputs import parts_of, tensor_in, told_labels
+from tiedconv.detection.outputs import num_labels_from_config, parts_of, tensor_in
 from tiedconv.errors import UserError
 from tiedconv.training.batchnorm import norms_of
 from tiedconv.training.config import TrainConfig
@@ -138,7 +138,9 @@ class DetectionObjective:
 
     def _labels(self, images: Tensor, mirrored: Tensor) -> list[dict[str, Tensor]]:
         if self._classes is None:
-            told = told_labels(self._student)  # not the data's: they may leave classes out
+            told = num_labels_from_config(
+                self._student
+            )  # not the data's: they may leave classes out
             outputs = len(self._objects.names) if told is None else told
             classes = class_map(self._student, self._objects, outputs)
             self._classes = torch.tensor(classes, dtype=torch.int64)

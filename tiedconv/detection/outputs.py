@@ -58,11 +58,11 @@ def label_count(model: nn.Module, outputs: int) -> int:
         model: has a `num_labels`, itself or in its `config`, or has as many as outputs.
         outputs: logits of each query.
     """
-    count = told_labels(model)
+    count = num_labels_from_config(model)
     return count if count is not None and count <= outputs else outputs
 
 
-def told_labels(model: nn.Module) -> int | None:
+def num_labels_from_config(model: nn.Module) -> int | None:
     """The model's classes as it tells them itself; None if it doesn't."""
     config = getattr(model, "config", None)
     count = getattr(config, "num_labels", None) or getattr(model, "num_labels", None)

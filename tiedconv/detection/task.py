@@ -19,7 +19,7 @@ from tiedconv.detection.scoring import Precision, average_precision
 from tiedconv.errors import DataError, UserError
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.distributed import ALONE, Processes
+from tiedconv.training.distributed import ALONE, DistContext
 from tiedconv.training.evaluation import EvalResult, answers, require_some
 from tiedconv.training.events import OnEvent, ignore
 from tiedconv.training.metrics import PRECISION
@@ -36,7 +36,7 @@ def detects(task: str, images: Images) -> bool:
         DataError: the data are not for it.
     """
     if task not in TASKS:
-        raise UserError(f"Unknown task {task!r}", remedy=f"Choose {', '.join(TASKS)}")
+        raise UserError(f"Unknown task {task!r}", hint=f"Choose {', '.join(TASKS)}")
     found = images.objects is not None
     if task == "classification" and found:
         raise DataError(
@@ -107,7 +107,7 @@ class Detection:
         loader: Loader,
         placement: Placement,
         on_event: OnEvent = ignore,
-        processes: Processes = ALONE,
+        processes: DistContext = ALONE,
     ) -> EvalResult:
         """The model's average precision, in the places of the accuracies.
 

@@ -34,25 +34,25 @@ def choose_format(name: str | None, output: Path, dtype: str) -> Format:
     formats = all_formats()
     if name is not None and name not in formats:
         raise UserError(
-            f"{name!r} is no format to export to", remedy=f"Use one of: {', '.join(formats)}"
+            f"{name!r} is no format to export to", hint=f"Use one of: {', '.join(formats)}"
         )
     fitting = [f for f in formats.values() if output.suffix in f.endings]
     if name is None and not fitting:
         endings = sorted({ending for f in formats.values() for ending in f.endings})
         raise UserError(
             f"{output.name} has no ending that says how to write it",
-            remedy=f"Name the format with --to, or the file with one of: {', '.join(endings)}",
+            hint=f"Name the format with --to, or the file with one of: {', '.join(endings)}",
         )
     # `dense` shares its ending with `compact`, which has to be asked for.
     made = formats[name] if name else next((f for f in fitting if f.name == "dense"), fitting[0])
     if output.suffix not in made.endings:
         raise UserError(
             f"{output.name} does not end as a file of the format {made.name}",
-            remedy=f"End it in {' or '.join(made.endings)}",
+            hint=f"End it in {' or '.join(made.endings)}",
         )
     if dtype not in made.dtypes:
         raise UserError(
             f"The format {made.name} does not store {dtype}",
-            remedy=f"It stores {', '.join(made.dtypes)}",
+            hint=f"It stores {', '.join(made.dtypes)}",
         )
     return made

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tiedconv.core.expr import Expr, Ref, Reshape, Shape
 from tiedconv.exporters._onnx_factors import Factors, emit, kernel_use, numbers
-from tiedconv.runtime.factored import CantApplyError
+from tiedconv.runtime.factored import NotFactorableError
 from tiedconv.runtime.generator import Generated
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class NoteKernel:
         """`x M^T`, or `x M` if turned."""
         is_point = not x.fresh or self.kernel.is_point
         if not isinstance(matrix, Ref) or (turned and not is_point):
-            raise CantApplyError
+            raise NotFactorableError
         size = self.kernel.size if x.fresh else (1, 1)
         self.factors.note(matrix.name, kernel_use((0, 0, *size)))
         return Pixels(None, fresh=False)
@@ -195,11 +195,11 @@ class NoteKernel:
 
     def generated(self, x: Pixels, parts: Generated) -> Pixels:
         """Features of pixels are no matrices: what generates kernels is made."""
-        raise CantApplyError
+        raise NotFactorableError
 
     def _check(self, x: Pixels) -> None:
         if x.fresh and not self.kernel.is_point:
-            raise CantApplyError  # the features are patches, which nothing holds
+            raise NotFactorableError  # the features are patches, which nothing holds
 
 
 class OnnxKernel:
@@ -249,7 +249,7 @@ class OnnxKernel:
 
     def generated(self, x: Pixels, parts: Generated) -> Pixels:
         """Not let through by `NoteKernel`."""
-        raise CantApplyError
+        raise NotFactorableError
 
 
 def _of(x: Pixels) -> ir.Value:

@@ -37,12 +37,12 @@ from tiedconv.exporters._onnx_graph import (
     trace,
 )
 from tiedconv.runtime.factored import (
-    CantApplyError,
+    NotFactorableError,
     apply,
-    is_never_made,
     is_turned,
     matrix_of,
     multiplications,
+    never_materialized,
 )
 from tiedconv.runtime.tie import state_of, untie
 
@@ -184,7 +184,7 @@ def _applied(plan: Plan, sites: Mapping[str, list[Site]], lower: str) -> set[str
     slow = {ref for n in kernels if is_turned(plan.weights[n]) for ref in plan.weights[n].refs}
     return {
         n for n in able
-        if is_never_made(plan.weights[n])
+        if never_materialized(plan.weights[n])
         or ((multiplications(plan.weights[n]) or 0) <= CHEAPER * math.prod(plan.weights[n].shape)
         and not (n in kernels and slow & plan.weights[n].refs.keys()))
     }  # fmt: skip
@@ -197,7 +197,7 @@ def _can_apply(expr: Expr, sites: list[Site]) -> bool:
     try:
         for site in sites:
             _note(expr, site, scratch)
-    except CantApplyError:
+    except NotFactorableError:
         return False
     return True
 

@@ -48,7 +48,7 @@ class Dense(Format):
         except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"{path} is no state dict that can be read ({reason})", remedy="Export it again"
+                f"{path} is no state dict that can be read ({reason})", hint="Export it again"
             ) from None
         return {name: t for name, t in loaded.items() if isinstance(t, Tensor)}
 

@@ -19,13 +19,13 @@ class Family:
 
     Args:
         name: shown in plans and errors.
-        looks_for: one example of the tensor names it matches, for error messages.
+        pattern: one example of the tensor names it matches, for error messages.
         find: from shapes and hints to blocks.
         last: True for a family that matches anything, tried after all others.
     """
 
     name: str
-    looks_for: str
+    pattern: str
     find: Callable[[Shapes, Hints], list[Block]]
     last: bool = False
 
@@ -187,14 +187,14 @@ class Linear:
 
 
 def pattern_family(
-    name: str, looks_for: str, *patterns: Attention | FeedForward | Bottleneck | Linear
+    name: str, pattern: str, *patterns: Attention | FeedForward | Bottleneck | Linear
 ) -> Family:
     """A family that is the union of patterns."""
 
     def find(shapes: Shapes, hints: Hints) -> list[Block]:
         return [block for pattern in patterns for block in pattern.find(shapes, hints)]
 
-    return Family(name, looks_for, find)
+    return Family(name, pattern, find)
 
 
 def prefixes(at: str, anchor: str, shapes: Shapes) -> Iterator[tuple[str, str, int]]:

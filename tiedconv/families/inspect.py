@@ -14,7 +14,7 @@ from tiedconv.families import Hints, find_blocks
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelInfo:
     """A model as names, shapes and facts.
 
     Args:
@@ -40,8 +40,8 @@ class Anatomy:
         return find_blocks(self.shapes, self.hints)
 
 
-def examine(model: nn.Module) -> Anatomy:
-    """The anatomy of a model."""
+def inspect_model(model: nn.Module) -> ModelInfo:
+    """The info of a model."""
     first: dict[int, str] = {}
     shapes: dict[str, Shape] = {}
     aliases: dict[str, str] = {}
@@ -57,7 +57,7 @@ def examine(model: nn.Module) -> Anatomy:
         shapes[name] = tuple(tensor.shape)
         if id(tensor) not in parameters:
             buffers.add(name)
-    return Anatomy(shapes, frozenset(buffers), aliases, _hints(model))
+    return ModelInfo(shapes, frozenset(buffers), aliases, _hints(model))
 
 
 def _hints(model: nn.Module) -> dict[str, float | str]:

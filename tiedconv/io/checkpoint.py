@@ -27,8 +27,14 @@ from torch import Tensor, nn
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError
-from tiedconv.families.inspect import examine
-from tiedconv.io.safetensors_file import DTYPES, TensorFile, replacing, save_tensors, strict_json
+from tiedconv.families.inspect import inspect_model
+from tiedconv.io.safetensors_file import (
+    DTYPES,
+    SafetensorsFile,
+    replacing,
+    save_tensors,
+    strict_json,
+)
 from tiedconv.io.validation import check_plan, checked_history, checked_source
 from tiedconv.runtime.tie import state_of, tie
 
@@ -61,7 +67,7 @@ class Checkpoint:
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, str]
     size: int
-    file: TensorFile = field(repr=False, compare=False)
+    file: SafetensorsFile = field(repr=False, compare=False)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor, its bytes checked against the hash.
@@ -128,12 +134,12 @@ def read(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, damaged, not one of ours, or of a newer format.
     """
-    file = TensorFile(Path(path))
+    file = SafetensorsFile(Path(path))
     metadata, shapes = file.metadata, file.shapes  # first of all, it is a whole file
     if "tiedconv" not in metadata:
         raise CheckpointError(
             f"{path} is a safetensors file, but not one of tiedconv's",
-            remedy="Pass it as weights: tiedconv convert MODEL --weights FILE",
+            hint="Pass it as weights: tiedconv convert MODEL --weights FILE",
         )
     if metadata.get("digest") != _digest(metadata):
         raise CheckpointError(
@@ -146,7 +152,7 @@ def read(path: str | Path) -> Checkpoint:
         return _checked(file, shapes, record, strict_json(metadata.get("source", "null")))
     except (PlanError, ValueError) as error:
         what = error.what if isinstance(error, PlanError) else error
-        raise CheckpointError(f"{path} can't be used: {what}", remedy=_AGAIN) from None
+        raise CheckpointError(f"{path} can't be used: {what}", hint=_AGAIN) from None
 
 
 def install(checkpoint: Checkpoint, skeleton: nn.Module) -> nn.Module:
@@ -175,17 +181,17 @@ def install(checkpoint: Checkpoint, skeleton: nn.Module) -> nn.Module:
 
 
 def _same_names(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
-    anatomy = examine(skeleton)
+    info = inspect_model(skeleton)
     plan = checkpoint.plan
     expected = {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}}
-    if dict(anatomy.shapes) == expected and dict(anatomy.aliases) == dict(plan.aliases):
+    if dict(info.shapes) == expected and dict(info.aliases) == dict(plan.aliases):
         _same_kinds(checkpoint, skeleton)
         return
     differing = [
-        f"{n} is {expected.get(n, 'missing')} in the file, {anatomy.shapes.get(n, 'missing')} in "
+        f"{n} is {expected.get(n, 'missing')} in the file, {info.shapes.get(n, 'missing')} in "
         f"the model"
-        for n in sorted(expected.keys() | anatomy.shapes.keys())
-        if expected.get(n) != anatomy.shapes.get(n)
+        for n in sorted(expected.keys() | info.shapes.keys())
+        if expected.get(n) != info.shapes.get(n)
     ] or ["they share other tensors"]
     raise CheckpointError(
         f"{checkpoint.path} is for another model: {'; '.join(differing[:3])}",
@@ -239,7 +245,9 @@ def _alias(model: nn.Module, alias: str, name: str) -> None:
             table[attribute] = other[source_attribute]  # type: ignore[assignment]
 
 
-def _checked(file: TensorFile, shapes: dict[str, Shape], record: Any, source: Any) -> Checkpoint:
+def _checked(
+    file: SafetensorsFile, shapes: dict[str, Shape], record: Any, source: Any
+) -> Checkpoint:
     match record:
         case {"format": int(version)} if version > FORMAT:
             raise CheckpointError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiedconv.errors import UserError
-from tiedconv.io.safetensors_file import left_parts
+from tiedconv.io.safetensors_file import stale_temp_files
 
 STATES = "step-*.pt"
 """Names of the states of a training."""
@@ -27,13 +27,13 @@ _KEPT = (STATES, FIT, f"*/{FIT}", CALIBRATION, f"*/{CALIBRATION}")
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """Such a folder, be it there or not; files of others in it are never touched."""
 
     path: Path
 
     @classmethod
-    def beside(cls, output: Path) -> RunFolder:
+    def beside(cls, output: Path) -> RunDir:
         """The one of the run that makes this file."""
         return cls(output.with_name(output.name + ".run"))
 
@@ -68,7 +68,7 @@ class RunFolder:
     def tidy(self) -> None:
         """Remove what processes that were killed were writing; no other may run by now."""
         for pattern in (*_KEPT, CURVE):
-            for file in left_parts(self.path, pattern):
+            for file in stale_temp_files(self.path, pattern):
                 file.unlink(missing_ok=True)
 
     def clear(self) -> None:

@@ -1,6 +1,6 @@
 """Files: written so that nobody ever sees half of one, read as if anybody had sent them.
 
-`TensorFile` reads safetensors files by itself rather than with the library's own reader, which
+`SafetensorsFile` reads safetensors files by itself rather than with the library's own reader, which
 takes the last of two entries of one name, and maps the file into memory: who writes to it later
 changes a model that is long loaded. Here every byte that is used was read once, and checked.
 """
@@ -120,7 +120,7 @@ class _Entry:
     stop: int
 
 
-class TensorFile:
+class SafetensorsFile:
     """A safetensors file, opened once: who replaces it later does not change what is read.
 
     Nothing is allocated for a tensor before the file's own size has shown that its bytes are there.
@@ -138,7 +138,7 @@ class TensorFile:
         if not path.is_file():
             raise CheckpointError(
                 f"There is no file {path}",
-                remedy="Check the path, or make it with tiedconv convert",
+                hint="Check the path, or make it with tiedconv convert",
             )
         try:
             self._file = path.open("rb", buffering=0)
@@ -300,7 +300,7 @@ def check_output(path: Path, *, force: bool = False, option: str = "-o") -> None
 def _check_place(path: Path, force: bool, option: str = "-o") -> None:
     parent = path.parent
     if path.is_dir():
-        raise OutputError(f"{path} is a folder", remedy="Name a file, such as model.safetensors")
+        raise OutputError(f"{path} is a folder", hint="Name a file, such as model.safetensors")
     if not parent.is_dir():
         raise OutputError(
             f"The folder {parent} does not exist",
@@ -361,7 +361,7 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
         _parts.discard((os.getpid(), part))
 
 
-def left_parts(folder: Path, pattern: str) -> Iterator[Path]:
+def stale_temp_files(folder: Path, pattern: str) -> Iterator[Path]:
     """What writers of files of such names have not ended, be it that they run or were killed."""
     files = PurePath(pattern)
     return folder.glob(str(files.with_name(f"{_hidden(files)}*.part")))

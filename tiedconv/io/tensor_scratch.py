@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Spot:
+class StoredTensor:
     """Where a tensor lies in a scratch file: its first byte, dtype and shape."""
 
     start: int
@@ -26,7 +26,7 @@ class Spot:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class Scratch:
+class TensorScratch:
     """A file without a name that holds tensors; it is gone when it is closed, or the process ends.
 
     Every method that touches the file may raise OSError, such as for a full disk.
@@ -39,7 +39,7 @@ class Scratch:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._end = 0
 
-    def __enter__(self) -> Scratch:
+    def __enter__(self) -> TensorScratch:
         return self
 
     def __exit__(
@@ -54,18 +54,18 @@ class Scratch:
         """Free the disk. Tensors from `writable` stay valid."""
         self._file.close()
 
-    def put(self, tensor: Tensor) -> Spot:
+    def put(self, tensor: Tensor) -> StoredTensor:
         """Write a tensor down."""
         # A mapping begins at a multiple of the page size.
         start = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        spot = Spot(start, tensor.dtype, tuple(tensor.shape))
+        spot = StoredTensor(start, tensor.dtype, tuple(tensor.shape))
         self._file.seek(start)
         self._file.write(_bytes_of(tensor))
         self._file.flush()
         self._end = start + spot.size
         return spot
 
-    def read(self, spot: Spot) -> Tensor:
+    def read(self, spot: StoredTensor) -> Tensor:
         """A tensor, in memory of its own."""
         tensor = torch.empty(spot.shape, dtype=spot.dtype)
         self._file.seek(spot.start)
@@ -73,7 +73,7 @@ class Scratch:
             raise OSError("a temporary file has become shorter")
         return tensor
 
-    def writable(self, spot: Spot) -> Tensor:
+    def writable(self, spot: StoredTensor) -> Tensor:
         """A tensor whose memory is the file's: what is written to it is read later."""
         if not spot.size:
             return torch.empty(spot.shape, dtype=spot.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tiedconv.utils.memory import most_resident
+from tiedconv.utils.memory import peak_rss
 
 _STATM = Path("/proc/self/statm")
 
@@ -23,4 +23,4 @@ def memory_in_use() -> int | None:
     try:
         return int(_STATM.read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError, AttributeError):
-        return most_resident()
+        return peak_rss()

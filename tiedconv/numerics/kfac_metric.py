@@ -24,7 +24,7 @@ from tiedconv.numerics.linalg import truncate
 
 
 @dataclass(frozen=True)
-class Metric:
+class KfacMetric:
     """The two moments of one matrix, positive definite; None stands for the identity.
 
     Args:
@@ -45,9 +45,9 @@ class Metric:
         """The mean over entries of twice the cost of an error of 1 in that entry."""
         return _trace(self.left) * _trace(self.right)
 
-    def flipped(self) -> Metric:
+    def flipped(self) -> KfacMetric:
         """The metric of the transposed matrix."""
-        return Metric(self.right, self.left)
+        return KfacMetric(self.right, self.left)
 
     def apply(self, error: Tensor) -> Tensor:
         """`G E C`, half the gradient of twice the cost, `(out, in)`."""
@@ -80,16 +80,16 @@ class Metric:
         """G times the mean eigenvalue of C: the left side, where the right gets unit trace."""
         return None if self.left is None else self.left * _trace(self.right)
 
-    def part(self, start: int, stop: int) -> Metric:
+    def part(self, start: int, stop: int) -> KfacMetric:
         """The metric of some rows."""
         left = None if self.left is None else self.left[start:stop, start:stop]
-        return Metric(left, self.right)
+        return KfacMetric(left, self.right)
 
 
-IDENTITY = Metric()
+IDENTITY = KfacMetric()
 
 
-def mean_metric(metrics: Sequence[Metric]) -> Metric:
+def mean_metric(metrics: Sequence[KfacMetric]) -> KfacMetric:
     """One metric in place of several: each side the mean, weighted by what the other side costs.
 
     The sides of a metric have no scale of their own (`c G` and `C / c` cost the same), so each
@@ -110,10 +110,10 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
         return sum(w * s for w, s in known) * scale / total  # type: ignore[return-value]
 
     left_mean = mean(lefts, total)
-    return Metric(left_mean, mean(rights, total if left_mean is None else 1.0))
+    return KfacMetric(left_mean, mean(rights, total if left_mean is None else 1.0))
 
 
-def shrunk(first: Tensor, second: Tensor) -> tuple[Tensor, float]:
+def shrinkage_estimate(first: Tensor, second: Tensor) -> tuple[Tensor, float]:
     """A well-conditioned second moment from those of two halves of the images.
 
     `(1 - rho) C + rho mu I`, mu the mean eigenvalue. The ridge rho is chosen by the data: it is

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Permute, Ref, Reshape, Slice
-from tiedconv.numerics.kfac_metric import Metric, mean_metric
+from tiedconv.numerics.kfac_metric import KfacMetric, mean_metric
 
 SWEEPS = 3
 STEPS = 8
@@ -25,9 +25,9 @@ Factors = dict[str, Tensor]
 
 def total_cost(
     weights: Sequence[Expr], factors: Mapping[str, Tensor], matrices: Sequence[Tensor],
-    metrics: Sequence[Metric],
+    metrics: Sequence[KfacMetric],
 ) -> float:  # fmt: skip
-    """The cost of a group, see `Metric`."""
+    """The cost of a group, see `KfacMetric`."""
     return sum(
         metric.cost(matrix - expr.evaluate(factors.__getitem__))
         for expr, matrix, metric in zip(weights, matrices, metrics, strict=True)
@@ -38,7 +38,7 @@ def improve(
     weights: Sequence[Expr],
     factors: Mapping[str, Tensor],
     matrices: Sequence[Tensor],
-    metrics: Sequence[Metric],
+    metrics: Sequence[KfacMetric],
     *,
     sweeps: int = SWEEPS,
     steps: int = STEPS,
@@ -90,7 +90,7 @@ def _terms(expr: Expr) -> list[Expr]:
 
 
 def _fit_pair(
-    factors: Factors, b: str, a: str, expr: Expr, matrix: Tensor, metric: Metric
+    factors: Factors, b: str, a: str, expr: Expr, matrix: Tensor, metric: KfacMetric
 ) -> None:  # fmt: skip
     old = factors[b], factors[a]
     factors[b] = torch.zeros_like(old[0])
@@ -106,7 +106,7 @@ def _descend(
     name: str,
     weights: Sequence[Expr],
     matrices: Sequence[Tensor],
-    metrics: Sequence[Metric],
+    metrics: Sequence[KfacMetric],
     steps: int,
 ) -> None:
     """Preconditioned conjugate gradients on one factor, in place in `factors`."""
@@ -168,18 +168,18 @@ def conjugate_gradients(
 
 
 def _preconditioner(
-    name: str, factor: Tensor, uses: Sequence[tuple[Expr, Metric]]
+    name: str, factor: Tensor, uses: Sequence[tuple[Expr, KfacMetric]]
 ) -> Callable[[Tensor], Tensor]:
     """Solves with the moments that stand beside a factor's rows and columns in the cost."""
     if factor.ndim != 2:
         return lambda r: r
-    sides: list[Metric] = []
+    sides: list[KfacMetric] = []
     for expr, metric in uses:
         for left, right in _beside(expr, name, metric.left, metric.right):
             rows, columns = factor.shape
             left = left if left is not None and left.shape[0] == rows else None
             right = right if right is not None and right.shape[0] == columns else None
-            sides.append(Metric(left, right))
+            sides.append(KfacMetric(left, right))
     mean = mean_metric(sides)
     left, right = _cholesky(mean.left, factor), _cholesky(mean.right, factor)
 

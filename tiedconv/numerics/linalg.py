@@ -199,13 +199,13 @@ def _scales_between(w: Tensor, m: Tensor, *, steps: int = 5) -> tuple[Tensor, Te
     and column norms of m (Sinkhorn's iteration on the squares). A least-squares fit would shrink
     them where w and m have little in common, as two trained matrices have.
     """
-    likeness, had, wanted = m * w, w.square(), m.square()
-    t = likeness[likeness.square().sum(1).argmax()].unsqueeze(0)
+    similarity, had, wanted = m * w, w.square(), m.square()
+    t = similarity[similarity.square().sum(1).argmax()].unsqueeze(0)
     for _ in range(steps):
-        t = (likeness @ t.t()).t() @ likeness
+        t = (similarity @ t.t()).t() @ similarity
         t = t / t.abs().max().clamp(min=1e-30)
     sign_t = torch.where(t < 0, -1.0, 1.0).to(w.dtype)
-    sign_s = torch.where(likeness @ sign_t.t() < 0, -1.0, 1.0).to(w.dtype)
+    sign_s = torch.where(similarity @ sign_t.t() < 0, -1.0, 1.0).to(w.dtype)
     s2, t2 = w.new_ones(w.shape[0], 1), w.new_ones(1, w.shape[1])
     rows, columns = wanted.sum(1, keepdim=True), wanted.sum(0, keepdim=True)
     for _ in range(100):  # a handful for large matrices; small ones may take longer to settle

@@ -4,7 +4,7 @@ A trained network's weights are one point of a family that computes the same fun
 fit, a scheme moves along that family to where its own form fits better. Every function here is
 such a move; the laws in the tests check each of them against the model's outputs.
 
-The moves edit a `Workbench`; a block that isn't `free` is never touched by those that need it.
+The moves edit a `WeightEditor`; a block that isn't `free` is never touched by those that need it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from tiedconv.core.plan import Block, Member, Slot, Span
 
 
-class Workbench:
+class WeightEditor:
     """Tensors by name, copied the first time they are edited.
 
     Args:
@@ -53,7 +53,7 @@ class Workbench:
             self.edit(block.vectors[role]).mul_(by)
 
 
-def scale_conv_rows(bench: Workbench, block: Block, i: int, c: Tensor) -> None:
+def scale_conv_rows(editor: WeightEditor, block: Block, i: int, c: Tensor) -> None:
     """Scale the rows of `conv<i>` by c (any sign, none zero); BatchNorm i takes it back.
 
     BatchNorm of `c x` equals BatchNorm of x when its running mean is scaled by c, its variance
@@ -62,28 +62,28 @@ def scale_conv_rows(bench: Workbench, block: Block, i: int, c: Tensor) -> None:
     Args:
         c: `(out,)`.
     """
-    bench.edit(block.slots[f"conv{i}"]).mul_(c.unsqueeze(1))
-    bench.edit(block.vectors[f"bn{i}.running_mean"]).mul_(c)
-    variance = bench.edit(block.vectors[f"bn{i}.running_var"])
+    editor.edit(block.slots[f"conv{i}"]).mul_(c.unsqueeze(1))
+    editor.edit(block.vectors[f"bn{i}.running_mean"]).mul_(c)
+    variance = editor.edit(block.vectors[f"bn{i}.running_var"])
     scaled = c.square() * variance
     ratio = torch.sqrt(scaled + block.eps) / torch.sqrt(variance + block.eps) / c
-    bench.edit(block.vectors[f"bn{i}.weight"]).mul_(ratio)
+    editor.edit(block.vectors[f"bn{i}.weight"]).mul_(ratio)
     variance.copy_(scaled)
 
 
-def scale_bottleneck_units(bench: Workbench, block: Block, f: Tensor) -> None:
+def scale_bottleneck_units(editor: WeightEditor, block: Block, f: Tensor) -> None:
     """Scale the columns of conv3 by f > 0, and BatchNorm 2 by 1 / f: ReLU lets it pass.
 
     Args:
         f: `(width,)`.
     """
-    bench.edit(block.slots["conv3"]).mul_(f)
+    editor.edit(block.slots["conv3"]).mul_(f)
     for part in ("weight", "bias"):
-        bench.edit(block.vectors[f"bn2.{part}"]).div_(f)
+        editor.edit(block.vectors[f"bn2.{part}"]).div_(f)
 
 
 def permute_bottleneck(
-    bench: Workbench, block: Block, first: Tensor | None, second: Tensor | None
+    editor: WeightEditor, block: Block, first: Tensor | None, second: Tensor | None
 ) -> None:
     """Put the units after conv1 (`first`) and after conv2 (`second`) in another order.
 
@@ -93,35 +93,35 @@ def permute_bottleneck(
     for i, order in ((1, first), (2, second)):
         if order is None:
             continue
-        _reorder(bench.edit(block.slots[f"conv{i}"]), order)
+        _reorder(editor.edit(block.slots[f"conv{i}"]), order)
         for part in ("weight", "bias", "running_mean", "running_var"):
-            _reorder(bench.edit(block.vectors[f"bn{i}.{part}"]), order)
+            _reorder(editor.edit(block.vectors[f"bn{i}.{part}"]), order)
     if first is not None:
-        kernels = bench.edit(conv2).reshape(conv2.rows, first.numel(), -1)
+        kernels = editor.edit(conv2).reshape(conv2.rows, first.numel(), -1)
         kernels.copy_(kernels[:, first].clone())
     if second is not None:
-        columns = bench.edit(block.slots["conv3"])
+        columns = editor.edit(block.slots["conv3"])
         columns.copy_(columns[:, second].clone())
 
 
-def permute_hidden(bench: Workbench, block: Block, order: Tensor) -> None:
+def permute_hidden(editor: WeightEditor, block: Block, order: Tensor) -> None:
     """Put the hidden units of a feed-forward in another order, `(hidden,)`."""
-    _reorder(bench.edit(block.slots["up"]), order)
+    _reorder(editor.edit(block.slots["up"]), order)
     if "up.bias" in block.vectors:
-        _reorder(bench.edit(block.vectors["up.bias"]), order)
-    columns = bench.edit(block.slots["down"])
+        _reorder(editor.edit(block.vectors["up.bias"]), order)
+    columns = editor.edit(block.slots["down"])
     columns.copy_(columns[:, order].clone())
 
 
-def scale_hidden(bench: Workbench, block: Block, c: Tensor) -> None:
+def scale_hidden(editor: WeightEditor, block: Block, c: Tensor) -> None:
     """Scale the hidden units of a ReLU feed-forward by c > 0, `(hidden,)`."""
-    bench.edit(block.slots["up"]).mul_(c.unsqueeze(1))
-    bench.scale_vector(block, "up.bias", c)
-    bench.edit(block.slots["down"]).div_(c)
+    editor.edit(block.slots["up"]).mul_(c.unsqueeze(1))
+    editor.scale_vector(block, "up.bias", c)
+    editor.edit(block.slots["down"]).div_(c)
 
 
 def transform_heads(
-    bench: Workbench, block: Block, qk: Tensor | None = None, vo: Tensor | None = None
+    editor: WeightEditor, block: Block, qk: Tensor | None = None, vo: Tensor | None = None
 ) -> None:
     """Change the basis inside each head: `(q, k) -> (G q, G^-T k)`, `(v, o) -> (H v, o H^-1)`.
 
@@ -129,51 +129,51 @@ def transform_heads(
         qk, vo: invertible `(heads, d_head, d_head)`.
     """
     if qk is not None:
-        _heads_times(bench, block, "q", qk)
-        _heads_times(bench, block, "k", torch.linalg.inv(qk).mT)
+        _heads_times(editor, block, "q", qk)
+        _heads_times(editor, block, "k", torch.linalg.inv(qk).mT)
     if vo is not None:
-        _heads_times(bench, block, "v", vo)
-        o = bench.edit(block.slots["o"])
+        _heads_times(editor, block, "v", vo)
+        o = editor.edit(block.slots["o"])
         heads, d, _ = vo.shape
         inverse = torch.linalg.inv(vo).to(o.dtype)
         o.copy_(torch.einsum("ohd,hde->ohe", o.reshape(-1, heads, d), inverse).reshape(o.shape))
 
 
-def permute_heads(bench: Workbench, block: Block, order: Tensor) -> None:
+def permute_heads(editor: WeightEditor, block: Block, order: Tensor) -> None:
     """Put the heads of an attention in another order, `(heads,)`."""
     assert block.heads
     d = block.slots["q"].rows // block.heads
     rows = (order.unsqueeze(1) * d + torch.arange(d)).flatten()
     for role in "qkv":
-        _reorder(bench.edit(block.slots[role]), rows)
+        _reorder(editor.edit(block.slots[role]), rows)
         if f"{role}.bias" in block.vectors:
-            _reorder(bench.edit(block.vectors[f"{role}.bias"]), rows)
-    o = bench.edit(block.slots["o"])
+            _reorder(editor.edit(block.vectors[f"{role}.bias"]), rows)
+    o = editor.edit(block.slots["o"])
     o.copy_(o[:, rows].clone())
 
 
-def fold_norm(bench: Workbench, block: Block) -> bool:
+def fold_norm(editor: WeightEditor, block: Block) -> bool:
     """Move a LayerNorm's scale into the weights that read it; False if there is none to move."""
     if "norm.weight" not in block.vectors:
         return False
-    scale = bench.edit(block.vectors["norm.weight"])
+    scale = editor.edit(block.vectors["norm.weight"])
     if float(scale.abs().min()) < 1e-4:
         return False  # a dead channel's bias can't be divided by its scale
     for role in ("up",) if block.kind == "ffn" else ("q", "k", "v"):
-        bench.edit(block.slots[role]).mul_(scale)
-    bench.edit(block.vectors["norm.bias"]).div_(scale)
+        editor.edit(block.slots[role]).mul_(scale)
+    editor.edit(block.vectors["norm.bias"]).div_(scale)
     scale.fill_(1.0)
     return True
 
 
-def _heads_times(bench: Workbench, block: Block, role: str, g: Tensor) -> None:
+def _heads_times(editor: WeightEditor, block: Block, role: str, g: Tensor) -> None:
     """Rows of q, k or v, head by head, from the left times g; the bias with them."""
     heads, d, _ = g.shape
-    rows = bench.edit(block.slots[role])
+    rows = editor.edit(block.slots[role])
     g = g.to(rows.dtype)
     rows.copy_((g @ rows.reshape(heads, d, -1)).reshape(rows.shape))
     if f"{role}.bias" in block.vectors:
-        bias = bench.edit(block.vectors[f"{role}.bias"])
+        bias = editor.edit(block.vectors[f"{role}.bias"])
         bias.copy_((g @ bias.reshape(heads, d, 1)).flatten())
 
 

@@ -1,4 +1,4 @@
-"""From a recipe and a model's anatomy to a plan, and from weights to a plan's factors."""
+"""From a recipe and a model's info to a plan, and from weights to a plan's factors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tiedconv.core.expr import Expr
 from tiedconv.core.plan import Block, Group, Member, Plan, Slot, assemble, member_expr, stored_name
 from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
 from tiedconv.families import all_families
-from tiedconv.families.inspect import Anatomy
+from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.least_squares import improve, total_cost
-from tiedconv.numerics.symmetries import Workbench
+from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.planning.rank_allocation import (
-    Metrics,
+    KfacMetrics,
     allocate,
     allocate_evenly,
     metrics_of,
@@ -43,17 +43,17 @@ class Task:
 
 
 def make_plan(
-    anatomy: Anatomy,
+    info: ModelInfo,
     recipe: Recipe,
     tensors: Mapping[str, Tensor] | None = None,
     *,
     in_place: bool = False,
-    measure: Callable[[Mapping[str, Tensor]], Metrics] | None = None,
+    measure: Callable[[Mapping[str, Tensor]], KfacMetrics] | None = None,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The plan for a model, and its weights moved to where the schemes fit best.
 
     Args:
-        anatomy: of the model.
+        info: of the model.
         recipe: what is wanted.
         tensors: the weights; without them nothing is moved and a budget is spread evenly.
         in_place: move the given tensors themselves, which saves their size in memory.
@@ -63,59 +63,60 @@ def make_plan(
         NothingToConvert: no tensor matches; the message lists what was looked for.
         BudgetError: the budget can't be met; the message names the smallest size that can.
     """
-    tasks, plan = _outline(anatomy, recipe)
+    tasks, plan = _outline(info, recipe)
     if tensors is None:
         return plan, {}
-    bench = _aligned(tasks, _bench(tensors, in_place=in_place))
+    editor = _aligned(tasks, _editor(tensors, in_place=in_place))
     moved = {
-        n: t if bench.tensors[n] is t else bench.tensors[n].to(t.dtype) for n, t in tensors.items()
+        n: t if editor.tensors[n] is t else editor.tensors[n].to(t.dtype)
+        for n, t in tensors.items()
     }
     metrics = measure(moved) if measure is not None else {}
-    return compile_plan(anatomy, _within(recipe, anatomy, tasks, bench, metrics)), moved
+    return compile_plan(info, _within(recipe, info, tasks, editor, metrics)), moved
 
 
-def plan_on(anatomy: Anatomy, recipe: Recipe, bench: Workbench) -> Plan:
+def plan_on(info: ModelInfo, recipe: Recipe, editor: WeightEditor) -> Plan:
     """The plan for weights on a workbench, moved there to where the schemes fit best.
 
     Args:
-        anatomy: of the model.
+        info: of the model.
         recipe: what is wanted.
-        bench: the weights, each as `widened` gives it.
+        editor: the weights, each as `widened` gives it.
 
     Raises:
         NothingToConvert, BudgetError: as `make_plan`, before any weight is moved.
     """
-    tasks, _ = _outline(anatomy, recipe)
-    return compile_plan(anatomy, _within(recipe, anatomy, tasks, _aligned(tasks, bench), {}))
+    tasks, _ = _outline(info, recipe)
+    return compile_plan(info, _within(recipe, info, tasks, _aligned(tasks, editor), {}))
 
 
 def align(
-    anatomy: Anatomy, recipe: Recipe, tensors: Mapping[str, Tensor]
+    info: ModelInfo, recipe: Recipe, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:  # fmt: skip
     """The weights where a recipe's schemes fit best: the same function in other numbers."""
-    bench = _aligned(draft(anatomy, recipe), _bench(tensors, in_place=False))
-    return {n: bench.tensors[n].to(t.dtype) for n, t in tensors.items()}
+    editor = _aligned(draft(info, recipe), _editor(tensors, in_place=False))
+    return {n: editor.tensors[n].to(t.dtype) for n, t in tensors.items()}
 
 
-def _outline(anatomy: Anatomy, recipe: Recipe) -> tuple[list[Task], Plan]:
+def _outline(info: ModelInfo, recipe: Recipe) -> tuple[list[Task], Plan]:
     """The tasks of a recipe, and its plan without weights: what can't be is refused here."""
-    tasks = draft(anatomy, recipe)
-    return tasks, compile_plan(anatomy, _within(recipe, anatomy, tasks, None, {}))
+    tasks = draft(info, recipe)
+    return tasks, compile_plan(info, _within(recipe, info, tasks, None, {}))
 
 
-def _bench(tensors: Mapping[str, Tensor], *, in_place: bool) -> Workbench:
-    return Workbench({n: widened(t) for n, t in tensors.items()}, in_place=in_place)
+def _editor(tensors: Mapping[str, Tensor], *, in_place: bool) -> WeightEditor:
+    return WeightEditor({n: widened(t) for n, t in tensors.items()}, in_place=in_place)
 
 
-def _aligned(tasks: Sequence[Task], bench: Workbench) -> Workbench:
+def _aligned(tasks: Sequence[Task], editor: WeightEditor) -> WeightEditor:
     for task in tasks:
-        task.scheme.align(task.blocks, bench)
-    return bench
+        task.scheme.align(task.blocks, editor)
+    return editor
 
 
-def draft(anatomy: Anatomy, recipe: Recipe) -> list[Task]:
+def draft(info: ModelInfo, recipe: Recipe) -> list[Task]:
     """Which groups each rule of the recipe makes; the first rule that takes a tensor has it."""
-    found = anatomy.blocks
+    found = info.blocks
     blocks = [block for _, block in found]
     taken: set[str] = set()
     tasks: list[Task] = []
@@ -130,7 +131,7 @@ def draft(anatomy: Anatomy, recipe: Recipe) -> list[Task]:
     return tasks
 
 
-def compile_plan(anatomy: Anatomy, drafts: Sequence[Draft]) -> Plan:
+def compile_plan(info: ModelInfo, drafts: Sequence[Draft]) -> Plan:
     """The plan of settled groups."""
     pieces: dict[str, list[tuple[Slot, Expr]]] = defaultdict(list)
     groups: list[Group] = []
@@ -148,18 +149,18 @@ def compile_plan(anatomy: Anatomy, drafts: Sequence[Draft]) -> Plan:
                 (member.slot, member_expr(member, expr.rename(rename)))
             )
     if len({g.name for g in groups}) < len(groups):
-        raise RecipeError("Two groups of the plan have one name", remedy="Report this as a bug")
+        raise RecipeError("Two groups of the plan have one name", hint="Report this as a bug")
     weights: dict[str, Expr] = {}
     for tensor, parts in pieces.items():
         weights[tensor], rest = assemble(parts)
         for slot in rest.values():
             factors = {f"rows{slot.start}-{slot.stop}": slot.matrix_shape}
             groups.append(Group(tensor, KEPT, {}, (Member(slot),), factors))
-    kept = {n: s for n, s in anatomy.shapes.items() if n not in weights}
+    kept = {n: s for n, s in info.shapes.items() if n not in weights}
     # In the order of a file, so that what is read back trains to the bit as what was written.
     weights, kept = dict(sorted(weights.items())), dict(sorted(kept.items()))
-    aliases = dict(sorted(anatomy.aliases.items()))
-    plan = Plan(weights, tuple(groups), kept, anatomy.buffers, aliases)
+    aliases = dict(sorted(info.aliases.items()))
+    plan = Plan(weights, tuple(groups), kept, info.buffers, aliases)
     plan.validate()
     return plan
 
@@ -168,7 +169,7 @@ def fit_plan(
     plan: Plan,
     tensors: Mapping[str, Tensor],
     on_group: Callable[[int, int], None] | None = None,
-    metrics: Metrics | None = None,
+    metrics: KfacMetrics | None = None,
 ) -> tuple[Plan, dict[str, Tensor], float]:
     """The factors of every group, and the plan with the relative error of each fit.
 
@@ -201,7 +202,7 @@ def fit_plan(
 
 
 def fit_group(
-    group: Group, matrices: Sequence[Tensor], metrics: Metrics | None = None
+    group: Group, matrices: Sequence[Tensor], metrics: KfacMetrics | None = None
 ) -> tuple[Group, dict[str, Tensor], float]:
     """The factors of one group.
 
@@ -223,7 +224,7 @@ def fit_group(
         shapes = [m.shape for m in group.members]
         weights = scheme.layout(shapes).weights
         # Without images only a product that several matrices share is not at its best yet.
-        if scheme.core_shape(shapes) is not None or any(m.measured for m in measures):
+        if scheme.base_shape(shapes) is not None or any(m.measured for m in measures):
             fitted = improve(weights, fitted, matrices, measures)
         wrong = max(0.0, total_cost(weights, fitted, matrices, measures))
         total = sum(m.cost(w) for w, m in zip(matrices, measures, strict=True))
@@ -231,7 +232,7 @@ def fit_group(
     return dataclasses.replace(group, error=error), fitted, wrong
 
 
-def first_plan(anatomy: Anatomy, recipe: Recipe) -> Plan:
+def first_plan(info: ModelInfo, recipe: Recipe) -> Plan:
     """The plan of a recipe without weights: where there are alternatives, of the first that can be.
 
     Raises:
@@ -240,17 +241,17 @@ def first_plan(anatomy: Anatomy, recipe: Recipe) -> Plan:
     refused: list[BudgetError] = []
     for wanted in alternatives(recipe):
         try:
-            return make_plan(anatomy, wanted)[0]
+            return make_plan(info, wanted)[0]
         except BudgetError as error:
             refused.append(error)
     raise min(refused, key=lambda error: error.smallest)
 
 
-def weights_of(anatomy: Anatomy, recipe: Recipe) -> dict[str, bool]:
+def weights_of(info: ModelInfo, recipe: Recipe) -> dict[str, bool]:
     """The weights that a recipe governs, and whether each is stored as `(in, out)`."""
     slots = (
         slot
-        for task in draft(anatomy, recipe)
+        for task in draft(info, recipe)
         for block in task.blocks
         for slot in block.slots.values()
     )
@@ -273,18 +274,18 @@ def alternatives(recipe: Recipe) -> list[Recipe]:
     return found
 
 
-def smaller_ways(anatomy: Anatomy, recipe: Recipe) -> list[tuple[str, int]]:
+def smaller_options(info: ModelInfo, recipe: Recipe) -> list[tuple[str, int]]:
     """Other options and schemes that store less: how to ask for each, and its parameters."""
     ways: dict[tuple[str, int], str] = {}
-    current = _size(anatomy, recipe)
+    current = _size(info, recipe)
     for scheme, cls in all_schemes().items():
-        for options in cls.further:
+        for options in cls.smaller_options:
             base = {} if scheme != recipe.rules[0].scheme else dict(recipe.rules[0].options)
             rule = dataclasses.replace(
                 recipe.rules[0], scheme=scheme, options={**base, **options}
             )  # fmt: skip
             flags = " ".join(f"--option {k}={_plain(v)}" for k, v in options.items())
-            how, size = f"--scheme {scheme} {flags}".strip(), _size(anatomy, Recipe((rule,)))
+            how, size = f"--scheme {scheme} {flags}".strip(), _size(info, Recipe((rule,)))
             # An option that changes nothing here is no way of its own: the shortest of those alike.
             alike = ways.get((scheme, size))
             if size and (not current or size < current) and (not alike or len(how) < len(alike)):
@@ -292,13 +293,13 @@ def smaller_ways(anatomy: Anatomy, recipe: Recipe) -> list[tuple[str, int]]:
     return sorted(((how, size) for (_, size), how in ways.items()), key=lambda way: -way[1])
 
 
-def _size(anatomy: Anatomy, recipe: Recipe) -> int:
+def _size(info: ModelInfo, recipe: Recipe) -> int:
     """Parameters stored without a budget, 0 if the recipe converts nothing."""
     try:
-        drafts = [d for task in draft(anatomy, recipe) for d in task.drafts]
+        drafts = [d for task in draft(info, recipe) for d in task.drafts]
     except NothingToConvert:
         return 0
-    return compile_plan(anatomy, drafts).stored
+    return compile_plan(info, drafts).stored
 
 
 def _plain(value: object) -> str:
@@ -307,7 +308,7 @@ def _plain(value: object) -> str:
 
 def _governed(rule: Rule, blocks: Sequence[Block], taken: set[str]) -> list[Block]:
     public = {s.tensor for b in blocks if not b.private for s in b.slots.values()}
-    narrow = rule.naming_none_of(public)  # what is private has to be meant
+    narrow = rule.without_patterns_matching(public)  # what is private has to be meant
     mine: list[Block] = []
     for block in blocks:
         mean = narrow if block.private else rule
@@ -320,10 +321,10 @@ def _governed(rule: Rule, blocks: Sequence[Block], taken: set[str]) -> list[Bloc
 
 def _within(
     recipe: Recipe,
-    anatomy: Anatomy,
+    info: ModelInfo,
     tasks: Sequence[Task],
-    bench: Workbench | None,
-    metrics: Metrics,
+    editor: WeightEditor | None,
+    metrics: KfacMetrics,
 ) -> list[Draft]:
     """The groups with schemes and ranks that fill the budget, if there is one, and keep to it."""
     drafts = [d for task in tasks for d in task.drafts]
@@ -332,18 +333,18 @@ def _within(
     wanted = recipe.budget or (Budget(OPEN_BUDGET) if is_open else None)
     if wanted is None:
         return drafts
-    original = parameters_of(anatomy)
+    original = parameters_of(info)
     budget = wanted.resolve(original)
     least = with_least(drafts)
-    stored = compile_plan(anatomy, least).stored
-    smallest = least_stored(anatomy, tasks) if is_open else stored
+    stored = compile_plan(info, least).stored
+    smallest = least_stored(info, tasks) if is_open else stored
     if smallest > budget:
-        raise _too_small(recipe, wanted, anatomy, smallest, budget, original)
-    if bench is None:
+        raise _too_small(recipe, wanted, info, smallest, budget, original)
+    if editor is None:
         return allocate_evenly(least, max(0, budget - stored))
     if is_open:
-        return choose(parts, budget - original + governed_by(parts), bench, metrics)
-    return allocate(least, budget - stored, bench, metrics)
+        return choose(parts, budget - original + parameters_in(parts), editor, metrics)
+    return allocate(least, budget - stored, editor, metrics)
 
 
 def parts_of(tasks: Sequence[Task]) -> list[Part]:
@@ -351,26 +352,26 @@ def parts_of(tasks: Sequence[Task]) -> list[Part]:
     return [Part(task.scheme.candidates(), task.blocks) for task in tasks]
 
 
-def governed_by(parts: Sequence[Part]) -> int:
+def parameters_in(parts: Sequence[Part]) -> int:
     """Parameters of the original's matrices in these parts."""
     return sum(s.numel for part in parts for b in part.blocks for s in b.slots.values())
 
 
-def parameters_of(anatomy: Anatomy) -> int:
+def parameters_of(info: ModelInfo) -> int:
     """Parameters of the original."""
-    return sum(math.prod(s) for s in anatomy.parameters.values())
+    return sum(math.prod(s) for s in info.parameters.values())
 
 
-def least_stored(anatomy: Anatomy, tasks: Sequence[Task]) -> int:
+def least_stored(info: ModelInfo, tasks: Sequence[Task]) -> int:
     """The fewest parameters that the tasks can store, of the whole model."""
     parts = parts_of(tasks)
-    return parameters_of(anatomy) - governed_by(parts) + sum(map(least_size, parts))
+    return parameters_of(info) - parameters_in(parts) + sum(map(least_size, parts))
 
 
 def _too_small(
-    recipe: Recipe, wanted: Budget, anatomy: Anatomy, smallest: int, budget: int, original: int
+    recipe: Recipe, wanted: Budget, info: ModelInfo, smallest: int, budget: int, original: int
 ) -> BudgetError:  # fmt: skip
-    ways = [w for w in smaller_ways(anatomy, Recipe(recipe.rules)) if w[1] <= budget]
+    ways = [w for w in smaller_options(info, Recipe(recipe.rules)) if w[1] <= budget]
     asked_for = tuple(f"--scheme {rule.scheme} " for rule in recipe.rules)
     ways.sort(key=lambda way: not f"{way[0]} ".startswith(asked_for))
     what = "; ".join(f"{flags} reaches {_share(size, original)}" for flags, size in ways[:4])
@@ -401,9 +402,9 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToConvert:
-    families = "; ".join(f"{f.name}: {f.looks_for}" for f in all_families())
+    families = "; ".join(f"{f.name}: {f.pattern}" for f in all_families())
     schemes = all_schemes()
-    wanted = "; ".join(f"{r.scheme}: {schemes[r.scheme].looks_for}" for r in recipe.rules)
+    wanted = "; ".join(f"{r.scheme}: {schemes[r.scheme].pattern}" for r in recipe.rules)
     ask = " (if --include names it alone)"
     saw = sorted({f"{f} {block.kind}{ask if block.private else ''}" for f, block in found})
     return NothingToConvert(

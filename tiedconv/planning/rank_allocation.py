@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 from tiedconv.core.plan import Member, Slot
-from tiedconv.numerics.kfac_metric import IDENTITY, Metric
-from tiedconv.numerics.symmetries import Workbench
-from tiedconv.schemes import Dial, Draft
+from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
+from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.schemes import Draft, RankOption
 
-Metrics = Mapping[str, Metric]
+KfacMetrics = Mapping[str, KfacMetric]
 """The metric of each weight by its tensor's name, in the orientation `(out, in)`."""
 
-Place = tuple[int, int]
-"""A dial: its draft's place and its own."""
+RankIndex = tuple[int, int]
+"""One rank that can be chosen: index of its draft, index of the rank option in it."""
 
 
-def metrics_of(members: Sequence[Member], metrics: Metrics) -> list[Metric]:
+def metrics_of(members: Sequence[Member], metrics: KfacMetrics) -> list[KfacMetric]:
     """The metric of each matrix as it takes part; the identity where none was measured.
 
     Where some were, a matrix without one reaches no answer on these images: errors of it count as
     little as those of the matrix that matters least, but not as nothing, as others may be shown.
     """
-    found: list[Metric] = []
+    found: list[KfacMetric] = []
     for member in members:
         whole = metrics.get(member.slot.tensor) or _unseen(member.slot, metrics)
         part = whole.part(member.slot.start, member.slot.stop)
@@ -34,22 +34,22 @@ def metrics_of(members: Sequence[Member], metrics: Metrics) -> list[Metric]:
     return found
 
 
-def _unseen(slot: Slot, metrics: Metrics) -> Metric:
+def _unseen(slot: Slot, metrics: KfacMetrics) -> KfacMetric:
     if not metrics:
         return IDENTITY
-    return Metric(torch.eye(slot.stop) * min(m.weight for m in metrics.values()))
+    return KfacMetric(torch.eye(slot.stop) * min(m.weight for m in metrics.values()))
 
 
-def gains_of(d: Draft, bench: Workbench, metrics: Metrics) -> list[Tensor | None]:
-    """For each dial of a draft, the cost that each further rank removes."""
-    if not has_dials(d):
+def gains_of(d: Draft, editor: WeightEditor, metrics: KfacMetrics) -> list[Tensor | None]:
+    """For each option of a draft, the cost that each further rank removes."""
+    if not has_rank_options(d):
         return [None] * (len(d.members) + 1)
-    matrices = bench.matrices(d.members)
+    matrices = editor.matrices(d.members)
     return d.scheme.gains(matrices, metrics_of(d.members, metrics))
 
 
 def allocate(
-    drafts: Sequence[Draft], spare: int, bench: Workbench, metrics: Metrics | None = None
+    drafts: Sequence[Draft], spare: int, editor: WeightEditor, metrics: KfacMetrics | None = None
 ) -> list[Draft]:
     """Ranks that remove the most cost for the parameters spent.
 
@@ -60,27 +60,29 @@ def allocate(
     Args:
         drafts: at their least ranks.
         spare: parameters to spend beyond those.
-        bench: the weights.
+        editor: the weights.
         metrics: what errors cost; without them all weights count alike.
     """
-    places: list[Place] = []
+    places: list[RankIndex] = []
     ratios: list[Tensor] = []
     for g, d in enumerate(drafts):
-        for j, gain in enumerate(gains_of(d, bench, metrics or {})):
-            dial = d.scheme.dials(d.shapes)[j]
-            if gain is not None and dial is not None:
+        for j, gain in enumerate(gains_of(d, editor, metrics or {})):
+            option = d.scheme.rank_options(d.shapes)[j]
+            if gain is not None and option is not None:
                 places.append((g, j))
-                ratios.append(gain[dial.least : dial.most] / dial.cost)
+                ratios.append(
+                    gain[option.min_rank : option.break_even_rank] / option.params_per_rank
+                )
     return fill(drafts, spare, places, ratios)
 
 
 def fill(
-    drafts: Sequence[Draft], spare: int, places: Sequence[Place], ratios: Sequence[Tensor]
+    drafts: Sequence[Draft], spare: int, places: Sequence[RankIndex], ratios: Sequence[Tensor]
 ) -> list[Draft]:
-    """The drafts with their dials turned up, best ratio of gain to cost first."""
+    """The drafts with their rank_options with_ranks up, best ratio of gain to cost first."""
     ranks = _least(drafts)
     if places:
-        costs = [_dial(drafts, place).cost for place in places]
+        costs = [_option_at(drafts, place).params_per_rank for place in places]
         owner = torch.cat([torch.full((len(v),), i) for i, v in enumerate(ratios)])
         for i in owner[
             torch.argsort(torch.cat(list(ratios)), descending=True, stable=True)
@@ -89,54 +91,60 @@ def fill(
             if costs[i] <= spare:
                 spare -= costs[i]
                 ranks[g][j] += 1
-    return _settled(drafts, ranks)
+    return _finalize(drafts, ranks)
 
 
 def allocate_evenly(drafts: Sequence[Draft], spare: int) -> list[Draft]:
     """Ranks that are the same share of each matrix, for plans made without weights."""
     ranks = _least(drafts)
-    dials = {
-        (g, j): dial
+    rank_options = {
+        (g, j): option
         for g, d in enumerate(drafts)
-        for j, dial in enumerate(d.scheme.dials(d.shapes))
-        if dial is not None
+        for j, option in enumerate(d.scheme.rank_options(d.shapes))
+        if option is not None
     }
-    full = sum((dial.most - dial.least) * dial.cost for dial in dials.values())
+    full = sum(
+        (option.break_even_rank - option.min_rank) * option.params_per_rank
+        for option in rank_options.values()
+    )
     share = min(1.0, spare / full) if full else 0.0
-    for (g, j), dial in dials.items():
-        more = int(share * (dial.most - dial.least))
+    for (g, j), option in rank_options.items():
+        more = int(share * (option.break_even_rank - option.min_rank))
         ranks[g][j] += more
-        spare -= more * dial.cost
-    for (g, j), dial in dials.items():  # what rounding left, one rank each
-        if dial.cost <= spare and ranks[g][j] < dial.most:
+        spare -= more * option.params_per_rank
+    for (g, j), option in rank_options.items():  # what rounding left, one rank each
+        if option.params_per_rank <= spare and ranks[g][j] < option.break_even_rank:
             ranks[g][j] += 1
-            spare -= dial.cost
-    return _settled(drafts, ranks)
+            spare -= option.params_per_rank
+    return _finalize(drafts, ranks)
 
 
 def with_least(drafts: Sequence[Draft]) -> list[Draft]:
-    """The drafts with every dial at its least."""
-    return _settled(drafts, _least(drafts))
+    """The drafts with every option at its least."""
+    return _finalize(drafts, _least(drafts))
 
 
-def has_dials(d: Draft) -> bool:
+def has_rank_options(d: Draft) -> bool:
     """Whether a budget can turn anything here."""
-    return any(dial is not None for dial in d.scheme.dials(d.shapes))
+    return any(option is not None for option in d.scheme.rank_options(d.shapes))
 
 
-def _dial(drafts: Sequence[Draft], place: Place) -> Dial:
+def _option_at(drafts: Sequence[Draft], place: RankIndex) -> RankOption:
     d = drafts[place[0]]
-    dial = d.scheme.dials(d.shapes)[place[1]]
-    assert dial is not None
-    return dial
+    option = d.scheme.rank_options(d.shapes)[place[1]]
+    assert option is not None
+    return option
 
 
 def _least(drafts: Sequence[Draft]) -> list[list[int]]:
-    return [[dial.least if dial else 0 for dial in d.scheme.dials(d.shapes)] for d in drafts]
-
-
-def _settled(drafts: Sequence[Draft], ranks: list[list[int]]) -> list[Draft]:
     return [
-        dataclasses.replace(d, scheme=d.scheme.turned(r)) if has_dials(d) else d
+        [option.min_rank if option else 0 for option in d.scheme.rank_options(d.shapes)]
+        for d in drafts
+    ]
+
+
+def _finalize(drafts: Sequence[Draft], ranks: list[list[int]]) -> list[Draft]:
+    return [
+        dataclasses.replace(d, scheme=d.scheme.with_ranks(r)) if has_rank_options(d) else d
         for d, r in zip(drafts, ranks, strict=True)
     ]

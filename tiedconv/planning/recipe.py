@@ -60,7 +60,7 @@ class Budget:
                 return count, False
         raise RecipeError(
             f"params={self.text!r} is no budget",
-            remedy="Give a percentage of the original such as 50%, or a number such as 12M",
+            hint="Give a percentage of the original such as 50%, or a number such as 12M",
         )
 
 
@@ -92,10 +92,10 @@ class Rule:
     def chosen_by_a_budget(self) -> list[str]:
         """The options that are given here and that a budget would choose anew."""
         scheme = make_scheme(self.scheme, self.options)
-        given, chosen = scheme.to_json(), scheme.with_ranks((0,)).to_json()
+        given, chosen = scheme.to_json(), scheme.with_residual_ranks((0,)).to_json()
         return [name for name in self.options if chosen[name] != given[name]]
 
-    def naming_none_of(self, names: Iterable[str]) -> Rule:
+    def without_patterns_matching(self, names: Iterable[str]) -> Rule:
         """The same rule with only those of its patterns that match none of these names.
 
         A pattern of stars alone names nothing, so it is left out in any case.
@@ -152,7 +152,7 @@ class Recipe:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(
                 f"The recipe {path} can't be read ({error})",
-                remedy="Give a TOML file as docs/recipes.md shows",
+                hint="Give a TOML file as docs/recipes.md shows",
             ) from None
         unknown = data.keys() - {"params", "rule"}
         rules = data.get("rule", [])
@@ -161,7 +161,7 @@ class Recipe:
             what = f"has the unknown key {sorted(unknown)[0]!r}" if unknown else "has no [[rule]]"
             raise RecipeError(
                 f"The recipe {path} {what}",
-                remedy="It takes params and one [[rule]] table or more, as docs/recipes.md shows",
+                hint="It takes params and one [[rule]] table or more, as docs/recipes.md shows",
             )
         budget = Budget(str(data["params"])) if "params" in data else None
         return cls(tuple(_rule(rule) for rule in rules), budget).asked()
@@ -205,7 +205,7 @@ def _rule(data: Mapping[str, Any]) -> Rule:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise RecipeError(
                 f"{key}={value!r} in a recipe is no list of patterns",
-                remedy='Write it as ["*attn*", "*mlp*"]',
+                hint='Write it as ["*attn*", "*mlp*"]',
             )
         globs.append(tuple(value))
     return Rule(str(scheme), options, *globs)

@@ -1,11 +1,11 @@
 """Choosing a scheme for each part of a model: the best parametrisation at a budget.
 
 A rule whose scheme names several candidates (`auto`) leaves the choice open. For each block, and
-for each stack as a whole, every candidate has a curve: the cost (see `metric`) that it leaves at
-each size, from the spectra of what its ranks are spent on. At a price of a parameter, the best
-candidate of a part is the one with the least cost plus price; the price is found by bisection so
-that all of them together meet the budget. For convex curves that is the optimum (Lagrange), and
-keeping a part as it is is one of the candidates.
+for each stack as a whole, every candidate has a curve: the error (see `kfac_metric`) that remains
+at each size, from the spectra of the residuals. At a Lagrange multiplier (cost per parameter), the
+best candidate of a part is the one with the least error plus multiplier times parameters; the
+multiplier is found by bisection so that all of them together meet the budget. For convex curves
+that is the optimum, and keeping a part unchanged is one of the candidates.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ from torch import Tensor
 
 from tiedconv.core.plan import Block
 from tiedconv.numerics.least_squares import total_cost
-from tiedconv.numerics.symmetries import Workbench
-from tiedconv.planning.rank_allocation import Metrics, Place, fill, gains_of, metrics_of, with_least
+from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.planning.rank_allocation import (
+    KfacMetrics,
+    RankIndex,
+    fill,
+    gains_of,
+    metrics_of,
+    with_least,
+)
 from tiedconv.schemes import Draft, Scheme
 
 
@@ -32,30 +39,30 @@ class Curve:
         drafts: at their least ranks.
         size: parameters stored there.
         cost: at full ranks.
-        places: dials.
-        gains: for each dial, the cost that each rank removes, beyond the least.
-        prices: for each dial, parameters for each rank.
+        places: rank_options.
+        gains: for each option, the cost that each rank removes, beyond the least.
+        rank_costs: for each option, parameters for each rank.
     """
 
     drafts: tuple[Draft, ...]
     size: int
     cost: float
-    places: tuple[Place, ...] = ()
+    places: tuple[RankIndex, ...] = ()
     gains: tuple[Tensor, ...] = ()
-    prices: tuple[int, ...] = ()
+    rank_costs: tuple[int, ...] = ()
 
-    def at(self, price: float) -> tuple[float, int]:
-        """Cost left and parameters stored, when every rank worth the price is taken."""
+    def at(self, multiplier: float) -> tuple[float, int]:
+        """Cost left and parameters stored, when every rank worth the multiplier is taken."""
         cost, size = self.cost, self.size
-        for gain, each in zip(self.gains, self.prices, strict=True):
-            taken = int((gain > price * each).sum())
+        for gain, each in zip(self.gains, self.rank_costs, strict=True):
+            taken = int((gain > multiplier * each).sum())
             cost += float(gain[taken:].sum())
             size += taken * each
         return cost, size
 
 
 @dataclass(frozen=True)
-class Menu:
+class StackOptions:
     """Ways to store one stack.
 
     Args:
@@ -66,12 +73,12 @@ class Menu:
     each: tuple[tuple[Curve, ...], ...]
     whole: tuple[Curve, ...] = ()
 
-    def best(self, price: float) -> list[Curve]:
-        """The curves with the least cost plus price of their parameters."""
+    def best(self, multiplier: float) -> list[Curve]:
+        """The curves with the least cost plus multiplier of their parameters."""
 
         def worth(curve: Curve) -> float:
-            cost, size = curve.at(price)
-            return cost + price * size
+            cost, size = curve.at(multiplier)
+            return cost + multiplier * size
 
         apart = [min(curves, key=worth) for curves in self.each]
         together = min(self.whole, key=worth, default=None)
@@ -88,43 +95,47 @@ class Part:
     blocks: tuple[Block, ...]
 
 
-def choose(parts: Sequence[Part], budget: int, bench: Workbench, metrics: Metrics) -> list[Draft]:
+def choose(
+    parts: Sequence[Part], budget: int, editor: WeightEditor, metrics: KfacMetrics
+) -> list[Draft]:
     """The groups, with schemes and ranks, that leave the least cost within a budget.
 
     Args:
         parts: of the model.
         budget: parameters for the matrices of their blocks.
-        bench: the weights.
+        editor: the weights.
         metrics: what errors cost.
     """
-    menus = [menu for part in parts for menu in _menus(part, bench, metrics)]
+    options = [stack for part in parts for stack in _options_of_stacks(part, editor, metrics)]
 
-    def chosen(price: float) -> list[Curve]:
-        return [curve for menu in menus for curve in menu.best(price)]
+    def chosen(multiplier: float) -> list[Curve]:
+        return [curve for stack in options for curve in stack.best(multiplier)]
 
-    curves = chosen(_price(chosen, budget))
-    places: list[Place] = []
+    curves = chosen(_lagrange_multiplier(chosen, budget))
+    places: list[RankIndex] = []
     ratios: list[Tensor] = []
     drafts: list[Draft] = []
     for curve in curves:
         places += [(g + len(drafts), j) for g, j in curve.places]
-        ratios += [g / p for g, p in zip(curve.gains, curve.prices, strict=True)]
+        ratios += [g / p for g, p in zip(curve.gains, curve.rank_costs, strict=True)]
         drafts += curve.drafts
     return fill(drafts, budget - sum(c.size for c in curves), places, ratios)
 
 
-def _menus(part: Part, bench: Workbench, metrics: Metrics) -> list[Menu]:
+def _options_of_stacks(
+    part: Part, editor: WeightEditor, metrics: KfacMetrics
+) -> list[StackOptions]:
     if len(part.candidates) == 1:  # nothing to choose but ranks
         drafts = with_least(list(part.candidates[0].drafts(part.blocks)))
-        return [Menu(((_curve(drafts, part.blocks, bench, metrics),),))] if drafts else []
-    menus: list[Menu] = []
+        return [StackOptions(((_curve(drafts, part.blocks, editor, metrics),),))] if drafts else []
+    options: list[StackOptions] = []
     for blocks in _stacks(part.blocks):
-        whole = tuple(_curves(part.candidates, blocks, bench, metrics))
+        whole = tuple(_curves(part.candidates, blocks, editor, metrics))
         each = tuple(
-            tuple(_curves(part.candidates, [b], bench, metrics, keep=True)) for b in blocks
+            tuple(_curves(part.candidates, [b], editor, metrics, keep=True)) for b in blocks
         )
-        menus.append(Menu(each, whole))
-    return menus
+        options.append(StackOptions(each, whole))
+    return options
 
 
 def least_size(part: Part) -> int:
@@ -151,8 +162,8 @@ def _stacks(blocks: Sequence[Block]) -> list[list[Block]]:
     return list(stacks.values())
 
 
-def _price(chosen: Callable[[float], list[Curve]], budget: int) -> float:
-    """The lowest price at which the choice is no larger than the budget."""
+def _lagrange_multiplier(chosen: Callable[[float], list[Curve]], budget: int) -> float:
+    """The lowest multiplier at which the choice is no larger than the budget."""
     low, high = 1e-30, 1e6
     for _ in range(60):
         middle = math.sqrt(low * high)
@@ -166,8 +177,8 @@ def _price(chosen: Callable[[float], list[Curve]], budget: int) -> float:
 def _curves(
     candidates: Sequence[Scheme],
     blocks: Sequence[Block],
-    bench: Workbench,
-    metrics: Metrics,
+    editor: WeightEditor,
+    metrics: KfacMetrics,
     *,
     keep: bool = False,
 ) -> list[Curve]:
@@ -180,36 +191,36 @@ def _curves(
         alike = [(d.members, d.scheme.layout(d.shapes)) for d in drafts]
         if drafts and (keep or spans) and alike not in seen:
             seen.append(alike)
-            found.append(_curve(drafts, blocks, bench, metrics))
+            found.append(_curve(drafts, blocks, editor, metrics))
     return found
 
 
 def _curve(
-    drafts: Sequence[Draft], blocks: Sequence[Block], bench: Workbench, metrics: Metrics
+    drafts: Sequence[Draft], blocks: Sequence[Block], editor: WeightEditor, metrics: KfacMetrics
 ) -> Curve:
     floor = 0.0
-    places: list[Place] = []
+    places: list[RankIndex] = []
     gains: list[Tensor] = []
-    prices: list[int] = []
+    rank_costs: list[int] = []
     for g, d in enumerate(drafts):
-        dials, found = d.scheme.dials(d.shapes), gains_of(d, bench, metrics)
-        floor += _floor(d, bench, metrics)
-        for j, (dial, gain) in enumerate(zip(dials, found, strict=True)):
-            if dial is not None and gain is not None:
+        rank_options, found = d.scheme.rank_options(d.shapes), gains_of(d, editor, metrics)
+        floor += _floor(d, editor, metrics)
+        for j, (option, gain) in enumerate(zip(rank_options, found, strict=True)):
+            if option is not None and gain is not None:
                 places.append((g, j))
-                gains.append(gain[dial.least : dial.most].float())
+                gains.append(gain[option.min_rank : option.break_even_rank].float())
                 # Ranks above `most` are never taken: what they would remove stays.
-                floor += float(gain[dial.most :].sum())
-                prices.append(dial.cost)
+                floor += float(gain[option.break_even_rank :].sum())
+                rank_costs.append(option.params_per_rank)
     size = _size(drafts, blocks)
-    return Curve(tuple(drafts), size, floor, tuple(places), tuple(gains), tuple(prices))
+    return Curve(tuple(drafts), size, floor, tuple(places), tuple(gains), tuple(rank_costs))
 
 
-def _floor(d: Draft, bench: Workbench, metrics: Metrics) -> float:
-    """The cost that no rank removes: that of the scheme with every dial at its end."""
-    matrices = bench.matrices(d.members)
-    ends = [dial.full if dial else 0 for dial in d.scheme.dials(d.shapes)]
-    scheme = d.scheme.turned(ends) if any(ends) else d.scheme
+def _floor(d: Draft, editor: WeightEditor, metrics: KfacMetrics) -> float:
+    """The cost that no rank removes: that of the scheme with every option at its end."""
+    matrices = editor.matrices(d.members)
+    ends = [option.full_rank if option else 0 for option in d.scheme.rank_options(d.shapes)]
+    scheme = d.scheme.with_ranks(ends) if any(ends) else d.scheme
     factors = scheme.fit(matrices)
     weights = scheme.layout(d.shapes).weights
     return total_cost(weights, factors, matrices, metrics_of(d.members, metrics))

@@ -21,7 +21,7 @@ from tiedconv.runtime.generator import Generated, parts_of
 V = TypeVar("V")
 
 
-class CantApplyError(Exception):
+class NotFactorableError(Exception):
     """The expression is no product, sum or join of stored matrices; it has to be made."""
 
 
@@ -51,7 +51,7 @@ def matrix_of(expr: Expr) -> Expr:
     """The matrix `(out, in * kh * kw)` of a convolution's kernel; a matrix is itself.
 
     Raises:
-        CantApplyError: the kernel is not a matrix in another shape.
+        NotFactorableError: the kernel is not a matrix in another shape.
     """
     rows = expr.shape[0]
     while isinstance(expr, Reshape) and len(expr.shape) > 2:
@@ -60,7 +60,7 @@ def matrix_of(expr: Expr) -> Expr:
         return expr
     if isinstance(expr, Ref):
         return Reshape(expr, (rows, math.prod(expr.shape[1:])))
-    raise CantApplyError
+    raise NotFactorableError
 
 
 def apply(expr: Expr, x: V, on: Operations[V], turned: bool = False) -> V:
@@ -72,7 +72,7 @@ def apply(expr: Expr, x: V, on: Operations[V], turned: bool = False) -> V:
         on: what to do it with.
 
     Raises:
-        CantApplyError: there is no such form.
+        NotFactorableError: there is no such form.
     """
     generated = None if turned else parts_of(expr)
     if generated is not None:
@@ -98,13 +98,13 @@ def apply(expr: Expr, x: V, on: Operations[V], turned: bool = False) -> V:
             return total
         case Ref() | Slice() | Reshape() if len(expr.shape) == 2 and _is_stored(expr):
             return on.product(x, expr, turned)
-    raise CantApplyError
+    raise NotFactorableError
 
 
 def _scaled(matrix: Expr, vector: Expr, x: V, on: Operations[V], turned: bool) -> V:
     rows, columns = matrix.shape
     if not _is_stored(vector) or vector.shape not in ((rows, 1), (1, columns), (1, 1)):
-        raise CantApplyError
+        raise NotFactorableError
     of_rows = vector.shape == (rows, 1)
     # The scale of what is read comes first, that of what is written last, as does a number's.
     if of_rows == turned and vector.shape != (1, 1):
@@ -121,12 +121,12 @@ def multiplications(expr: Expr) -> int | None:
     counter = _Counter()
     try:
         apply(matrix_of(expr), expr.shape[1], counter)
-    except CantApplyError:
+    except NotFactorableError:
         return None
     return counter.total
 
 
-def is_never_made(expr: Expr) -> bool:
+def never_materialized(expr: Expr) -> bool:
     """Whether a weight has a generated part and can be applied, so that its layer never makes it.
 
     Made, it takes `out * in * groups * width` numbers more in memory, and as many again for its
@@ -140,7 +140,7 @@ def is_turned(expr: Expr) -> bool:
     """Whether `apply` reads a stored matrix the other way round, as `x M`.
 
     Raises:
-        CantApplyError: the expression has to be made.
+        NotFactorableError: the expression has to be made.
     """
     counter = _Counter()
     apply(matrix_of(expr), expr.shape[1], counter)

@@ -23,7 +23,7 @@ def linear(expr: Expr, x: Tensor, lookup: Lookup) -> Tensor:
         lookup: gives the stored tensor of a name.
 
     Raises:
-        CantApplyError: W has to be made.
+        NotFactorableError: W has to be made.
     """
     return apply(matrix_of(expr), x, Features(lambda part: part.evaluate(lookup)))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tiedconv.errors import TiedconvError, UserError
 
 
-def first_answer(model: Callable[[Tensor], Any], images: Tensor) -> Any:
+def checked_forward(model: Callable[[Tensor], Any], images: Tensor) -> Any:
     """The model's answer to the first images (B, C, H, W).
 
     Raises:
@@ -35,4 +35,4 @@ def first_answer(model: Callable[[Tensor], Any], images: Tensor) -> Any:
 @torch.no_grad()
 def check_size(model: nn.Module, size: int) -> None:
     """Raises UserError where a model, in evaluation mode, can't take RGB images of this size."""
-    first_answer(model, torch.zeros(1, 3, size, size))
+    checked_forward(model, torch.zeros(1, 3, size, size))

@@ -58,7 +58,7 @@ def tie(
         PlanError: the plan is not for this model, or a factor is missing or of another shape.
     """
     if is_tied(model):
-        raise UserError("This model is tied already", remedy="Call tiedconv.untie on it first")
+        raise UserError("This model is tied already", hint="Call tiedconv.untie on it first")
     places = list(_places(model, plan))
     for name, shape in plan.factors.items():
         if name not in factors or tuple(factors[name].shape) != shape:
@@ -126,7 +126,7 @@ def state_of(model: nn.Module) -> State:
     state = model.__dict__.get(_STATE)
     if not isinstance(state, State):
         raise UserError(
-            "This model is not tied", remedy="Convert it first, with tiedconv.convert(model)"
+            "This model is not tied", hint="Convert it first, with tiedconv.convert(model)"
         )
     return state
 

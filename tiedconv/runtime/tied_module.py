@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tiedconv.core.expr import Expr, Lookup
-from tiedconv.runtime.factored import is_never_made
+from tiedconv.runtime.factored import never_materialized
 from tiedconv.runtime.factored_torch import linear
 
 # Keys of what tied modules keep in their `__dict__`, and prefixes of buffers beside a weight.
@@ -40,7 +40,7 @@ def evaluate(module: nn.Module, exprs: Mapping[str, Expr], root: nn.Module) -> N
         module.__dict__.pop(ROOT, None)
         return
     applies = plain.forward is nn.Linear.forward and (
-        "weight" in exprs and is_never_made(exprs["weight"])
+        "weight" in exprs and never_materialized(exprs["weight"])
     )
     module.__class__ = _tied_class(plain, frozenset(exprs), applies)
     # Past nn.Module's __setattr__: the root must not become a child of its own child.

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tiedconv.errors import SchemeError
-from tiedconv.schemes._base import Dial, Draft, Layout, Scheme
+from tiedconv.schemes._base import Draft, Layout, RankOption, Scheme
 
-__all__ = ["Dial", "Draft", "Layout", "Scheme", "all_schemes", "make_scheme"]
+__all__ = ["Draft", "Layout", "RankOption", "Scheme", "all_schemes", "make_scheme"]
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def make_scheme(name: str, options: Mapping[str, Any]) -> Scheme:
         near = difflib.get_close_matches(name, schemes, 1)
         raise SchemeError(
             f"There is no scheme {name!r}",
-            remedy=(f"Did you mean {near[0]}? " if near else "") + f"Known: {', '.join(schemes)}",
+            hint=(f"Did you mean {near[0]}? " if near else "") + f"Known: {', '.join(schemes)}",
         )
     cls = schemes[name]
     known = {f.name: str(f.type) for f in dataclasses.fields(cls)}
@@ -48,14 +48,14 @@ def make_scheme(name: str, options: Mapping[str, Any]) -> Scheme:
         if key not in known:
             listed = ", ".join(known) or "none"
             raise SchemeError(
-                f"Scheme {name} takes no option {key!r}", remedy=f"Its options are: {listed}"
+                f"Scheme {name} takes no option {key!r}", hint=f"Its options are: {listed}"
             )
         values[key] = _checked(name, key, known[key], value)
     return cls(**values)
 
 
 def _checked(scheme: str, key: str, kind: str, value: Any) -> Any:
-    """The value, lists turned to tuples, if it is of the kind that the field names."""
+    """The value, lists with_ranks to tuples, if it is of the kind that the field names."""
     if isinstance(value, list):
         value = tuple(value)
     accepted = {
@@ -68,6 +68,6 @@ def _checked(scheme: str, key: str, kind: str, value: Any) -> Any:
     if not any(accepted.get(part.strip(), False) for part in kind.split("|")):
         raise SchemeError(
             f"Option {key}={value!r} of scheme {scheme} is of the wrong kind",
-            remedy=f"It takes {kind.replace('tuple[int, ...]', 'a list of whole numbers')}",
+            hint=f"It takes {kind.replace('tuple[int, ...]', 'a list of whole numbers')}",
         )
     return value

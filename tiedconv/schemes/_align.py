@@ -16,7 +16,7 @@ from tiedconv.core.partition import partition
 from tiedconv.core.plan import Block
 from tiedconv.numerics.linalg import match, procrustes
 from tiedconv.numerics.symmetries import (
-    Workbench,
+    WeightEditor,
     fold_norm,
     permute_bottleneck,
     permute_heads,
@@ -39,14 +39,14 @@ def is_whole(block: Block) -> bool:
     return _ROLES.get(block.kind, set()) <= block.slots.keys() and block.kind in _ROLES
 
 
-def fold_norms(blocks: Sequence[Block], bench: Workbench) -> None:
+def fold_norms(blocks: Sequence[Block], editor: WeightEditor) -> None:
     """Move LayerNorm scales into the weights that read them."""
     for block in blocks:
         if is_whole(block):
-            fold_norm(bench, block)
+            fold_norm(editor, block)
 
 
-def match_layers(blocks: Sequence[Block], groups: str, bench: Workbench) -> None:
+def match_layers(blocks: Sequence[Block], groups: str, editor: WeightEditor) -> None:
     """Bring the layers of each group of a stack into the order and basis that agree best.
 
     The first layer of a group stays; each later one is matched with the mean of those before.
@@ -58,59 +58,59 @@ def match_layers(blocks: Sequence[Block], groups: str, bench: Workbench) -> None
             by_stack[block.stack, shapes].append(block)
     for layers in by_stack.values():
         for part in partition(len(layers), groups):
-            _match_group([layers[i] for i in part], bench)
+            _match_group([layers[i] for i in part], editor)
 
 
-def _match_group(layers: Sequence[Block], bench: Workbench) -> None:
+def _match_group(layers: Sequence[Block], editor: WeightEditor) -> None:
     if layers[0].kind == "attention":
         if layers[0].heads:
-            _match_heads(layers, bench)
+            _match_heads(layers, editor)
         return
     signature = _hidden_signature if layers[0].kind == "ffn" else _first_conv_signature
-    total = normalize(signature(layers[0], bench))
+    total = normalize(signature(layers[0], editor))
     for block in layers[1:]:
         if block.kind == "ffn":
-            order = match(total @ normalize(signature(block, bench)).t())
-            permute_hidden(bench, block, order)
+            order = match(total @ normalize(signature(block, editor)).t())
+            permute_hidden(editor, block, order)
         else:
-            _match_bottleneck(layers[0], block, bench)
-        total = total + normalize(signature(block, bench))
+            _match_bottleneck(layers[0], block, editor)
+        total = total + normalize(signature(block, editor))
 
 
-def _hidden_signature(block: Block, bench: Workbench) -> Tensor:
+def _hidden_signature(block: Block, editor: WeightEditor) -> Tensor:
     """What a hidden unit reads and what it writes, `(hidden, 2 d)`."""
-    up, down = bench.matrix(block.slots["up"]), bench.matrix(block.slots["down"])
+    up, down = editor.matrix(block.slots["up"]), editor.matrix(block.slots["down"])
     return torch.cat([normalize(up), normalize(down.t())], 1)
 
 
-def _first_conv_signature(block: Block, bench: Workbench) -> Tensor:
-    return bench.matrix(block.slots["conv1"])
+def _first_conv_signature(block: Block, editor: WeightEditor) -> Tensor:
+    return editor.matrix(block.slots["conv1"])
 
 
-def _match_heads(layers: Sequence[Block], bench: Workbench) -> None:
+def _match_heads(layers: Sequence[Block], editor: WeightEditor) -> None:
     """Order heads, and rotate each, so that layers agree (orthogonal Procrustes)."""
-    total = _heads(layers[0], bench)
+    total = _heads(layers[0], editor)
     for block in layers[1:]:
-        mine = _heads(block, bench)
+        mine = _heads(block, editor)
         # How much two heads have in common whatever their bases: the norm of their product.
-        likeness = torch.zeros(len(total[0]), len(total[0]), dtype=torch.float64)
+        similarity = torch.zeros(len(total[0]), len(total[0]), dtype=torch.float64)
         for a, b in zip(total, mine, strict=True):
             products = a.flatten(0, 1) @ b.flatten(0, 1).t()
             products = products.reshape(len(a), a.shape[1], len(b), b.shape[1])
-            likeness += products.square().sum((1, 3)).double()
-        permute_heads(bench, block, match(likeness))
+            similarity += products.square().sum((1, 3)).double()
+        permute_heads(editor, block, match(similarity))
         qk, vo = (
-            procrustes(b @ a.mT) for a, b in zip(total, _heads(block, bench), strict=True)
+            procrustes(b @ a.mT) for a, b in zip(total, _heads(block, editor), strict=True)
         )  # fmt: skip
-        transform_heads(bench, block, qk, vo)
-        qk, vo = _heads(block, bench)
+        transform_heads(editor, block, qk, vo)
+        qk, vo = _heads(block, editor)
         total = (total[0] + qk, total[1] + vo)
 
 
-def _heads(block: Block, bench: Workbench) -> tuple[Tensor, Tensor]:
+def _heads(block: Block, editor: WeightEditor) -> tuple[Tensor, Tensor]:
     """`[q k]` and `[v o^T]` of each head, `(heads, d_head, 2 d)`."""
     assert block.heads
-    q, k, v, o = (bench.matrix(block.slots[role]) for role in "qkvo")
+    q, k, v, o = (editor.matrix(block.slots[role]) for role in "qkvo")
 
     def split(rows: Tensor) -> Tensor:
         assert block.heads
@@ -119,13 +119,13 @@ def _heads(block: Block, bench: Workbench) -> tuple[Tensor, Tensor]:
     return torch.cat([split(q), split(k)], 2), torch.cat([split(v), split(o.t())], 2)
 
 
-def tie_attention(block: Block, bench: Workbench, *, steps: int = 3) -> None:
+def tie_attention(block: Block, editor: WeightEditor, *, steps: int = 3) -> None:
     """Rotate heads so that `k` comes near `v^T` and `q` near `o^T` (pairing kv-qo).
 
     With G for the heads of q and k, and H for those of v and o, it minimises
     `||G k - v^T H^T||^2 + ||G q - H o^T||^2` by turns, a Procrustes problem for each head.
     """
-    q, k, v, o = (bench.matrix(block.slots[role]) for role in "qkvo")
+    q, k, v, o = (editor.matrix(block.slots[role]) for role in "qkvo")
     if not (block.heads and block.free and q.shape[0] == q.shape[1] == v.shape[0] == o.shape[0]):
         return
     heads, d = block.heads, q.shape[0] // block.heads
@@ -143,64 +143,64 @@ def tie_attention(block: Block, bench: Workbench, *, steps: int = 3) -> None:
         g = procrustes(rows(k) @ columns(hv) + rows(q) @ columns(oh)).to(q.dtype)
         gk, gq = (g @ rows(k)).reshape(k.shape), (g @ rows(q)).reshape(q.shape)
         h = procrustes(rows(v) @ columns(gk) + (rows(gq) @ columns(o)).mT).to(q.dtype)
-    transform_heads(bench, block, g, h)
+    transform_heads(editor, block, g, h)
 
 
-def balance_hidden(block: Block, bench: Workbench) -> None:
+def balance_hidden(block: Block, editor: WeightEditor) -> None:
     """Give each hidden unit of a ReLU feed-forward rows and columns of the same norm."""
     if block.relu and block.free:
-        up, down = bench.matrix(block.slots["up"]), bench.matrix(block.slots["down"])
-        scale_hidden(bench, block, _ratio(down.norm(dim=0), up.norm(dim=1)).sqrt())
+        up, down = editor.matrix(block.slots["up"]), editor.matrix(block.slots["down"])
+        scale_hidden(editor, block, _ratio(down.norm(dim=0), up.norm(dim=1)).sqrt())
 
 
-def tie_bottlenecks(blocks: Sequence[Block], bench: Workbench) -> None:
+def tie_bottlenecks(blocks: Sequence[Block], editor: WeightEditor) -> None:
     """Bring conv1 and conv3^T of blocks that share one W to each other.
 
     Units are permuted, and rows scaled with their signs, all taken back by BatchNorms. The
     reference is conv3^T of the first block.
     """
-    target = bench.matrix(blocks[0].slots["conv3"]).t()
+    target = editor.matrix(blocks[0].slots["conv3"]).t()
     for block in blocks:
         conv1, conv2 = block.slots["conv1"], block.slots["conv2"]
         if conv2.columns == conv1.rows * _area(conv2.kernel) and block.free:
-            _order_units(block, target, bench, reference=block is blocks[0])
+            _order_units(block, target, editor, reference=block is blocks[0])
         if block is not blocks[0]:
-            written = bench.matrix(block.slots["conv3"])
+            written = editor.matrix(block.slots["conv3"])
             if block.relu:
                 scale_bottleneck_units(
-                    bench, block, _ratio(target.norm(dim=1), written.norm(dim=0))
+                    editor, block, _ratio(target.norm(dim=1), written.norm(dim=0))
                 )  # fmt: skip
-            written = bench.matrix(block.slots["conv3"])
-            scale_conv_rows(bench, block, 3, _signed_ratio(target.t(), written))
-        rows = bench.matrix(conv1)
-        scale_conv_rows(bench, block, 1, _signed_ratio(target[:, : rows.shape[1]], rows))
+            written = editor.matrix(block.slots["conv3"])
+            scale_conv_rows(editor, block, 3, _signed_ratio(target.t(), written))
+        rows = editor.matrix(conv1)
+        scale_conv_rows(editor, block, 1, _signed_ratio(target[:, : rows.shape[1]], rows))
 
 
-def _order_units(block: Block, target: Tensor, bench: Workbench, *, reference: bool) -> None:
+def _order_units(block: Block, target: Tensor, editor: WeightEditor, *, reference: bool) -> None:
     unit = normalize(target)
-    conv1 = bench.matrix(block.slots["conv1"])
+    conv1 = editor.matrix(block.slots["conv1"])
     first = match((normalize(target[:, : conv1.shape[1]]) @ normalize(conv1).t()).abs())
     second = None
     if not reference:
-        # ReLU fixes the sign of what conv3 reads, so here the signed likeness counts.
-        second = match(unit @ normalize(bench.matrix(block.slots["conv3"]).t()).t())
-    permute_bottleneck(bench, block, first, second)
+        # ReLU fixes the sign of what conv3 reads, so here the signed similarity counts.
+        second = match(unit @ normalize(editor.matrix(block.slots["conv3"]).t()).t())
+    permute_bottleneck(editor, block, first, second)
 
 
-def _match_bottleneck(first: Block, block: Block, bench: Workbench) -> None:
+def _match_bottleneck(first: Block, block: Block, editor: WeightEditor) -> None:
     """Order the units of a block as those of the first one of its stack, by what they read."""
     conv1, conv2 = block.slots["conv1"], block.slots["conv2"]
     if conv2.columns != conv1.rows * _area(conv2.kernel):
         return
     orders = []
     for role, flip in (("conv1", False), ("conv3", True)):
-        a, b = (bench.matrix(x.slots[role]) for x in (first, block))
+        a, b = (editor.matrix(x.slots[role]) for x in (first, block))
         a, b = (a.t(), b.t()) if flip else (a, b)
-        likeness = normalize(a) @ normalize(b).t()
-        orders.append(match(likeness if flip else likeness.abs()))
-    permute_bottleneck(bench, block, orders[0], orders[1])
-    rows, like = bench.matrix(conv1), bench.matrix(first.slots["conv1"])
-    scale_conv_rows(bench, block, 1, _signed_ratio(like, rows).sign())
+        similarity = normalize(a) @ normalize(b).t()
+        orders.append(match(similarity if flip else similarity.abs()))
+    permute_bottleneck(editor, block, orders[0], orders[1])
+    rows, like = editor.matrix(conv1), editor.matrix(first.slots["conv1"])
+    scale_conv_rows(editor, block, 1, _signed_ratio(like, rows).sign())
 
 
 def _area(kernel: tuple[int, ...]) -> int:

@@ -16,9 +16,9 @@ from tiedconv.core.expr import Add, Expr, MatMul, Ref, Shape
 from tiedconv.core.partition import partition
 from tiedconv.core.plan import Block, Member, Slot
 from tiedconv.errors import SchemeError
-from tiedconv.numerics.kfac_metric import Metric, mean_metric
+from tiedconv.numerics.kfac_metric import KfacMetric, mean_metric
 from tiedconv.numerics.linalg import spectrum, truncate
-from tiedconv.numerics.symmetries import Workbench
+from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.schemes._align import fold_norms
 
 
@@ -36,27 +36,27 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Dial:
-    """A rank that a budget may turn.
+class RankOption:
+    """A rank that a budget may choose.
 
     Args:
-        cost: parameters for each rank.
-        least: the smallest rank that still gives a matrix.
-        most: the rank above which two factors would be larger than their product.
-        full: the rank at which the product can be any matrix.
+        params_per_rank: parameters of each further rank.
+        min_rank: the smallest rank that still gives a matrix.
+        break_even_rank: the rank above which two factors would be larger than their product.
+        full_rank: the rank at which the product can be any matrix.
     """
 
-    cost: int
-    least: int
-    most: int
-    full: int
+    params_per_rank: int
+    min_rank: int
+    break_even_rank: int
+    full_rank: int
 
     @classmethod
-    def of(cls, shape: tuple[int, int], least: int) -> Dial:
-        """The dial of a product of this shape."""
+    def of(cls, shape: tuple[int, int], min_rank: int) -> RankOption:
+        """The ranks that a product of this shape can have."""
         out, inputs = shape
-        most = max(least, out * inputs // (out + inputs))
-        return cls(out + inputs, least, most, min(out, inputs))
+        break_even = max(min_rank, out * inputs // (out + inputs))
+        return cls(out + inputs, min_rank, break_even, min(out, inputs))
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Scheme(ABC):
     """
 
     name: ClassVar[str]
-    looks_for: ClassVar[str]
+    pattern: ClassVar[str]
     least_rank: ClassVar[int] = 0  # the smallest that still gives a matrix
     # Options that take the scheme further down in size, mildest first: what to offer when a
     # budget can't be met.
-    further: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    smaller_options: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     fold: bool = False
 
@@ -107,12 +107,12 @@ class Scheme(ABC):
         """For each matrix, what its rank is spent on; None where it takes no rank."""
         return [None] * len(matrices)
 
-    def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
+    def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
         """Move the weights, by exact changes of `gauge`, to where this scheme fits better."""
         if self.fold:
-            fold_norms(blocks, bench)
+            fold_norms(blocks, editor)
 
-    def with_ranks(self, ranks: Sequence[int]) -> Scheme:
+    def with_residual_ranks(self, ranks: Sequence[int]) -> Scheme:
         """The same scheme with one rank for each matrix."""
         del ranks
         return self
@@ -121,18 +121,18 @@ class Scheme(ABC):
         """Which of the matrices of a group take a rank."""
         return [False] * count
 
-    def core_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    def base_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         """Shape of the shared matrix that is itself stored as a product, None if none is."""
         del shapes
         return None
 
-    def core_gains(
-        self, matrices: Sequence[Tensor], metrics: Sequence[Metric]
+    def base_gains(
+        self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]
     ) -> Tensor:  # fmt: skip
         """The cost that each further rank of the core removes, float64."""
         raise NotImplementedError
 
-    def with_core(self, rank: int) -> Scheme:
+    def with_base_rank(self, rank: int) -> Scheme:
         """The same scheme with this rank of the core."""
         del rank
         return self
@@ -145,22 +145,22 @@ class Scheme(ABC):
         """What to try beside this scheme when there is a budget; the best fit is taken."""
         return ()
 
-    def dials(self, shapes: Sequence[tuple[int, int]]) -> list[Dial | None]:
+    def rank_options(self, shapes: Sequence[tuple[int, int]]) -> list[RankOption | None]:
         """One for each matrix (None where it takes no rank), then one for the core."""
         takes = self.rank_slots(len(shapes))
-        core = self.core_shape(shapes)
+        core = self.base_shape(shapes)
         return [
             *(
-                Dial.of(s, self.least_rank) if t else None
+                RankOption.of(s, self.least_rank) if t else None
                 for s, t in zip(shapes, takes, strict=True)
             ),
-            Dial.of(core, 1) if core else None,
+            RankOption.of(core, 1) if core else None,
         ]
 
     def gains(
-        self, matrices: Sequence[Tensor], metrics: Sequence[Metric]
+        self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]
     ) -> list[Tensor | None]:  # fmt: skip
-        """For each dial, the cost that each further rank removes, from rank 0 on, float64."""
+        """For each, the cost that each further rank removes, from rank 0 on, float64."""
         found: list[Tensor | None] = []
         if any(self.rank_slots(len(matrices))):
             for residual, metric in zip(self.residuals(matrices), metrics, strict=True):
@@ -168,13 +168,15 @@ class Scheme(ABC):
                 found.append(None if whitened is None else 0.5 * whitened.square())
         else:
             found += [None] * len(matrices)
-        has_core = self.core_shape([(m.shape[0], m.shape[1]) for m in matrices]) is not None
-        return [*found, self.core_gains(matrices, metrics) if has_core else None]
+        has_core = self.base_shape([(m.shape[0], m.shape[1]) for m in matrices]) is not None
+        return [*found, self.base_gains(matrices, metrics) if has_core else None]
 
-    def turned(self, ranks: Sequence[int]) -> Scheme:
-        """The same scheme with its dials at these ranks."""
-        scheme = self.with_ranks(ranks[:-1]) if any(self.rank_slots(len(ranks) - 1)) else self
-        return scheme.with_core(ranks[-1])
+    def with_ranks(self, ranks: Sequence[int]) -> Scheme:
+        """The same scheme with these ranks."""
+        scheme = (
+            self.with_residual_ranks(ranks[:-1]) if any(self.rank_slots(len(ranks) - 1)) else self
+        )
+        return scheme.with_base_rank(ranks[-1])
 
     def to_json(self) -> dict[str, Any]:
         """The options, as plain data."""
@@ -193,7 +195,7 @@ class Ranked(Scheme):
     rank: int | float | tuple[int, ...] = 0
     k: tuple[int, ...] = ()
 
-    def with_ranks(self, ranks: Sequence[int]) -> Scheme:
+    def with_residual_ranks(self, ranks: Sequence[int]) -> Scheme:
         return dataclasses.replace(self, rank=tuple(ranks), k=())
 
     def rank_slots(self, count: int) -> list[bool]:
@@ -205,7 +207,7 @@ class Ranked(Scheme):
 
 
 @dataclass(frozen=True)
-class Cored(Scheme):
+class FactoredBase(Scheme):
     """A scheme whose shared matrix may itself be stored as a product of two thin ones.
 
     Args:
@@ -217,11 +219,11 @@ class Cored(Scheme):
 
     core: int | float = 0
 
-    def with_core(self, rank: int) -> Scheme:
+    def with_base_rank(self, rank: int) -> Scheme:
         return dataclasses.replace(self, core=rank) if self.core else self
 
     def alternatives(self) -> tuple[Scheme, ...]:
-        # A budget turns the dial, whatever number it begins at.
+        # A budget chooses the rank, whatever number it starts at.
         return () if self.core else (dataclasses.replace(self, core=0.5),)
 
     def core_rank(self, shape: tuple[int, int]) -> int:
@@ -230,17 +232,17 @@ class Cored(Scheme):
             return 0
         return max(1, resolve_ranks(self.core, (), [shape], [True], "core")[0])
 
-    def core_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    def base_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         if not self.core:
             return None
         plain = dataclasses.replace(self, core=0).layout(shapes).factors[self.core_name]
         return plain[0], plain[1]
 
-    def core_gains(self, matrices: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
+    def base_gains(self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]) -> Tensor:
         # The shared matrix stands for all of them: their cost falls as its own spectrum does.
         plain = dataclasses.replace(self, core=0)
         if any(self.rank_slots(len(matrices))):
-            plain = plain.with_ranks([0] * len(matrices))  # type: ignore[assignment]
+            plain = plain.with_residual_ranks([0] * len(matrices))  # type: ignore[assignment]
         whole = plain.fit(matrices)[self.core_name]
         mean = mean_metric(metrics)
         values = spectrum(_whitened(mean, whole)).square()
@@ -265,12 +267,12 @@ class Cored(Scheme):
         return {f"{self.core_name}_left": b, f"{self.core_name}_right": a}
 
 
-def _whitened(metric: Metric, matrix: Tensor) -> Tensor:
+def _whitened(metric: KfacMetric, matrix: Tensor) -> Tensor:
     """The matrix in a metric, as far as its sides are of its size."""
     rows, columns = matrix.shape
     left = metric.left if metric.left is not None and len(metric.left) == rows else None
     right = metric.right if metric.right is not None and len(metric.right) == columns else None
-    return Metric(left, right).whiten(matrix)
+    return KfacMetric(left, right).whiten(matrix)
 
 
 def resolve_ranks(
@@ -292,20 +294,20 @@ def resolve_ranks(
     """
     count = sum(takes)
     if isinstance(rank, float) and not math.isfinite(rank):
-        raise SchemeError(f"{name}={rank} is no number", remedy="Use 0 or more")
+        raise SchemeError(f"{name}={rank} is no number", hint="Use 0 or more")
     if isinstance(rank, float) and rank >= 1:
         raise SchemeError(
-            f"{name}={rank} is no share of a matrix", remedy="Use a whole number, or less than 1"
+            f"{name}={rank} is no share of a matrix", hint="Use a whole number, or less than 1"
         )
     if isinstance(rank, tuple) and len(rank) != len(shapes):
         raise SchemeError(
             f"rank lists {len(rank)} numbers, but a group has {len(shapes)} matrices",
-            remedy="Give one rank for each matrix, or one number for all",
+            hint="Give one rank for each matrix, or one number for all",
         )
     if k and len(k) != count:
         raise SchemeError(
             f"k lists {len(k)} multipliers, but a group has {count} layers",
-            remedy="Give one multiplier for each layer, or limit the rule with include",
+            hint="Give one multiplier for each layer, or limit the rule with include",
         )
     multipliers = iter(k or [1] * count)
     ranks: list[int] = []
@@ -320,7 +322,7 @@ def resolve_ranks(
             if isinstance(rank, float):
                 value = math.floor(value * out * inputs / (out + inputs))
         if value < 0:
-            raise SchemeError(f"{name}={rank} is negative", remedy="Use 0 or more")
+            raise SchemeError(f"{name}={rank} is negative", hint="Use 0 or more")
         ranks.append(min(int(value), out, inputs))
     return ranks
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from tiedconv.core.expr import Add, Expr, Ref, Shape
 from tiedconv.core.plan import Member
 from tiedconv.errors import SchemeError
-from tiedconv.numerics.kfac_metric import Metric
+from tiedconv.numerics.kfac_metric import KfacMetric
 from tiedconv.runtime.generator import generate
-from tiedconv.schemes._base import Dial
+from tiedconv.schemes._base import RankOption
 from tiedconv.schemes._tucker import Term, block_energies, fit_stack
 
 # Terms of a layer have at most so many columns of B for each row of its matrices: far above what
@@ -72,19 +72,19 @@ class Form:
         if not 0 < rank < math.inf:
             raise SchemeError(
                 f"rank={rank} is no rank of a term",
-                remedy="Use a number from 1 on, or a share below 1",
+                hint="Use a number from 1 on, or a share below 1",
             )
         columns = int(rank if rank >= 1 else max(1, rank * max(made)))
         return cls(rows // math.prod(made), made[0], made[1], width, min(columns, max(made)))
 
     @property
-    def dial(self) -> Dial:
+    def rank_option(self) -> RankOption:
         """What a budget turns: the number of terms, at the given rank."""
         r = self.rank
         cost = r * r * self.width + self.groups * r * (self.out + self.inputs)
         whole = self.groups * self.out * self.inputs * self.width
         full = math.ceil(self.groups * self.out / r) * math.ceil(self.inputs / r)
-        return Dial(cost, 0, min(full, whole // cost, MOST_COLUMNS * self.out // r), full)
+        return RankOption(cost, 0, min(full, whole // cost, MOST_COLUMNS * self.out // r), full)
 
     def terms(self, k: Sequence[int], count: int) -> tuple[int, ...]:
         """How many terms each of so many layers has.
@@ -95,7 +95,7 @@ class Form:
         if k and len(k) != count:
             raise SchemeError(
                 f"k lists {len(k)} numbers of terms, but a group has {count} layers",
-                remedy="Give one for each layer, or limit the rule with include",
+                hint="Give one for each layer, or limit the rule with include",
             )
         most = MOST_COLUMNS * self.out // self.rank
         if any(not 0 <= n <= most for n in k):
@@ -154,7 +154,7 @@ class Form:
         return factors
 
     def gains(
-        self, matrices: Sequence[Tensor], metrics: Sequence[Metric]
+        self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]
     ) -> list[Tensor | None]:  # fmt: skip
         """For each layer, the cost that each further term removes at least."""
         base = sum(matrices[1:], matrices[0]) / len(matrices)

@@ -1,6 +1,6 @@
 """Auto: the best scheme for each part of the model, at a budget.
 
-It has no form of its own. Its candidates are the forms of this folder that a budget can dial, and
+It has no form of its own. Its candidates are the forms of this folder that a budget can size, and
 `tiedconv.search` takes for each block, or for a stack as a whole, the one that leaves the least
 cost at the same price of a parameter. Plain low rank is among them, and so is leaving a block as
 it is. Without a budget it halves the model.
@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tiedconv.core.plan import Block
-from tiedconv.numerics.symmetries import Workbench
+from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.schemes._base import Draft, Layout, Scheme
 from tiedconv.schemes.basis import Basis
 from tiedconv.schemes.lors import Lors
@@ -32,7 +32,7 @@ class Auto(Scheme):
     """
 
     name: ClassVar[str] = "auto"
-    looks_for: ClassVar[str] = "whatever lowrank, basis, tied or lors look for"
+    pattern: ClassVar[str] = "whatever lowrank, basis, tied or lors look for"
 
     share: bool = True
 
@@ -52,10 +52,10 @@ class Auto(Scheme):
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         return self.candidates()[0].drafts(blocks)
 
-    def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
-        super().align(blocks, bench)
+    def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
+        super().align(blocks, editor)
         # Moves for pairs: low rank and bases are the same in every basis of a head.
-        Tied().align(blocks, bench)
+        Tied().align(blocks, editor)
 
     def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
         raise NotImplementedError("auto's groups have their candidates' schemes")

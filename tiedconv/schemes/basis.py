@@ -25,9 +25,9 @@ from tiedconv.core.expr import Expr, MatMul, Mul, Ref, Shape
 from tiedconv.core.partition import partition
 from tiedconv.core.plan import Block, Member
 from tiedconv.errors import SchemeError
-from tiedconv.numerics.kfac_metric import Metric, mean_metric
+from tiedconv.numerics.kfac_metric import KfacMetric, mean_metric
 from tiedconv.numerics.linalg import shared_with_scales, spectrum, truncate
-from tiedconv.schemes._base import Cored, Draft, Layout, fuse
+from tiedconv.schemes._base import Draft, FactoredBase, Layout, fuse
 
 _READS = {"q", "k", "v", "qk", "kv", "qkv", "up", "conv1"}
 _WRITES = {"o", "down", "conv3"}
@@ -35,7 +35,7 @@ _PAIR = {"o": "v", "down": "up", "conv3": "conv1"}
 
 
 @dataclass(frozen=True)
-class Basis(Cored):
+class Basis(FactoredBase):
     """One basis for all matrices that read from or write to one residual stream.
 
     Args:
@@ -48,8 +48,8 @@ class Basis(Cored):
 
     name: ClassVar[str] = "basis"
     core_name: ClassVar[str] = "V"
-    looks_for: ClassVar[str] = "blocks on a residual stream: attention, feed-forward, bottleneck"
-    further: ClassVar = ({"core": 0.25}, {"tie": True})
+    pattern: ClassVar[str] = "blocks on a residual stream: attention, feed-forward, bottleneck"
+    smaller_options: ClassVar = ({"core": 0.25}, {"tie": True})
 
     core: int | float = 0.5
     groups: str = "each"
@@ -60,14 +60,14 @@ class Basis(Cored):
     def __post_init__(self) -> None:
         if not self.core:
             raise SchemeError(
-                "core=0 leaves scheme basis no basis", remedy="Use 1 or more, or a share below 1"
+                "core=0 leaves scheme basis no basis", hint="Use 1 or more, or a share below 1"
             )
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         if self.owners:
             raise SchemeError(
                 "owners is no option of scheme basis to choose: plans hold it",
-                remedy="Use tie=true, which sets it",
+                hint="Use tie=true, which sets it",
             )
         stacks: dict[tuple[str, int], dict[int, list[_Part]]] = defaultdict(dict)
         for block in blocks:
@@ -107,13 +107,13 @@ class Basis(Cored):
         parts = torch.split(c, [len(w) for w in wholes.values()])
         return {"V": v, **{f"C{j}": p for j, p in zip(wholes, parts, strict=True)}, **scales}
 
-    def core_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    def base_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         return self._stacked(shapes)
 
-    def core_gains(self, matrices: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
+    def base_gains(self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]) -> Tensor:
         wholes, _ = self._wholes(matrices)
         right = mean_metric(metrics).right
-        parts = [Metric(metrics[j].scaled_left(), right).whiten(w) for j, w in wholes.items()]
+        parts = [KfacMetric(metrics[j].scaled_left(), right).whiten(w) for j, w in wholes.items()]
         values = spectrum(torch.cat(parts)).square()
         costs = sum(m.cost(w) for w, m in zip(matrices, metrics, strict=True))
         return values * (costs / float(values.sum().clamp(min=1e-300)))

@@ -25,13 +25,21 @@ from tiedconv.core.expr import Add, Expr, Mul, Ref, Shape, Slice
 from tiedconv.core.plan import Block
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.linalg import base_and_residuals, bases_and_residuals
-from tiedconv.numerics.symmetries import Workbench
+from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.schemes._align import match_layers
-from tiedconv.schemes._base import Cored, Draft, Layout, Ranked, Scheme, stacks, with_residual
+from tiedconv.schemes._base import (
+    Draft,
+    FactoredBase,
+    Layout,
+    Ranked,
+    Scheme,
+    stacks,
+    with_residual,
+)
 
 
 @dataclass(frozen=True)
-class Lors(Cored, Ranked):
+class Lors(FactoredBase, Ranked):
     """One base for each group of a stack, a residual for each layer.
 
     Args:
@@ -46,8 +54,8 @@ class Lors(Cored, Ranked):
 
     name: ClassVar[str] = "lors"
     core_name: ClassVar[str] = "base"
-    looks_for: ClassVar[str] = "stacks of at least two layers of one shape"
-    further: ClassVar = ({"rank": 0},)
+    pattern: ClassVar[str] = "stacks of at least two layers of one shape"
+    smaller_options: ClassVar = ({"rank": 0},)
 
     rank: int | float | tuple[int, ...] = 0.2
     groups: str = "all"
@@ -59,7 +67,7 @@ class Lors(Cored, Ranked):
         if self.bases < 1 or (self.bases > 1 and self.core):
             raise SchemeError(
                 f"bases={self.bases} with core={self.core} can't be done by scheme lors",
-                remedy="Use bases=1 or more, and core with one base only",
+                hint="Use bases=1 or more, and core with one base only",
             )
 
     def alternatives(self) -> tuple[Scheme, ...]:
@@ -137,10 +145,10 @@ class Lors(Cored, Ranked):
             mixed.append(total)
         return mixed
 
-    def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
-        super().align(blocks, bench)
+    def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
+        super().align(blocks, editor)
         if self.match:
-            match_layers(blocks, self.groups, bench)
+            match_layers(blocks, self.groups, editor)
 
 
 SCHEME = Lors

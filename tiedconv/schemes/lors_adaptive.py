@@ -19,8 +19,8 @@ from torch import Tensor
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Block
 from tiedconv.errors import NothingToConvert
-from tiedconv.numerics.kfac_metric import Metric
-from tiedconv.schemes._base import Dial, Draft, Layout, Scheme, stacks
+from tiedconv.numerics.kfac_metric import KfacMetric
+from tiedconv.schemes._base import Draft, Layout, RankOption, Scheme, stacks
 from tiedconv.schemes._generators import Form, is_linear
 
 
@@ -38,7 +38,7 @@ class LorsAdaptive(Scheme):
     """
 
     name: ClassVar[str] = "lors-adaptive"
-    looks_for: ClassVar[str] = (
+    pattern: ClassVar[str] = (
         "stacks of at least two linear layers that generate matrices of the option shape"
     )
 
@@ -71,19 +71,19 @@ class LorsAdaptive(Scheme):
         make = form.drawn if self.scratch else form.fitted
         return make(matrices, form.terms(self.k, len(matrices)))
 
-    def with_ranks(self, ranks: Sequence[int]) -> Scheme:
+    def with_residual_ranks(self, ranks: Sequence[int]) -> Scheme:
         return dataclasses.replace(self, k=tuple(ranks))
 
     def rank_slots(self, count: int) -> list[bool]:
         return [True] * count
 
-    def dials(self, shapes: Sequence[tuple[int, int]]) -> list[Dial | None]:
+    def rank_options(self, shapes: Sequence[tuple[int, int]]) -> list[RankOption | None]:
         # A term of rank r takes r^2 numbers for each of q's: no further rank has a price of its
         # own, but a further term has.
-        return [*[self._form(shapes).dial] * len(shapes), None]
+        return [*[self._form(shapes).rank_option] * len(shapes), None]
 
     def gains(
-        self, matrices: Sequence[Tensor], metrics: Sequence[Metric]
+        self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]
     ) -> list[Tensor | None]:  # fmt: skip
         form = self._form([(m.shape[0], m.shape[1]) for m in matrices])
         return [*form.gains(matrices, metrics), None]

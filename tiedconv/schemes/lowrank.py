@@ -28,9 +28,9 @@ class LowRank(Ranked):
     """
 
     name: ClassVar[str] = "lowrank"
-    looks_for: ClassVar[str] = "linear layers and convolutions in known blocks or numbered stacks"
+    pattern: ClassVar[str] = "linear layers and convolutions in known blocks or numbered stacks"
     least_rank: ClassVar[int] = 1
-    further: ClassVar = ({"rank": 1},)
+    smaller_options: ClassVar = ({"rank": 1},)
 
     rank: int | float | tuple[int, ...] = 0.5
     fused: bool = True

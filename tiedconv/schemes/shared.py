@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiedconv.core.expr import Ref
 from tiedconv.core.plan import Block
-from tiedconv.numerics.symmetries import Workbench
+from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.schemes._align import match_layers
 from tiedconv.schemes._base import Draft, Layout, Scheme, stacks
 
@@ -26,8 +26,8 @@ class Shared(Scheme):
     """
 
     name: ClassVar[str] = "shared"
-    looks_for: ClassVar[str] = "stacks of at least two layers of one shape"
-    further: ClassVar = ({"groups": "adjacent:3"}, {"groups": "all"})
+    pattern: ClassVar[str] = "stacks of at least two layers of one shape"
+    smaller_options: ClassVar = ({"groups": "adjacent:3"}, {"groups": "all"})
 
     groups: str = "adjacent:2"
     match: bool = True
@@ -43,10 +43,10 @@ class Shared(Scheme):
     def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
         return {"base": torch.stack(list(matrices)).mean(0)}
 
-    def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
-        super().align(blocks, bench)
+    def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
+        super().align(blocks, editor)
         if self.match:
-            match_layers(blocks, self.groups, bench)
+            match_layers(blocks, self.groups, editor)
 
 
 SCHEME = Shared

@@ -8,7 +8,7 @@ map (Koyun and Toreyin, row and column space, arXiv 2401.16438):
     bottleneck     conv3 = conv1^T, everything between them untouched
 
 Beyond the paper, `M_j = diag(s_j) W diag(t_j) + B_j A_j` for every matrix of a group but the
-first: `scale` stores s and t (a thousandth of the size), `rank` is a dial from pure tying to the
+first: `scale` stores s and t (a thousandth of the size), `rank` goes from pure tying to the
 original, and `core` stores W itself as a product of two thin matrices (W_1 = C V and
 W_2 = V^T C^T, both scaled): a tie over low rank, for small budgets. In a bottleneck the
 BatchNorms hold the scales, so none are stored.
@@ -27,14 +27,14 @@ from tiedconv.core.expr import Expr, MatMul, Mul, Ref, Shape, Slice
 from tiedconv.core.plan import Block
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.linalg import energy, shared_with_scales, truncate, weighted_base
-from tiedconv.numerics.symmetries import Workbench
+from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.schemes import _align
-from tiedconv.schemes._base import Cored, Draft, Layout, Ranked, with_residual
+from tiedconv.schemes._base import Draft, FactoredBase, Layout, Ranked, with_residual
 from tiedconv.schemes._pairs import PAIRINGS, Stage, bottleneck_groups, pair_groups
 
 
 @dataclass(frozen=True)
-class Tied(Cored, Ranked):
+class Tied(FactoredBase, Ranked):
     """One W for a pair (or for the pairs of several blocks), transposed where it must be.
 
     Args:
@@ -51,8 +51,8 @@ class Tied(Cored, Ranked):
 
     name: ClassVar[str] = "tied"
     core_name: ClassVar[str] = "W"
-    looks_for: ClassVar[str] = "pairs (m, d) and (d, m): feed-forward, attention, bottleneck"
-    further: ClassVar = (
+    pattern: ClassVar[str] = "pairs (m, d) and (d, m): feed-forward, attention, bottleneck"
+    smaller_options: ClassVar = (
         {"groups": "all"},
         {"groups": "all", "first": "expand"},
         {"groups": "all", "first": "expand", "spatial": True},
@@ -70,7 +70,7 @@ class Tied(Cored, Ranked):
             if getattr(self, option) not in known:
                 raise SchemeError(
                     f"{option}={getattr(self, option)!r} is unknown to scheme tied",
-                    remedy=f"Use one of: {', '.join(known)}",
+                    hint=f"Use one of: {', '.join(known)}",
                 )
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
@@ -122,21 +122,21 @@ class Tied(Cored, Ranked):
         for m, (s, t) in zip(matrices[1:], scales[1:], strict=True):
             yield m - s * first[:, : m.shape[1]] * t
 
-    def align(self, blocks: Sequence[Block], bench: Workbench) -> None:
-        super().align(blocks, bench)
+    def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
+        super().align(blocks, editor)
         if not self.match:
             return
         whole = [b for b in blocks if _align.is_whole(b)]
         if self.groups != "each":
-            _align.match_layers([b for b in whole if b.kind == "ffn"], self.groups, bench)
+            _align.match_layers([b for b in whole if b.kind == "ffn"], self.groups, editor)
         for block in whole:
             if block.kind == "attention" and self.pairing == "kv-qo" and self.groups == "each":
-                _align.tie_attention(block, bench)
+                _align.tie_attention(block, editor)
             elif block.kind == "ffn":
-                _align.balance_hidden(block, bench)
+                _align.balance_hidden(block, editor)
         for stage in self._stages(whole):
             if stage.tied:
-                _align.tie_bottlenecks(stage.tied, bench)
+                _align.tie_bottlenecks(stage.tied, editor)
 
     def rank_slots(self, count: int) -> list[bool]:
         return [j > 0 for j in range(count)]

@@ -28,10 +28,10 @@ def parse_model_args(args: Sequence[str]) -> dict[str, JSON]:
         if not equals or not name.isidentifier():
             raise UserError(
                 f"The model argument {arg!r} is not of the form name=value",
-                remedy="Write it as, for example, img_size=32",
+                hint="Write it as, for example, img_size=32",
             )
         if name in parsed:
-            raise UserError(f"The model argument {name} is given twice", remedy="Give it once")
+            raise UserError(f"The model argument {name} is given twice", hint="Give it once")
         try:
             parsed[name] = json.loads(text, parse_constant=_not_json)
         except ValueError:

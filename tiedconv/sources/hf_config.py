@@ -42,7 +42,7 @@ def to_data(
         except Exception as error:  # the library checks types with errors of its own
             raise SourceError(
                 f"{spec} can't have {key}={value!r} ({first_line(error)})",
-                remedy="Give a value of the right type",
+                hint="Give a value of the right type",
             ) from error
     named = getattr(config, "architectures", None) or [_usual_class(transformers, spec, config)]
     stored: dict[str, JSON] = json.loads(config.to_json_string(use_diff=False))
@@ -65,7 +65,7 @@ def from_data(transformers: Any, spec: str, data: Mapping[str, JSON]) -> Any:
         raise SourceError(
             f"The configuration of {spec} is not one that transformers "
             f"{transformers.__version__} knows ({first_line(error)})",
-            remedy="Install the release of transformers that it was made with",
+            hint="Install the release of transformers that it was made with",
         ) from error
 
 

@@ -55,9 +55,9 @@ class HfModel:
         """The configuration of a directory or a hub name, with the arguments in it."""
         refuse_arguments(self._spec, self.kwargs, ("architecture", "model_type", "architectures"))
         if not self._local and self._name.startswith(("/", ".", "~")):
-            raise SourceError(f"There is no directory {self._name}", remedy="Correct its path")
+            raise SourceError(f"There is no directory {self._name}", hint="Correct its path")
         if not self._name:
-            raise SourceError("The spec hf: names no model", remedy="Give hf:NAME or hf:DIRECTORY")
+            raise SourceError("The spec hf: names no model", hint="Give hf:NAME or hf:DIRECTORY")
         if self._local and not (self._directory / "config.json").is_file():
             raise SourceError(
                 f"The directory {self._name} has no config.json",
@@ -161,13 +161,13 @@ class HfModel:
             if self._local:
                 raise SourceError(
                     f"The {what} in {self._name} can't be read ({first_line(error)})",
-                    remedy="Give a directory that save_pretrained wrote, or --weights FILE",
+                    hint="Give a directory that save_pretrained wrote, or --weights FILE",
                 ) from error
             if what == "weights" and is_download_error(error):
                 raise not_downloaded(self._spec, error) from error
             raise SourceError(
                 f"The {what} of {self._spec} can't be had ({first_line(error)})",
-                remedy="Check the name and the network, or give the path of a local copy",
+                hint="Check the name and the network, or give the path of a local copy",
             ) from error
 
 

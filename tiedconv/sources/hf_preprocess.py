@@ -42,7 +42,7 @@ def from_image_processor(spec: str, path: Path, kwargs: Mapping[str, JSON]) -> P
     except (OSError, ValueError, LookupError, TypeError, AttributeError, PlanError) as error:
         raise SourceError(
             f"The preprocessor_config.json of {spec} can't be used ({error})",
-            remedy="Correct the file or remove it",
+            hint="Correct the file or remove it",
         ) from error
     return stated.scaled_to(image_size(kwargs))
 

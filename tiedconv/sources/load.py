@@ -14,7 +14,7 @@ from torch import nn
 import tiedconv.sources as sources
 from tiedconv.errors import CheckpointError
 from tiedconv.io.checkpoint import Checkpoint, install, read
-from tiedconv.io.safetensors_file import TensorFile
+from tiedconv.io.safetensors_file import SafetensorsFile
 from tiedconv.runtime.forward_check import check_size
 from tiedconv.sources import Preprocess, Source
 from tiedconv.sources.size_guard import bounded
@@ -92,7 +92,7 @@ def check_preprocess(
 def is_compact(path: str | Path) -> bool:
     """Whether this is a file that tiedconv wrote, by its head."""
     try:
-        with contextlib.closing(TensorFile(Path(path))) as file:
+        with contextlib.closing(SafetensorsFile(Path(path))) as file:
             return "tiedconv" in file.metadata and bool(file.shapes)
     except CheckpointError:
         return False

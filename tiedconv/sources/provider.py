@@ -80,7 +80,7 @@ def _refused(spec: str, kwargs: Mapping[str, JSON], error: Exception) -> SourceE
     return SourceError(
         f"{spec} can't be built with {given[: 5 * _LONGEST] or 'no arguments'} "
         f"({type(error).__name__}: {first_line(error)})",
-        remedy="Check the model arguments against the library's documentation",
+        hint="Check the model arguments against the library's documentation",
     )
 
 
@@ -92,11 +92,11 @@ def unknown_model(spec: str, name: str, known: Iterable[str], prefix: str = "") 
     if name.endswith((".safetensors", ".pth", ".pt", ".bin")):
         return SourceError(
             f"{spec!r} is the name of a file, not of a model",
-            remedy="Name the model, and pass its weights with --weights FILE",
+            hint="Name the model, and pass its weights with --weights FILE",
         )
     if near:
         remedy = f"Near to it are {meant}"
-    return SourceError(f"There is no model {spec!r}", remedy=remedy)
+    return SourceError(f"There is no model {spec!r}", hint=remedy)
 
 
 def is_download_error(error: BaseException) -> bool:
@@ -110,7 +110,7 @@ def not_downloaded(spec: str, error: BaseException, reason: str = "") -> SourceE
     """The error for published weights that could not be fetched, with a better reason if known."""
     return SourceError(
         f"The pretrained weights of {spec} could not be downloaded ({reason or first_line(error)})",
-        remedy="Download them on a machine with a network and pass --weights FILE, "
+        hint="Download them on a machine with a network and pass --weights FILE, "
         "or try the command with --weights none",
     )
 

@@ -72,14 +72,14 @@ def _find(spec: str) -> Callable[..., Any]:
         raise SourceError(
             f"The module {module_name} of {spec} can't be imported "
             f"({type(error).__name__}: {first_line(error)})",
-            remedy="Run the command where Python can import it, or correct its name",
+            hint="Run the command where Python can import it, or correct its name",
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         near = difflib.get_close_matches(name, [n for n in vars(module) if n[:1] != "_"], n=3)
         raise SourceError(
             f"The module {module_name} has no function {name}",
-            remedy=f"Near to it are {' and '.join(near)}" if near else "Correct its name",
+            hint=f"Near to it are {' and '.join(near)}" if near else "Correct its name",
         )
     found: Callable[..., Any] = function
     return found

@@ -103,7 +103,7 @@ def weights_file(path: str | Path) -> Path:
         )
     raise WeightsError(
         f"The folder {path} can't be read as weights: it holds no {_WHOLE} and no {_INDEX}",
-        remedy="Name the weights file itself",
+        hint="Name the weights file itself",
     )
 
 
@@ -133,7 +133,7 @@ def shards(index: Path) -> dict[str, list[str]]:
     except OSError as error:
         raise WeightsError(
             f"The index {index} can't be read ({error.strerror or error})",
-            remedy="Give the path of a readable file",
+            hint="Give the path of a readable file",
         ) from error
     except ValueError as error:
         raise WeightsError(
@@ -155,7 +155,7 @@ def shards(index: Path) -> dict[str, list[str]]:
         if not _is_inside(shard):
             raise WeightsError(
                 f"The index {index} names the file {shard!r}, which is not in its folder",
-                "No path in a file is followed out of the file's folder",
+                "No path in a file is forward_with_grad out of the file's folder",
                 "If you trust it, put the shards beside the index and correct the names",
             )
         found.setdefault(shard, []).append(tensor)

@@ -77,7 +77,7 @@ class Preprocess:
         if items["interpolation"] not in _INTERPOLATIONS:
             raise PlanError(
                 f"{what} has the unknown interpolation {reprlib.repr(items['interpolation'])}",
-                remedy=f"Known are {' and '.join(_INTERPOLATIONS)}",
+                hint=f"Known are {' and '.join(_INTERPOLATIONS)}",
             )
         return cls(items["size"], items["resize"], mean, std, items["interpolation"])
 
@@ -147,7 +147,7 @@ class Source:
             try:
                 items["preprocess"] = Preprocess.from_json(preprocess)
             except PlanError as error:
-                raise CheckpointError(error.what, error.follows, error.remedy) from error
+                raise CheckpointError(error.what, error.consequence, error.hint) from error
         return cls(**items)
 
 

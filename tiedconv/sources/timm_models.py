@@ -69,7 +69,7 @@ class TimmModel:
         if not self._has_weights():
             raise SourceError(
                 f"timm has no pretrained weights for {self._name}",
-                remedy="Pass --weights FILE or --weights none",
+                hint="Pass --weights FILE or --weights none",
             )
         return construct(self._spec, self.kwargs, self._fetch)
 

@@ -76,7 +76,7 @@ class TorchvisionModel:
         if weights is None:
             raise SourceError(
                 f"torchvision has no pretrained weights for {self._name}",
-                remedy="Pass --weights FILE or --weights none",
+                hint="Pass --weights FILE or --weights none",
             )
         return construct(self._name, self._given, lambda: self._fetch(weights))
 

@@ -74,13 +74,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except OSError as error:
         raise WeightsError(
             f"The weights file {path} can't be read ({error.strerror or error})",
-            remedy="Give the path of a readable file",
+            hint="Give the path of a readable file",
         ) from error
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _read_pickle(path)
     if head[8:] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path)
-    raise WeightsError(f"{path} is not a weights file", remedy=NOT_WEIGHTS)
+    raise WeightsError(f"{path} is not a weights file", hint=NOT_WEIGHTS)
 
 
 def is_safetensors(path: Path) -> bool:
@@ -130,7 +130,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise damaged(path, error) from error
     tensors = _unwrap(content)
     if not tensors:
-        raise WeightsError(f"There are no named tensors in {path}", remedy=NOT_WEIGHTS)
+        raise WeightsError(f"There are no named tensors in {path}", hint=NOT_WEIGHTS)
     return tensors
 
 

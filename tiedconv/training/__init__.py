@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from tiedconv.training.batching import find_batch_size
 from tiedconv.training.batchnorm import has_batchnorm, recalibrate_batchnorm
-from tiedconv.training.blend import Fading, share_left
+from tiedconv.training.blend import Blend, share_left
 from tiedconv.training.blocks import Blocks
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import pick_device
-from tiedconv.training.distributed import Processes, joined, rank_in_environment
+from tiedconv.training.distributed import DistContext, joined, rank_in_environment
 from tiedconv.training.dry_run import Forecast, forecast
 from tiedconv.training.ema import Ema
 from tiedconv.training.engine import train
@@ -44,12 +44,12 @@ from tiedconv.training.metrics import ACCURACY, AGREEMENT, PRECISION, Measure
 from tiedconv.training.mixup import Mix
 from tiedconv.training.objective import Objective, Outcome
 from tiedconv.training.optim import learning_rate, parameter_groups
-from tiedconv.training.pseudo_labels import Agreement, answered, as_agreement
+from tiedconv.training.pseudo_labels import Agreement, as_agreement, with_teacher_labels
 from tiedconv.training.results import TrainResult
-from tiedconv.training.signals import Interrupted, ended_as_by_hand
+from tiedconv.training.signals import Interrupted, sigterm_as_keyboard_interrupt
 from tiedconv.training.state import FREE_TO_CHANGE, StateFolder
 from tiedconv.training.teacher import fit_inputs
-from tiedconv.training.throughput import Pace
+from tiedconv.training.throughput import Throughput
 
 __all__ = [
     "ACCURACY",
@@ -58,15 +58,16 @@ __all__ = [
     "PRECISION",
     "Agreement",
     "Baseline",
+    "Blend",
     "Blocks",
     "Checkpointed",
     "Detecting",
+    "DistContext",
     "Ema",
     "EpochEnd",
     "EvalResult",
     "EvalStep",
     "Event",
-    "Fading",
     "FewClasses",
     "Forecast",
     "Interrupted",
@@ -76,21 +77,18 @@ __all__ = [
     "Objective",
     "OnEvent",
     "Outcome",
-    "Pace",
-    "Processes",
     "Resumed",
     "Skipped",
     "Start",
     "StateFolder",
     "Step",
     "TeacherScore",
+    "Throughput",
     "TrainConfig",
     "TrainResult",
     "Unlabelled",
-    "answered",
     "as_agreement",
     "distillation_loss",
-    "ended_as_by_hand",
     "evaluate_model",
     "feature_loss",
     "find_batch_size",
@@ -106,5 +104,7 @@ __all__ = [
     "rank_in_environment",
     "recalibrate_batchnorm",
     "share_left",
+    "sigterm_as_keyboard_interrupt",
     "train",
+    "with_teacher_labels",
 ]

@@ -17,7 +17,7 @@ from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
 from tiedconv.training.distributed import joined
 from tiedconv.training.throughput import probes, undone
-from tiedconv.training.trainer import Setup
+from tiedconv.training.trainer import TrainerSetup
 
 LARGEST = 1024
 """Images in a batch at most: beyond it, a short training has too few steps."""
@@ -63,15 +63,15 @@ def find_batch_size(
     with joined(device) as (processes, place), seeds_apart(place):
         first = 8 * processes.count
         small = replace(config, batch_size=first)
-        setup = Setup(model, train_data, val_data, small, teacher, place, processes)
+        setup = TrainerSetup(model, train_data, val_data, small, teacher, place, processes)
         with setup.opened(), undone(setup.updater):
-            setup.try_out()
+            setup.dry_step()
             batch = next(probes(setup.loader))
             most = max(first, min(LARGEST, setup.loader.images // 16))
             best, fastest = 0, 0.0
             for size in _doubled(first, most):
                 speed = _speed(setup, batch, size // processes.count)
-                speed = processes.told_by_first(int(1e6 * speed)) / 1e6  # all go on, or none
+                speed = processes.broadcast_int(int(1e6 * speed)) / 1e6  # all go on, or none
                 if not speed or speed < _GAIN * fastest:
                     break
                 best, fastest = size, speed
@@ -90,7 +90,7 @@ def _doubled(first: int, most: int) -> Iterator[int]:
         first *= 2
 
 
-def _speed(setup: Setup, batch: Batch, size: int) -> float:
+def _speed(setup: TrainerSetup, batch: Batch, size: int) -> float:
     """Images a second in this process; 0 where they don't fit."""
     times = -(-size // len(batch.images))
     images = batch.images.repeat(times, 1, 1, 1)[:size]

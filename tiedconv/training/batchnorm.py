@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tiedconv.data import Batch
 from tiedconv.training.device import Placement
-from tiedconv.training.distributed import ALONE, Processes, SpareImage
+from tiedconv.training.distributed import ALONE, DistContext, PaddingImage
 
 
 def has_batchnorm(model: nn.Module) -> bool:
@@ -27,7 +27,7 @@ def recalibrate_batchnorm(
     model: nn.Module,
     batches: Iterable[Batch],
     placement: Placement,
-    processes: Processes = ALONE,
+    processes: DistContext = ALONE,
 ) -> int:
     """Replaces the statistics of all batch norms by their plain average over `batches`.
 
@@ -41,7 +41,7 @@ def recalibrate_batchnorm(
     norms = norms_of(model)
     momenta = [norm.momentum for norm in norms]
     used = 0
-    spare = SpareImage(processes)
+    spare = PaddingImage(processes)
     with modes_kept(model), torch.no_grad():
         model.eval()
         for norm in norms:

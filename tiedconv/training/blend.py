@@ -1,6 +1,6 @@
 """Training that begins with another model than it ends with, and goes from one to the other.
 
-Training only keeps the time; what is faded, and how, is the affair of whoever makes a `Fading`.
+Training only keeps the time; what is faded, and how, is the affair of whoever makes a `Blend`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tiedconv.errors import UserError
 from tiedconv.training.config import TrainConfig
 
 
-class Fading(Protocol):
+class Blend(Protocol):
     """Adds something to a model that is to be gone when the training ends."""
 
     def begin(self) -> None:
@@ -38,7 +38,7 @@ def share_left(step: int, steps: int, share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / fading)) if step < fading else 0.0
 
 
-def check_fading(config: TrainConfig, fading: Fading | None) -> None:
+def check_fading(config: TrainConfig, fading: Blend | None) -> None:
     """Raises UserError when the options ask for a fading and there is none."""
     if config.progressive > 0 and fading is None:
         raise UserError(

@@ -11,10 +11,10 @@ from torch import Tensor
 from tiedconv.data import Loader
 from tiedconv.errors import TiedconvError
 from tiedconv.training.throughput import probes, undone
-from tiedconv.training.train_step import Updater
+from tiedconv.training.train_step import TrainStep
 
 
-class Switched:
+class CompiledOrEager:
     """A call that is either compiled or plain.
 
     Args:
@@ -29,7 +29,7 @@ class Switched:
         return self.current(images, **more)
 
 
-def compile_if_possible(call: Switched, updater: Updater, loader: Loader) -> str | None:
+def compile_if_possible(call: CompiledOrEager, updater: TrainStep, loader: Loader) -> str | None:
     """Compiles a forward pass, and its backward pass; tried in one step, which is then undone.
 
     Args:

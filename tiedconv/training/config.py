@@ -52,7 +52,7 @@ class TrainConfig:
         cutmix: alpha of CutMix, which cuts from one image into another, such as 1; 0 for none.
             With both, each step takes one of the two.
         progressive: share of the steps over which the original is faded into the compact model,
-            along half a cosine; 0 for none. Needs a `Fading`, which `tiedconv.finetune` makes.
+            along half a cosine; 0 for none. Needs a `Blend`, which `tiedconv.finetune` makes.
         bn_recalibrate: training batches from which to estimate the statistics of batch norms
             before an evaluation; 0 to leave the running averages as they are.
         amp: number format of autocast: "bf16", "fp16" (with a scale for the gradients), "off", or
@@ -110,7 +110,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None and self.time_budget is None:
-            raise UserError("Neither epochs nor steps are given", remedy="Give one of them")
+            raise UserError("Neither epochs nor steps are given", hint="Give one of them")
         if self.time_budget is not None:
             _between("time_budget", self.time_budget, 0, math.inf, open_low=True)
         if self.epochs is not None and self.steps is None:
@@ -167,12 +167,12 @@ def _between(name: str, value: float, low: float, high: float, *, open_low: bool
         return
     rule = f"more than {low:g}" if open_low else f"{low:g} or more"
     bound = "" if high == math.inf else f" and at most {high:g}"
-    raise UserError(f"The training option {name} is {value}", remedy=f"Choose {rule}{bound}")
+    raise UserError(f"The training option {name} is {value}", hint=f"Choose {rule}{bound}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(
             f"The training option {name} is {value!r}",
-            remedy=f"Choose one of {', '.join(allowed)}",
+            hint=f"Choose one of {', '.join(allowed)}",
         )

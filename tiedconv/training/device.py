@@ -26,18 +26,18 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"Unknown device {name}", remedy="Choose auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"Unknown device {name}", hint="Choose auto, cpu, cuda, cuda:N or mps")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and count <= (device.index or 0):
         raise UserError(
             f"The device {name} was asked for, but torch {torch.__version__} sees {count} CUDA "
             f"device{'' if count == 1 else 's'}",
-            remedy="Choose --device cpu, or install a CUDA build of torch and its driver",
+            hint="Choose --device cpu, or install a CUDA build of torch and its driver",
         )
     if device.type == "mps" and not _mps():
         raise UserError(
             "The device mps was asked for, but torch can't use it here",
-            remedy="Choose --device cpu",
+            hint="Choose --device cpu",
         )
     return device
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistContext:
     """Which of the training processes this is; the only one, unless it was launched otherwise.
 
     Attributes:
@@ -67,7 +67,7 @@ class Processes:
         dist.all_gather_object(found, thing)
         return found
 
-    def told_by_first(self, number: int) -> int:
+    def broadcast_int(self, number: int) -> int:
         """A number of the first process, in all of them."""
         if not self.several:
             return number
@@ -75,7 +75,7 @@ class Processes:
         dist.broadcast_object_list(numbers)
         return numbers[0]
 
-    def done_by_first(self, action: Callable[[], None], device: torch.device) -> None:
+    def run_on_rank0(self, action: Callable[[], None], device: torch.device) -> None:
         """What one process does for all; they wait for it, and its failure ends all of them.
 
         Raises:
@@ -94,17 +94,17 @@ class Processes:
             raise OutputError("The first process could not write; it says why")
 
 
-ALONE = Processes()
+ALONE = DistContext()
 
 
-class SpareImage:
+class PaddingImage:
     """An image to go on with where a process has none in a batch and the others have.
 
     What is computed from it counts for nothing, but all processes must call the model equally
     often: in a sharded one they wait for each other.
     """
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: DistContext) -> None:
         self.several = processes.several
         self.last: Tensor | None = None
 
@@ -154,7 +154,7 @@ def rank_in_environment() -> int:
 
 
 @contextlib.contextmanager
-def joined(device: str | torch.device) -> Iterator[tuple[Processes, torch.device]]:
+def joined(device: str | torch.device) -> Iterator[tuple[DistContext, torch.device]]:
     """Within it, the launched processes know each other.
 
     Args:
@@ -171,7 +171,7 @@ def joined(device: str | torch.device) -> Iterator[tuple[Processes, torch.device
     if mine:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size()), place
+        yield DistContext(dist.get_rank(), dist.get_world_size()), place
     finally:
         if mine:
             dist.destroy_process_group()
@@ -200,7 +200,7 @@ def _device_of_this(device: str | torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
-def check_shares(processes: Processes, batch_size: int, images: int) -> None:
+def check_shares(processes: DistContext, batch_size: int, images: int) -> None:
     """Raises UserError where some process would have nothing to do.
 
     Args:

@@ -14,8 +14,8 @@ from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
 from tiedconv.training.distributed import joined
 from tiedconv.training.optim import trained_only
-from tiedconv.training.throughput import Pace, measure_pace, require_time
-from tiedconv.training.trainer import Setup
+from tiedconv.training.throughput import Throughput, measure_throughput, require_time
+from tiedconv.training.trainer import TrainerSetup
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Forecast:
     images: int
     val_images: int
     trained: int
-    pace: Pace
+    pace: Throughput
     seconds: float
     processes: int
     device: str
@@ -71,24 +71,24 @@ def forecast(
         trained_only(model, config.only),
     ):
         config = with_batch_size(model, train_data, val_data, config, teacher=teacher, device=place)
-        setup = Setup(model, train_data, val_data, config, teacher, place, processes)
+        setup = TrainerSetup(model, train_data, val_data, config, teacher, place, processes)
         with setup.opened():
-            setup.try_out()
+            setup.dry_step()
             reason = setup.compile()
             return _forecast(setup, reason)
 
 
-def _forecast(setup: Setup, reason: str | None) -> Forecast:
+def _forecast(setup: TrainerSetup, reason: str | None) -> Forecast:
     config, per_epoch = setup.config, len(setup.loader)
     examiner = setup.examiner
     scored = examiner.estimated_seconds()
-    pace = measure_pace(setup.updater, setup.loader, scored, examiner.norm_seconds(scored))
+    pace = measure_throughput(setup.updater, setup.loader, scored, examiner.norm_seconds(scored))
     # The teacher sees the validation images once: to be scored, or to label them.
     taught = 0.0 if setup.teacher is None else examiner.estimated_seconds(setup.teacher)
     steps = config.total_steps(per_epoch)
     if config.time_budget is not None:
         left = config.time_budget - pace.eval_seconds - taught
-        steps = setup.processes.told_by_first(pace.steps_within(left, per_epoch, config))
+        steps = setup.processes.broadcast_int(pace.steps_within(left, per_epoch, config))
         require_time(steps, config.time_budget, pace)
     device = setup.placement.device
     return Forecast(

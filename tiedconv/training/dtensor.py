@@ -14,7 +14,7 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def divided_as(tensor: Tensor, own: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, own: Tensor) -> Tensor:
     """This process's part of a whole tensor, where `own` is divided; else the tensor itself."""
     sharded: Any = own
     if not hasattr(own, "full_tensor") or hasattr(tensor, "full_tensor"):
@@ -25,7 +25,7 @@ def divided_as(tensor: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(own.device), mesh, sharded.placements)
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """The part that this process has, in the memory of the tensor; for what goes number by number.
 
     Not all of torch's operations know divided tensors.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.training.dtensor import divided_as, own_part, whole
+from tiedconv.training.dtensor import local_tensor, shard_like, whole
 
 
 class Ema:
@@ -52,8 +52,10 @@ class Ema:
     def update(self) -> None:
         """Takes the present values into the averages; call it after each optimiser step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = [own_part(average) for average in self._averages.values()]
-        own = [own_part(p).to(a.dtype) for p, a in zip(self._own.values(), averages, strict=True)]
+        averages = [local_tensor(average) for average in self._averages.values()]
+        own = [
+            local_tensor(p).to(a.dtype) for p, a in zip(self._own.values(), averages, strict=True)
+        ]
         torch._foreach_lerp_(averages, own, 1 - decay)
         self.updates += 1
 
@@ -112,4 +114,4 @@ def _copy(parameter: nn.Parameter) -> Tensor:
 def _fill(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copies values into tensors in place, where the names have one."""
     for name, value in values.items():
-        own[name].copy_(divided_as(value, own[name]))
+        own[name].copy_(shard_like(value, own[name]))

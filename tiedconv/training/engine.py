@@ -22,11 +22,11 @@ from torch.utils.data import Dataset
 from tiedconv.data import Batch
 from tiedconv.errors import TrainingError, UserError
 from tiedconv.training.batching import with_batch_size
-from tiedconv.training.blend import Fading, check_fading, share_left
+from tiedconv.training.blend import Blend, check_fading, share_left
 from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
-from tiedconv.training.distributed import SpareImage, joined
+from tiedconv.training.distributed import PaddingImage, joined
 from tiedconv.training.ema import Ema
 from tiedconv.training.evaluation import (
     EVENT_SECONDS,
@@ -53,8 +53,8 @@ from tiedconv.training.optim import learning_rate, trained_only
 from tiedconv.training.results import Progress, TrainResult
 from tiedconv.training.signals import Interrupted, Interrupts
 from tiedconv.training.state import StateFolder, identity_of
-from tiedconv.training.throughput import measure_pace, require_time
-from tiedconv.training.trainer import Setup
+from tiedconv.training.throughput import measure_throughput, require_time
+from tiedconv.training.trainer import TrainerSetup
 
 LONG_EVALUATION = 10.0
 """Seconds; before one that takes longer, the state is saved. A launcher that stops its processes
@@ -74,7 +74,7 @@ def train(
     config: TrainConfig | None = None,
     *,
     teacher: nn.Module | None = None,
-    fading: Fading | None = None,
+    fading: Blend | None = None,
     device: str | torch.device = "auto",
     checkpoint_dir: Path | None = None,
     resume: bool = False,
@@ -115,7 +115,7 @@ def train(
         Interrupted: a signal asked for it; the state was saved if there is a checkpoint_dir.
     """
     if resume and checkpoint_dir is None:
-        raise UserError("Nothing to resume from", remedy="Give the checkpoint folder as well")
+        raise UserError("Nothing to resume from", hint="Give the checkpoint folder as well")
     config = config or TrainConfig()
     begun = time.monotonic() if begun is None else begun
     check_fading(config, fading)
@@ -129,7 +129,7 @@ def train(
         config = with_batch_size(
             model, train_data, val_data, config, teacher=teacher, device=place, known=known
         )
-        run = _Run(Setup(model, train_data, val_data, config, teacher, place, processes))
+        run = _Run(TrainerSetup(model, train_data, val_data, config, teacher, place, processes))
         run.listener = on_event if on_event is not None and processes.first else ignore
         run.labelled = labelled
         run.fading = fading if config.progressive > 0 else None
@@ -140,13 +140,13 @@ def train(
 class _Run:
     """One call of `train`."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: TrainerSetup) -> None:
         self.setup, self.config, self.processes = setup, setup.config, setup.processes
         self.loader, self.updater, self.learner = setup.loader, setup.updater, setup.learner
         self.model, self.placement = setup.model, setup.placement
         self.steps = self.config.total_steps(len(self.loader))
         self.listener: OnEvent = ignore
-        self.fading: Fading | None = None
+        self.fading: Blend | None = None
         self.ema: Ema | None = None
         self.labelled = True
         self.folder: StateFolder | None = None
@@ -154,7 +154,7 @@ class _Run:
         self.at = Progress()
         self.history: list[dict[str, Any]] = []
         self.broken: dict[str, None] = {}  # a set that remembers which came first
-        self.spare = SpareImage(self.processes)
+        self.spare = PaddingImage(self.processes)
         self.made_of: Mapping[str, str] = {}
         self.begun = self.saved = time.monotonic()
 
@@ -174,7 +174,7 @@ class _Run:
     def go(self, resume: bool) -> TrainResult:
         """Trains from the beginning or from the checkpoint to the end."""
         found = self.folder.load(self.identity()) if resume and self.folder is not None else None
-        self.setup.try_out()
+        self.setup.dry_step()
         reason = self.setup.compile()
         if reason is not None:
             self.emit(NotCompiled(reason))
@@ -217,10 +217,10 @@ class _Run:
         """Settles how many steps a time has room for; the first process decides."""
         examiner = self.setup.examiner
         norms = examiner.norm_seconds(examiner.seconds)
-        pace = measure_pace(self.updater, self.loader, examiner.seconds, norms)
+        pace = measure_throughput(self.updater, self.loader, examiner.seconds, norms)
         left = seconds - (time.monotonic() - self.begun)
         steps = pace.steps_within(left, len(self.loader), self.config)
-        self.steps = require_time(self.processes.told_by_first(steps), seconds, pace)
+        self.steps = require_time(self.processes.broadcast_int(steps), seconds, pace)
 
     def begin_average(self) -> None:
         """Begins to average, if that is wanted; after a fading's beginning."""
@@ -297,7 +297,7 @@ class _Run:
             self.look_around()
             if not alone:
                 within = clock.steps_within(LOOK_SECONDS, self.at.step)
-                meter.due = self.processes.told_by_first(max(1, within))
+                meter.due = self.processes.broadcast_int(max(1, within))
 
     def read(self, meter: LossMeter, clock: Clock) -> None:
         """Looks at the losses since the last time, and tells of them now and then."""
@@ -389,7 +389,7 @@ class _Run:
             **self.learner.state(self.setup.optimizer),
         }
         folder = self.folder
-        self.processes.done_by_first(
+        self.processes.run_on_rank0(
             lambda: self.emit(Checkpointed(str(folder.save(self.at.step, state)), self.at.step)),
             self.placement.device,
         )

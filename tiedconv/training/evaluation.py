@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from tiedconv.data import Batch, Loader
 from tiedconv.errors import DataError
-from tiedconv.runtime.forward_check import first_answer
+from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
-from tiedconv.training.distributed import ALONE, Processes, SpareImage
+from tiedconv.training.distributed import ALONE, DistContext, PaddingImage
 from tiedconv.training.events import EvalStep, FewClasses, OnEvent, Skipped, ignore
 from tiedconv.training.losses import rows_of
 
@@ -98,7 +98,7 @@ def score(
     placement: Placement,
     on_event: OnEvent = ignore,
     classes: int | None = None,
-    processes: Processes = ALONE,
+    processes: DistContext = ALONE,
 ) -> EvalResult:
     """Evaluates a model that is on its device already; see `evaluate_model`.
 
@@ -135,7 +135,7 @@ def answers(
     placement: Placement,
     broken: list[str],
     on_event: OnEvent = ignore,
-    processes: Processes = ALONE,
+    processes: DistContext = ALONE,
 ) -> Iterator[tuple[Batch, Any]]:
     """Batches with what the model, in evaluation mode, gives for them.
 
@@ -153,7 +153,7 @@ def answers(
     images = 0
     with modes_kept(model):
         model.eval()
-        spare = SpareImage(processes)
+        spare = PaddingImage(processes)
         for batch in loader.epoch():
             broken += batch.broken
             some = spare.instead_of_none(batch.images)
@@ -161,7 +161,7 @@ def answers(
                 continue
             with placement.autocast():
                 shown = placement.images(some)
-                output = model(shown) if images else first_answer(model, shown)
+                output = model(shown) if images else checked_forward(model, shown)
             if not len(batch.images):
                 continue
             images += len(batch.images)
@@ -173,7 +173,7 @@ def answers(
                 on_event(EvalStep(share, loader.images, share / (now - start)))
 
 
-Scorer = Callable[[nn.Module, Loader, Placement, OnEvent, Processes], EvalResult]
+Scorer = Callable[[nn.Module, Loader, Placement, OnEvent, DistContext], EvalResult]
 """What evaluates a model that is on its device already."""
 
 
@@ -190,7 +190,7 @@ def scorer_of(data: Dataset[Any]) -> Scorer:
         loader: Loader,
         placement: Placement,
         on_event: OnEvent,
-        processes: Processes,
+        processes: DistContext,
     ) -> EvalResult:
         return score(model, loader, placement, on_event, classes, processes)
 
@@ -220,7 +220,7 @@ def require_some(images: int, broken: Iterable[str]) -> None:
         example = next(iter(broken), "none")
         raise DataError(
             f"None of the images could be read, the first is {example}",
-            remedy="Check that the files are images and can be read; --strict tells why",
+            hint="Check that the files are images and can be read; --strict tells why",
         )
 
 

@@ -12,11 +12,11 @@ from tiedconv.data import Loader
 from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_batchnorm
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.distributed import Processes
+from tiedconv.training.distributed import DistContext
 from tiedconv.training.evaluation import EvalResult, Scorer
 from tiedconv.training.events import OnEvent
 from tiedconv.training.losses import logits_of
-from tiedconv.training.wrappers import Learner
+from tiedconv.training.wrappers import TrainWrapper
 
 RECALIBRATION_EPOCH = -1
 """The "epoch" whose order and augmentation are used to estimate batch norm statistics."""
@@ -24,7 +24,7 @@ RECALIBRATION_EPOCH = -1
 _SECONDS = 5.0  # of an evaluation, to estimate the whole
 
 
-class Examiner:
+class Evaluator:
     """Evaluates a model, as it is or with batch norm statistics of its own.
 
     Args:
@@ -39,13 +39,13 @@ class Examiner:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: TrainWrapper,
         loader: Loader,
         val_loader: Loader,
         scorer: Scorer,
         config: TrainConfig,
         placement: Placement,
-        processes: Processes,
+        processes: DistContext,
     ) -> None:
         self.learner, self.loader, self.val_loader = learner, loader, val_loader
         self.scorer, self.placement, self.processes = scorer, placement, processes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiedconv.errors import TrainingError, UserError
 from tiedconv.training.config import TrainConfig
-from tiedconv.training.distributed import ALONE, Processes
+from tiedconv.training.distributed import ALONE, DistContext
 
 
 def logits_of(output: Any) -> Tensor:
@@ -33,7 +33,7 @@ def logits_of(output: Any) -> Tensor:
     if logits is None:
         raise UserError(
             f"The model returns {type(output).__name__}, in which no logits are found",
-            remedy="Use a model that returns logits: a tensor, an object with .logits or a tuple",
+            hint="Use a model that returns logits: a tensor, an object with .logits or a tuple",
         )
     return logits_of(logits)
 
@@ -193,7 +193,7 @@ class LossMeter:
         """How many losses the next `read` gives."""
         return self._used
 
-    def read(self, processes: Processes = ALONE) -> list[float]:
+    def read(self, processes: DistContext = ALONE) -> list[float]:
         """The losses since the last call, oldest first; means over the processes."""
         window = self._window[: self._used]
         if processes.several:

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 class Loss(Protocol):
-    """What `Updater` calls: images (B, C, H, W), what stands beside them (B,), and a seed."""
+    """What `TrainStep` calls: images (B, C, H, W), what stands beside them (B,), and a seed."""
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> Outcome: ...
 

@@ -106,7 +106,7 @@ def parameter_groups(
     if not groups:
         raise UserError(
             "The model has no trainable parameter",
-            remedy="Set requires_grad on the parameters to train",
+            hint="Set requires_grad on the parameters to train",
         )
     return [
         {"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay, SCALE: key[0]}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.data import Broken, Loader, Normalisation, Sample, in_bytes
+from tiedconv.data import Broken, Loader, Normalization, Sample, as_uint8
 from tiedconv.errors import DataError
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.config import TrainConfig
@@ -50,9 +50,9 @@ class Relabelled(Dataset[Sample | Broken]):
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]
 
-    def in_bytes(self) -> tuple[Relabelled, Normalisation] | None:
+    def as_uint8(self) -> tuple[Relabelled, Normalization] | None:
         """The same with images as uint8, where the data set within can give them."""
-        data, normalisation = in_bytes(self.data)
+        data, normalisation = as_uint8(self.data)
         return (Relabelled(data, self.labels), normalisation) if normalisation else None
 
     def __getitem__(self, index: int) -> Sample | Broken:
@@ -63,7 +63,7 @@ class Relabelled(Dataset[Sample | Broken]):
 
 
 @torch.no_grad()
-def answered(
+def with_teacher_labels(
     data: Dataset[Any],
     teacher: nn.Module,
     student: nn.Module,
@@ -106,13 +106,13 @@ def answered(
     if not asked:
         raise DataError(
             "None of the validation images could be read",
-            remedy="Check that the files are images and can be read; --strict tells why",
+            hint="Check that the files are images and can be read; --strict tells why",
         )
     return Relabelled(data, labels)
 
 
 def as_agreement(result: TrainResult) -> tuple[Agreement, TrainResult]:
-    """Takes the figures of a run on `answered` data out of the places meant for accuracies."""
+    """Moves the figures of a run on `with_teacher_labels` data out of the accuracy fields."""
     bare = not_accuracies(result, AGREEMENT)
     return Agreement(result.top1_before, result.top1), bare
 

@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def ended_as_by_hand() -> Iterator[None]:
+def sigterm_as_keyboard_interrupt() -> Iterator[None]:
     """Within it, SIGTERM ends the work as Ctrl-C does, so that it too leaves nothing half-written.
 
     Where someone else handles the signal already, and outside the main thread, nothing is changed.

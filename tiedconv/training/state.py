@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tiedconv.errors import CheckpointError, OutputError, UserError
-from tiedconv.io.run_dir import STATES, RunFolder
+from tiedconv.io.run_dir import STATES, RunDir
 from tiedconv.io.safetensors_file import replacing
 from tiedconv.training.config import TrainConfig
 
@@ -49,7 +49,7 @@ class StateFolder:
             UserError: it has states of a run that isn't to be gone on with.
         """
         prepare_folder(self.path)
-        folder = RunFolder(self.path)
+        folder = RunDir(self.path)
         if not resume:
             folder.require_new()
         folder.tidy()
@@ -121,7 +121,7 @@ def prepare_folder(folder: Path) -> None:
     if not writable:
         raise OutputError(
             f"The checkpoint folder {folder} can't be written to",
-            remedy="Choose another folder or change its permissions",
+            hint="Choose another folder or change its permissions",
         )
 
 

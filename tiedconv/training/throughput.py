@@ -14,8 +14,8 @@ from tiedconv.data import Batch, Loader
 from tiedconv.errors import UserError
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.evaluation import require_some
-from tiedconv.training.train_step import Updater
-from tiedconv.utils.memory import most_resident
+from tiedconv.training.train_step import TrainStep
+from tiedconv.utils.memory import peak_rss
 
 PROBE_EPOCH = -2
 """The "epoch" whose images are used for steps that do not count."""
@@ -27,7 +27,7 @@ _MARGIN = 0.97  # of a time budget: the rest is for writing the result
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """What a training takes.
 
     Attributes:
@@ -67,9 +67,9 @@ class Pace:
         return steps * self.step_seconds + self.eval_seconds + (1 + between) * scored
 
 
-def measure_pace(
-    updater: Updater, loader: Loader, eval_seconds: float, norm_seconds: float = 0.0
-) -> Pace:
+def measure_throughput(
+    updater: TrainStep, loader: Loader, eval_seconds: float, norm_seconds: float = 0.0
+) -> Throughput:
     """Takes a few steps, and leaves model and optimiser as they were.
 
     Args:
@@ -94,10 +94,10 @@ def measure_pace(
                 start, steps, images = time.perf_counter(), 0, 0
         passed = time.perf_counter() - start
     speed = images * updater.processes.count / max(passed, 1e-9)
-    return Pace(passed / steps, speed, eval_seconds, peak_memory(device), norm_seconds)
+    return Throughput(passed / steps, speed, eval_seconds, peak_memory(device), norm_seconds)
 
 
-def require_time(steps: int, seconds: float, pace: Pace) -> int:
+def require_time(steps: int, seconds: float, pace: Throughput) -> int:
     """The steps that a time budget has room for.
 
     Raises:
@@ -130,7 +130,7 @@ def probes(loader: Loader) -> Iterator[Batch]:
 
 
 @contextmanager
-def undone(updater: Updater) -> Iterator[None]:
+def undone(updater: TrainStep) -> Iterator[None]:
     """A context after which model and optimiser are what they were before."""
     model, optimizer = updater.learner.model, updater.optimizer
     before = {n: t.detach().clone() for n, t in model.state_dict().items()}
@@ -153,4 +153,4 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this device has held so far, or on the CPU the process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return most_resident() or 0
+    return peak_rss() or 0

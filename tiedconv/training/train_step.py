@@ -10,13 +10,13 @@ from torch import Tensor
 from tiedconv.data.seeds import step_seed
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.distributed import Processes
+from tiedconv.training.distributed import DistContext
 from tiedconv.training.objective import Loss
 from tiedconv.training.optim import set_learning_rate
-from tiedconv.training.wrappers import Learner
+from tiedconv.training.wrappers import TrainWrapper
 
 
-class Updater:
+class TrainStep:
     """Takes steps: forward and backward pass, and the optimiser.
 
     Args:
@@ -30,12 +30,12 @@ class Updater:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: TrainWrapper,
         optimizer: torch.optim.Optimizer,
         objective: Loss,
         config: TrainConfig,
         placement: Placement,
-        processes: Processes,
+        processes: DistContext,
     ) -> None:
         self.learner, self.optimizer, self.objective = learner, optimizer, objective
         self.config, self.placement, self.processes = config, placement, processes

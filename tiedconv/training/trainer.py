@@ -11,22 +11,22 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tiedconv.data import Broken, Loader
-from tiedconv.runtime.forward_check import first_answer
+from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training.batchnorm import modes_kept
-from tiedconv.training.compile import Switched, compile_if_possible
+from tiedconv.training.compile import CompiledOrEager, compile_if_possible
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
-from tiedconv.training.distributed import Processes, check_shares
+from tiedconv.training.distributed import DistContext, check_shares
 from tiedconv.training.evaluation import class_count, scorer_of
-from tiedconv.training.evaluator import Examiner
+from tiedconv.training.evaluator import Evaluator
 from tiedconv.training.losses import rows_of
 from tiedconv.training.objective import Loss, Objective
 from tiedconv.training.optim import make_optimizer
-from tiedconv.training.train_step import Updater
+from tiedconv.training.train_step import TrainStep
 from tiedconv.training.wrappers import make_learner
 
 
-class Setup:
+class TrainerSetup:
     """The parts of a training, made for one model and these data.
 
     Arguments and errors are those of `train`, with a device and processes that are settled.
@@ -40,7 +40,7 @@ class Setup:
         config: TrainConfig,
         teacher: nn.Module | None,
         device: torch.device,
-        processes: Processes,
+        processes: DistContext,
     ) -> None:
         images = min(len(train_data), len(val_data))  # type: ignore[arg-type]
         check_shares(processes, config.batch_size, images)
@@ -63,21 +63,21 @@ class Setup:
             teacher.eval()
         self.learner = make_learner(model, processes, device, config.sharding)
         self.model = self.learner.model
-        self.forward = Switched(self.learner.forward)
+        self.forward = CompiledOrEager(self.learner.forward)
         objective = _objective(
             config, self.forward, self.model, teacher, train_data, self.placement
         )  # fmt: skip
         self.optimizer = make_optimizer(self.model, config)
-        self.updater = Updater(
+        self.updater = TrainStep(
             self.learner, self.optimizer, objective, config, self.placement, processes
         )  # fmt: skip
-        self.examiner = Examiner(
+        self.examiner = Evaluator(
             self.learner, self.loader, self.val_loader, scorer_of(val_data), config,
             self.placement, processes,
         )  # fmt: skip
 
     @torch.no_grad()
-    def try_out(self) -> None:
+    def dry_step(self) -> None:
         """Shows two images to model and teacher, so that what can't be is told before the work.
 
         Raises:
@@ -93,9 +93,9 @@ class Setup:
             self.model.eval()
             shown = self.placement.images(images)
             with self.placement.autocast():
-                own = rows_of(first_answer(self.learner.forward, shown))
+                own = rows_of(checked_forward(self.learner.forward, shown))
                 if self.teacher is not None:
-                    other = rows_of(first_answer(self.teacher, shown))
+                    other = rows_of(checked_forward(self.teacher, shown))
                     self.other_classes = own.shape[-1] != other.shape[-1]
             self.updater.objective(images, labels, 0)
         self.learner.after_evaluation()

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tiedconv.errors import UserError
-from tiedconv.training.distributed import Processes
+from tiedconv.training.distributed import DistContext
 from tiedconv.training.dtensor import whole
 
 
-class Learner:
+class TrainWrapper:
     """A model in training by this process alone.
 
     Attributes:
@@ -58,7 +58,7 @@ class Learner:
         """Bring what was learned into the caller's model. All processes must call it."""
 
 
-class Replicated(Learner):
+class Replicated(TrainWrapper):
     """A copy in each process, whose gradients are averaged (DDP)."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Replicated(Learner):
         return self._replica.no_sync()
 
 
-class Sharded(Learner):
+class Sharded(TrainWrapper):
     """A part of each tensor in each process; they are put together for a forward pass (FSDP2).
 
     The caller's model stays whole, and gets the result in the end.
@@ -123,8 +123,8 @@ class Sharded(Learner):
 
 
 def make_learner(
-    model: nn.Module, processes: Processes, device: torch.device, sharding: str
-) -> Learner:
+    model: nn.Module, processes: DistContext, device: torch.device, sharding: str
+) -> TrainWrapper:
     """The model made ready for these processes; it is on its device already, unless sharded.
 
     Raises:
@@ -137,7 +137,7 @@ def make_learner(
             "Start several with torchrun --nproc-per-node N -m tiedconv ..., or leave it out",
         )
     if not processes.several:
-        return Learner(model)
+        return TrainWrapper(model)
     return Sharded(model, device) if sharding == "fsdp" else Replicated(model, device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 
-def most_resident() -> int | None:
+def peak_rss() -> int | None:
     """The most bytes that were ever resident; None where the system does not tell."""
     try:
         import resource

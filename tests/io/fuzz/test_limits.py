@@ -28,7 +28,7 @@ from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Slice, all_from
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError, SourceError, TiedconvError
 from tiedconv.io.checkpoint import read
-from tiedconv.io.safetensors_file import MAX_VALUES, TensorFile, strict_json
+from tiedconv.io.safetensors_file import MAX_VALUES, SafetensorsFile, strict_json
 from tiedconv.io.validation import check_plan, effort, printable
 from tiedconv.runtime.tie import dense_state_dict
 from tiedconv.sources.size_guard import bounded
@@ -167,15 +167,15 @@ B = '"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}'
 )
 def test_headers_that_are_refused(entries: str, reason: str, path: Path) -> None:
     with pytest.raises(CheckpointError, match=reason):
-        assert TensorFile(header(path, entries)).shapes
-    assert TensorFile(header(path, f"{A}, {B}")).shapes == {"a": (1,), "b": (1,)}
+        assert SafetensorsFile(header(path, entries)).shapes
+    assert SafetensorsFile(header(path, f"{A}, {B}")).shapes == {"a": (1,), "b": (1,)}
 
 
 def test_a_truth_value_that_is_neither_is_refused(path: Path) -> None:
     entry = '"a": {"dtype": "BOOL", "shape": [8], "data_offsets": [0, 8]}'
-    assert TensorFile(header(path, entry)).tensor("a").sum() == 0
+    assert SafetensorsFile(header(path, entry)).tensor("a").sum() == 0
     with pytest.raises(CheckpointError, match="neither true nor false"):
-        TensorFile(header(path, entry, b"\x07" * 8)).tensor("a")
+        SafetensorsFile(header(path, entry, b"\x07" * 8)).tensor("a")
 
 
 def test_a_header_of_many_megabytes_is_refused_unread(path: Path, parts: Parts) -> None:
@@ -387,7 +387,7 @@ def test_contradictions_are_refused_by_every_reader(
         with pytest.raises(CheckpointError) as caught:
             reader(path)
         assert caught.value.what
-        assert caught.value.remedy
+        assert caught.value.hint
 
 
 def test_what_plain_torch_would_refuse_is_refused_in_our_words(path: Path, parts: Parts) -> None:

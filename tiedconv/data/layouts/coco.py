@@ -94,7 +94,7 @@ def _read(root: Path, file: Path) -> Images:
     except OSError as error:
         raise DataError(
             f"{file} can't be read ({error.strerror or error})",
-            remedy="Change its permissions, or copy it to a place of your own",
+            hint="Change its permissions, or copy it to a place of your own",
         ) from error
     except _NO_FORM as error:
         raise DataError(
@@ -104,20 +104,20 @@ def _read(root: Path, file: Path) -> Images:
             "annotations (image_id, category_id, bbox)",
         ) from error
     if not names:
-        raise DataError(f"{file} lists no images", remedy="Give at least one")
+        raise DataError(f"{file} lists no images", hint="Give at least one")
     store = _Photos(str(_folder(root, file, names)), names)
     return Images.all_of(store, len(names), None, (), objects)
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, _Odd):
+    if isinstance(error, InvalidAnnotationError):
         return str(error)
     if isinstance(error, KeyError):
         return f"no {error} where there should be one"
     return f"{type(error).__name__}: {error}"
 
 
-class _Odd(ValueError):
+class InvalidAnnotationError(ValueError):
     """Content that can't be meant."""
 
 
@@ -126,7 +126,7 @@ def _names(images: Any) -> tuple[str, ...]:
         name = image["file_name"]
         # A control character would reach the terminal that tells of a broken photo.
         if not isinstance(name, str) or not name or any(ord(c) < 32 or ord(c) == 127 for c in name):
-            raise _Odd(f"the image {image['id']} has the file_name {name!r}")
+            raise InvalidAnnotationError(f"the image {image['id']} has the file_name {name!r}")
     return tuple(image["file_name"] for image in images)
 
 
@@ -140,7 +140,9 @@ def _objects(data: Any) -> Objects:
     owners = np.array([place_of[int(mark["image_id"])] for mark in marks], np.int64)
     for mark in marks:
         if int(mark["category_id"]) not in class_of:
-            raise _Odd(f"an object has the category {mark['category_id']}, which is not listed")
+            raise InvalidAnnotationError(
+                f"an object has the category {mark['category_id']}, which is not listed"
+            )
     boxes = _boxes(marks)
     given = [mark.get("area") for mark in marks]
     areas = np.array(
@@ -163,7 +165,7 @@ def _places(numbers: Iterable[Any], what: str) -> dict[int, int]:
     places: dict[int, int] = {}
     for number in map(int, numbers):
         if number in places:
-            raise _Odd(f"two {what} have the id {number}")
+            raise InvalidAnnotationError(f"two {what} have the id {number}")
         places[number] = len(places)
     return places
 
@@ -172,7 +174,9 @@ def _boxes(marks: list[Any]) -> Floats:
     """Boxes (M, 4). They may reach out of the image or have no area, as in COCO itself."""
     for mark in marks:
         if not isinstance(mark["bbox"], list) or len(mark["bbox"]) != 4:
-            raise _Odd(f"an object of the image {mark['image_id']} has the bbox {mark['bbox']!r}")
+            raise InvalidAnnotationError(
+                f"an object of the image {mark['image_id']} has the bbox {mark['bbox']!r}"
+            )
     boxes = np.array([mark["bbox"] for mark in marks], np.float64).reshape(-1, 4)
     _checked(boxes[:, 2:], marks, "bbox")
     return _checked(boxes, marks, "bbox", signed=True)
@@ -183,7 +187,9 @@ def _checked(values: Floats, marks: list[Any], key: str, *, signed: bool = False
     right = np.isfinite(values) & (signed | (values >= 0))
     if len(wrong := np.argwhere(~right)):
         mark = marks[int(wrong[0, 0])]
-        raise _Odd(f"an object of the image {mark['image_id']} has the {key} {mark[key]}")
+        raise InvalidAnnotationError(
+            f"an object of the image {mark['image_id']} has the {key} {mark[key]}"
+        )
     return values
 
 
@@ -191,7 +197,7 @@ def _sizes(images: Any) -> Ints:
     sizes = np.array([[i["width"], i["height"]] for i in images], np.float64).reshape(-1, 2)
     if len(wrong := np.flatnonzero(~((sizes >= 1) & (sizes < 2**31)).all(axis=1))):
         image = images[int(wrong[0])]
-        raise _Odd(
+        raise InvalidAnnotationError(
             f"the image {image['id']} has the width {image['width']} "
             f"and the height {image['height']}"
         )

@@ -148,7 +148,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     except OSError as error:
         raise DataError(
             f"The data folder {folder} can't be read ({error.strerror or error})",
-            remedy="Change its permissions, or copy it to a place of your own",
+            hint="Change its permissions, or copy it to a place of your own",
         ) from error
 
 

@@ -1,10 +1,10 @@
-"""Second moments of what every weight reads and of the gradient of what it writes.
+"""Second statistics of what every weight reads and of the gradient of what it writes.
 
 Products with a weight are watched where they happen, below all modules: in the forward pass the
 other factor of a product is what the weight reads, in the backward pass it is the gradient of
 what the weight wrote. So fused projections, functional attention and convolutions are all seen,
 whatever module calls them. The loss is the model's own: the log-likelihood of a class drawn from
-its answer, so no label is needed, and the moments are those of the Fisher matrix.
+its answer, so no label is needed, and the statistics are those of the Fisher matrix.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from tiedconv.calibration.output_metric import followed
+from tiedconv.calibration.output_metric import forward_with_grad
 from tiedconv.data import Loader
 from tiedconv.detection import drawn_loss
 from tiedconv.errors import DataError
-from tiedconv.numerics.kfac_metric import Metric, shrunk
-from tiedconv.runtime.forward_check import first_answer
+from tiedconv.numerics.kfac_metric import KfacMetric, shrinkage_estimate
+from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training import pick_device
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement
 
 POSITIONS = 64
-"""Of an image's tokens or pixels, at most so many enter the moments, spread evenly."""
+"""Of an image's tokens or pixels, at most so many enter the statistics, spread evenly."""
 
 MEMORY = 8 * 2**30
 """Bytes that the sums of one pass over the images may take: what needs more takes more passes."""
@@ -42,8 +42,8 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
 @dataclass(frozen=True)
-class Moments:
-    """What `gather_moments` found.
+class KfacStatistics:
+    """What `gather_statistics` found.
 
     Args:
         metrics: tensor name to metric, for every weight that took part.
@@ -52,7 +52,7 @@ class Moments:
         skipped: how many could not be read.
     """
 
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, KfacMetric]
     ridges: Mapping[str, tuple[float, float]]
     images: int
     skipped: int
@@ -66,9 +66,9 @@ class Moments:
 
 @dataclass
 class _Sum:
-    """A sum of moments, over all images in float64 and over the first half in float32.
+    """A sum of statistics, over all images in float64 and over the first half in float32.
 
-    The half only decides how much the whole is shrunk, which takes no more digits.
+    The half only decides how much the whole is shrinkage_estimate, which takes no more digits.
     """
 
     whole: Tensor | None = None
@@ -101,7 +101,7 @@ class _Sums:
     """Of a convolution, the squared norms of the weight's gradients of all images."""
 
 
-def gather_moments(
+def gather_statistics(
     model: nn.Module,
     weights: Mapping[str, bool],
     data: Dataset[Any],
@@ -112,10 +112,10 @@ def gather_moments(
     workers: int | None = None,
     memory: int = MEMORY,
     on_images: Callable[[int, int], None] | None = None,
-) -> Moments:
+) -> KfacStatistics:
     """The metric of each weight of a model, from images without labels.
 
-    The sums take 12 bytes for each of the `in^2 + out^2` entries of a weight's two moments, the
+    The sums take 12 bytes for each of the `in^2 + out^2` entries of a weight's two statistics, the
     metrics 4 bytes in the end.
 
     Args:
@@ -144,7 +144,7 @@ def gather_moments(
         device=placement.device,
     )  # fmt: skip
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    metrics: dict[str, Metric] = {}
+    metrics: dict[str, KfacMetric] = {}
     ridges: dict[str, tuple[float, float]] = {}
     parts = _parts(model, weights, memory)
     try:
@@ -168,7 +168,7 @@ def gather_moments(
             "Nothing can be measured",
             "Check that the folder holds images",
         )
-    return Moments(metrics, ridges, sum(counts), skipped)
+    return KfacStatistics(metrics, ridges, sum(counts), skipped)
 
 
 def _parts(model: nn.Module, weights: Mapping[str, bool], memory: int) -> list[dict[str, bool]]:
@@ -218,9 +218,9 @@ def _one_batch(
     # The images ask for a gradient, so that one reaches what every weight wrote.
     watch.batch = len(images)
     with torch.enable_grad(), watch:
-        images = followed(model, images)
+        images = forward_with_grad(model, images)
         watch.backward = False
-        loss = drawn_loss(first_answer(model, images), model, generator)
+        loss = drawn_loss(checked_forward(model, images), model, generator)
         watch.backward = True
         asking = [images] if images.requires_grad else [*model.parameters()]
         torch.autograd.grad(loss, asking, allow_unused=True)
@@ -332,7 +332,7 @@ def _patches(
 def _finish(
     sums: dict[str, _Sums],
     counts: Sequence[int],
-    metrics: dict[str, Metric],
+    metrics: dict[str, KfacMetric],
     ridges: dict[str, tuple[float, float]],
 ) -> None:
     """Turns sums into metrics, and lets each go when it is done."""
@@ -343,13 +343,13 @@ def _finish(
         if not halves:
             continue  # what it writes reaches no answer, or it was never used
         rights, lefts = s.right.means(halves, s.right.rows), s.left.means(halves, counts)
-        right, first = shrunk(rights[0], rights[-1])
-        left, second = shrunk(lefts[0], lefts[-1])
-        metrics[name] = _scaled(Metric(left.cpu(), right.cpu()), float(s.energy) / sum(counts))
+        right, first = shrinkage_estimate(rights[0], rights[-1])
+        left, second = shrinkage_estimate(lefts[0], lefts[-1])
+        metrics[name] = _scaled(KfacMetric(left.cpu(), right.cpu()), float(s.energy) / sum(counts))
         ridges[name] = (first, second)
 
 
-def _scaled(metric: Metric, energy: float) -> Metric:
+def _scaled(metric: KfacMetric, energy: float) -> KfacMetric:
     """The metric with the costs that the gradients of a convolution's weight tell of.
 
     K-FAC takes the places of an image to be independent. A convolution's are not: its costs came
@@ -364,4 +364,4 @@ def _scaled(metric: Metric, energy: float) -> Metric:
     known = _of(metric.left).trace() * _of(metric.right).trace()
     if not energy > 0 or not known > 0:
         return metric
-    return Metric(_of(metric.left) * (energy / known), metric.right)
+    return KfacMetric(_of(metric.left) * (energy / known), metric.right)

@@ -1,4 +1,4 @@
-"""Moments that are watched below all modules, against hooks on modules and autograd."""
+"""KfacStatistics that are watched below all modules, against hooks on modules and autograd."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax, pad, scaled_dot_product_attention
 from torch.nn.grad import conv2d_weight
 
-from tiedconv.calibration import Moments, gather_moments, moments
+from tiedconv.calibration import KfacStatistics, gather_statistics, statistics
 from tiedconv.commands.sensitivity import matrices_of
 from tiedconv.core.plan import Member
 from tiedconv.errors import DataError, TiedconvError
-from tiedconv.families.inspect import examine
-from tiedconv.numerics.kfac_metric import Metric, shrunk
+from tiedconv.families.inspect import inspect_model
+from tiedconv.numerics.kfac_metric import KfacMetric, shrinkage_estimate
 from tiedconv.planning.planner import weights_of
 from tiedconv.planning.rank_allocation import metrics_of
 from tiedconv.planning.recipe import Recipe
@@ -28,8 +28,10 @@ from tiedconv.planning.recipe import Recipe
 QUANTILE = 0.37  # of a class in the cumulated probabilities, where classes are not drawn
 
 
-def gather(model: nn.Module, weights: Mapping[str, bool], x: Tensor, **options: Any) -> Moments:
-    return gather_moments(model, weights, Images(x), **{"device": "cpu", **options})
+def gather(
+    model: nn.Module, weights: Mapping[str, bool], x: Tensor, **options: Any
+) -> KfacStatistics:
+    return gather_statistics(model, weights, Images(x), **{"device": "cpu", **options})
 
 
 def certain(shares: Tensor, count: int, *, generator: torch.Generator) -> Tensor:
@@ -41,10 +43,10 @@ def certain(shares: Tensor, count: int, *, generator: torch.Generator) -> Tensor
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Moments as they are summed: no ridge, no class drawn by chance, no place left out."""
-    monkeypatch.setattr(moments, "shrunk", lambda a, b: (((a + b) / 2).float(), 0.0))
+    """KfacStatistics as they are summed: no ridge, no class drawn by chance, no place left out."""
+    monkeypatch.setattr(statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0))
     monkeypatch.setattr(torch, "multinomial", certain)
-    monkeypatch.setattr(moments, "POSITIONS", 10**6)
+    monkeypatch.setattr(statistics, "POSITIONS", 10**6)
 
 
 def rows_read(module: nn.Module, x: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ def energy_of(module: nn.Conv2d, x: Tensor, pulls: Tensor) -> float:
     return sum(float(g.double().square().sum()) for g in grads)
 
 
-def assert_close(metric: Metric, right: Tensor, left: Tensor) -> None:
+def assert_close(metric: KfacMetric, right: Tensor, left: Tensor) -> None:
     assert metric.left is not None
     assert metric.right is not None
     for mine, other in ((metric.right, right), (metric.left, left)):
@@ -128,7 +130,7 @@ def test_moments_are_those_of_what_modules_read_and_of_gradients_of_what_they_wr
     name: str,
 ) -> None:
     model, x = MICROS[name].model(), images_of(name, 6)
-    weights = weights_of(examine(model), Recipe.of("lowrank"))
+    weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     assert len(weights) >= 3
     found = gather(model, weights, x, batch_size=3)
     assert found.metrics.keys() == found.ridges.keys() == weights.keys()
@@ -171,7 +173,7 @@ INSIDE = {"in_proj_weight": "qkv", "out_proj.weight": "out"}
 def test_projections_inside_of_multihead_attention_are_seen() -> None:
     model, x = MICROS["torchvision-vit"].model(), images_of("torchvision-vit", 8)
     weights = {f"{layer}.{weight}": False for layer in LAYERS for weight in INSIDE}
-    assert weights.items() <= weights_of(examine(model), Recipe.of("lowrank")).items()
+    assert weights.items() <= weights_of(inspect_model(model), Recipe.of("lowrank")).items()
     found = gather(model, weights, x)
     modules = [f"{layer}.{module}" for layer in LAYERS for module in INSIDE.values()]
     expected = by_hooks(explicit(model), modules, x)
@@ -278,9 +280,9 @@ def test_some_places_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = MICROS["torchvision-resnet"].model(), images_of("torchvision-resnet", 8)
     x = nn.functional.interpolate(x, scale_factor=2)  # 16 x 16 places in the first stage
     weights = {"layer1.1.conv1.weight": False, "layer1.1.conv2.weight": False}
-    monkeypatch.setattr(moments, "shrunk", lambda a, b: (((a + b) / 2).float(), 0.0))
+    monkeypatch.setattr(statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0))
     some = gather(model, weights, x)
-    monkeypatch.setattr(moments, "POSITIONS", 10**6)
+    monkeypatch.setattr(statistics, "POSITIONS", 10**6)
     every = gather(model, weights, x)
     for name in weights:
         pairs = [(getattr(m.metrics[name], s)) for s in ("left", "right") for m in (some, every)]
@@ -291,7 +293,7 @@ def test_some_places_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_classes_are_drawn_as_often_as_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over draws is the Fisher matrix of the exact probabilities."""
-    monkeypatch.setattr(moments, "shrunk", lambda a, b: (((a + b) / 2).float(), 0.0))
+    monkeypatch.setattr(statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0))
     torch.manual_seed(3)
     model, x = nn.Linear(3, 4), torch.randn(1, 3)
     moment = torch.zeros(4, 4)
@@ -304,10 +306,10 @@ def test_classes_are_drawn_as_often_as_the_model_says(monkeypatch: pytest.Monkey
 
 
 @functools.cache
-def measured(name: str) -> tuple[Moments, Tensor]:
-    """Moments of a micro model on many images, and the images."""
+def measured(name: str) -> tuple[KfacStatistics, Tensor]:
+    """KfacStatistics of a micro model on many images, and the images."""
     model, x = MICROS[name].model(), images_of(name, 128)
-    weights = weights_of(examine(model), Recipe.of("lowrank"))
+    weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     return gather(model, weights, x, batch_size=64), x
 
 
@@ -359,7 +361,7 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     next(iter(model.children())).eval()
     modes = [m.training for m in model.modules()]
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    gather(model, weights_of(examine(model), Recipe.of("lowrank")), images_of(name, 4))
+    gather(model, weights_of(inspect_model(model), Recipe.of("lowrank")), images_of(name, 4))
     assert [m.training for m in model.modules()] == modes
     assert all(model.get_parameter(n) is p for n, p in parameters.items())
     assert [p.requires_grad for p in parameters.values()] == [
@@ -372,12 +374,12 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
 
 def test_dropout_and_batch_statistics_are_those_of_evaluation() -> None:
     model, x = MICROS["torch-encoder"].model(), images_of("torch-encoder", 4)
-    weights = weights_of(examine(model), Recipe.of("lowrank"))
+    weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     resting, training = gather(model, weights, x), gather(model.train(), weights, x)
     assert same(resting, training)
 
 
-def same(one: Moments, other: Moments) -> bool:
+def same(one: KfacStatistics, other: KfacStatistics) -> bool:
     """Whether two measurements are the same to the bit."""
     assert one.metrics.keys() == other.metrics.keys()
     sides = [(m.left, m.right) for m in one.metrics.values()]
@@ -391,7 +393,7 @@ def same(one: Moments, other: Moments) -> bool:
 
 def test_a_seed_decides_all_and_nothing_else_does() -> None:
     model, x = MICROS["timm-vit"].model(), images_of("timm-vit", 8)
-    weights = weights_of(examine(model), Recipe.of("lowrank"))
+    weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     first = gather(model, weights, x, seed=1)
     state = torch.get_rng_state()
     torch.manual_seed(99)
@@ -408,13 +410,13 @@ def test_a_seed_decides_all_and_nothing_else_does() -> None:
 def test_a_weight_that_takes_no_part_is_as_cheap_as_the_cheapest() -> None:
     """A decoder's queries don't depend on the image, nor does its first self-attention."""
     model, x = MICROS["torch-transformer"].model(), images_of("torch-transformer", 4)
-    weights = weights_of(examine(model), Recipe.of("lowrank"))
+    weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     found = gather(model, weights, x)
     left_out = {n for n in weights if n.startswith("transformer.decoder.layers.0.self_attn")}
     assert left_out
     assert weights.keys() - found.metrics.keys() == left_out
     least = min(m.weight for m in found.metrics.values())
-    for slot in (p.slot for p in matrices_of(examine(model)) if p.slot.tensor in left_out):
+    for slot in (p.slot for p in matrices_of(inspect_model(model)) if p.slot.tensor in left_out):
         metric = metrics_of([Member(slot)], found.metrics)[0]
         assert metric.cost(torch.ones(slot.matrix_shape)) == pytest.approx(
             least / 2 * slot.rows * slot.columns, rel=1e-4
@@ -423,7 +425,7 @@ def test_a_weight_that_takes_no_part_is_as_cheap_as_the_cheapest() -> None:
     assert all(bool(torch.isfinite(r).all()) for m in found.metrics.values() for r in sides(m))
 
 
-def sides(metric: Metric) -> list[Tensor]:
+def sides(metric: KfacMetric) -> list[Tensor]:
     assert metric.left is not None
     assert metric.right is not None
     return [metric.left, metric.right]
@@ -432,7 +434,7 @@ def sides(metric: Metric) -> list[Tensor]:
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_few_images_give_metrics_that_can_be_inverted(count: int) -> None:
     model, x = MICROS["timm-vit"].model(), images_of("timm-vit", count)
-    weights = weights_of(examine(model), Recipe.of("lowrank"))
+    weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     seen: list[tuple[int, int]] = []
     found = gather(model, weights, x, batch_size=2, on_images=lambda *done: seen.append(done))
     assert found.images == count
@@ -451,7 +453,7 @@ def test_the_ridge_is_that_of_two_halves() -> None:
     """With two images, each is a half."""
     model, x = nn.Linear(5, 4), torch.randn(2, 5)
     found = gather(model, {"weight": False}, x)
-    expected, ridge = shrunk(*(torch.outer(row, row).double() for row in x))
+    expected, ridge = shrinkage_estimate(*(torch.outer(row, row).double() for row in x))
     assert found.ridges["weight"][0] == pytest.approx(ridge)
     assert found.metrics["weight"].right is not None
     assert torch.allclose(found.metrics["weight"].right, expected)
@@ -459,19 +461,19 @@ def test_the_ridge_is_that_of_two_halves() -> None:
 
 def test_broken_images_are_skipped_and_told() -> None:
     model, x = MICROS["timm-vit"].model(), images_of("timm-vit", 6)
-    weights = weights_of(examine(model), Recipe.of("lowrank"))
-    found = gather_moments(model, weights, Images(x, (0, 3)), device="cpu", batch_size=1)
+    weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
+    found = gather_statistics(model, weights, Images(x, (0, 3)), device="cpu", batch_size=1)
     assert (found.images, found.skipped) == (4, 2)
     assert found.metrics.keys() == weights.keys()
 
 
 def test_data_without_a_readable_image_is_refused_and_the_model_stays() -> None:
     model, x = MICROS["timm-vit"].model(), images_of("timm-vit", 3)
-    weights = weights_of(examine(model), Recipe.of("lowrank"))
+    weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     with pytest.raises(DataError, match="None of the calibration images could be read"):
-        gather_moments(model, weights, Images(x, (0, 1, 2)), device="cpu")
+        gather_statistics(model, weights, Images(x, (0, 1, 2)), device="cpu")
     with pytest.raises(DataError, match="empty"):
-        gather_moments(model, weights, Images(x[:0]), device="cpu")
+        gather_statistics(model, weights, Images(x[:0]), device="cpu")
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -495,7 +497,7 @@ def test_a_model_without_logits_is_refused_and_stays() -> None:
 def test_several_passes_measure_what_one_does(name: str) -> None:
     """What the sums of all weights don't fit into takes more passes, not more memory."""
     model, x = MICROS[name].model(), images_of(name, 6)
-    weights = weights_of(examine(model), Recipe.of("lowrank"))
+    weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     shapes = {n: p.shape for n, p in model.named_parameters() if n in weights}
     outs = {n: shapes[n][transposed] for n, transposed in weights.items()}
     sizes = [12 * (out**2 + (shapes[n].numel() // out) ** 2) for n, out in outs.items()]
