@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 import tiedconv
 from tiedconv.cli import common, render
+from tiedconv.runtime.tie import state_of
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +369,7 @@ def test_finetune_takes_the_whole_recipe(
         "finetune", world.tied, "--data", world.data, "-o", path, "--steps", 2, *QUICK,
         "--teacher", world.weights, *options,
     )  # fmt: skip
-    entry = tiedconv.binding.state_of(tiedconv.load(path)).history[-1]
+    entry = state_of(tiedconv.load(path)).history[-1]
     shown, plain_images, config = seen
     assert {name: entry["options"][name] for name in wanted} == wanted
     assert {name: getattr(config, name) for name in wanted} == wanted
@@ -382,7 +383,7 @@ def test_a_compact_teacher_has_images_prepared_as_it_wants(world: World, tmp_pat
 
     other = tmp_path / "other.safetensors"
     run("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", other, "--mean", "0.1")
-    source = source_of(tiedconv.binding.state_of(tiedconv.load(world.tied)).source)
+    source = source_of(state_of(tiedconv.load(world.tied)).source)
     for file, changed in ((world.tied, False), (other, True)):
         teacher, name = open_teacher(str(file), source)
         assert teacher is not None

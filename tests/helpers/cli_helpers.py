@@ -56,16 +56,32 @@ def figures(*arguments: object) -> Any:
     return json.loads(run(*arguments, "--json").stdout)
 
 
-def refused(*arguments: object, words: Iterable[str] = (), code: int = 2) -> str:
-    """The one line that a command writes when it refuses; it must hold all `words`."""
+def refused(
+    *arguments: object, error_code: str | None = None, words: Iterable[str] = (), code: int = 2
+) -> str:
+    """The one line that a command writes when it refuses.
+
+    Args:
+        arguments: the command.
+        error_code: the `code` that the error must have.
+        words: names and figures that the line must hold.
+        code: the exit code.
+    """
     result = run(*arguments, code=code)
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
     assert "Traceback" not in result.output
-    for word in words:
-        assert word in lines[0], (word, lines[0])
+    check_error(lines[0], error_code, words)
     return lines[0]
+
+
+def check_error(line: str, error_code: str | None = None, words: Iterable[str] = ()) -> None:
+    """A line that ends with an error's code, as the command line prints it."""
+    match = re.fullmatch(r"error: .+ \[([a-z0-9-]+)\]", line)
+    assert match, line
+    assert error_code in (None, match[1]), line
+    for word in words:
+        assert word in line, (word, line)
 
 
 def plain(text: str) -> str:

@@ -155,7 +155,8 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
             if rank == 0 or not isinstance(error, UserError | CheckpointError | OutputError):
                 who = f" (process {rank})" if rank else ""
                 # Through typer.echo rather than Rich: one line, neither wrapped nor marked up.
-                typer.echo(f"error{who}: {error}", err=True)
+                code = typer.style(f"[{error.code}]", dim=True)
+                typer.echo(f"error{who}: {error} {code}", err=True)
             else:
                 time.sleep(2)  # a launcher ends all when one ends, so let the first say it
             raise typer.Exit(error.exit_code) from None
