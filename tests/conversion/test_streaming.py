@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -496,20 +497,24 @@ def test_a_failure_while_it_writes_leaves_what_was_there(
     assert output.read_text() == "mine"
 
 
-def test_the_scratch_file_keeps_what_is_written_to_it(tmp_path: Path) -> None:
-    with TensorScratch(tmp_path) as scratch:
-        tensors = [torch.randn(3, 5), torch.arange(7), torch.tensor(2.5), torch.zeros(0, 4)]
-        spots = [scratch.put(t) for t in tensors]
-        assert not files_of(tmp_path)
-        for tensor, spot in zip(tensors, spots, strict=True):
-            assert torch.equal(scratch.read(spot), tensor)
-        scratch.writable(spots[0]).t()[1:2].mul_(2)
-        tensors[0][:, 1] *= 2
-        assert torch.equal(scratch.read(spots[0]), tensors[0])
-        view = scratch.writable(spots[1])
-    assert torch.equal(view, tensors[1])
-    with pytest.raises(ValueError, match="closed"):
-        scratch.read(spots[0])
+@pytest.mark.parametrize("buffer", [None, 2**20])
+def test_weights_edited_on_disk_are_read_as_edited(
+    buffer: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the buffer of temporary files is, which depends on the file system."""
+    original: Callable[..., Any] = tempfile.TemporaryFile
+    if buffer is not None:
+        monkeypatch.setattr(
+            "tempfile.TemporaryFile", lambda **options: original(**{"buffering": buffer, **options})
+        )
+    weights = tmp_path / "dense.safetensors"
+    save_file(state_of(all_micros()["torchvision-resnet"].model()), weights)
+    streamed, whole = both_ways(
+        pytest.MonkeyPatch(), f"{HERE}:micro_model", Recipe.of("tied", include=["layer1.1.*"]),
+        weights, tmp_path, name="torchvision-resnet",
+    )  # fmt: skip
+    assert isinstance(streamed, bytes)
+    assert streamed == whole
 
 
 def test_what_is_written_is_what_safetensors_writes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tensors on disk for the time of a work, so that they take no memory."""
+"""Tensors in a temporary file, so that they take no memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+
+from tiedconv.io.raw import bytes_of, read_all, write_all
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,17 @@ class StoredTensor:
 
 
 class TensorScratch:
-    """A file without a name that holds tensors; it is gone when it is closed, or the process ends.
+    """A temporary file of tensors; it is deleted when it is closed or the process ends.
 
-    Every method that touches the file may raise OSError, such as for a full disk.
+    The file is unbuffered: a mapping writes past a buffer, and reading through one could return
+    bytes from before. Every method that touches the file may raise OSError, as for a full disk.
 
     Args:
         folder: on whose disk it lies.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         self._end = 0
 
     def __enter__(self) -> TensorScratch:
@@ -55,32 +58,26 @@ class TensorScratch:
         self._file.close()
 
     def put(self, tensor: Tensor) -> StoredTensor:
-        """Write a tensor down."""
+        """Append a tensor."""
         # A mapping begins at a multiple of the page size.
         start = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         spot = StoredTensor(start, tensor.dtype, tuple(tensor.shape))
         self._file.seek(start)
-        self._file.write(_bytes_of(tensor))
-        self._file.flush()
+        write_all(self._file, bytes_of(tensor))
         self._end = start + spot.size
         return spot
 
     def read(self, spot: StoredTensor) -> Tensor:
-        """A tensor, in memory of its own."""
+        """A copy of a tensor in memory."""
         tensor = torch.empty(spot.shape, dtype=spot.dtype)
         self._file.seek(spot.start)
-        if self._file.readinto(_bytes_of(tensor)) != spot.size:
+        if not read_all(self._file, bytes_of(tensor)):
             raise OSError("a temporary file has become shorter")
         return tensor
 
     def writable(self, spot: StoredTensor) -> Tensor:
-        """A tensor whose memory is the file's: what is written to it is read later."""
+        """A tensor mapped from the file: what is written to it is what `read` returns later."""
         if not spot.size:
             return torch.empty(spot.shape, dtype=spot.dtype)
         mapped = mmap.mmap(self._file.fileno(), spot.size, offset=spot.start)
         return torch.frombuffer(mapped, dtype=spot.dtype).reshape(spot.shape)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor; of a contiguous one, to write to as well."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
