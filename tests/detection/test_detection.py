@@ -624,14 +624,18 @@ def test_calibration_takes_the_boxes_into_account(
         "convert", SPEC, "--weights", files[0], "--scheme", "lors", "--option", "rank=2",
         "--include", "decoder.*", "--calib", coco, "-n", 6, "-o", output,
     )  # fmt: skip
-    original, images = tiny_detector().eval(), torch.randn(3, 3, 32, 32)
+    original, photos = tiny_detector().eval(), DetectionList(open_images(coco), Preprocess(32))
+    images = torch.stack([photos[i][0] for i in range(len(photos))])  # type: ignore[index,misc]
+    losses, box_errors = [], []
     with torch.no_grad():
-        wanted = original(images)
-        apart = [
-            float(answer_loss(tiedconv.load(f, trust_code=True)(images), wanted, original))
-            for f in (files[1], output)
-        ]
-    assert apart[1] < apart[0]
+        expected = original(images)
+        for file in (files[1], output):
+            found = tiedconv.load(file, trust_code=True)(images)
+            losses.append(float(answer_loss(found, expected, original)))
+            box_errors.append(float((found.pred_boxes - expected.pred_boxes).abs().mean()))
+    # Measured: 0.58 and 0.52; 0.69 and 0.70 where the statistics and the fit ignore boxes.
+    assert losses[1] < 0.64 * losses[0]
+    assert box_errors[1] < 0.61 * box_errors[0]
 
 
 def test_tasks_and_data_that_do_not_go_together(

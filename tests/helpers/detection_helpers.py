@@ -30,6 +30,8 @@ class TinyDetector(nn.Module):
         self.queries = nn.Parameter(torch.randn(QUERIES, width))
         layer = nn.TransformerDecoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
         self.decoder = nn.TransformerDecoder(layer, depth)
+        for matrix in (p for p in self.decoder.parameters() if p.ndim > 1):
+            nn.init.xavier_uniform_(matrix)  # PyTorch copies one layer: it is free to tie
         self.class_head = nn.Linear(width, len(NAMES))
         self.box_head = nn.Linear(width, 4)
 
