@@ -32,7 +32,7 @@ from tiedconv.families import all_families, find_blocks
 from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.planner import make_plan
 from tiedconv.planning.recipe import Budget, Recipe, Rule
-from tiedconv.runtime.factored import never_materialized
+from tiedconv.runtime.flops import never_materialized
 from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of
 from tiedconv.schemes import all_schemes
 from tiedconv.schemes._base import Ranked

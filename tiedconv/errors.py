@@ -61,6 +61,11 @@ def _rebuilt(
     return error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class if it has none: fit for one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class UserError(TiedconvError):
     """The request can't be carried out as given."""
 

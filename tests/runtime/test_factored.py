@@ -1,9 +1,10 @@
-"""Factors applied one by one give what the weight gives."""
+"""Factors applied one by one give the outputs of the weight."""
 
 from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -17,13 +18,19 @@ from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice,
 from tiedconv.runtime.factored import (
     NotFactorableError,
     apply,
-    is_turned,
     matrix_of,
-    multiplications,
 )
-from tiedconv.runtime.factored_linear import apply_factors, make_weights, making
+from tiedconv.runtime.factored_linear import apply_factors
 from tiedconv.runtime.factored_torch import Features
-from tiedconv.runtime.tie import freeze, state_of, tied_weights
+from tiedconv.runtime.flops import apply_flops, materialize_flops, reads_transposed
+from tiedconv.runtime.tie import (
+    clear_offsets,
+    freeze,
+    scale_offsets,
+    set_offsets,
+    state_of,
+    tied_weights,
+)
 
 SIZES = st.integers(1, 4)
 
@@ -83,33 +90,33 @@ def expressions(draw: st.DrawFn) -> tuple[Expr, dict[str, Tensor]]:
 
 @given(expressions(), st.booleans())
 def test_applying_is_multiplying_with_the_matrix(
-    made: tuple[Expr, dict[str, Tensor]], turned: bool
+    drawn: tuple[Expr, dict[str, Tensor]], transposed: bool
 ) -> None:
-    expr, tensors = made
+    expr, tensors = drawn
     whole = expr.evaluate(tensors.__getitem__)
-    x = torch.randn(3, whole.shape[0 if turned else 1], dtype=torch.float64)
+    x = torch.randn(3, whole.shape[0 if transposed else 1], dtype=torch.float64)
     features = Features(lambda e: e.evaluate(tensors.__getitem__))
-    found = apply(expr, x, features, turned)
-    expected = x @ whole if turned else x @ whole.t()
+    found = apply(expr, x, features, transposed)
+    expected = x @ whole if transposed else x @ whole.t()
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
-    assert (multiplications(expr) or 0) >= 1
+    assert (apply_flops(expr) or 0) >= 1
 
 
-def test_a_kernel_that_is_no_matrix_in_another_shape_has_to_be_made() -> None:
+def test_a_kernel_that_is_not_a_reshaped_matrix_must_be_materialized() -> None:
     with pytest.raises(NotFactorableError):
         matrix_of(Reshape(transpose(Ref("w", (6, 4))), (2, 3, 2, 2)))
-    assert multiplications(Add(Ref("w", (3, 4)), Ref("v", (1, 4)))) is None
+    assert apply_flops(Add(Ref("w", (3, 4)), Ref("v", (1, 4)))) is None
     assert matrix_of(Ref("w", (2, 3, 2, 2))).shape == (2, 12)
 
 
-def test_products_are_counted() -> None:
+def test_multiplications_are_counted_on_shapes() -> None:
     b, a, base = Ref("b", (6, 2)), Ref("a", (2, 8)), Ref("base", (6, 8))
-    assert multiplications(MatMul(b, a)) == 6 * 2 + 2 * 8
-    assert multiplications(Add(base, MatMul(b, a))) == 6 * 8 + 6 * 2 + 2 * 8
-    assert multiplications(Mul(transpose(base), Ref("s", (8, 1)))) == 6 * 8 + 8
-    assert making(Add(base, MatMul(b, a))) == 6 * 2 * 8 + 6 * 8
-    assert is_turned(transpose(base))
-    assert not is_turned(base)
+    assert apply_flops(MatMul(b, a)) == 6 * 2 + 2 * 8
+    assert apply_flops(Add(base, MatMul(b, a))) == 6 * 8 + 6 * 2 + 2 * 8
+    assert apply_flops(Mul(transpose(base), Ref("s", (8, 1)))) == 6 * 8 + 8
+    assert materialize_flops(Add(base, MatMul(b, a))) == 6 * 2 * 8 + 6 * 8
+    assert reads_transposed(transpose(base))
+    assert not reads_transposed(base)
 
 
 WAYS = [
@@ -125,7 +132,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("name", "scheme", "options"), WAYS)
-def test_a_model_by_its_factors_answers_as_with_its_weights(
+def test_applied_factors_give_the_outputs_of_the_weights_and_untie_undoes_them(
     name: str, scheme: str, options: dict[str, object]
 ) -> None:
     micro = all_micros()[name]
@@ -138,19 +145,55 @@ def test_a_model_by_its_factors_answers_as_with_its_weights(
     }  # fmt: skip
     assert set(applied) == linear
     assert applied
-    for other in (model, copy.deepcopy(model)):
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.allclose(micro.logits(other), expected, rtol=1e-4, atol=1e-5)
-    make_weights(model)
-    assert torch.equal(micro.logits(model), expected)
+    # Untied, it is a plain model again, with gradients and without, in training and evaluation.
+    tiedconv.untie(model)
+    assert not any("_tiedconv" in key for m in model.modules() for key in vars(m))
+    x = micro.input()
+    for training in (False, True):
+        model.train(training)
+        with torch.no_grad():
+            assert torch.allclose(micro.forward(model, x), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(micro.forward(model, x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_weights_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_applied_again_with_fewer_rows_it_chooses_again() -> None:
+    model = tiedconv.convert(all_micros()["timm-vit"].model(), "lors", rank=2)
+    assert apply_factors(model)
+    assert not apply_factors(model, rows=10**6)
+    assert not [n for n, m, _, _ in tied_weights(model) if type(m).forward is not nn.Linear.forward
+                and isinstance(m, nn.Linear)]  # fmt: skip
+
+
+def test_offsets_count_with_factors_applied() -> None:
+    micro = all_micros()["timm-vit"]
+    model = tiedconv.convert(micro.model(), "lors", rank=2)
+    compact = micro.logits(model)
+    assert apply_factors(model)
+    generator = torch.Generator().manual_seed(0)
+    shapes = state_of(model).plan.weights
+    offsets = {n: 0.1 * torch.randn(e.shape, generator=generator) for n, e in shapes.items()}
+    set_offsets(model, offsets, 0.5)
+    x = micro.input()
+    assert not any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
+    training = micro.forward(model.train(), x).detach()
+    with torch.no_grad():
+        evaluated = micro.forward(model.eval(), x)
+    assert torch.allclose(evaluated, training, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(evaluated, compact, atol=1e-3)
+    for without in (lambda: scale_offsets(model, 0.0), lambda: clear_offsets(model)):
+        without()
+        assert torch.allclose(micro.logits(model), compact, rtol=1e-4, atol=1e-5)
+
+
+def test_no_weight_is_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
     micro = all_micros()["timm-vit"]
     model = tiedconv.convert(micro.model(), "lowrank", rank=2)
     apply_factors(model)
 
     def forbidden(self: MatMul, lookup: object) -> Tensor:
-        raise AssertionError("a weight was made")
+        raise AssertionError("a weight was materialized")
 
     monkeypatch.setattr(MatMul, "evaluate", forbidden)
     micro.logits(model)
@@ -173,23 +216,23 @@ def test_training_and_frozen_models_use_weights_as_before() -> None:
     assert torch.equal(micro.logits(freeze(model)), micro.logits(freeze(plain)))
 
 
-def test_with_few_rows_factors_are_applied_where_that_takes_less_time() -> None:
+def test_with_few_rows_factors_are_applied_where_that_takes_fewer_multiplications() -> None:
     model = tiedconv.convert(all_micros()["timm-vit"].model(), "lors", rank=2)
     weights = {n: e for n, _, _, e in tied_weights(model)}
     few = apply_factors(copy.deepcopy(model), rows=1)
     many = apply_factors(copy.deepcopy(model), rows=10**6)
-    assert set(few) == set(weights)  # making a weight costs more than one row's products
+    assert set(few) == set(weights)  # materialising costs more than one row's products
     assert not many  # a base and a residual take more products than the weight
     low = tiedconv.convert(all_micros()["timm-vit"].model(), "lowrank", rank=2)
     for name, _, _, expr in tied_weights(low):
-        cheaper = (multiplications(expr) or math.inf) < math.prod(expr.shape)
+        cheaper = (apply_flops(expr) or math.inf) < math.prod(expr.shape)
         assert (name in apply_factors(copy.deepcopy(low), rows=10**6)) == cheaper
 
 
 def test_a_report_says_what_applying_takes() -> None:
     model = tiedconv.convert(all_micros()["timm-vit"].model(), "lowrank", rank=2)
     weights = {n: e for n, _, _, e in tied_weights(model)}
-    taken = sum(multiplications(e) or 0 for e in weights.values())
+    taken = sum(apply_flops(e) or 0 for e in weights.values())
     whole = sum(math.prod(e.shape) for e in weights.values())
     assert tiedconv.report(model).applied == pytest.approx(taken / whole)
     assert tiedconv.report(tiedconv.convert(nn.Sequential(

@@ -23,9 +23,10 @@ from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, from_j
 from tiedconv.errors import NothingToConvert, PlanError, SchemeError
 from tiedconv.io.validation import check_plan
 from tiedconv.numerics.linalg import energy
-from tiedconv.runtime.factored import apply, multiplications, never_materialized
-from tiedconv.runtime.factored_linear import apply_factors, make_weights
+from tiedconv.runtime.factored import apply
+from tiedconv.runtime.factored_linear import apply_factors
 from tiedconv.runtime.factored_torch import Features, linear
+from tiedconv.runtime.flops import apply_flops, never_materialized
 from tiedconv.runtime.generator import generate, parts_of
 from tiedconv.runtime.tie import (
     clear_offsets,
@@ -35,7 +36,7 @@ from tiedconv.runtime.tie import (
     state_of,
     tied_weights,
 )
-from tiedconv.runtime.tied_module import is_applied
+from tiedconv.runtime.tied_module import is_factored
 from tiedconv.schemes import make_scheme
 from tiedconv.schemes._tucker import Term, block_energies, fit_stack, start, sweep
 
@@ -101,7 +102,7 @@ def test_a_generated_weight_is_what_the_paper_says(
 
 
 @given(generators(), st.sampled_from(["sum", "rows", "joined", "product"]))
-def test_a_generated_weight_is_applied_wherever_it_stands(
+def test_a_generated_weight_is_factored_wherever_it_stands(
     made: tuple[Expr, dict[str, Tensor]], where: str
 ) -> None:
     expr, tensors = made
@@ -240,7 +241,7 @@ def test_the_papers_sizes() -> None:
         a_term = (256 + bias) * 16 * 16 + 2 * (out * 16 + 16 * inputs)
         stored = sum(map(math.prod, layout.factors.values()))
         assert stored == math.prod(shapes[0]) + 12 * a_term
-        taken = [multiplications(expr) or 0 for expr in layout.weights]
+        taken = [apply_flops(expr) or 0 for expr in layout.weights]
         for count, k in zip(taken, options["k"], strict=True):
             core, groups = 256 * (256 + bias), 2 * 16 * out * (16 + inputs)
             assert count == math.prod(shapes[0]) + k * (core + groups)
@@ -325,19 +326,18 @@ def test_it_stays_so_in_copies_pickles_casts_and_when_frozen_and_ends_with_the_t
     ]  # fmt: skip
     for one in forms:
         modules = [module for _, module, _, _ in tied_weights(one)]
-        assert all(is_applied(module, "weight") for module in modules)
+        assert all(is_factored(module, "weight") for module in modules)
         assert all(type(module).__name__ == "Linear" for module in modules)
         assert not any(list(module.named_buffers()) for module in modules)
         assert torch.equal(MICRO.logits(one), before)
         assert sorted(apply_factors(one)) == sorted(state_of(one).plan.weights)
-        make_weights(one)
         assert torch.equal(MICRO.logits(one), before)
     plain = tiedconv.untie(copy.deepcopy(model))
     assert all(type(stage.spatial_generator) is nn.Linear for stage in plain.stages)
     assert torch.allclose(MICRO.logits(plain), before, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_and_exported_it_is_applied_too() -> None:
+def test_compiled_and_exported_it_is_factored_too() -> None:
     model = tied(**SPATIAL)
     before = MICRO.logits(model)
     torch._dynamo.reset()

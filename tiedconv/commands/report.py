@@ -12,7 +12,7 @@ from torch import nn
 
 from tiedconv.core.plan import Group, Plan
 from tiedconv.io.checkpoint import Checkpoint, read
-from tiedconv.runtime.factored import multiplications
+from tiedconv.runtime.flops import apply_flops
 from tiedconv.runtime.tie import state_of
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
@@ -175,7 +175,7 @@ def _measured(entry: Mapping[str, Any]) -> bool:
 
 def _applied(plan: Plan) -> float:
     made = {name: math.prod(expr.shape) for name, expr in plan.weights.items()}
-    applied = sum(multiplications(e) or made[name] for name, e in plan.weights.items())
+    applied = sum(apply_flops(e) or made[name] for name, e in plan.weights.items())
     return applied / max(1, sum(made.values()))
 
 

@@ -27,24 +27,24 @@ class NoteLinear:
     def __init__(self, factors: Factors) -> None:
         self.factors = factors
 
-    def product(self, x: None, matrix: Expr, turned: bool) -> None:
-        """`x M^T`, or `x M` if turned."""
+    def product(self, x: None, matrix: Expr, transpose: bool) -> None:
+        """`x M^T`, or `x M` if transpose."""
         for name in matrix.refs:
             plain = isinstance(matrix, Ref)
-            self.factors.note(name, ("along" if turned else "across") if plain else "whole")
+            self.factors.note(name, ("along" if transpose else "across") if plain else "whole")
 
-    def scaled(self, x: None, vector: Expr) -> None:
+    def scale(self, x: None, vector: Expr) -> None:
         """Each feature times its number."""
         for name in vector.refs:
             self.factors.note(name, "vector" if isinstance(vector, Ref) else "whole")
 
-    def added(self, a: None, b: None) -> None:
+    def add(self, a: None, b: None) -> None:
         """Nothing to note."""
 
-    def joined(self, parts: Sequence[None]) -> None:
+    def concat(self, parts: Sequence[None]) -> None:
         """Nothing to note."""
 
-    def parted(self, x: None, sizes: Sequence[int]) -> list[None]:
+    def split(self, x: None, sizes: Sequence[int]) -> list[None]:
         """Features in groups."""
         return [None] * len(sizes)
 
@@ -62,12 +62,12 @@ class OnnxLinear:
     def __init__(self, factors: Factors, tape: Tape, rank: int) -> None:
         self.factors, self.tape, self.rank = factors, tape, rank
 
-    def product(self, x: ir.Value, matrix: Expr, turned: bool) -> ir.Value:
-        """`x M^T`, or `x M` if turned."""
+    def product(self, x: ir.Value, matrix: Expr, transpose: bool) -> ir.Value:
+        """`x M^T`, or `x M` if transpose."""
         if not isinstance(matrix, Ref):
             whole = emit(matrix, self.factors, self.tape)
-            return self._along(x, whole) if turned else self._across(x, whole, matrix.shape)
-        if turned:
+            return self._along(x, whole) if transpose else self._across(x, whole, matrix.shape)
+        if transpose:
             return self._along(x, self.factors.whole(matrix.name))
         if self.factors.is_stored_across(matrix.name):
             return self._along(x, self.factors.across(matrix.name))
@@ -83,7 +83,7 @@ class OnnxLinear:
         made = self.tape.op("Gemm", [rows, matrix], {"transB": 1})
         return self._led(made, x, shape[0])
 
-    def scaled(self, x: ir.Value, vector: Expr) -> ir.Value:
+    def scale(self, x: ir.Value, vector: Expr) -> ir.Value:
         """Each feature times its number."""
         return self.tape.op("Mul", [x, self.vector(vector)])
 
@@ -96,15 +96,15 @@ class OnnxLinear:
         whole = emit(vector, self.factors, self.tape)
         return self.tape.op("Reshape", [whole, numbers(self.tape, [-1])])
 
-    def added(self, a: ir.Value, b: ir.Value) -> ir.Value:
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """The sum."""
         return self.tape.op("Add", [a, b])
 
-    def joined(self, parts: Sequence[ir.Value]) -> ir.Value:
+    def concat(self, parts: Sequence[ir.Value]) -> ir.Value:
         """Features one after another."""
         return self.tape.op("Concat", list(parts), {"axis": self.axis})
 
-    def parted(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
+    def split(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
         """Features in groups."""
         split = numbers(self.tape, list(sizes))
         return list(
@@ -164,31 +164,31 @@ class NoteKernel:
     def __init__(self, factors: Factors, kernel: Kernel) -> None:
         self.factors, self.kernel = factors, kernel
 
-    def product(self, x: Pixels, matrix: Expr, turned: bool) -> Pixels:
-        """`x M^T`, or `x M` if turned."""
+    def product(self, x: Pixels, matrix: Expr, transpose: bool) -> Pixels:
+        """`x M^T`, or `x M` if transpose."""
         is_point = not x.fresh or self.kernel.is_point
-        if not isinstance(matrix, Ref) or (turned and not is_point):
+        if not isinstance(matrix, Ref) or (transpose and not is_point):
             raise NotFactorableError
         size = self.kernel.size if x.fresh else (1, 1)
         self.factors.note(matrix.name, kernel_use((0, 0, *size)))
         return Pixels(None, fresh=False)
 
-    def scaled(self, x: Pixels, vector: Expr) -> Pixels:
+    def scale(self, x: Pixels, vector: Expr) -> Pixels:
         """Each feature times its number."""
         self._check(x)
-        NoteLinear(self.factors).scaled(None, vector)
+        NoteLinear(self.factors).scale(None, vector)
         return x
 
-    def added(self, a: Pixels, b: Pixels) -> Pixels:
+    def add(self, a: Pixels, b: Pixels) -> Pixels:
         """The sum."""
         del b
         return a
 
-    def joined(self, parts: Sequence[Pixels]) -> Pixels:
+    def concat(self, parts: Sequence[Pixels]) -> Pixels:
         """Features one after another."""
         return parts[0]
 
-    def parted(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
+    def split(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
         """Features in groups."""
         self._check(x)
         return [x] * len(sizes)
@@ -210,15 +210,15 @@ class OnnxKernel:
         self.linear = OnnxLinear(factors, tape, 4)
         self.linear.axis = 1
 
-    def product(self, x: Pixels, matrix: Expr, turned: bool) -> Pixels:
-        """`x M^T`, or `x M` if turned."""
+    def product(self, x: Pixels, matrix: Expr, transpose: bool) -> Pixels:
+        """`x M^T`, or `x M` if transpose."""
         assert isinstance(matrix, Ref)
         size = self.kernel.size if x.fresh else (1, 1)
         shape = (matrix.shape[0], matrix.shape[1] // (size[0] * size[1]), *size)
         stored = self.factors.kernel(matrix.name, shape)
         if stored is None:
             stored = emit(Reshape(matrix, shape), self.factors, self.tape)
-        if turned:
+        if transpose:
             return self._made("ConvTranspose", [x.value, stored], {"kernel_shape": [1, 1]})
         own = self.kernel.attributes if x.fresh else {}
         return self._made("Conv", [x.value, stored], {**own, "kernel_shape": list(size)})
@@ -228,24 +228,24 @@ class OnnxKernel:
     ) -> Pixels:  # fmt: skip
         return Pixels(self.tape.op(op, inputs, attributes), fresh=False)
 
-    def scaled(self, x: Pixels, vector: Expr) -> Pixels:
+    def scale(self, x: Pixels, vector: Expr) -> Pixels:
         """Each feature times its number."""
         scale = self.linear.vector(vector)
         size = numbers(self.tape, [1, -1, 1, 1])
         scale = self.tape.op("Reshape", [scale, size])
         return Pixels(self.tape.op("Mul", [x.value, scale]), x.fresh)
 
-    def added(self, a: Pixels, b: Pixels) -> Pixels:
+    def add(self, a: Pixels, b: Pixels) -> Pixels:
         """The sum."""
         return Pixels(self.tape.op("Add", [a.value, b.value]), fresh=False)
 
-    def joined(self, parts: Sequence[Pixels]) -> Pixels:
+    def concat(self, parts: Sequence[Pixels]) -> Pixels:
         """Features one after another."""
-        return Pixels(self.linear.joined([_of(p) for p in parts]), fresh=False)
+        return Pixels(self.linear.concat([_of(p) for p in parts]), fresh=False)
 
-    def parted(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
+    def split(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
         """Features in groups."""
-        return [Pixels(v, x.fresh) for v in self.linear.parted(_of(x), sizes)]
+        return [Pixels(v, x.fresh) for v in self.linear.split(_of(x), sizes)]
 
     def generated(self, x: Pixels, parts: Generated) -> Pixels:
         """Not let through by `NoteKernel`."""

@@ -39,11 +39,9 @@ from tiedconv.exporters._onnx_graph import (
 from tiedconv.runtime.factored import (
     NotFactorableError,
     apply,
-    is_turned,
     matrix_of,
-    multiplications,
-    never_materialized,
 )
+from tiedconv.runtime.flops import apply_flops, never_materialized, reads_transposed
 from tiedconv.runtime.tie import state_of, untie
 
 if TYPE_CHECKING:
@@ -87,11 +85,11 @@ def onnx_graph(
     """
     plan = state_of(model).plan
     tensors = {n: p.detach() for n, p in model.named_parameters() if n in plan.factors}
-    graph = _traced(_told_apart(untie(model), plan), images, opset)
+    graph = _traced(_disambiguated(untie(model), plan), images, opset)
     return graph, put_factors(graph, plan, tensors, lower)
 
 
-def _told_apart(model: nn.Module, plan: Plan) -> nn.Module:
+def _disambiguated(model: nn.Module, plan: Plan) -> nn.Module:
     """A plain model whose converted weights all differ: the exporter joins those that are equal."""
     generator = torch.Generator().manual_seed(0)
     for name in plan.weights:
@@ -137,7 +135,7 @@ def put_factors(
             )
         values[name] = graph.initializers[known[0]]
         sites[name] = sites_of(values[name])
-    applied = _applied(plan, sites, lower)
+    applied = _factored(plan, sites, lower)
     for name, expr in plan.weights.items():
         if name in applied:
             for site in sites[name]:
@@ -172,7 +170,7 @@ def _aliases(plan: Plan, name: str) -> list[str]:
     return [alias for alias, of in plan.aliases.items() if of == name]
 
 
-def _applied(plan: Plan, sites: Mapping[str, list[Site]], lower: str) -> set[str]:
+def _factored(plan: Plan, sites: Mapping[str, list[Site]], lower: str) -> set[str]:
     """The weights whose factors are to be applied one by one."""
     if lower == "never":
         return set()
@@ -180,14 +178,19 @@ def _applied(plan: Plan, sites: Mapping[str, list[Site]], lower: str) -> set[str
     if lower == "always":
         return able
     kernels = {n for n in able if any(site.kind == "conv" for site in sites[n])}
-    # A kernel read both ways is made, and so is what shares its factor: ConvTranspose is slow.
-    slow = {ref for n in kernels if is_turned(plan.weights[n]) for ref in plan.weights[n].refs}
-    return {
-        n for n in able
-        if never_materialized(plan.weights[n])
-        or ((multiplications(plan.weights[n]) or 0) <= CHEAPER * math.prod(plan.weights[n].shape)
-        and not (n in kernels and slow & plan.weights[n].refs.keys()))
-    }  # fmt: skip
+    # A kernel read both ways is materialised, and so is any weight that shares its factor:
+    # ConvTranspose is slow.
+    transposed = [plan.weights[n] for n in kernels if reads_transposed(plan.weights[n])]
+    slow = {ref for expr in transposed for ref in expr.refs}
+
+    def pays(name: str) -> bool:
+        expr = plan.weights[name]
+        if never_materialized(expr):
+            return True
+        is_slow = name in kernels and bool(slow & expr.refs.keys())
+        return (apply_flops(expr) or 0) <= CHEAPER * math.prod(expr.shape) and not is_slow
+
+    return {name for name in able if pays(name)}
 
 
 def _can_apply(expr: Expr, sites: list[Site]) -> bool:
@@ -210,7 +213,7 @@ def _note(expr: Expr, site: Site, factors: Factors) -> None:
     if site.kind == "conv":
         apply(matrix_of(expr), Pixels(None, fresh=True), NoteKernel(factors, _kernel(expr, site)))
     else:
-        apply(matrix_of(expr), None, NoteLinear(factors), turned=site.kind == "turned")
+        apply(matrix_of(expr), None, NoteLinear(factors), transpose=site.kind == "turned")
 
 
 def _apply(expr: Expr, site: Site, factors: Factors) -> None:
@@ -224,7 +227,7 @@ def _apply(expr: Expr, site: Site, factors: Factors) -> None:
     else:
         assert site.x.shape is not None
         linear = OnnxLinear(factors, tape, len(site.x.shape))
-        found = apply(matrix_of(expr), site.x, linear, turned=site.kind == "turned")
+        found = apply(matrix_of(expr), site.x, linear, transpose=site.kind == "turned")
     assert found is not None
     if site.bias is not None:
         found = _biased(found, site, tape)

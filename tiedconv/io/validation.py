@@ -13,9 +13,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Reshape
 from tiedconv.core.plan import Group, Plan
 from tiedconv.errors import PlanError
+from tiedconv.runtime.flops import eval_flops
 
 MAX_WEIGHTS = 5_000  # likewise groups and second names
 MAX_ENTRIES = 1_000  # of a history
@@ -60,22 +60,11 @@ def check_plan(plan: Plan) -> None:
     _check_groups(plan)
 
 
-def effort(expr: Expr) -> tuple[int, int]:
-    """What evaluating takes: numbers written on the way and at the end, and multiplications."""
-    numbers = products = 0
-    for node in expr.walk():
-        if isinstance(node, Add | Cat | MatMul | Mul | Reshape):
-            numbers += math.prod(node.shape)
-        if isinstance(node, MatMul):
-            products += math.prod(node.shape) * node.a.shape[-1]
-    return numbers, products
-
-
 def _check_effort(plan: Plan) -> None:
     all_numbers = all_products = 0
     whole = plan.original + plan.stored + _SMALL
     for name, expr in plan.weights.items():
-        numbers, products = effort(expr)
+        numbers, products = eval_flops(expr)
         size = math.prod(expr.shape) + sum(map(math.prod, expr.refs.values())) + _SMALL
         if numbers > PER_WEIGHT * size or products > PRODUCTS_PER_WEIGHT * size**1.5:
             raise _bad(

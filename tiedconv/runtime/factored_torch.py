@@ -1,4 +1,4 @@
-"""The operations of `tiedconv.applied` in torch: features in the last dimension of a tensor."""
+"""The operations of `runtime.factored` in torch: features in the last dimension of a tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def linear(expr: Expr, x: Tensor, lookup: Lookup) -> Tensor:
         lookup: gives the stored tensor of a name.
 
     Raises:
-        NotFactorableError: W has to be made.
+        NotFactorableError: W must be materialised.
     """
     return apply(matrix_of(expr), x, Features(lambda part: part.evaluate(lookup)))
 
@@ -38,25 +38,25 @@ class Features:
     def __init__(self, evaluate: Callable[[Expr], Tensor]) -> None:
         self.evaluate = evaluate
 
-    def product(self, x: Tensor, matrix: Expr, turned: bool) -> Tensor:
-        """`x M^T`, or `x M` if turned."""
+    def product(self, x: Tensor, matrix: Expr, transpose: bool) -> Tensor:
+        """`x M^T`, or `x M` if `transpose`."""
         stored = self.evaluate(matrix)
-        return x @ stored if turned else F.linear(x, stored)
+        return x @ stored if transpose else F.linear(x, stored)
 
-    def scaled(self, x: Tensor, vector: Expr) -> Tensor:
-        """Each feature times its number."""
+    def scale(self, x: Tensor, vector: Expr) -> Tensor:
+        """Each feature times its value."""
         return x * self.evaluate(vector).reshape(-1)
 
-    def added(self, a: Tensor, b: Tensor) -> Tensor:
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
         """The sum."""
         return a + b
 
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Features one after another."""
+    def concat(self, parts: Sequence[Tensor]) -> Tensor:
+        """The features of all parts, concatenated."""
         return torch.cat(list(parts), dim=-1)
 
-    def parted(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Features in groups."""
+    def split(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """The features, split into groups."""
         return list(torch.split(x, list(sizes), dim=-1))
 
     def generated(self, x: Tensor, parts: Generated) -> Tensor:

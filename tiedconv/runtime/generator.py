@@ -1,14 +1,15 @@
-"""Weights whose private part is made from features: their expression, and how it is recognised.
+"""Weights of weight generators: their expression, and how it is recognised.
 
 A *weight generator* is a linear layer whose output is a weight: its rows are `groups * out * in`,
 its columns the width of the query q. Adaptive LORS (Li et al., arXiv 2403.04303, section 3.3) gives
-each layer of a stack of generators a private part
+each layer of a stack of generators its own part
 
     W^g(q) = sum_k B_k^g E_k(q) A_k^g,      E_k(q) = E_k q of shape (rank, rank)
 
 As a tensor `(groups, out, in, width)` that is a Tucker-2 product: two matrix products with E, whose
 last dimension is only carried along. With q in its place, the same two products give the output:
-the generator itself need never be made. An expression says so by its form alone.
+the weight of the generator is never materialised. A generator is recognised by the form of its
+expression alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Generated:
     """The parts of a generated weight.
 
     Args:
-        core: `(terms * r * s, width)`: E of all terms, one below the other.
+        core: `(terms * r * s, width)`: E of all terms, stacked in rows.
         left: `(groups, 1, out, terms * r)`: B of all terms side by side.
         right: `(groups, 1, terms, s, in)`: A of all terms.
     """
@@ -37,7 +38,7 @@ class Generated:
 
     @property
     def inner(self) -> tuple[int, int, int]:
-        """Terms, and the shape `(r, s)` of what E makes for each."""
+        """Terms, and the shape `(r, s)` of E_k(q) for each."""
         terms, s = self.right.shape[2:4]
         return terms, self.left.shape[3] // terms, s
 
@@ -48,8 +49,8 @@ class Generated:
         return groups * out * self.right.shape[4]
 
     @property
-    def multiplications(self) -> int:
-        """Of both products, for each row of features, that with E not counted."""
+    def flops(self) -> int:
+        """Multiplications of both products for each row of features; that with E is not counted."""
         terms, r, s = self.inner
         groups, _, out, _ = self.left.shape
         return groups * terms * s * out * (r + self.right.shape[4])
@@ -75,7 +76,7 @@ def generate(e: Expr, b: Expr, a: Expr, groups: int, terms: int) -> Expr:
 
 
 def parts_of(expr: Expr) -> Generated | None:
-    """The parts of an expression that `generate` gave, None of any other."""
+    """The parts of an expression that `generate` built; None for any other."""
     match expr:
         case Reshape(
             x=Permute(

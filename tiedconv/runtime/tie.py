@@ -1,13 +1,14 @@
 """Ties at run time: stored tensors on the root, weights as properties that evaluate.
 
 The stored tensors are parameters of the root module. Every module with a converted weight gets a
-subclass of its own class (see `evaluated`) in which the weight is a property that evaluates its
-expression. So the model keeps its class and its methods, its
-`state_dict` holds each number once, and copies, pickles, `.to`, compilers and optimisers see
-ordinary parameters. `untie` gives the plain class back.
+subclass of its own class (see `tied_module`) in which the weight is a property that evaluates its
+expression. So the model keeps its class and its methods, its `state_dict` holds each stored tensor
+once, and copies, pickles, `.to`, compilers and optimisers see ordinary parameters. `untie` restores
+the plain classes.
 
-For a time a weight may be its expression plus a share of a constant offset (`set_offsets`): the
-road from the original to the compact model. An offset is no parameter and is never written.
+During fine-tuning a weight may be its expression plus a scaled constant offset (`set_offsets`),
+which interpolates from the original to the compact weights. An offset is not a parameter and is
+never written.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ from torch import Tensor, nn
 from tiedconv.core.expr import Expr
 from tiedconv.core.plan import Plan
 from tiedconv.errors import PlanError, UserError
-from tiedconv.runtime.tied_module import EXPRS, FROZEN, OFFSET, SHARE, drop, evaluate, is_applied
+from tiedconv.runtime.tied_module import (
+    EXPRS,
+    FROZEN,
+    OFFSET,
+    OFFSET_SCALE,
+    drop_buffers,
+    is_factored,
+    set_expressions,
+)
 
 _STATE = "_tiedconv_state"
 
 
 @dataclass(frozen=True)
 class State:
-    """What a tied model knows of itself: its plan, where it came from, what was done with it."""
+    """What a tied model records: its plan, its source, and the history of what was done with it."""
 
     plan: Plan
     source: Mapping[str, Any] | None = None
@@ -51,61 +60,72 @@ def tie(
 
     Args:
         model: with every weight that the plan converts, of the original shape.
-        plan: what replaces them.
-        factors: stored name to tensor, of the shapes that the plan says.
+        plan: the expressions that replace them.
+        factors: stored name to tensor, of the plan's shapes.
 
     Raises:
+        UserError: the model is tied already.
         PlanError: the plan is not for this model, or a factor is missing or of another shape.
     """
     if is_tied(model):
-        raise UserError("This model is tied already", hint="Call tiedconv.untie on it first")
-    places = list(_places(model, plan))
+        raise UserError(
+            "This model is tied already",
+            hint="Call tiedconv.untie on it first",
+            code="already-tied",
+        )
+    converted = list(_iter_converted(model, plan))
     for name, shape in plan.factors.items():
         if name not in factors or tuple(factors[name].shape) != shape:
-            got = tuple(factors[name].shape) if name in factors else "missing"
-            raise PlanError(f"The factor {name} should be {shape} and is {got}")
+            found = tuple(factors[name].shape) if name in factors else "missing"
+            raise PlanError(
+                f"The factor {name} should be {shape} and is {found}", code="factor-mismatch"
+            )
     # A factor trains if any weight that reads it did.
     trained: set[str] = set()
-    for name, module, attribute in places:
+    for name, module, attribute in converted:
         parameter = module._parameters.get(attribute)
         if parameter is None:
-            raise _foreign(name)
-        if tuple(parameter.shape) != plan.weights[_first(plan, name)].shape:
+            raise _missing_weight_error(name)
+        if tuple(parameter.shape) != plan.weights[_canonical_name(plan, name)].shape:
             raise PlanError(
                 f"The model's {name} is {tuple(parameter.shape)}, the plan's "
-                f"{plan.weights[_first(plan, name)].shape}",
+                f"{plan.weights[_canonical_name(plan, name)].shape}",
                 "The plan is for another model",
+                code="plan-model-mismatch",
             )
         if parameter.requires_grad:
-            trained |= plan.weights[_first(plan, name)].refs.keys()
+            trained |= plan.weights[_canonical_name(plan, name)].refs.keys()
     for name in plan.factors:
         model.register_parameter(name, nn.Parameter(factors[name], requires_grad=name in trained))
-    for name, module, attribute in places:
-        _bind(module, attribute, plan.weights[_first(plan, name)], model)
+    for name, module, attribute in converted:
+        _bind(module, attribute, plan.weights[_canonical_name(plan, name)], model)
     model.__dict__[_STATE] = State(plan, source, history)
 
 
 def untie(model: nn.Module) -> nn.Module:
-    """Give a tied model its plain weights and classes back, in place; returns it.
+    """Restore the plain weights and classes of a tied model, in place; returns it.
 
     Weights that the original model shared are shared again; ties of the plan are not. Offsets are
-    dropped: the weights are those of the expressions alone.
+    dropped: the weights are those of the expressions alone. `apply_factors` is undone.
+
+    Raises:
+        UserError: the model is not tied.
     """
     plan = state_of(model).plan
-    made: dict[str, nn.Parameter] = {}
+    dense: dict[str, nn.Parameter] = {}
     unfreeze(model)
     clear_offsets(model)
     with torch.no_grad():
         for name, expr in plan.weights.items():
             value = expr.evaluate(model._parameters.__getitem__)  # type: ignore[arg-type]
             trained = any(_parameter(model, ref).requires_grad for ref in expr.refs)
-            made[name] = nn.Parameter(
+            dense[name] = nn.Parameter(
                 value.detach().clone(memory_format=torch.contiguous_format), trained
             )
-    for name, module, attribute in list(_places(model, plan)):
+    for name, module, attribute in list(_iter_converted(model, plan)):
         exprs = module.__dict__[EXPRS]
-        evaluate(module, {a: e for a, e in exprs.items() if a != attribute}, model)
-        module._parameters[attribute] = made[_first(plan, name)]
+        set_expressions(module, {a: e for a, e in exprs.items() if a != attribute}, model)
+        module._parameters[attribute] = dense[_canonical_name(plan, name)]
     for name in plan.factors:
         del model._parameters[name]
     del model.__dict__[_STATE]
@@ -126,7 +146,9 @@ def state_of(model: nn.Module) -> State:
     state = model.__dict__.get(_STATE)
     if not isinstance(state, State):
         raise UserError(
-            "This model is not tied", hint="Convert it first, with tiedconv.convert(model)"
+            "This model is not tied",
+            hint="Convert it first, with tiedconv.convert(model)",
+            code="not-tied",
         )
     return state
 
@@ -155,23 +177,24 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def freeze(model: nn.Module) -> nn.Module:
     """Cache every weight that takes arithmetic, for inference; returns the model in eval mode.
 
-    Views cost nothing and are not cached, nor are the weights of generators, which would take far
-    more memory than their factors and are applied by these (see `evaluated`). Training mode and
+    Views need no arithmetic and are not cached, nor are the weights of generators, which would take
+    far more memory than their factors: their layers always apply the factors. Training mode and
     loading a state dict drop the cache; if you change a stored tensor by hand, call `unfreeze`
     first.
 
     Raises:
-        UserError: the model has offsets, which a cache would hide the end of.
+        UserError: the model is not tied, or it has offsets, which the cache would keep.
     """
     if has_offsets(model):
         raise UserError(
-            "This model is still part of the original: its weights have offsets",
+            "The weights of this model have offsets towards the original",
             "Frozen now, it would not be the model that is saved",
-            "Call tiedconv.binding.clear_offsets on it first",
+            "Call tiedconv.runtime.tie.clear_offsets on it first",
+            code="offsets-set",
         )
     model.eval()
-    for _, module, attribute in list(_places(model, state_of(model).plan)):
-        if not (module.__dict__[EXPRS][attribute].is_view or is_applied(module, attribute)):
+    for _, module, attribute in list(_iter_converted(model, state_of(model).plan)):
+        if not (module.__dict__[EXPRS][attribute].is_view or is_factored(module, attribute)):
             with torch.no_grad():
                 module.register_buffer(
                     FROZEN + attribute,
@@ -183,7 +206,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def tied_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Expr]]:
     """Every converted weight: its name, the module and attribute that hold it, its expression."""
-    for name, module, attribute in _places(model, state_of(model).plan):
+    for name, module, attribute in _iter_converted(model, state_of(model).plan):
         yield name, module, attribute, module.__dict__[EXPRS][attribute]
 
 
@@ -195,11 +218,11 @@ def is_frozen(module: nn.Module, attribute: str) -> bool:
 def unfreeze(model: nn.Module) -> None:
     """Drop what `freeze` cached."""
     for module in model.modules():
-        drop(module, FROZEN)
+        drop_buffers(module, FROZEN)
 
 
-def set_offsets(model: nn.Module, offsets: Mapping[str, Tensor], share: float = 1.0) -> None:
-    """Let converted weights be `expression + share * offset`; replaces offsets of before.
+def set_offsets(model: nn.Module, offsets: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """Let converted weights be `expression + scale * offset`; replaces earlier offsets.
 
     Offsets follow the model to another device and into copies. They are in no state dict and have
     no gradient; `save`, `untie` and `dense_state_dict` leave them out.
@@ -207,62 +230,66 @@ def set_offsets(model: nn.Module, offsets: Mapping[str, Tensor], share: float = 
     Args:
         model: tied.
         offsets: names of converted weights to tensors of the weights' shapes; others have none.
-        share: how much of them counts, usually from 0 to 1.
+        scale: factor of all offsets, usually from 0 to 1.
 
     Raises:
-        PlanError: a name that is no converted weight, or a tensor of another shape.
+        PlanError: an unknown name, or a tensor of another shape than its weight.
     """
     plan = state_of(model).plan
     for name, offset in offsets.items():
         if name not in plan.weights:
-            raise PlanError(f"An offset is given for {name}, which is no converted weight")
+            raise PlanError(
+                f"An offset is given for {name}, which is not a converted weight",
+                code="offset-mismatch",
+            )
         if tuple(offset.shape) != plan.weights[name].shape:
             raise PlanError(
                 f"The offset of {name} is {tuple(offset.shape)}, the weight "
-                f"{plan.weights[name].shape}"
+                f"{plan.weights[name].shape}",
+                code="offset-mismatch",
             )
     unfreeze(model)
     clear_offsets(model)
-    for name, module, attribute in list(_places(model, plan)):
-        offset_of = offsets.get(_first(plan, name))
+    for name, module, attribute in list(_iter_converted(model, plan)):
+        offset_of = offsets.get(_canonical_name(plan, name))
         if offset_of is not None:
             like = _parameter(model, next(iter(module.__dict__[EXPRS][attribute].refs)))
             value = offset_of.detach().to(like.device, like.dtype)
             module.register_buffer(OFFSET + attribute, value, persistent=False)
-    model.__dict__[SHARE] = share
+    model.__dict__[OFFSET_SCALE] = scale
 
 
-def scale_offsets(model: nn.Module, share: float) -> float:
-    """Set how much of the offsets counts; at 0 weights are exactly their expressions.
+def scale_offsets(model: nn.Module, scale: float) -> float:
+    """Set the scale of the offsets; at 0 weights are exactly their expressions.
 
     Returns:
-        the share of before; 0 for a model without offsets, which stays as it is.
+        the previous scale; 0 for a model without offsets, which is left unchanged.
     """
-    before: float = model.__dict__.get(SHARE, 0.0)
+    before: float = model.__dict__.get(OFFSET_SCALE, 0.0)
     if has_offsets(model):
-        model.__dict__[SHARE] = share
+        model.__dict__[OFFSET_SCALE] = scale
     return before
 
 
 def clear_offsets(model: nn.Module) -> None:
     """Drop the offsets and free their memory."""
     for module in model.modules():
-        drop(module, OFFSET)
-    model.__dict__.pop(SHARE, None)
+        drop_buffers(module, OFFSET)
+    model.__dict__.pop(OFFSET_SCALE, None)
 
 
 def has_offsets(model: nn.Module) -> bool:
-    """Whether `set_offsets` is in force, at whatever share."""
-    return SHARE in model.__dict__
+    """Whether offsets are set, at any scale."""
+    return OFFSET_SCALE in model.__dict__
 
 
 def _bind(module: nn.Module, attribute: str, expr: Expr, root: nn.Module) -> None:
     exprs = {**module.__dict__.get(EXPRS, {}), attribute: expr}
     del module._parameters[attribute]
-    evaluate(module, exprs, root)
+    set_expressions(module, exprs, root)
 
 
-def _places(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:
+def _iter_converted(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:
     """Every converted weight, aliases too, with the module and attribute that hold it, each once.
 
     Raises:
@@ -274,21 +301,22 @@ def _places(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]
         try:
             module = model.get_submodule(path)
         except AttributeError:
-            raise _foreign(name) from None
+            raise _missing_weight_error(name) from None
         if (id(module), attribute) not in seen:
             seen.add((id(module), attribute))
             yield name, module, attribute
 
 
-def _foreign(name: str) -> PlanError:
+def _missing_weight_error(name: str) -> PlanError:
     return PlanError(
         f"The model has no parameter {name}",
         "The plan is for another model",
         "Use the file with the model it was made from",
+        code="plan-model-mismatch",
     )
 
 
-def _first(plan: Plan, name: str) -> str:
+def _canonical_name(plan: Plan, name: str) -> str:
     return plan.aliases.get(name, name)
 
 

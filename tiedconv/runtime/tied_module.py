@@ -1,13 +1,14 @@
 """Modules whose weights are evaluated: subclasses made at run time, one for each class.
 
 In such a subclass each converted weight is a property that evaluates its expression over the stored
-tensors of the root module. A linear layer whose weight has a generated part (see `generated`) goes
-further: its forward pass applies the factors, in training too, so that the weight is never made
-unless somebody reads it. What a module does follows from its expressions alone.
+tensors of the root module. The forward pass of a linear layer may apply the factors instead (see
+`Forward`): always where the weight has a generated part (see `generator`), so that the weight is
+materialised only if it is read; for inference alone where `apply_factors` asks for it.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,19 +17,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tiedconv.core.expr import Expr, Lookup
-from tiedconv.runtime.factored import never_materialized
 from tiedconv.runtime.factored_torch import linear
+from tiedconv.runtime.flops import never_materialized
 
 # Keys of what tied modules keep in their `__dict__`, and prefixes of buffers beside a weight.
 ROOT = "_tiedconv_root"
 EXPRS = "_tiedconv_exprs"
 FROZEN = "_tiedconv_frozen_"
 OFFSET = "_tiedconv_offset_"
-SHARE = "_tiedconv_offset_share"
+OFFSET_SCALE = "_tiedconv_offset_scale"
 
 
-def evaluate(module: nn.Module, exprs: Mapping[str, Expr], root: nn.Module) -> None:
-    """Let these attributes of a module be evaluated, and no others; none gives its class back.
+class Forward(enum.Enum):
+    """How the forward pass of a tied module uses a weight."""
+
+    MATERIALIZED = "materialized"
+    """As the class does: the weight is evaluated, or read from the cache of `freeze`."""
+    FACTORED_INFERENCE = "factored-inference"
+    """A linear layer applies the factors in evaluation mode without gradients."""
+    FACTORED = "factored"
+    """A linear layer always applies the factors, in training and when frozen too."""
+
+
+def set_expressions(module: nn.Module, exprs: Mapping[str, Expr], root: nn.Module) -> None:
+    """Let these attributes of a module be evaluated, and no others; none restores its plain class.
 
     Args:
         exprs: attribute to expression over the parameters of the root.
@@ -39,28 +51,41 @@ def evaluate(module: nn.Module, exprs: Mapping[str, Expr], root: nn.Module) -> N
         del module.__dict__[EXPRS]
         module.__dict__.pop(ROOT, None)
         return
-    applies = plain.forward is nn.Linear.forward and (
+    factored = plain.forward is nn.Linear.forward and (
         "weight" in exprs and never_materialized(exprs["weight"])
     )
-    module.__class__ = _tied_class(plain, frozenset(exprs), applies)
+    forward = Forward.FACTORED if factored else Forward.MATERIALIZED
+    module.__class__ = _tied_class(plain, frozenset(exprs), forward)
     # Past nn.Module's __setattr__: the root must not become a child of its own child.
     module.__dict__[EXPRS] = dict(exprs)
     module.__dict__[ROOT] = root
 
 
-def is_applied(module: nn.Module, attribute: str) -> bool:
-    """Whether the module applies the factors of this weight itself, and never makes it."""
-    return attribute == "weight" and type(module).forward is _apply
+def forward_of(module: nn.Module) -> Forward | None:
+    """How the weight of a tied linear layer is used; None for any other module."""
+    is_linear = _plain_class(module).forward is nn.Linear.forward
+    return getattr(type(module), "_tiedconv_forward", None) if is_linear else None
+
+
+def set_forward(module: nn.Module, forward: Forward) -> None:
+    """Let a tied linear layer use its weight in another way."""
+    attributes = frozenset(module.__dict__[EXPRS])
+    module.__class__ = _tied_class(_plain_class(module), attributes, forward)
+
+
+def is_factored(module: nn.Module, attribute: str) -> bool:
+    """Whether the module always applies the factors of this weight and never materialises it."""
+    return attribute == "weight" and forward_of(module) is Forward.FACTORED
 
 
 def lookup_of(module: nn.Module) -> Lookup:
-    """What gives the stored tensors of this module's model by their names."""
+    """The function from a name to the stored tensor of this module's model."""
     root: nn.Module = module.__dict__[ROOT]
     return root._parameters.__getitem__  # type: ignore[return-value]
 
 
-def drop(module: nn.Module, prefix: str) -> None:
-    """Remove the buffers of a module whose names begin so."""
+def drop_buffers(module: nn.Module, prefix: str) -> None:
+    """Remove the buffers of a module whose names begin with `prefix`."""
     for name in [n for n in module._buffers if n.startswith(prefix)]:
         delattr(module, name)
 
@@ -70,33 +95,33 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
     return cls.__mro__[1] if EXPRS in module.__dict__ else cls
 
 
-_classes: dict[tuple[type[nn.Module], frozenset[str], bool], type[nn.Module]] = {}
+_classes: dict[tuple[type[nn.Module], frozenset[str], Forward], type[nn.Module]] = {}
 
 
 def _tied_class(
-    base: type[nn.Module], attributes: frozenset[str], applies: bool
+    base: type[nn.Module], attributes: frozenset[str], forward: Forward
 ) -> type[nn.Module]:  # fmt: skip
-    """The subclass of `base` in which `attributes` are evaluated, made once."""
-    key = (base, attributes, applies)
+    """The subclass of `base` in which `attributes` are evaluated; the same one each time."""
+    key = (base, attributes, forward)
     if key not in _classes:
         _classes[key] = _make_tied_class(*key)
     return _classes[key]
 
 
 def _make_tied_class(
-    base: type[nn.Module], attributes: frozenset[str], applies: bool
+    base: type[nn.Module], attributes: frozenset[str], forward: Forward
 ) -> type[nn.Module]:  # fmt: skip
     def reduce_ex(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-        # A class made at run time can't be pickled by name: pickle how to make it again.
-        return _empty, (base, attributes, applies), self.__getstate__()  # type: ignore[no-untyped-call]
+        # A class made at run time can't be pickled by name: pickle how to build it.
+        return _empty, (base, attributes, forward), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         if mode:
-            drop(self, FROZEN)
+            drop_buffers(self, FROZEN)
         return base.train(self, mode)
 
     def load(self: nn.Module, *args: Any) -> None:
-        drop(self, FROZEN)
+        drop_buffers(self, FROZEN)
         base._load_from_state_dict(self, *args)
 
     namespace: dict[str, Any] = {
@@ -106,15 +131,16 @@ def _make_tied_class(
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "_tiedconv_forward": forward,
     }
     namespace |= {attribute: property(_getter(attribute)) for attribute in attributes}
-    namespace |= {"forward": _apply} if applies else {}
-    made: type[nn.Module] = type(base)(base.__name__, (base,), namespace)  # type: ignore[misc]
-    return made
+    namespace |= {"forward": _FORWARDS[forward]} if forward in _FORWARDS else {}
+    tied: type[nn.Module] = type(base)(base.__name__, (base,), namespace)  # type: ignore[misc]
+    return tied
 
 
-def _empty(base: type[nn.Module], attributes: frozenset[str], applies: bool) -> nn.Module:
-    cls = _tied_class(base, attributes, applies)
+def _empty(base: type[nn.Module], attributes: frozenset[str], forward: Forward) -> nn.Module:
+    cls = _tied_class(base, attributes, forward)
     return cls.__new__(cls)
 
 
@@ -125,26 +151,44 @@ def _getter(attribute: str) -> Any:
         frozen = self._buffers.get(frozen_name)
         if frozen is not None:
             return frozen
-        root: nn.Module = self.__dict__[ROOT]
         expr: Expr = self.__dict__[EXPRS][attribute]
         value = expr.evaluate(lookup_of(self))
-        offset = self._buffers.get(offset_name)
-        share: float = root.__dict__.get(SHARE, 0.0)
-        # At 0 nothing is added: the bits are those of a model without offsets.
-        return torch.add(value, offset, alpha=share) if offset is not None and share else value
+        offset, scale = _offset_of(self, offset_name)
+        return value if offset is None else torch.add(value, offset, alpha=scale)
 
     return get
 
 
-def _apply(self: nn.Module, x: Tensor) -> Tensor:
+def _offset_of(module: nn.Module, name: str) -> tuple[Tensor | None, float]:
+    """The offset of a weight and its scale; None at scale 0: the bits of no offset at all."""
+    scale: float = module.__dict__[ROOT].__dict__.get(OFFSET_SCALE, 0.0)
+    return (module._buffers.get(name) if scale else None), scale
+
+
+def _factored(self: nn.Module, x: Tensor) -> Tensor:
     """The forward pass of a linear layer by the factors of its weight."""
-    root: nn.Module = self.__dict__[ROOT]
     expr: Expr = self.__dict__[EXPRS]["weight"]
     y = linear(expr, x, lookup_of(self))
-    offset = self._buffers.get(OFFSET + "weight")
-    share: float = root.__dict__.get(SHARE, 0.0)
-    if offset is not None and share:
-        y = torch.add(y, F.linear(x, offset), alpha=share)
+    offset, scale = _offset_of(self, OFFSET + "weight")
+    if offset is not None:
+        y = torch.add(y, F.linear(x, offset), alpha=scale)
     bias: Any = self.bias
-    # In place, as y is large, and nobody else's: no product keeps its result for the gradient.
+    # In place, as y is large and a new tensor: no product keeps its result for the gradient.
     return y if bias is None else y.add_(bias)
+
+
+def _factored_for_inference(self: nn.Module, x: Tensor) -> Tensor:
+    """Likewise, but in evaluation mode without gradients, cache or offset alone."""
+    materialized = (
+        torch.is_grad_enabled()
+        or self.training
+        or FROZEN + "weight" in self._buffers
+        or _offset_of(self, OFFSET + "weight")[0] is not None
+    )
+    return nn.Linear.forward(self, x) if materialized else _factored(self, x)  # type: ignore[arg-type]
+
+
+_FORWARDS = {
+    Forward.FACTORED: _factored,
+    Forward.FACTORED_INFERENCE: _factored_for_inference,
+}

@@ -29,7 +29,8 @@ from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError, SourceError, TiedconvError
 from tiedconv.io.checkpoint import read
 from tiedconv.io.safetensors_file import MAX_VALUES, SafetensorsFile, strict_json
-from tiedconv.io.validation import check_plan, effort, printable
+from tiedconv.io.validation import check_plan, printable
+from tiedconv.runtime.flops import eval_flops
 from tiedconv.runtime.tie import dense_state_dict
 from tiedconv.sources.size_guard import bounded
 
@@ -235,7 +236,7 @@ def test_the_plan_of_every_micro_model_is_far_within_the_limits() -> None:
             check_plan(plan)
             for expr in plan.weights.values():
                 size = math.prod(expr.shape) + sum(map(math.prod, expr.refs.values()))
-                numbers, products = effort(expr)
+                numbers, products = eval_flops(expr)
                 assert numbers < 4 * size
                 assert products < size**1.5
 
