@@ -132,8 +132,7 @@ class Bench:
     def score(self, model: str | Path, **options: Any) -> dict[str, float]:
         """Average precision on the validation photos."""
         done = evaluate(model, self.args.data, workers=0, trust_code=True, **options)
-        assert done.precision is not None
-        return {"ap": done.precision.ap, "ap50": done.precision.ap50}
+        return {"ap": done.result.metrics["ap"], "ap50": done.result.metrics["ap50"]}
 
     def onnx(self) -> float:
         """Of the published ONNX file, by its own post-processing."""
@@ -153,7 +152,7 @@ class Bench:
             middle = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
             found[number] = Detections(scores, labels, middle)
         objects = data.task.objects
-        return average_precision(found, objects, range(len(objects.names))).ap
+        return average_precision(found, objects, range(len(objects.names)))["ap"]
 
     def photos(self) -> DetectionList:
         """The validation photos."""

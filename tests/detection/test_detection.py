@@ -24,13 +24,13 @@ from torch import Tensor
 import tiedconv
 from tiedconv.data import Objects, open_images, open_split, open_unlabelled
 from tiedconv.detection import (
+    PRECISION,
     Detection,
     DetectionList,
     DetectionObjective,
     Detections,
     answer_distance,
     answer_loss,
-    as_precision,
     average_precision,
     class_map,
     detections_of,
@@ -280,24 +280,24 @@ EXACT = {0: [0.3, 0.3, 0.4, 0.4], 1: [0.5, 0.25, 1.0, 0.5]}  # centre and size, 
 
 def test_exact_boxes_have_full_marks_and_none_have_none(pair: Objects) -> None:
     right = {i: found([EXACT[i]], [i + 4], [0.9]) for i in EXACT}
-    assert average_precision(right, pair, (4, 5)).ap == pytest.approx(1)
-    assert average_precision(right, pair, (5, 4)).ap == 0  # classes taken for each other
+    assert average_precision(right, pair, (4, 5))["ap"] == pytest.approx(1)
+    assert average_precision(right, pair, (5, 4))["ap"] == 0  # classes taken for each other
     none = {i: Detections(torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 4)) for i in EXACT}
-    assert average_precision(none, pair, (4, 5)).ap == 0
+    assert average_precision(none, pair, (4, 5))["ap"] == 0
 
 
 def test_a_box_counts_at_the_overlaps_that_it_reaches(pair: Objects) -> None:
     narrow = [0.3, 0.3, 0.4, 0.4 * 0.72]  # overlap 0.72: right at 0.50 to 0.70, five of ten
     some = {0: found([narrow], [0], [0.9]), 1: found([EXACT[1]], [1], [0.9])}
     score = average_precision(some, pair, (0, 1))
-    assert score.ap == pytest.approx((0.5 + 1) / 2)
-    assert (score.ap50, score.ap75) == (pytest.approx(1), pytest.approx(0.5))
-    assert score.small == -1
+    assert score["ap"] == pytest.approx((0.5 + 1) / 2)
+    assert (score["ap50"], score["ap75"]) == (pytest.approx(1), pytest.approx(0.5))
+    assert math.isnan(score["ap_small"])  # none of the objects is small
 
 
 def test_only_images_that_were_looked_at_count(pair: Objects) -> None:
     score = average_precision({0: found([EXACT[0]], [0], [0.9])}, pair, (0, 1))
-    assert score.ap == pytest.approx(1)
+    assert score["ap"] == pytest.approx(1)
 
 
 def test_without_pycocotools_it_is_named(pair: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,8 +549,9 @@ def test_detectors_of_transformers_learn_from_boxes_and_from_their_teacher(
     )  # fmt: skip
     result = train(student, *data, config, teacher=teacher, device="cpu")
     assert result.loss > 0
-    assert 0 <= result.top1 <= 1
-    assert data[1].task.precision is not None
+    assert tuple(result.metrics) == data[1].task.metrics == PRECISION
+    assert 0 <= result.metrics["ap"] <= result.metrics["ap50"] <= 1
+    assert math.isnan(result.top1)
     assert any(
         not torch.equal(a, b)
         for a, b in zip(student.parameters(), teacher.parameters(), strict=True)
@@ -696,10 +697,11 @@ def test_nothing_to_find_is_no_score(coco: Path, files: tuple[Path, Path], tmp_p
 
 def test_the_picture_shows_precision_after_each_epoch(tmp_path: Path) -> None:
     curve = Curve(tmp_path)
-    curve.see(Baseline(0.1, 0.2, 1.0))
-    curve.see(TeacherScore(0.5, 0.7))
-    history = [{"epoch": 1, "step": 3, "loss": 0.5, "top1": 0.4, "top5": 0.6}]
-    curve.end(as_precision(TrainResult(0.1, 0.2, 0.4, 0.6, 1.0, 1, 3, 1, 1.0, 0, 1, history))[1])
+    before, teacher, after = ({"ap": v, "ap50": v + 0.1} for v in (0.1, 0.5, 0.4))
+    curve.see(Baseline(before, 1.0))
+    curve.see(TeacherScore(teacher))
+    history = [{"epoch": 1, "step": 3, "loss": 0.5, **after}]
+    curve.end(TrainResult(before, after, teacher, 1.0, 1, 3, 1, 1.0, 0, 1, history))
     assert curve.course.accuracies == [(0, 0.1), (3, 0.4)]
     assert curve.course.teacher == 0.5
 

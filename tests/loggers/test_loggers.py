@@ -124,8 +124,8 @@ def test_an_epoch_is_logged_once_though_its_last_step_was_saved_before_it_ended(
 ) -> None:
     path = tmp_path / "log.jsonl"
     with Watchers([JsonLog(path, tmp_path / "o")], NoReport, {}, pytest.fail) as watch:  # type: ignore[arg-type]
-        for event in (Start(9, 3, 3), EpochEnd(1, 0.5, 0.1, 0.2, 1.0, 3),
-                      EpochEnd(2, 0.4, 0.2, 0.3, 1.0, 6)):  # fmt: skip
+        for event in (Start(9, 3, 3), EpochEnd(1, 0.5, {"top1": 0.1}, 1.0, 3),
+                      EpochEnd(2, 0.4, {"top1": 0.2}, 1.0, 6)):  # fmt: skip
             watch(event)
     with Watchers([JsonLog(path, tmp_path / "o")], NoReport, {}, pytest.fail) as watch:  # type: ignore[arg-type]
         for event in (Start(9, 3, 3), Resumed(done, 6)):
@@ -176,7 +176,7 @@ def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     writer = JsonLog(path, tmp_path / "o.safetensors")
     writer.begin(Run("m", "tied", 2, 1, {"x": math.nan}, Start(1, 1, 1)))
     writer.see(Step(1, 1, (math.inf,), 0.1, 1.0, 0.0))
-    writer.see(EpochEnd(1, math.nan, None, None, 1.0, 1))
+    writer.see(EpochEnd(1, math.nan, {}, 1.0, 1))
     writer.close(ValueError("broken"))
     start, step, epoch, failed = lines_of(path)
     assert start["x"] is step["loss"] is epoch["loss"] is epoch["top1"] is None
@@ -252,7 +252,7 @@ def test_one_that_fails_does_not_stop_the_others() -> None:
 
     class Sound(Watcher):
         def begin(self, run: Run) -> None:
-            seen.append(f"begin {run.resumed} {run.measure.labelled}")
+            seen.append(f"begin {run.resumed} {run.start.metrics}")
 
         def see(self, event: object) -> None:
             seen.append(type(event).__name__)
@@ -261,11 +261,12 @@ def test_one_that_fails_does_not_stop_the_others() -> None:
             seen.append(f"close {error}")
 
     told: list[str] = []
+    start = Start(1, 1, 1, AGREEMENT)
     with Watchers([Broken(), Sound()], NoReport, {}, told.append) as watch:  # type: ignore[arg-type]
-        for event in (Unlabelled(3), Start(1, 1, 1), Resumed(2, 7), Baseline(0.0, 0.0, 0.0)):
+        for event in (Unlabelled(3), start, Resumed(2, 7), Baseline({"agreement": 0.0}, 0.0)):
             watch(event)
     assert told == ["This can't be written: gone. The rest goes on without it."]
-    assert seen == [f"begin {Resumed(2, 7)} False", "Resumed", "Baseline", "close None"]
+    assert seen == [f"begin {Resumed(2, 7)} {AGREEMENT}", "Resumed", "Baseline", "close None"]
     assert watchers.Watchers is Watchers
 
 
@@ -324,8 +325,8 @@ def is_drawn(path: Path) -> bool:
 
 
 def a_run(labelled: bool = True) -> Run:
-    measure = ACCURACY if labelled else AGREEMENT
-    return Run("timm:$odd_name", "tied", 5_717_416, 3_060_712, {}, Start(9, 3, 24), None, measure)
+    start = Start(9, 3, 24, ACCURACY if labelled else AGREEMENT)
+    return Run("timm:$odd_name", "tied", 5_717_416, 3_060_712, {}, start)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 50, 100_000])

@@ -42,6 +42,7 @@ from tiedconv.training import (
     parameter_groups,
     pick_device,
     recalibrate_batchnorm,
+    with_teacher_labels,
 )
 from tiedconv.training.device import Placement, is_convolutional
 
@@ -63,7 +64,7 @@ def test_training_learns_and_tells() -> None:
     assert isinstance(told[1], Baseline)
     ends = [event for event in events if isinstance(event, EpochEnd)]
     assert [end.epoch for end in ends] == list(range(1, 9))
-    assert ends[-1].top1 == result.top1 == result.history[-1]["top1"]
+    assert ends[-1].metrics["top1"] == result.top1 == result.history[-1]["top1"]
     assert ends[-1].loss == result.loss < ends[0].loss
     last = [event for event in events if isinstance(event, Step)][-1]
     assert (last.step, last.eta_seconds) == (48, 0)
@@ -148,10 +149,12 @@ def test_the_teacher_is_scored_on_the_same_images_where_there_are_labels() -> No
     told: list[Event] = []
     result = run(make_net(), teacher=master, on_event=told.append)
     assert (result.top1_teacher, result.top5_teacher) == (known.top1, known.top5)
-    assert TeacherScore(known.top1, known.top5) in told
-    for options in ({}, {"teacher": master, "labelled": False}):
+    assert TeacherScore(known.metrics) in told
+    by_teacher = with_teacher_labels(make_data(48, 1), master, make_net(), QUICK, "cpu")
+    for options in ({}, {"teacher": master, "val_data": by_teacher}):
         told.clear()
         result = run(make_net(), on_event=told.append, **options)
+        assert result.metrics_teacher == {}
         assert math.isnan(result.top1_teacher)
         assert not any(isinstance(event, TeacherScore) for event in told)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -11,7 +11,6 @@ from tiedconv.cli import common, render
 from tiedconv.cli.common import say
 from tiedconv.cli.progress import TrainingBar
 from tiedconv.commands.evaluate import evaluate as run
-from tiedconv.detection import Precision
 
 
 def register(app: typer.Typer) -> None:
@@ -60,9 +59,8 @@ def evaluate(
         say(render.skipped(result.skipped))
 
 
-def show_precision(model: str, images: int, precision: Precision) -> None:
-    """A detector's score, as COCO tells it."""
-    figures = dataclasses.astuple(precision)
-    shown = (render.accuracy(f if f >= 0 else None) for f in figures)
+def show_precision(model: str, images: int, precision: Mapping[str, float]) -> None:
+    """A detector's average precision, as COCO defines it."""
+    shown = map(render.accuracy, precision.values())
     columns = ("model", "images", "AP", "AP50", "AP75", "small", "medium", "large")
     common.show_table(columns, [(model, f"{images:,}", *shown)])

@@ -13,13 +13,14 @@ import typer
 from tiedconv.cli import common, render, training_logs
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import TrainingBar
-from tiedconv.commands.finetune import Finetuned, forecast
-from tiedconv.commands.finetune import finetune as run
+from tiedconv.commands.finetune import Finetuned, FinetuneRequest, run
+from tiedconv.commands.finetune import dry_run as forecast
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
 from tiedconv.io.run_dir import RunDir
 from tiedconv.io.safetensors_file import json_ready
 from tiedconv.training import (
+    METRIC_TITLES,
     Event,
     Forecast,
     OnEvent,
@@ -164,12 +165,12 @@ def finetune(
         checkpoint_minutes=checkpoint_minutes, keep=keep,
     )  # fmt: skip
     change = common.preprocess_change(image_size, resize, mean, std, interpolation)
+    request = FinetuneRequest(
+        file, data, config, teacher, change, val_split, limit, unlabelled, task, device, strict,
+        trust_code,
+    )  # fmt: skip
     if dry_run:
-        found = forecast(
-            file, data, config, teacher=teacher, preprocess=change, val_split=val_split,
-            limit=limit, unlabelled=unlabelled, task=task, device=device, strict=strict,
-            trust_code=trust_code,
-        )  # fmt: skip
+        found = forecast(request)
         if rank_in_environment() == 0:
             show_forecast(found, config, json_=json_)
         return
@@ -184,10 +185,8 @@ def finetune(
             hint(f"There is no state in {kept.path}: the training begins anew.")
         try:
             done = run(
-                file, data, output, config, teacher=teacher, preprocess=change,
-                val_split=val_split, limit=limit, unlabelled=unlabelled, task=task,
-                device=device, strict=strict, resume=resume, force=force, trust_code=trust_code,
-                command=common.command_line(), on_event=_both(bar, watch),
+                request, output, resume=resume, force=force, command=common.command_line(),
+                on_event=_both(bar, watch),
             )  # fmt: skip
         except KeyboardInterrupt:
             if kept.kept() and rank_in_environment() == 0:
@@ -254,26 +253,14 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
         common.print_json({**json_ready(done), **written})
         return
     result = done.result
-    columns: tuple[str, ...] = ("", "top-1", "top-5")
-    figures: dict[str, tuple[float, ...]] = {
-        "before": (result.top1_before, result.top5_before),
-        "after": (result.top1, result.top5),
-        "teacher": (result.top1_teacher, result.top5_teacher),
-    }
-    if done.precision is not None:
-        columns, score = ("", "AP", "AP50"), done.precision
-        figures = {
-            "before": (score.before, score.before50),
-            "after": (score.after, score.after50),
-            "teacher": (score.teacher, score.teacher50),
-        }
-    elif done.agreement is not None:
-        columns = ("", "agreement with the teacher")
-        figures = {"before": (done.agreement.before,), "after": (done.agreement.after,)}
-    if done.teacher == "none":
-        del figures["teacher"]
+    names = [name for name in result.metrics if name in METRIC_TITLES]
+    columns = ("", *(METRIC_TITLES[name] for name in names))
+    measured = {"before": result.metrics_before, "after": result.metrics}
+    if done.teacher != "none" and done.agreement is None:
+        measured["teacher"] = result.metrics_teacher
     rows: list[render.Row] = [
-        (when, *map(render.accuracy, scores)) for when, scores in figures.items()
+        (when, *(render.accuracy(metrics.get(name)) for name in names))
+        for when, metrics in measured.items()
     ]
     kind = "held-out" if done.held_out else "validation"
     unlabelled_note = "" if done.agreement is None else " without labels"

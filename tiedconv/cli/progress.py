@@ -24,8 +24,7 @@ from tiedconv.conversion.calibrate import Event as CalibrationEvent
 from tiedconv.conversion.calibrate import Finalist, FoundFits, Kept, Measuring
 from tiedconv.loggers import memory_in_use
 from tiedconv.training import (
-    AGREEMENT,
-    PRECISION,
+    METRIC_TITLES,
     Baseline,
     Checkpointed,
     Detecting,
@@ -33,6 +32,7 @@ from tiedconv.training import (
     EvalStep,
     Event,
     FewClasses,
+    Metrics,
     NotCompiled,
     Resumed,
     Skipped,
@@ -40,6 +40,7 @@ from tiedconv.training import (
     Step,
     TeacherScore,
     Unlabelled,
+    primary,
     rank_in_environment,
 )
 
@@ -149,7 +150,6 @@ class TrainingBar(Bar):
         # Training tells the time left; the bar's own guess is upset by evaluations between.
         super().__init__(what, BarColumn(bar_width=_bar_width()), MofNCompleteColumn())
         self._total = self._epochs = 0
-        self._figure = "top-1"
         self._few_classes_told = False
 
     def __call__(self, event: Event) -> None:
@@ -160,10 +160,10 @@ class TrainingBar(Bar):
                 self.line(f"{done}, {times} of {counted(images, 'image')}")
             case Resumed(epoch, step):
                 self.line(f"resumed after epoch {epoch}, step {step:,}")
-            case Baseline(top1, _, _):
-                self.line(f"before: {self._figure} {accuracy(top1)}")
-            case TeacherScore(top1, _):
-                self.line(f"teacher: {self._figure} {accuracy(top1)}")
+            case Baseline(metrics):
+                self.line(f"before: {_score(metrics)}")
+            case TeacherScore(metrics):
+                self.line(f"teacher: {_score(metrics)}")
             case Step(epoch, step, _, lr, speed, left):
                 used = memory_in_use()
                 note = self._fitting(
@@ -178,8 +178,8 @@ class TrainingBar(Bar):
                 note = f"{speed:,.0f} images/s  {duration(left)} left"
                 self.update(images, total, note, "evaluating")
                 self.tell_now_and_then(f"evaluating {images:,}/{total:,} images  {note}")
-            case EpochEnd(epoch, loss, top1, _, seconds):
-                score = f", {self._figure} {accuracy(top1)}" if top1 is not None else ""
+            case EpochEnd(epoch, loss, metrics, seconds):
+                score = f", {_score(metrics)}" if metrics else ""
                 self.line(f"epoch {epoch}: loss {loss:.3f}{score}, {seconds:.0f} s")
             case Skipped(count, example):
                 what = "image that can't be read:" if count == 1 else "images that can't be read,"
@@ -191,10 +191,8 @@ class TrainingBar(Bar):
                     f"taken for its first {classes}, in the order of their names"
                 )
             case Unlabelled(images):
-                self._figure = AGREEMENT.short
                 self.line(f"{images:,} images have no labels: measuring agreement with the teacher")
             case Detecting(images, objects):
-                self._figure = PRECISION.short
                 self.line(f"{objects:,} objects in {images:,} images: measuring average precision")
             case NotCompiled(reason):
                 self.line(f"not compiled: {reason}")
@@ -207,6 +205,11 @@ class TrainingBar(Bar):
         while len(parts) > 1 and len("  ".join(parts)) > room:
             parts = parts[:-1]
         return "  ".join(parts)
+
+
+def _score(metrics: Metrics) -> str:
+    """The primary metric, with its name."""
+    return f"{METRIC_TITLES[next(iter(metrics))]} {accuracy(primary(metrics))}"
 
 
 def _bar_width() -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from torch import nn
 
 import tiedconv.sources as sources
 from tiedconv.data import ImageList, eval_transform, open_images
-from tiedconv.detection import DetectionList, Precision, detects
+from tiedconv.detection import DetectionList, detects
 from tiedconv.errors import UserError
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import Preprocess, Source
@@ -25,21 +23,25 @@ Change = Callable[[Preprocess], Preprocess]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of a model, and on what it was measured.
+    """Metrics of a model, and on what they were measured.
 
     Args:
         model: the file or spec.
-        result: figures.
+        result: the metrics.
         preprocess: how images were prepared.
         classes: number of classes in the data.
-        precision: of a detector; its accuracies are NaN.
     """
 
     model: str
     result: EvalResult
     preprocess: Preprocess
     classes: int
-    precision: Precision | None = None
+
+    @property
+    def precision(self) -> dict[str, float] | None:
+        """Of a detector: `ap`, `ap50`, `ap75`, `small`, `medium`, `large`; else None."""
+        metrics = self.result.metrics
+        return {n.removeprefix("ap_"): v for n, v in metrics.items()} if "ap" in metrics else None
 
 
 def evaluate(
@@ -96,11 +98,8 @@ def evaluate(
         workers=workers,
         on_event=on_event,
     )
-    if isinstance(listed, DetectionList):
-        result = dataclasses.replace(result, top1=math.nan, top5=math.nan)
-        names = listed.task.objects.names
-        return Evaluation(str(model), result, wanted, len(names), listed.task.precision)
-    return Evaluation(str(model), result, wanted, len(images.classes))
+    classes = images.classes if images.objects is None else images.objects.names
+    return Evaluation(str(model), result, wanted, len(classes))
 
 
 def open_any(

@@ -23,27 +23,23 @@ from tiedconv.detection.outputs import (
     generalised_iou,
     tensor_in,
 )
-from tiedconv.detection.scoring import Precision, average_precision
+from tiedconv.detection.scoring import PRECISION, average_precision
 from tiedconv.detection.task import (
     TASKS,
     Detection,
-    PrecisionChange,
-    as_precision,
     detects,
     for_detector,
 )
 
 __all__ = [
+    "PRECISION",
     "TASKS",
     "Detection",
     "DetectionList",
     "DetectionObjective",
     "Detections",
-    "Precision",
-    "PrecisionChange",
     "answer_distance",
     "answer_loss",
-    "as_precision",
     "average_precision",
     "class_map",
     "detections_of",

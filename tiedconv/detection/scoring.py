@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,30 +14,15 @@ from tiedconv.data import Objects
 from tiedconv.detection.outputs import Detections, corners
 from tiedconv.errors import MissingExtra
 
-
-@dataclass(frozen=True)
-class Precision:
-    """Average precision as COCO defines it, from 0 to 1; -1 where there is nothing to find.
-
-    Attributes:
-        ap: mean over the overlaps 0.50, 0.55, ..., 0.95.
-        ap50: at an overlap of 0.50.
-        ap75: at 0.75.
-        small, medium, large: `ap` of objects below 32^2, up to 96^2, and above, in pixels.
-    """
-
-    ap: float
-    ap50: float
-    ap75: float
-    small: float
-    medium: float
-    large: float
+PRECISION = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+"""COCO's metrics: average precision over the IoU thresholds 0.50, 0.55, ..., 0.95; at 0.50; at
+0.75; and the first for objects below 32^2, up to 96^2, and above, in pixels."""
 
 
 def average_precision(
     found: Mapping[int, Detections], objects: Objects, classes: Sequence[int]
-) -> Precision:
-    """The score of detections.
+) -> dict[str, float]:
+    """COCO's average precision of detections: `PRECISION`, from 0 to 1; NaN without any object.
 
     Args:
         found: what was found in each image, by its number in `objects`; images that are not
@@ -64,7 +49,8 @@ def average_precision(
         scored.evaluate()
         scored.accumulate()
         scored.summarize()
-    return Precision(*(float(figure) for figure in scored.stats[:6]))
+    values = (float(value) if value >= 0 else math.nan for value in scored.stats[:6])
+    return dict(zip(PRECISION, values, strict=True))
 
 
 def _truth(images: Sequence[int], objects: Objects) -> dict[str, Any]:

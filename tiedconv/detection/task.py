@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +14,13 @@ from tiedconv.data import Images, Loader, Objects
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.objective import DetectionObjective
 from tiedconv.detection.outputs import Detections, detections_of, parts_of
-from tiedconv.detection.scoring import Precision, average_precision
+from tiedconv.detection.scoring import PRECISION, average_precision
 from tiedconv.errors import DataError, UserError
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
 from tiedconv.training.distributed import ALONE, DistContext
 from tiedconv.training.evaluation import EvalResult, answers, require_some
 from tiedconv.training.events import OnEvent, ignore
-from tiedconv.training.metrics import PRECISION
-from tiedconv.training.results import TrainResult, not_accuracies
 
 TASKS = ("auto", "classification", "detection")
 
@@ -84,10 +81,10 @@ class Detection:
         objects: of the data.
     """
 
+    metrics = PRECISION
+
     def __init__(self, objects: Objects) -> None:
         self.objects = objects
-        self.precision: Precision | None = None
-        """Of the last evaluation."""
 
     def objective(
         self,
@@ -109,7 +106,7 @@ class Detection:
         on_event: OnEvent = ignore,
         processes: DistContext = ALONE,
     ) -> EvalResult:
-        """The model's average precision, in the places of the accuracies.
+        """The model's average precision.
 
         Args:
             model: on its device already.
@@ -119,8 +116,8 @@ class Detection:
             processes: that evaluate together.
 
         Returns:
-            `top1` is AP and `top5` AP50, NaN if there is nothing to find; `loss` is 0, or not
-            finite if an output isn't.
+            `metrics` are those of `average_precision`; `loss` is 0, or not finite if an output
+            isn't.
 
         Raises:
             DataError: no image could be read, or classes that the model doesn't know.
@@ -140,37 +137,8 @@ class Detection:
         broken = [name for _, theirs in parts for name in theirs]
         require_some(len(found), broken)
         classes = class_map(model, self.objects, outputs)
-        self.precision = precision = average_precision(found, self.objects, classes)
-        ap, ap50 = (f if f >= 0 else math.nan for f in (precision.ap, precision.ap50))
+        metrics = average_precision(found, self.objects, classes)
         return EvalResult(
-            ap, ap50, float(finite), len(found), outputs, len(broken),
+            metrics, float(finite), len(found), outputs, len(broken),
             broken[0] if broken else None, time.perf_counter() - start,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PrecisionChange:
-    """A detector's score before and after a training.
-
-    Attributes:
-        before: AP; NaN if there is nothing to find.
-        before50: AP50.
-        after: likewise.
-        after50: likewise.
-        teacher: of the teacher, NaN without one.
-        teacher50: likewise.
-    """
-
-    before: float
-    before50: float
-    after: float
-    after50: float
-    teacher: float = math.nan
-    teacher50: float = math.nan
-
-
-def as_precision(result: TrainResult) -> tuple[PrecisionChange, TrainResult]:
-    """Takes the figures of a detector out of the places meant for accuracies."""
-    r = result
-    figures = r.top1_before, r.top5_before, r.top1, r.top5, r.top1_teacher, r.top5_teacher
-    return PrecisionChange(*figures), not_accuracies(result, PRECISION)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tiedconv.errors import OutputError
 from tiedconv.io.run_dir import CURVE
 from tiedconv.io.safetensors_file import json_ready, replacing, strict_json
 from tiedconv.loggers.watchers import Run, Watcher
 from tiedconv.training import (
-    ACCURACY,
-    AGREEMENT,
-    PRECISION,
     Baseline,
     Checkpointed,
     EpochEnd,
@@ -26,6 +22,7 @@ from tiedconv.training import (
     Step,
     TeacherScore,
     TrainResult,
+    primary,
 )
 
 MOST = 4000
@@ -56,8 +53,8 @@ class Course:
     Args:
         points: at most `MOST`, each of a stretch of `width` steps.
         epochs: epoch, step and mean loss of each.
-        accuracies: step and top 1 (or agreement), a share, before training and after epochs.
-        teacher: top 1 of the teacher, where that was measured.
+        accuracies: step and primary metric, a fraction, before training and after epochs.
+        teacher: primary metric of the teacher, where that was measured.
         width: it grows with the run.
     """
 
@@ -151,14 +148,16 @@ class Curve(Watcher):
 
     def see(self, event: Event) -> None:
         match event:
-            case Baseline(top1, _, _):
-                self._score(0, top1)
-            case TeacherScore(top1, _) if math.isfinite(top1):
-                self.course.teacher = top1
+            case Baseline(metrics):
+                self._score(0, primary(metrics))
+            case TeacherScore(metrics):
+                score = primary(metrics)
+                if score is not None and math.isfinite(score):
+                    self.course.teacher = score
             case Step(_, step, losses, lr):
                 self.course.add(step, losses, lr)
-            case EpochEnd(epoch, loss, top1, _, _, step):
-                self._epoch(epoch, step, loss, top1)
+            case EpochEnd(epoch, loss, metrics):
+                self._epoch(epoch, event.step, loss, primary(metrics))
             case Checkpointed():
                 # Without it, the picture of a run that is interrupted lacks its first part.
                 with contextlib.suppress(OSError, OutputError):
@@ -170,8 +169,9 @@ class Curve(Watcher):
         """Epochs are taken from the run's own record: a kill may have come before it was noted."""
         before = [a for a in self.course.accuracies if a[0] == 0]
         self.course.epochs, self.course.accuracies = [], before
+        name = next(iter(result.metrics))
         for epoch in result.history:
-            self._epoch(*_figures(epoch))
+            self._epoch(epoch["epoch"], epoch["step"], epoch["loss"], epoch[name])
 
     def _epoch(self, epoch: int, step: int, loss: float, share: float | None) -> None:
         self.course.epochs.append((epoch, step, loss))
@@ -180,9 +180,3 @@ class Curve(Watcher):
     def _score(self, step: int, share: float | None) -> None:
         if share is not None and math.isfinite(share):
             self.course.accuracies.append((step, share))
-
-
-def _figures(epoch: Mapping[str, Any]) -> tuple[int, int, float, float | None]:
-    measures = (ACCURACY, AGREEMENT, PRECISION)
-    share = next((epoch[m.keys[0]] for m in measures if m.keys[0] in epoch), None)
-    return epoch["epoch"], epoch["step"], epoch["loss"], share

@@ -16,6 +16,7 @@ from tiedconv.io.safetensors_file import check_output, json_ready, replacing
 from tiedconv.loggers.memory import memory_in_use
 from tiedconv.loggers.watchers import Run, Watcher
 from tiedconv.training import (
+    AGREEMENT,
     Baseline,
     Checkpointed,
     EpochEnd,
@@ -46,7 +47,7 @@ class JsonLog(Watcher):
         self.path, self.output = path, output.name
         self.what = f"The log {path}"
         self._file: io.FileIO | None = None
-        self._figures: tuple[str, ...] = ()
+        self._metrics: tuple[str, ...] = ()
         self._start, self._before, self._step = time.perf_counter(), 0.0, 0
 
     def check(self, *, force: bool, resume: bool) -> None:
@@ -75,7 +76,7 @@ class JsonLog(Watcher):
             )
 
     def begin(self, run: Run) -> None:
-        self._figures = run.measure.keys
+        self._metrics = run.start.metrics
         if run.resumed is not None and self.path.exists():
             self._keep(run.resumed)
             self._file = self.path.open("ab", buffering=0)
@@ -86,7 +87,7 @@ class JsonLog(Watcher):
         self._write(
             "start", format=FORMAT, time=_now(), output=self.output, model=run.model,
             scheme=run.scheme, original=run.original, stored=run.stored,
-            labels=run.measure.labelled, steps=run.start.steps,
+            labels=self._metrics != AGREEMENT, steps=run.start.steps,
             epochs=run.start.epochs, images=run.start.images, **run.settings,
         )  # fmt: skip
 
@@ -95,19 +96,19 @@ class JsonLog(Watcher):
         match event:
             case Resumed(epoch, _):
                 self._write("resumed", epoch=epoch)
-            case Baseline(top1, top5, loss):
-                self._write("baseline", validation_loss=loss, **self._accuracies(top1, top5))
-            case TeacherScore(top1, top5):
-                self._write("teacher", **self._accuracies(top1, top5))
+            case Baseline(metrics, loss):
+                self._write("baseline", validation_loss=loss, **metrics)
+            case TeacherScore(metrics):
+                self._write("teacher", **metrics)
             case Step():
                 self._write(
                     "step", epoch=event.epoch, loss=event.loss, lr=event.lr,
                     images_per_second=event.images_per_second, eta_seconds=event.eta_seconds,
                     memory=memory_in_use(),
                 )  # fmt: skip
-            case EpochEnd(epoch, loss, top1, top5, seconds):
-                figures = self._accuracies(top1, top5)
-                self._write("epoch", epoch=epoch, loss=loss, epoch_seconds=seconds, **figures)
+            case EpochEnd(epoch, loss, metrics, seconds):
+                values = {**dict.fromkeys(self._metrics), **metrics}  # None if not evaluated
+                self._write("epoch", epoch=epoch, loss=loss, epoch_seconds=seconds, **values)
             case Checkpointed(path):
                 self._write("checkpoint", path=path)
             case Skipped(count, example):
@@ -133,9 +134,6 @@ class JsonLog(Watcher):
                 self._write("failed", time=_now(), error=str(error))
         finally:
             self._file.close()
-
-    def _accuracies(self, *shares: float | None) -> dict[str, float | None]:
-        return dict(zip(self._figures, shares, strict=False))
 
     def _write(self, event: str, **figures: Any) -> None:
         if self._file is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tiedconv.loggers.curve import Course, Point
 from tiedconv.loggers.watchers import Run
+from tiedconv.training import METRIC_TITLES
 from tiedconv.utils.plotting import new_figure, write_figure
 
 INK, GREY, PALE = "#111827", "#6b7280", "#e5e7eb"
@@ -34,7 +35,7 @@ def draw(course: Course, run: Run, path: Path, *, force: bool = False) -> None:
     _title(figure, run)
     _losses(axes[0], course)
     if scored:
-        _accuracies(axes[1], course, f"{run.measure.name}, %")
+        _accuracies(axes[1], course, f"{METRIC_TITLES[run.start.metrics[0]]}, %")
     last = max([p.step for p in course.points] + [e[1] for e in course.epochs] + [1])
     for axis in axes:
         _plain(axis)

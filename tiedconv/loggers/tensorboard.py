@@ -10,7 +10,7 @@ from typing import Any
 from tiedconv.errors import MissingExtra, OutputError
 from tiedconv.loggers.memory import memory_in_use
 from tiedconv.loggers.watchers import Run, Watcher
-from tiedconv.training import Baseline, EpochEnd, Event, Step
+from tiedconv.training import Baseline, EpochEnd, Event, Metrics, Step
 
 FLUSH_SECONDS = 10
 
@@ -25,7 +25,6 @@ class TensorBoard(Watcher):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.what = f"TensorBoard's folder {folder}"
-        self._figures: tuple[str, ...] = ()
         self._writer: Any = None
 
     def check(self, *, force: bool, resume: bool) -> None:
@@ -53,7 +52,6 @@ class TensorBoard(Watcher):
             )
 
     def begin(self, run: Run) -> None:
-        self._figures = run.measure.keys
         # What an earlier part or run wrote from that step on is hidden by TensorBoard.
         first = 0 if run.resumed is None else run.resumed.step + 1
         self._writer = _summary_writer()(
@@ -62,16 +60,16 @@ class TensorBoard(Watcher):
 
     def see(self, event: Event) -> None:
         match event:
-            case Baseline(top1, top5, _):
-                self._accuracies(0, top1, top5)
+            case Baseline(metrics):
+                self._add_metrics(0, metrics)
             case Step(_, step):
                 self._add("train/loss", event.loss, step)
                 self._add("train/learning_rate", event.lr, step)
                 self._add("train/images_per_second", event.images_per_second, step)
                 self._add("train/memory_bytes", memory_in_use(), step)
-            case EpochEnd(_, loss, top1, top5, _, step):
+            case EpochEnd(_, loss, metrics, _, step):
                 self._add("epoch/loss", loss, step)
-                self._accuracies(step, top1, top5)
+                self._add_metrics(step, metrics)
                 self._writer.flush()
             case _:
                 pass
@@ -80,9 +78,9 @@ class TensorBoard(Watcher):
         if self._writer is not None:
             self._writer.close()
 
-    def _accuracies(self, step: int, *shares: float | None) -> None:
-        for name, share in zip(self._figures, shares, strict=False):
-            self._add(f"validation/{name}", share, step)
+    def _add_metrics(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._add(f"validation/{name}", value, step)
 
     def _add(self, name: str, value: float | None, step: int) -> None:
         if value is not None and math.isfinite(value):

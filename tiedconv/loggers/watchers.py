@@ -11,12 +11,8 @@ from typing import Any, Self
 from tiedconv.commands.report import Report
 from tiedconv.errors import TiedconvError
 from tiedconv.training import (
-    ACCURACY,
-    AGREEMENT,
-    PRECISION,
     Detecting,
     Event,
-    Measure,
     Resumed,
     Start,
     TrainResult,
@@ -36,7 +32,6 @@ class Run:
         settings: whatever else is to be noted: data, options, versions, ...
         start: how much is to be done.
         resumed: what was done before; None for a run that begins.
-        measure: what is measured, accuracies or something in their place.
     """
 
     model: str
@@ -46,18 +41,15 @@ class Run:
     settings: Mapping[str, Any]
     start: Start
     resumed: Resumed | None = None
-    measure: Measure = ACCURACY
 
     @classmethod
     def of(
-        cls, report: Report, settings: Mapping[str, Any], start: Start, resumed: Resumed | None,
-        measure: Measure,
+        cls, report: Report, settings: Mapping[str, Any], start: Start, resumed: Resumed | None
     ) -> Run:  # fmt: skip
         """The run that trains the file of this report."""
         schemes = " + ".join(dict.fromkeys(group.scheme for group in report.groups))
         return cls(
-            report.model, schemes, report.original, report.stored, settings, start, resumed,
-            measure,
+            report.model, schemes, report.original, report.stored, settings, start, resumed
         )  # fmt: skip
 
 
@@ -101,15 +93,12 @@ class Watchers:
     ) -> None:
         self.watchers, self._report, self._settings, self._tell = watchers, report, settings, tell
         self._start: Start | None = None
-        self._measure = ACCURACY
         self._begun = False
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Unlabelled():
-                self._measure = AGREEMENT
-            case Detecting():
-                self._measure = PRECISION
+            case Unlabelled() | Detecting():
+                pass  # `Start` names the metrics
             case Start():
                 self._start = event
             case _:
@@ -136,7 +125,7 @@ class Watchers:
             return
         self._begun = True
         resumed = event if isinstance(event, Resumed) else None
-        run = Run.of(self._report(), self._settings, self._start, resumed, self._measure)
+        run = Run.of(self._report(), self._settings, self._start, resumed)
         self._each(lambda watcher: watcher.begin(run))
 
     def _each(self, call: Callable[[Watcher], None]) -> None:

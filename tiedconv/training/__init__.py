@@ -40,11 +40,18 @@ from tiedconv.training.losses import (
     hard_distillation_loss,
     logits_of,
 )
-from tiedconv.training.metrics import ACCURACY, AGREEMENT, PRECISION, Measure
+from tiedconv.training.metrics import (
+    ACCURACY,
+    AGREEMENT,
+    METRIC_TITLES,
+    Metrics,
+    metric_names,
+    primary,
+)
 from tiedconv.training.mixup import Mix
 from tiedconv.training.objective import Objective, Outcome
 from tiedconv.training.optim import learning_rate, parameter_groups
-from tiedconv.training.pseudo_labels import Agreement, as_agreement, with_teacher_labels
+from tiedconv.training.pseudo_labels import with_teacher_labels
 from tiedconv.training.results import TrainResult
 from tiedconv.training.signals import Interrupted, sigterm_as_keyboard_interrupt
 from tiedconv.training.state import FREE_TO_CHANGE, StateFolder
@@ -55,8 +62,7 @@ __all__ = [
     "ACCURACY",
     "AGREEMENT",
     "FREE_TO_CHANGE",
-    "PRECISION",
-    "Agreement",
+    "METRIC_TITLES",
     "Baseline",
     "Blend",
     "Blocks",
@@ -71,7 +77,7 @@ __all__ = [
     "FewClasses",
     "Forecast",
     "Interrupted",
-    "Measure",
+    "Metrics",
     "Mix",
     "NotCompiled",
     "Objective",
@@ -87,7 +93,6 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Unlabelled",
-    "as_agreement",
     "distillation_loss",
     "evaluate_model",
     "feature_loss",
@@ -99,8 +104,10 @@ __all__ = [
     "joined",
     "learning_rate",
     "logits_of",
+    "metric_names",
     "parameter_groups",
     "pick_device",
+    "primary",
     "rank_in_environment",
     "recalibrate_batchnorm",
     "share_left",

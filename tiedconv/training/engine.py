@@ -49,6 +49,7 @@ from tiedconv.training.events import (
     ignore,
 )
 from tiedconv.training.losses import LossMeter, diverged
+from tiedconv.training.metrics import AGREEMENT, metric_names
 from tiedconv.training.optim import learning_rate, trained_only
 from tiedconv.training.results import Progress, TrainResult
 from tiedconv.training.signals import Interrupted, Interrupts
@@ -78,7 +79,6 @@ def train(
     device: str | torch.device = "auto",
     checkpoint_dir: Path | None = None,
     resume: bool = False,
-    labelled: bool = True,
     made_of: Mapping[str, str] | None = None,
     begun: float | None = None,
     on_event: OnEvent | None = None,
@@ -102,7 +102,6 @@ def train(
             evaluations, every `config.checkpoint_minutes`, and when SIGINT or SIGTERM asks the
             run to stop. If it holds states, they must be gone on with or removed.
         resume: go on from the newest of them; where there is none, start at the beginning.
-        labelled: whether the labels are those of people; a checkpoint remembers it.
         made_of: names and values of what else must be the same when the run is resumed, such as
             digests of the model, the teacher and the data.
         begun: when the time budget began to run, as `time.monotonic` tells; None for now.
@@ -131,7 +130,6 @@ def train(
         )
         run = _Run(TrainerSetup(model, train_data, val_data, config, teacher, place, processes))
         run.listener = on_event if on_event is not None and processes.first else ignore
-        run.labelled = labelled
         run.fading = fading if config.progressive > 0 else None
         run.folder, run.made_of, run.begun = folder, dict(made_of or {}), begun
         return run.whole(resume)
@@ -148,7 +146,7 @@ class _Run:
         self.listener: OnEvent = ignore
         self.fading: Blend | None = None
         self.ema: Ema | None = None
-        self.labelled = True
+        self.metrics = metric_names(setup.val_data)
         self.folder: StateFolder | None = None
         self.interrupts = Interrupts()
         self.at = Progress()
@@ -196,11 +194,11 @@ class _Run:
             if self.config.time_budget is not None:  # only now is known how many steps there are
                 self.fit_to(self.config.time_budget)
                 self.tell_start()
-            self.at = replace(self.at, top1_before=before.top1, top5_before=before.top5)
-            self.emit(Baseline(before.top1, before.top5, before.loss))
+            self.at = replace(self.at, before=before.metrics)
+            self.emit(Baseline(before.metrics, before.loss))
             if taught is not None:
-                self.at = replace(self.at, top1_teacher=taught.top1, top5_teacher=taught.top5)
-                self.emit(TeacherScore(taught.top1, taught.top5))
+                self.at = replace(self.at, teacher=taught.metrics)
+                self.emit(TeacherScore(taught.metrics))
             self.begin_average()
         self.saved = time.monotonic()
         while self.at.step < self.steps or len(self.history) < self.at.epoch:
@@ -211,7 +209,8 @@ class _Run:
 
     def tell_start(self) -> None:
         """Tells how long the training is."""
-        self.emit(Start(self.steps, -(-self.steps // len(self.loader)), self.loader.images))
+        epochs = -(-self.steps // len(self.loader))
+        self.emit(Start(self.steps, epochs, self.loader.images, self.metrics))
 
     def fit_to(self, seconds: float) -> None:
         """Settles how many steps a time has room for; the first process decides."""
@@ -243,11 +242,13 @@ class _Run:
             raise
         finally:
             self.at = replace(self.at, seconds=self.at.seconds + time.perf_counter() - start)
-        top1 = evaluation.top1 if evaluation else None
-        top5 = evaluation.top5 if evaluation else None
-        end = EpochEnd(self.at.epoch, loss, top1, top5, time.perf_counter() - start, self.at.step)
-        self.history.append(asdict(end))
-        self.emit(end)
+        metrics = evaluation.metrics if evaluation else {}
+        seconds = time.perf_counter() - start
+        self.history.append({
+            "epoch": self.at.epoch, "loss": loss, **dict.fromkeys(self.metrics), **metrics,
+            "seconds": seconds, "step": self.at.step,
+        })  # fmt: skip
+        self.emit(EpochEnd(self.at.epoch, loss, metrics, seconds, self.at.step))
         self.save()
 
     def train_epoch(self) -> float:
@@ -366,6 +367,11 @@ class _Run:
         if isinstance(event, EvalStep) and self.interrupts.asked is not None and alone:
             raise Interrupted(self.interrupts.asked)
         self.listener(event)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels are the data's own, not the teacher's."""
+        return self.metrics != AGREEMENT
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""

@@ -1,9 +1,10 @@
-"""Accuracy of a classifier."""
+"""Evaluation of a classifier."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.distributed import ALONE, DistContext, PaddingImage
 from tiedconv.training.events import EvalStep, FewClasses, OnEvent, Skipped, ignore
 from tiedconv.training.losses import rows_of
+from tiedconv.training.metrics import ACCURACY, Metrics, metric_names
 
 EVENT_SECONDS = 0.1
 """The shortest time between two progress events."""
@@ -27,12 +29,13 @@ EVENT_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Accuracy over all images that could be read.
+    """Metrics over all images that could be read.
 
     Attributes:
-        top1: share of images whose label has the largest logit, 0 to 1.
-        top5: share of images whose label is among the five largest logits (all, if fewer).
-        loss: mean cross-entropy.
+        metrics: fractions from 0 to 1 by name. `top1`: images whose label has the largest logit;
+            `top5`: whose label is among the five largest (all, if fewer); `agreement`: whose
+            class is the teacher's; `ap`, `ap50`, ...: COCO's average precision.
+        loss: mean cross-entropy; of a detector 0, or not finite if an output isn't.
         images: number of images evaluated.
         outputs: number of the model's classes.
         skipped: number of images that could not be read.
@@ -40,14 +43,23 @@ class EvalResult:
         seconds: time taken.
     """
 
-    top1: float
-    top5: float
+    metrics: Metrics
     loss: float
     images: int
     outputs: int
     skipped: int
     example_of_skipped: str | None
     seconds: float
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy; NaN where other metrics were measured."""
+        return self.metrics.get("top1", math.nan)
+
+    @property
+    def top5(self) -> float:
+        """Top-5 accuracy; likewise."""
+        return self.metrics.get("top5", math.nan)
 
 
 def evaluate_model(
@@ -99,14 +111,16 @@ def score(
     on_event: OnEvent = ignore,
     classes: int | None = None,
     processes: DistContext = ALONE,
+    names: Sequence[str] = ACCURACY,
 ) -> EvalResult:
     """Evaluates a model that is on its device already; see `evaluate_model`.
 
-    `classes` is the number of classes of the data, where it is known. Of several processes each
-    reads a part, and all get the figures of the whole.
+    `classes` is the number of classes of the data, where it is known; `names` are those of the
+    fractions of top-1 and (if there are two) top-5 hits. Each process reads a part of the images;
+    all return the metrics of the whole.
     """
     start = time.perf_counter()
-    # Hits of top 1 and top 5 and the summed loss stay on the device until the end.
+    # The counts of top-1 and top-5 hits and the summed loss stay on the device until the end.
     sums = torch.zeros(3, dtype=torch.float64 if placement.device.type != "mps" else None)
     sums = sums.to(placement.device)
     images = outputs = 0
@@ -123,10 +137,11 @@ def score(
     counts = torch.tensor([images, len(broken)], device=placement.device)
     images, skipped = processes.sum(counts).tolist()
     require_some(images, broken)
-    top1, top5, loss = (sums / images).tolist()
+    *hits, loss = (sums / images).tolist()
     seconds = time.perf_counter() - start
     example = broken[0] if broken else None
-    return EvalResult(top1, top5, loss, images, outputs, skipped, example, seconds)
+    metrics = dict(zip(names, hits, strict=False))
+    return EvalResult(metrics, loss, images, outputs, skipped, example, seconds)
 
 
 def answers(
@@ -183,7 +198,7 @@ def scorer_of(data: Dataset[Any]) -> Scorer:
     if task is not None:
         own: Scorer = task.score
         return own
-    classes = class_count(data)
+    classes, names = class_count(data), metric_names(data)
 
     def scorer(
         model: nn.Module,
@@ -192,7 +207,7 @@ def scorer_of(data: Dataset[Any]) -> Scorer:
         on_event: OnEvent,
         processes: DistContext,
     ) -> EvalResult:
-        return score(model, loader, placement, on_event, classes, processes)
+        return score(model, loader, placement, on_event, classes, processes, names)
 
     return scorer
 

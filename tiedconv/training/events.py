@@ -1,23 +1,33 @@
-"""What training and evaluation tell while they run. Accuracies are shares from 0 to 1."""
+"""Progress events of training and evaluation. Metrics are fractions from 0 to 1."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tiedconv.training.metrics import ACCURACY, Metrics
+
 
 @dataclass(frozen=True)
 class Start:
-    """Training is about to begin: optimiser steps and epochs in all, training images."""
+    """Training is about to begin.
+
+    Attributes:
+        steps: optimiser steps in total.
+        epochs: in total; the last may be partial.
+        images: in the training set.
+        metrics: names of the validation metrics, the primary one first.
+    """
 
     steps: int
     epochs: int
     images: int
+    metrics: tuple[str, ...] = ACCURACY
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A checkpoint was loaded; `epoch` whole epochs and `step` steps are done already."""
+    """A checkpoint was loaded, after `epoch` complete epochs and `step` steps."""
 
     epoch: int
     step: int
@@ -25,19 +35,17 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The model was evaluated as it came, before any training."""
+    """The model was evaluated before any training."""
 
-    top1: float
-    top5: float
+    metrics: Metrics
     loss: float
 
 
 @dataclass(frozen=True)
 class TeacherScore:
-    """The teacher was evaluated on the same images: what there is to reach."""
+    """The teacher was evaluated on the same images."""
 
-    top1: float
-    top5: float
+    metrics: Metrics
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Step:
 
     @property
     def loss(self) -> float:
-        """The mean of them."""
+        """Mean of `losses`."""
         return sum(self.losses) / len(self.losses)
 
 
@@ -70,20 +78,19 @@ class EvalStep:
 class EpochEnd:
     """An epoch is over, after `step` steps in all. `loss` is its mean training loss.
 
-    The accuracies are None when this epoch was not evaluated.
+    `metrics` is empty when this epoch was not evaluated.
     """
 
     epoch: int
     loss: float
-    top1: float | None
-    top5: float | None
+    metrics: Metrics
     seconds: float
     step: int
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """So many different images could not be read so far; `example` is the first."""
+    """`count` distinct images could not be read so far; `example` is the first."""
 
     count: int
     example: str
@@ -91,7 +98,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class FewClasses:
-    """The data name fewer classes than the model has outputs; told at each evaluation."""
+    """The data have fewer classes than the model has outputs; sent at each evaluation."""
 
     classes: int
     outputs: int
@@ -99,14 +106,14 @@ class FewClasses:
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """The images have no labels: what follows as top 1 is agreement with the teacher."""
+    """The images have no labels: the agreement with the teacher is measured."""
 
     images: int
 
 
 @dataclass(frozen=True)
 class Detecting:
-    """A detector is trained: what follows as top 1 and top 5 is AP and AP50."""
+    """A detector is trained: average precision is measured."""
 
     images: int
     objects: int
@@ -114,7 +121,7 @@ class Detecting:
 
 @dataclass(frozen=True)
 class NotCompiled:
-    """The model can't be compiled, for this reason; training goes on without."""
+    """The model can't be compiled, for this reason; training continues without."""
 
     reason: str
 
@@ -147,4 +154,4 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The listener of those who don't listen."""
+    """No-op callback."""

@@ -1,28 +1,37 @@
-"""What an evaluation measures: the names of its figures."""
+"""Names of the validation metrics. Values are fractions from 0 to 1, NaN where undefined."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
+
+Metrics = Mapping[str, float]
+"""Name to value; the first is the one that models are compared by."""
+
+ACCURACY = ("top1", "top5")
+AGREEMENT = ("agreement",)
+
+METRIC_TITLES: Mapping[str, str] = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "agreement": "agreement with the teacher",
+    "ap": "AP",
+    "ap50": "AP50",
+}
+"""How tables and pictures call a metric."""
 
 
-@dataclass(frozen=True)
-class Measure:
-    """What stands in the places of top 1 and top 5 while a training runs.
+def metric_names(data: Any) -> tuple[str, ...]:
+    """Names of the metrics that a data set is evaluated by.
 
-    Attributes:
-        keys: names in files.
-        name: of the first, for people, where there is room.
-        short: of the first, where there is little.
-        labelled: whether it needs labels.
+    Args:
+        data: has `metrics`, itself or its `task`; else labels, so the metrics are accuracies.
     """
-
-    keys: tuple[str, ...]
-    name: str
-    short: str
-    labelled: bool = True
+    task = getattr(data, "task", None)
+    names: tuple[str, ...] = getattr(data if task is None else task, "metrics", ACCURACY)
+    return names
 
 
-ACCURACY = Measure(("top1", "top5"), "top-1", "top-1")
-AGREEMENT = Measure(("agreement",), "agreement with the teacher", "agreement", labelled=False)
-PRECISION = Measure(("ap", "ap50"), "average precision", "AP")
-MEASURES = (ACCURACY, AGREEMENT, PRECISION)
+def primary(metrics: Metrics) -> float | None:
+    """The value of the first metric; None if there is none."""
+    return next(iter(metrics.values()), None)

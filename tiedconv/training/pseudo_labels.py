@@ -1,8 +1,7 @@
-"""What to measure where images have no labels: how often a model agrees with its teacher."""
+"""The metric for images without labels: how often a model agrees with its teacher."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +16,10 @@ from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.evaluation import answers
 from tiedconv.training.losses import distillation_loss, logits_of, rows_of
 from tiedconv.training.metrics import AGREEMENT
-from tiedconv.training.results import TrainResult, not_accuracies
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Shares, 0 to 1, of the validation images that student and teacher put in the same class.
-
-    Attributes:
-        before: before training.
-        after: at the end.
-    """
-
-    before: float
-    after: float
 
 
 class Relabelled(Dataset[Sample | Broken]):
-    """The images of a data set with other labels.
+    """The images of a data set with a teacher's classes as labels.
 
     Args:
         data: gives (image, anything), or `Broken`, for each index.
@@ -42,6 +27,7 @@ class Relabelled(Dataset[Sample | Broken]):
     """
 
     in_memory = False
+    metrics = AGREEMENT
 
     def __init__(self, data: Dataset[Any], labels: Tensor | None = None) -> None:
         self.data = data
@@ -70,10 +56,9 @@ def with_teacher_labels(
     config: TrainConfig,
     device: str | torch.device = "auto",
 ) -> Relabelled:
-    """A data set whose labels are the teacher's answers, each computed once.
+    """A data set whose labels are the classes that the teacher predicts.
 
-    The accuracy of a model on it is its agreement with the teacher. Both models are moved to the
-    device.
+    It is evaluated by the agreement with the teacher. Both models are moved to the device.
 
     Args:
         data: images (C, H, W), without augmentation.
@@ -109,12 +94,6 @@ def with_teacher_labels(
             hint="Check that the files are images and can be read; --strict tells why",
         )
     return Relabelled(data, labels)
-
-
-def as_agreement(result: TrainResult) -> tuple[Agreement, TrainResult]:
-    """Moves the figures of a run on `with_teacher_labels` data out of the accuracy fields."""
-    bare = not_accuracies(result, AGREEMENT)
-    return Agreement(result.top1_before, result.top1), bare
 
 
 def _check_classes(

@@ -23,7 +23,7 @@ from tiedconv.io.run_dir import STATES, RunDir
 from tiedconv.io.safetensors_file import replacing
 from tiedconv.training.config import TrainConfig
 
-FORMAT = "tiedconv-training-3"
+FORMAT = "tiedconv-training-4"
 
 FREE_TO_CHANGE = ("workers", "checkpoint_minutes", "keep")
 """Options that change how fast a run is, or how much it keeps, not what it computes."""
