@@ -48,7 +48,7 @@ IMPORTS: dict[str, str] = {
     "commands": "calibration conversion core data detection errors exporters families io"
     " numerics planning runtime schemes sources training utils version",
     "loggers": "commands errors io training utils",
-    "cli": "calibration commands conversion data detection errors exporters io loggers"
+    "cli": "calibration commands conversion data errors exporters io loggers"
     " planning schemes sources training utils version",
     "__main__": "cli",
     "__init__": "calibration commands conversion core errors io planning runtime sources"
