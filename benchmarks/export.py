@@ -94,8 +94,8 @@ def measure(name: str, scheme: str, batches: list[int], rounds: int, folder: Pat
         ways[lower] = {
             "file_bytes": job.path.stat().st_size, "to_stored": job.path.stat().st_size / stored,
             "tensors_to_stored": written.weight_bytes / stored,
-            "off": apart(found, expected), "applied": written.facts["applied"],
-            "made": written.facts["made"],
+            "off": apart(found, expected), "applied": written.facts["factored"],
+            "made": written.facts["materialized"],
         }  # fmt: skip
     return {
         "parameters": plan.original, "stored": plan.stored, "stored_bytes": stored,

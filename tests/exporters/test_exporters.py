@@ -94,8 +94,8 @@ def test_onnx_holds_each_stored_tensor_once_and_gives_the_same_logits(
     trace_once(way, monkeypatch)
     for lower in ("always", "never"):
         graph, lowered = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
-        assert set(lowered.applied) | set(lowered.made) == plan.weights.keys()
-        assert not (lower == "never" and lowered.applied)
+        assert set(lowered.factored) | set(lowered.materialized) == plan.weights.keys()
+        assert not (lower == "never" and lowered.factored)
         held = initializers(graph.graph)
         assert plan.factors.keys() <= held.keys()
         assert not plan.weights.keys() & held.keys()
@@ -138,7 +138,7 @@ def test_auto_applies_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> No
         micro, model = made(way)
         trace_once(way, monkeypatch)
         _, lowered = onnx_graph(model, images_of(micro), lower="auto")
-        assert bool(lowered.applied) == applied, way
+        assert bool(lowered.factored) == applied, way
     micro, model = made("tied")
     trace_once("tied", monkeypatch)
     for lower, one_copy in (("auto", False), ("always", True)):

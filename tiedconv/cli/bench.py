@@ -10,7 +10,7 @@ import typer
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.progress import Bar
-from tiedconv.commands.bench import DENSE, Bench, Measured, Timing, draw, share_of_dense
+from tiedconv.commands.bench import DENSE, Bench, Measured, Timing, draw, ratio_to_dense
 from tiedconv.commands.bench import bench as run
 from tiedconv.errors import UserError
 from tiedconv.utils.plotting import check_picture
@@ -31,20 +31,21 @@ def bench(
             "form in the same runtime.",
         ),
     ] = "eager,onnx",
-    batch: Annotated[str, typer.Option(metavar="SIZES", help="Images at a time.")] = "1,8",
-    rounds: Annotated[int, typer.Option(help="Turns for each batch size.", min=3)] = 20,
-    threads: Annotated[int, typer.Option(help="Of each runtime.", min=1)] = 1,
+    batch: Annotated[str, typer.Option(metavar="SIZES", help="Batch sizes.")] = "1,8",
+    rounds: Annotated[int, typer.Option(help="Runs of each form at each batch size.", min=3)] = 20,
+    threads: Annotated[int, typer.Option(help="Threads of each runtime.", min=1)] = 1,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A picture: .png, .svg or .pdf.")
+        Path | None, typer.Option("-o", "--output", help="Write a plot: .png, .svg or .pdf.")
     ] = None,
     trust_code: common.TrustCode = False,
     force: common.Force = False,
     json_: common.Json = False,
 ) -> None:
-    """Measure what a compact file costs to run, beside its dense form.
+    """Benchmark a compact file against its dense form.
 
-    Load time, memory, latency and throughput; each form runs in a process of its own, and they take
-    turns, so that ratios hold on a busy machine too.
+    Load time, memory, latency and throughput. Each form runs in its own process, and the runs are
+    interleaved, so that background load affects all forms equally. A form that can't be measured is
+    listed as left out; exit code 1 if nothing could be compared.
     """  # fmt: skip
     batches = _sizes(batch)
     names = [name.strip() for name in runtime.split(",") if name.strip()]
@@ -53,7 +54,7 @@ def bench(
     with Bar("measuring") as bar:
         found = run(
             file, runtimes=names, batches=batches, rounds=rounds, threads=threads,
-            trust_code=trust_code, on_turn=lambda done, total: bar.update(done, total, "turns"),
+            trust_code=trust_code, on_turn=lambda done, total: bar.update(done, total, "runs"),
         )  # fmt: skip
     if json_:
         common.print_json(found)
@@ -61,7 +62,7 @@ def bench(
         _show(found)
     if output is not None:
         draw(found, output, force=force)
-        hint(f"Drew {output}")
+        hint(f"Wrote {output}")
 
 
 def _sizes(text: str) -> list[int]:
@@ -69,7 +70,9 @@ def _sizes(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--batch {text!r} is no list of sizes", hint="Write it as 1,8,32"
+            f"Invalid --batch {text!r}: not a list of integers",
+            hint="Write it as 1,8,32",
+            code="invalid-batch-sizes",
         ) from None
 
 
@@ -83,8 +86,8 @@ def _show(found: Bench) -> None:
     common.show_table(columns, rows, title, text=2)
     say("")
     say(
-        "In brackets: share of the dense form in the same runtime, median of turns and the middle "
-        "80 %. Memory is what the loaded model holds, the runtime itself left out."
+        "In brackets: ratio to the dense form in the same runtime, median over the rounds and the "
+        "middle 80 %. Memory is that of the loaded model, without the runtime itself."
     )
     for name, why in found.left_out:
         say(f"Left out: {name}. {why}.")
@@ -93,9 +96,9 @@ def _show(found: Bench) -> None:
 def _row(row: Measured, found: Bench) -> list[str]:
     load = f"{row.load_seconds:.2f} s"
     memory = render.size(row.held_bytes)
-    if row.model != DENSE:
-        load += f" ({share_of_dense(row, found, 'load_seconds'):.2f})"
-        memory += f" ({share_of_dense(row, found, 'held_bytes'):.2f})"
+    ratios = [ratio_to_dense(row, found, what) for what in ("load_seconds", "held_bytes")]
+    if row.model != DENSE and None not in ratios:
+        load, memory = (f"{t} ({r:.2f})" for t, r in zip((load, memory), ratios, strict=True))
     cells = [row.runtime, row.model, load, memory, *map(_time, row.timings)]
     return [*cells, f"{max(t.images_per_second for t in row.timings):.1f}"]
 

@@ -1,12 +1,14 @@
-"""One model in one runtime, in a process of its own: what `bench` and `verify` measure.
+"""One model in one runtime, in its own process: what `bench` and `verify` measure.
 
-A process apart, as memory can't be told from that of others in one process, and as a runtime keeps
-what it once took. The driver sends one JSON object a line, the process answers with one: so
-contenders take turns and share whatever else the machine is doing.
+Its own process, because the memory of one process can't be attributed to several models, and
+because a runtime keeps what it once allocated. The driver writes one JSON object per line to the
+worker's standard input, the worker answers each with one line on a pipe of its own:
 
     {"load": {...}}             -> {"seconds": ..., "bytes": ...}
     {"run": batch}              -> {"seconds": ...}
     {"peak": true}              -> {"bytes": ...}
+
+Whatever libraries print goes to a temporary file, which can't fill up as a pipe does.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import ctypes
 import gc
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,27 +32,29 @@ from typing import Any
 
 import torch
 
-from tiedconv.errors import RunError
+from tiedconv.errors import RunError, first_line
 from tiedconv.utils.memory import peak_rss
 
-RUNTIMES = ("eager", "frozen", "applied", "compiled", "onnx", "pt2")
+RUNTIMES = ("eager", "cached", "factored", "compiled", "onnx", "pt2")
 LOADS = 3
-"""A model is loaded so many times; the median counts."""
+"""How many times a model is loaded; the median is reported."""
+TAIL = 4096
+"""Bytes of the worker's output that are read for an error."""
 
 Runner = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class BenchTarget:
-    """What a process is to run.
+    """The model and runtime of one process.
 
     Args:
         file: a compact file, an ONNX file or a pt2 file.
         runtime: one of `RUNTIMES`.
-        dense: run a compact file's dense form instead.
-        one_copy: tell ONNX Runtime not to pack matrices.
-        threads: of the runtime.
-        shape: of one image, `(C, H, W)`.
+        dense: run the dense form of a compact file instead.
+        one_copy: set ONNX Runtime's `session.disable_prepacking`.
+        threads: threads of the runtime.
+        shape: shape of one image, `(C, H, W)`.
         trust_code: allow the file to name a function that builds the model.
     """
 
@@ -61,24 +68,29 @@ class BenchTarget:
 
 
 class Process:
-    """A contender's process, seen from outside."""
+    """The process of one target, seen from the driver."""
 
-    def __init__(self, contender: BenchTarget) -> None:
-        self.contender = contender
-        environment = {**os.environ, "OMP_NUM_THREADS": str(contender.threads)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tiedconv.commands._bench_worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
+    def __init__(self, target: BenchTarget) -> None:
+        self.target = target
+        self._output = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._answers, write_end = os.pipe()
+        self._unread = b""
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", __name__, str(write_end)],
+                stdin=subprocess.PIPE, stdout=self._output, stderr=self._output,
+                env={**os.environ, "OMP_NUM_THREADS": str(target.threads)}, pass_fds=[write_end],
+            )  # fmt: skip
+        finally:
+            os.close(write_end)
 
     def load(self) -> tuple[float, int]:
         """Seconds until the model is ready, and the bytes of memory it then holds."""
-        answer = self._ask({"load": asdict(self.contender)})
-        return answer["seconds"], answer["bytes"]
+        found = self._ask({"load": asdict(self.target)})
+        return found["seconds"], found["bytes"]
 
     def run(self, batch: int) -> float:
-        """Seconds for one run of so many images."""
+        """Seconds for one run of `batch` images."""
         return float(self._ask({"run": batch})["seconds"])
 
     def peak(self) -> int:
@@ -87,46 +99,68 @@ class Process:
 
     def close(self) -> None:
         """End the process."""
+        assert self._process.stdin is not None
         with contextlib.suppress(OSError):
-            if self._process.stdin:
-                self._process.stdin.close()
-        self._process.terminate()
+            self._process.stdin.close()
+        self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream:
-                stream.close()
+        self._output.close()
+        os.close(self._answers)
 
     def _ask(self, question: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-            answer = json.loads(line)
-        except (OSError, ValueError):
+            line = self._line()
+        except BrokenPipeError:
+            line = None
+        if line is None:
             raise RunError(
-                f"The process that ran {self.contender.file} ended ({self._last_words()})",
+                f"The process that ran {self.target.file} ended ({self._output_tail()})",
                 "It was not measured",
                 "Run it with fewer images at a time, or without this runtime",
-            ) from None
+                code="bench-process-ended",
+            )
+        answer = json.loads(line)
         if "error" in answer:
             raise RunError(
-                f"{self.contender.runtime} can't run {self.contender.file} ({answer['error']})",
+                f"{self.target.runtime} can't run {self.target.file} ({answer['error']})",
                 "It was not measured",
                 "Leave this runtime out",
-            )
+                code="bench-target-failed",
+            ) from _WorkerError(answer["traceback"])
         return answer
 
-    def _last_words(self) -> str:
-        self._process.wait()
-        assert self._process.stderr is not None
-        lines = self._process.stderr.read().strip().splitlines()
-        return lines[-1] if lines else f"exit code {self._process.returncode}"
+    def _line(self) -> bytes | None:
+        """The next line of the answers; None if the process has ended."""
+        while b"\n" not in self._unread:
+            # Not a plain read: a process that the worker has forked may hold the pipe open.
+            ready, _, _ = select.select([self._answers], [], [], 0.2)
+            chunk = os.read(self._answers, 65536) if ready else None
+            if chunk == b"" or (chunk is None and self._process.poll() is not None):
+                return None
+            self._unread += chunk or b""
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _output_tail(self) -> str:
+        """The last line that the ended process printed, or its exit code."""
+        self._process.kill()  # it may have closed its pipe and still be running
+        code = self._process.wait()
+        size = os.fstat(self._output.fileno()).st_size
+        # pread leaves the offset, which is shared with the process, where it is.
+        tail = os.pread(self._output.fileno(), TAIL, max(0, size - TAIL))
+        lines = tail.decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {code}"
+
+
+class _WorkerError(Exception):
+    """The traceback of an error in the worker, as the cause of the driver's."""
 
 
 def held_bytes() -> int:
-    """Memory of this process that is its own: freed memory is given back first."""
+    """Anonymous memory of this process, after freed memory was returned to the system."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -138,93 +172,107 @@ def held_bytes() -> int:
     return peak_rss() or 0
 
 
-def main() -> None:
-    """Answer questions from standard input until it ends."""
-    runner: Runner | None = None
-    base = 0
+def main(answers: int) -> None:
+    """Answer the questions on standard input until it ends.
+
+    Args:
+        answers: file descriptor to write to.
+    """
+    worker = _Worker()
     for line in sys.stdin:
-        question = json.loads(line)
-        answer: dict[str, Any] = {}
         try:
-            if "load" in question:
-                contender = BenchTarget(**question["load"])
-                # Once before: what any model in this runtime costs is not what this one does.
-                make_runner(contender)
-                base, seconds = held_bytes(), []
-                for _ in range(LOADS):
-                    runner = None
-                    start = time.perf_counter()
-                    runner = make_runner(contender)
-                    seconds.append(time.perf_counter() - start)
-                answer = {"seconds": statistics.median(seconds), "bytes": held_bytes() - base}
-            elif "run" in question and runner is not None:
-                start = time.perf_counter()
-                runner(question["run"])
-                answer = {"seconds": time.perf_counter() - start}
-            elif "peak" in question:
-                answer = {"bytes": (peak_rss() or 0) - base}
-        except Exception as error:  # to be told by the driver
-            words = str(error).strip().splitlines()
-            answer = {"error": words[0] if words else type(error).__name__}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+            answer = worker.answer(json.loads(line))
+        except Exception as error:  # crosses to the driver, which raises it with its traceback
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            answer = {"error": reason, "traceback": traceback.format_exc()}
+        os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
-def make_runner(contender: BenchTarget) -> Runner:
-    """Loads a contender's model; the result runs it on so many random images."""
-    torch.set_num_threads(contender.threads)
-    make = {"onnx": _onnx, "pt2": _pt2}.get(contender.runtime, _torch)
-    return make(contender)
+class _Worker:
+    """The model of a worker, once it is loaded."""
+
+    def __init__(self) -> None:
+        self.runner: Runner | None = None
+        self.base = 0
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The figures asked for."""
+        if "load" in question:
+            return self._load(BenchTarget(**question["load"]))
+        if "run" in question:
+            assert self.runner is not None
+            start = time.perf_counter()
+            self.runner(question["run"])
+            return {"seconds": time.perf_counter() - start}
+        return {"bytes": (peak_rss() or 0) - self.base}
+
+    def _load(self, target: BenchTarget) -> dict[str, Any]:
+        # Once before measuring: the first model pays for the runtime itself.
+        make_runner(target)
+        self.base, seconds = held_bytes(), []
+        for _ in range(LOADS):
+            self.runner = None
+            start = time.perf_counter()
+            self.runner = make_runner(target)
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": statistics.median(seconds), "bytes": held_bytes() - self.base}
 
 
-def _torch(contender: BenchTarget) -> Runner:
+def make_runner(target: BenchTarget) -> Runner:
+    """Load the model of a target; the result runs it on a number of blank images."""
+    torch.set_num_threads(target.threads)
+    make = {"onnx": _onnx, "pt2": _pt2}.get(target.runtime, _torch)
+    return make(target)
+
+
+def _torch(target: BenchTarget) -> Runner:
     from tiedconv.runtime.factored_linear import apply_factors
     from tiedconv.runtime.tie import freeze, untie
     from tiedconv.sources.load import load
 
-    model = load(contender.file, trust_code=contender.trust_code)
-    if contender.dense:
+    model = load(target.file, trust_code=target.trust_code)
+    if target.dense:
         model = untie(model)
-    elif contender.runtime == "frozen":
+    elif target.runtime == "cached":
         model = freeze(model)
-    elif contender.runtime == "applied":
+    elif target.runtime == "factored":
         apply_factors(model)
-    call = torch.compile(model, dynamic=True) if contender.runtime == "compiled" else model
+    call = torch.compile(model, dynamic=True) if target.runtime == "compiled" else model
 
     def run(batch: int) -> None:
         with torch.inference_mode():
-            call(torch.zeros(batch, *contender.shape))
+            call(torch.zeros(batch, *target.shape))
 
     return run
 
 
-def _pt2(contender: BenchTarget) -> Runner:
-    module = torch.export.load(contender.file).module()
+def _pt2(target: BenchTarget) -> Runner:
+    module = torch.export.load(target.file).module()
 
     def run(batch: int) -> None:
         with torch.inference_mode():
-            module(torch.zeros(batch, *contender.shape))
+            module(torch.zeros(batch, *target.shape))
 
     return run
 
 
-def _onnx(contender: BenchTarget) -> Runner:
+def _onnx(target: BenchTarget) -> Runner:
     import numpy as np
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = contender.threads
-    if contender.one_copy:
+    options.intra_op_num_threads = target.threads
+    if target.one_copy:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    session = ort.InferenceSession(contender.file, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(target.file, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def run(batch: int) -> None:
-        session.run(None, {name: np.zeros((batch, *contender.shape), np.float32)})
+        session.run(None, {name: np.zeros((batch, *target.shape), np.float32)})
 
     return run
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

@@ -1,8 +1,8 @@
-"""The verb `bench`: what a compact file costs to run, beside its dense form.
+"""The command `bench`: time and memory of a compact file, compared with its dense form.
 
-Each contender runs in a process of its own, and they take turns: whatever else the machine does
-hits all of them alike, so ratios hold where seconds don't. A ratio is taken within each turn; its
-median and the middle 80 % are told.
+Each form runs in its own process, and the runs are interleaved, so that background load affects all
+forms equally: ratios hold where seconds don't. A ratio is taken within each round; its median and
+the middle 80 % are reported.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ OnTurn = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Timing:
-    """Runs of one contender at one batch size.
+    """Runs of one form at one batch size.
 
     Args:
         batch: images at a time.
         seconds: median for one run.
-        ratio: to the dense form in the same runtime: median over turns; None for it itself.
-        low, high: between which the middle 80 % of turns lie.
+        ratio: to the dense form in the same runtime, median over rounds; None for the dense form
+            itself, or where that was not measured.
+        low, high: bounds of the middle 80 % of the ratios.
     """
 
     batch: int
@@ -57,20 +58,22 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measured:
-    """One contender.
+    """One form.
 
     Args:
-        runtime: `eager`, `frozen`, `applied`, `compiled`, `onnx`, or `onnx-lean` (factors applied
-            wherever it can be done, one copy of each matrix).
+        runtime: `eager`, `cached` (after `freeze`), `factored` (after `apply_factors`), `compiled`,
+            `onnx`, or `onnx-lean` (factors applied wherever possible, one copy of each matrix).
         model: `compact` or `dense`.
-        file_bytes: of what is loaded.
-        load_seconds: until the model is ready, the runtime itself loaded before.
+        baseline: the runtime of the dense form that it is compared with.
+        file_bytes: size of the loaded file; 0 for a dense form that is made from the compact file.
+        load_seconds: until the model is ready, the runtime itself being loaded already.
         held_bytes: memory of the process that the loaded model takes.
         timings: by batch size.
     """
 
     runtime: str
     model: str
+    baseline: str
     file_bytes: int
     load_seconds: float
     held_bytes: int
@@ -83,11 +86,11 @@ class Bench:
 
     Args:
         file: the compact file.
-        rows: contenders, each compact one after the dense form that it is compared with.
-        rounds: turns for each batch size.
-        threads: of each runtime.
+        rows: the forms, compact ones after the dense form that they are compared with.
+        rounds: runs of each form at each batch size.
+        threads: threads of each runtime.
         device: the processor.
-        left_out: runtimes that could not be measured, and why.
+        left_out: forms that could not be measured, and why.
     """
 
     file: Path
@@ -112,102 +115,131 @@ def bench(
 
     Args:
         file: a compact file.
-        runtimes: `eager` (with `frozen` and `applied`), `compiled`, `onnx` (with `onnx-lean`).
+        runtimes: `eager` (with `cached` and `factored`), `compiled`, `onnx` (with `onnx-lean`).
         batches: images at a time.
-        rounds: turns for each batch size, at least 3.
-        threads: of each runtime.
+        rounds: runs of each form at each batch size, at least 3.
+        threads: threads of each runtime.
         trust_code: allow the file to name a function that builds the model.
-        on_turn: called with (turns done, turns in all).
+        on_turn: called with (runs done, runs in total).
 
     Raises:
         UserError: unknown runtime, or one whose package is missing.
-        RunError: a process ended, or could not run the model.
+        RunError: no compact form could be compared with its dense form, or a process ended.
     """
     _check(runtimes, batches, rounds)
     model = load(file, trust_code=trust_code)
     images = images_for(model)
     shape = (images.shape[1], images.shape[2], images.shape[3])
     with tempfile.TemporaryDirectory() as folder:
-        plain = _contenders(Path(file), runtimes, Path(folder), model, images, trust_code)
-        listed = [
-            (runtime, kind, dataclasses.replace(c, threads=threads, shape=shape))
-            for runtime, kind, c in plain
+        forms = [
+            dataclasses.replace(
+                form, target=dataclasses.replace(form.target, threads=threads, shape=shape)
+            )
+            for form in _forms(Path(file), runtimes, Path(folder), model, images, trust_code)
         ]
-        rows, left_out = _measure(listed, batches, rounds, on_turn)
+        rows, left_out = _measure(forms, batches, rounds, on_turn)
+    if not any(row.timings[0].ratio is not None for row in rows):
+        raise RunError(
+            f"Nothing of {file} could be compared with its dense form "
+            f"({'; '.join(f'{name}: {why}' for name, why in left_out)})",
+            "There is nothing to report",
+            "Choose another runtime with --runtime",
+            code="nothing-compared",
+        )
     return Bench(Path(file), tuple(rows), rounds, threads, _device(), tuple(left_out))
 
 
-Listed = tuple[str, str, BenchTarget]
+@dataclass(frozen=True)
+class _Form:
+    """A form to measure; `runtime`, `model` and `baseline` are those of `Measured`."""
+
+    runtime: str
+    model: str
+    baseline: str
+    target: BenchTarget
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file; 0 for a dense form in torch, which is made from the compact file."""
+        return 0 if self.target.dense else Path(self.target.file).stat().st_size
 
 
-def _contenders(
+def _forms(
     file: Path, runtimes: Sequence[str], folder: Path, model: torch.nn.Module, images: torch.Tensor,
     trust_code: bool,
-) -> list[Listed]:  # fmt: skip
-    found: list[Listed] = []
+) -> list[_Form]:  # fmt: skip
+    found: list[_Form] = []
 
-    def add(runtime: str, kind: str, path: Path, as_: str, **how: Any) -> None:
-        made = BenchTarget(str(path), as_, trust_code=trust_code, **how)
-        found.append((runtime, kind, made))
+    def add(runtime: str, kind: str, baseline: str, path: Path, run_by: str, **how: Any) -> None:
+        target = BenchTarget(str(path), run_by, trust_code=trust_code, **how)
+        found.append(_Form(runtime, kind, baseline, target))
 
     for runtime in runtimes:
         if runtime in ("eager", "compiled"):
-            add(runtime, DENSE, file, runtime, dense=True)
-            add(runtime, "compact", file, runtime)
+            add(runtime, DENSE, runtime, file, runtime, dense=True)
+            add(runtime, "compact", runtime, file, runtime)
         if runtime == "eager":
-            add("frozen", "compact", file, "frozen")
-            add("applied", "compact", file, "applied")
+            for name in ("cached", "factored"):
+                add(name, "compact", runtime, file, name)
         if runtime == "onnx":
             auto, lean, dense = (folder / f"{n}.onnx" for n in ("auto", "lean", "dense"))
             export(file, auto, trust_code=trust_code)
             export(file, lean, lower="always", trust_code=trust_code)
             write_dense(untie(model), images, dense)
-            add("onnx", DENSE, dense, "onnx")
-            add("onnx", "compact", auto, "onnx")
-            add("onnx-lean", "compact", lean, "onnx", one_copy=True)
+            add("onnx", DENSE, runtime, dense, "onnx")
+            add("onnx", "compact", runtime, auto, "onnx")
+            add("onnx-lean", "compact", runtime, lean, "onnx", one_copy=True)
     return found
 
 
+@dataclass
+class _Started:
+    """A form that has loaded its model, and the seconds of its runs by batch size."""
+
+    form: _Form
+    process: Process
+    load_seconds: float
+    held_bytes: int
+    seconds: dict[int, list[float]]
+
+
 def _measure(
-    listed: list[Listed], batches: Sequence[int], rounds: int, on_turn: OnTurn | None
+    forms: list[_Form], batches: Sequence[int], rounds: int, on_turn: OnTurn | None
 ) -> tuple[list[Measured], list[tuple[str, str]]]:  # fmt: skip
     left_out: list[tuple[str, str]] = []
+    started: list[_Started] = []
     with contextlib.ExitStack() as stack:
-        started: list[tuple[Listed, Process, tuple[float, int]]] = []
-        for entry in listed:
-            process = Process(entry[2])
+        for form in forms:
+            process = Process(form.target)
             stack.callback(process.close)
             try:
                 loaded = process.load()
                 for batch in batches:
                     process.run(batch)  # warm up: kernels are chosen, caches filled, code compiled
             except RunError as error:
-                left_out.append((f"{entry[0]}, {entry[1]}", error.what))
+                left_out.append((f"{form.runtime}, {form.model}", error.what))
                 continue
-            started.append((entry, process, loaded))
-        seconds: list[dict[int, list[float]]] = [{b: [] for b in batches} for _ in started]
-        total = rounds * len(batches) * len(started)
-        done = 0
-        for batch in batches:
-            for _ in range(rounds):
-                for i, (_, process, _) in enumerate(started):
-                    seconds[i][batch].append(process.run(batch))
-                    done += 1
-                    if on_turn is not None:
-                        on_turn(done, total)
-    rows: list[Measured] = []
-    dense: dict[int, list[float]] | None = None
-    for (entry, _, loaded), own in zip(started, seconds, strict=True):
-        dense = own if entry[1] == DENSE else dense
-        timings = tuple(_timing(b, own[b], dense[b] if dense else None, entry[1]) for b in batches)
-        size = Path(entry[2].file).stat().st_size if _on_disk(entry) else 0
-        rows.append(Measured(entry[0], entry[1], size, *loaded, timings))
-    return rows, left_out
+            started.append(_Started(form, process, *loaded, {b: [] for b in batches}))
+        turns = [(s, b) for b in batches for _ in range(rounds) for s in started]
+        for done, (one, batch) in enumerate(turns, 1):
+            one.seconds[batch].append(one.process.run(batch))
+            if on_turn is not None:
+                on_turn(done, len(turns))
+    dense = {s.form.baseline: s.seconds for s in started if s.form.model == DENSE}
+    return [_measured(s, dense.get(s.form.baseline), batches) for s in started], left_out
 
 
-def _on_disk(entry: Listed) -> bool:
-    """Whether the file is the form that is measured; a dense form in torch is made from it."""
-    return not entry[2].dense
+def _measured(
+    one: _Started, dense: dict[int, list[float]] | None, batches: Sequence[int]
+) -> Measured:  # fmt: skip
+    form = one.form
+    timings = tuple(
+        _timing(b, one.seconds[b], dense[b] if dense else None, form.model) for b in batches
+    )
+    return Measured(
+        form.runtime, form.model, form.baseline, form.file_bytes, one.load_seconds, one.held_bytes,
+        timings,
+    )  # fmt: skip
 
 
 def _timing(batch: int, own: list[float], dense: list[float] | None, kind: str) -> Timing:
@@ -224,12 +256,15 @@ def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None
     for runtime in runtimes:
         if runtime not in known:
             raise UserError(
-                f"There is no runtime {runtime!r}", hint=f"Use some of: {', '.join(known)}"
+                f"Unknown runtime {runtime!r}",
+                hint=f"Use some of: {', '.join(known)}",
+                code="unknown-runtime",
             )
     if not runtimes or not batches or min(batches) < 1 or rounds < 3:
         raise UserError(
             "There is nothing to measure",
-            hint="Name a runtime, batch sizes from 1 on, and at least 3 rounds",
+            hint="Name a runtime, batch sizes of at least 1, and at least 3 rounds",
+            code="nothing-to-measure",
         )
     if "onnx" in runtimes:
         all_formats()["onnx"].check()
@@ -246,7 +281,7 @@ def _device() -> str:
 
 
 def draw(found: Bench, path: Path, *, force: bool = False) -> None:
-    """Draw a measurement: time, memory and load time of each form, as a share of the dense one.
+    """Plot a measurement: time, memory and load time of each form, as a ratio to the dense one.
 
     Args:
         found: from `bench`.
@@ -257,20 +292,20 @@ def draw(found: Bench, path: Path, *, force: bool = False) -> None:
         MissingExtra: matplotlib is not installed.
         OutputError: the file can't be written.
     """
-    compact = [row for row in found.rows if row.model != DENSE]
+    compact = [row for row in found.rows if row.timings[0].ratio is not None]
     panels: dict[str, list[tuple[float, float, float]]] = {}
     for i, timing in enumerate(compact[0].timings if compact else ()):
         panels[f"time, batch {timing.batch}"] = [_bar(row.timings[i]) for row in compact]
-    panels["memory held"] = [_share(row, found, "held_bytes") for row in compact]
-    panels["time to load"] = [_share(row, found, "load_seconds") for row in compact]
+    for title, what in (("memory held", "held_bytes"), ("time to load", "load_seconds")):
+        panels[title] = [(ratio_to_dense(row, found, what) or 1.0,) * 3 for row in compact]
     figure = new_figure(2.2 * len(panels) + 1.2, 1.2 + 0.45 * max(2, len(compact)))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = [row.runtime for row in compact]
     for axis, (title, bars) in zip(axes, panels.items(), strict=True):
         middle = [m for m, _, _ in bars]
         spread = [[m - low for m, low, _ in bars], [high - m for m, _, high in bars]]
-        colours = ["#3a6ea5" if m <= 1.03 else "#c44e52" for m in middle]
-        axis.barh(names, middle, xerr=spread, color=colours, height=0.6, ecolor="#555555")
+        colors = ["#3a6ea5" if m <= 1.03 else "#c44e52" for m in middle]
+        axis.barh(names, middle, xerr=spread, color=colors, height=0.6, ecolor="#555555")
         axis.axvline(1.0, color="#555555", linewidth=1, linestyle="--")
         for place, value in enumerate(middle):
             axis.annotate(
@@ -281,7 +316,7 @@ def draw(found: Bench, path: Path, *, force: bool = False) -> None:
         axis.set_xlim(0, max(1.15, *(high * 1.05 for _, _, high in bars)))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    figure.suptitle(f"{found.file.name}: share of the dense form in the same runtime", fontsize=10)
+    figure.suptitle(f"{found.file.name}: ratio to the dense form in the same runtime", fontsize=10)
     write_figure(figure, path, force=force)
 
 
@@ -289,16 +324,13 @@ def _bar(timing: Timing) -> tuple[float, float, float]:
     return timing.ratio or 1.0, timing.low or 1.0, timing.high or 1.0
 
 
-def _share(row: Measured, found: Bench, what: str) -> tuple[float, float, float]:
-    value = share_of_dense(row, found, what)
-    return value, value, value
+def ratio_to_dense(row: Measured, found: Bench, what: str) -> float | None:
+    """A figure of a row (`held_bytes`, `load_seconds`) divided by that of its dense form.
 
-
-def share_of_dense(row: Measured, found: Bench, what: str) -> float:
-    """A figure of a row (`held_bytes`, `load_seconds`) divided by that of its dense form."""
-    dense = found.rows[0]
+    Returns:
+        None if the dense form was not measured.
+    """
     for other in found.rows:
-        dense = other if other.model == DENSE else dense
-        if other is row:
-            break
-    return float(getattr(row, what)) / max(float(getattr(dense, what)), 1e-9)
+        if other.model == DENSE and other.baseline == row.baseline:
+            return float(getattr(row, what)) / max(float(getattr(other, what)), 1e-9)
+    return None

@@ -57,14 +57,14 @@ class Lowered:
     """How the converted weights are computed in a graph.
 
     Args:
-        applied: weights whose factors are applied one by one; they are never made.
-        made: weights that the graph computes from factors, once, as it is loaded.
+        factored: weights whose factors are applied one by one.
+        materialized: weights that the graph computes from factors, once, as it is loaded.
         one_copy: whether a runtime must be told not to pack matrices to hold each once: one is
             read both ways.
     """
 
-    applied: tuple[str, ...]
-    made: tuple[str, ...]
+    factored: tuple[str, ...]
+    materialized: tuple[str, ...]
     one_copy: bool = False
 
 

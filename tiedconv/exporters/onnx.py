@@ -36,8 +36,8 @@ class Onnx(Format):
         if job.dtype != "float32":
             narrowed(graph, job.dtype)
         facts = {
-            "applied": len(lowered.applied),
-            "made": len(lowered.made),
+            "factored": len(lowered.factored),
+            "materialized": len(lowered.materialized),
             "opset": graph.opset_imports[""],
             "one_copy": lowered.one_copy,
         }
