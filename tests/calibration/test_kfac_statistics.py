@@ -1,4 +1,4 @@
-"""KfacStatistics that are watched below all modules, against hooks on modules and autograd."""
+"""Statistics that are gathered below all modules, against hooks on modules and autograd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax, pad, scaled_dot_product_attention
 from torch.nn.grad import conv2d_weight
 
-from tiedconv.calibration import KfacStatistics, gather_statistics, statistics
+from tiedconv.calibration import KfacStatistics, gather_statistics, kfac_statistics
+from tiedconv.calibration.second_moments import SecondMoment
 from tiedconv.commands.sensitivity import matrices_of
 from tiedconv.core.plan import Member
 from tiedconv.errors import DataError, TiedconvError
@@ -43,10 +44,12 @@ def certain(shares: Tensor, count: int, *, generator: torch.Generator) -> Tensor
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """KfacStatistics as they are summed: no ridge, no class drawn by chance, no place left out."""
-    monkeypatch.setattr(statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0))
+    """Statistics as they are summed: no ridge, no class drawn by chance, no place left out."""
+    monkeypatch.setattr(
+        kfac_statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0)
+    )
     monkeypatch.setattr(torch, "multinomial", certain)
-    monkeypatch.setattr(statistics, "POSITIONS", 10**6)
+    monkeypatch.setattr(kfac_statistics, "POSITIONS", 10**6)
 
 
 def rows_read(module: nn.Module, x: Tensor) -> Tensor:
@@ -280,9 +283,11 @@ def test_some_places_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = MICROS["torchvision-resnet"].model(), images_of("torchvision-resnet", 8)
     x = nn.functional.interpolate(x, scale_factor=2)  # 16 x 16 places in the first stage
     weights = {"layer1.1.conv1.weight": False, "layer1.1.conv2.weight": False}
-    monkeypatch.setattr(statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0))
+    monkeypatch.setattr(
+        kfac_statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0)
+    )
     some = gather(model, weights, x)
-    monkeypatch.setattr(statistics, "POSITIONS", 10**6)
+    monkeypatch.setattr(kfac_statistics, "POSITIONS", 10**6)
     every = gather(model, weights, x)
     for name in weights:
         pairs = [(getattr(m.metrics[name], s)) for s in ("left", "right") for m in (some, every)]
@@ -293,7 +298,9 @@ def test_some_places_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_classes_are_drawn_as_often_as_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over draws is the Fisher matrix of the exact probabilities."""
-    monkeypatch.setattr(statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0))
+    monkeypatch.setattr(
+        kfac_statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0)
+    )
     torch.manual_seed(3)
     model, x = nn.Linear(3, 4), torch.randn(1, 3)
     moment = torch.zeros(4, 4)
@@ -307,7 +314,7 @@ def test_classes_are_drawn_as_often_as_the_model_says(monkeypatch: pytest.Monkey
 
 @functools.cache
 def measured(name: str) -> tuple[KfacStatistics, Tensor]:
-    """KfacStatistics of a micro model on many images, and the images."""
+    """Statistics of a micro model on many images, and the images."""
     model, x = MICROS[name].model(), images_of(name, 128)
     weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     return gather(model, weights, x, batch_size=64), x
@@ -500,7 +507,8 @@ def test_several_passes_measure_what_one_does(name: str) -> None:
     weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     shapes = {n: p.shape for n, p in model.named_parameters() if n in weights}
     outs = {n: shapes[n][transposed] for n, transposed in weights.items()}
-    sizes = [12 * (out**2 + (shapes[n].numel() // out) ** 2) for n, out in outs.items()]
+    nbytes = SecondMoment.nbytes
+    sizes = [nbytes(out) + nbytes(shapes[n].numel() // out) for n, out in outs.items()]
     whole = gather(model, weights, x, batch_size=2)
     for memory in (1, max(sizes), sum(sizes) - 1):
         seen: list[tuple[int, int]] = []

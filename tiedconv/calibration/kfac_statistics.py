@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
+from tiedconv.calibration.conv_statistics import ConvGeometry, gradient_energy, patches
 from tiedconv.calibration.output_metric import forward_with_grad
+from tiedconv.calibration.second_moments import SecondMoment
 from tiedconv.data import Loader
 from tiedconv.detection import drawn_loss
 from tiedconv.errors import DataError
@@ -35,8 +36,6 @@ POSITIONS = 64
 
 MEMORY = 8 * 2**30
 """Bytes that the sums of one pass over the images may take: what needs more takes more passes."""
-
-_BYTES = 8 + 4  # of an entry of a moment, in the sums
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
@@ -65,38 +64,11 @@ class KfacStatistics:
 
 
 @dataclass
-class _Sum:
-    """A sum of statistics, over all images in float64 and over the first half in float32.
-
-    The half only decides how much the whole is shrinkage_estimate, which takes no more digits.
-    """
-
-    whole: Tensor | None = None
-    first: Tensor | None = None
-    rows: list[int] = field(default_factory=lambda: [0, 0])
-
-    def add(self, moment: Tensor, start: int, size: int, half: int, rows: int) -> None:
-        """Add a moment along the diagonal from `start` on, of a sum `(size, size)`."""
-        self.rows[half] += rows
-        if self.whole is None:
-            self.whole = moment.new_zeros(size, size, dtype=torch.float64)
-            self.first = moment.new_zeros(size, size)
-        stop = start + len(moment)
-        for total in (self.whole, self.first) if half == 0 else (self.whole,):
-            _of(total)[start:stop, start:stop] += moment
-
-    def means(self, halves: Sequence[int], counts: Sequence[int]) -> list[Tensor]:
-        """Of these halves, the sums over their counts."""
-        first, whole = _of(self.first), _of(self.whole)
-        return [(first.double() if h == 0 else whole - first) / counts[h] for h in halves]
-
-
-@dataclass
 class _Sums:
     """What is summed up for one weight."""
 
-    right: _Sum = field(default_factory=_Sum)
-    left: _Sum = field(default_factory=_Sum)
+    right: SecondMoment = field(default_factory=SecondMoment)
+    left: SecondMoment = field(default_factory=SecondMoment)
     energy: Tensor | float = 0.0
     """Of a convolution, the squared norms of the weight's gradients of all images."""
 
@@ -115,8 +87,8 @@ def gather_statistics(
 ) -> KfacStatistics:
     """The metric of each weight of a model, from images without labels.
 
-    The sums take 12 bytes for each of the `in^2 + out^2` entries of a weight's two statistics, the
-    metrics 4 bytes in the end.
+    While images are read, a weight's two statistics of `in^2 + out^2` entries take 6 (wide) to 12
+    (narrow) bytes each; the metrics that remain take 4.
 
     Args:
         model: plain, not tied; its parameters and modes are left as they are.
@@ -180,7 +152,7 @@ def _parts(model: nn.Module, weights: Mapping[str, bool], memory: int) -> list[d
         if name in found:
             shape = found[name].shape
             out = shape[transposed]
-            size = _BYTES * (out**2 + (shape.numel() // out) ** 2)
+            size = SecondMoment.nbytes(out) + SecondMoment.nbytes(shape.numel() // out)
         if size > left and parts[-1]:
             parts.append({})
             left = memory
@@ -254,7 +226,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name == "convolution" and not self.backward:
             self._convolution(*args[:9])
         elif name == "convolution_backward":
-            self._gradient(func, *args)
+            self._gradient(*args)
         return out
 
     def _product(self, a: Tensor, b: Tensor) -> None:
@@ -273,32 +245,29 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:  # fmt: skip
         found = self._by_storage.get(_storage(weight))
         if found and not transposed and x.ndim == 4:
-            self._add(found[0], _patches(x, weight, stride, padding, dilation, groups), 0)
+            # Groups read as many inputs each: one moment stands for all.
+            read = patches(x, ConvGeometry(weight.shape[2:], stride, padding, dilation, groups))
+            read = read.reshape(len(x), groups, *read.shape[1:]).permute(0, 3, 1, 2)
+            self._add(found[0], read.flatten(0, 2), 0)
 
     def _gradient(
-        self, backward: Any, gradient: Tensor, x: Tensor, weight: Tensor, *how: Any
-    ) -> None:
-        if found := self._by_storage.get(_storage(weight)):
+        self, gradient: Tensor, x: Tensor, weight: Tensor, _: Any, stride: Any, padding: Any,
+        dilation: Any, transposed: bool, __: Any, groups: int, ___: Any,
+    ) -> None:  # fmt: skip
+        found = self._by_storage.get(_storage(weight))
+        if found and not transposed and x.ndim == 4:
             self._add(found[0], gradient.movedim(1, -1).flatten(0, -2), 0)
-            for i in range(len(x)):
-                only = gradient[i : i + 1], x[i : i + 1]
-                of_weight = backward(*only, weight, *how[:-1], [False, True, False])[1]
-                self.sums[found[0]].energy += of_weight.double().square().sum()
+            how = ConvGeometry(weight.shape[2:], stride, padding, dilation, groups)
+            self.sums[found[0]].energy += gradient_energy(gradient, x, how)
 
     def _add(self, name: str, rows: Tensor, start: int) -> None:
         """Add rows `(images * places, width)`, of outputs from `start` on."""
         sums, half = self.sums[name], self.half
-        rows, share = _some(rows, self.batch)
-        moment = rows.float().t() @ rows.float()
+        rows, scale = _some(rows, self.batch)
         if self.backward:  # the gradients of all places add up to that of the image
-            sums.left.add(moment.mul_(share), start, self._outs[name], half, len(rows))
+            sums.left.add(rows, half, start=start, width=self._outs[name], scale=scale)
         else:
-            sums.right.add(moment, 0, len(moment), half, len(rows))
-
-
-def _of(total: Tensor | None) -> Tensor:
-    assert total is not None
-    return total
+            sums.right.add(rows, half)
 
 
 def _storage(tensor: Any) -> int:
@@ -314,21 +283,6 @@ def _some(rows: Tensor, images: int) -> tuple[Tensor, float]:
     return rows.reshape(images, places, -1)[:, kept].flatten(0, 1), places / POSITIONS
 
 
-def _patches(
-    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor:  # fmt: skip
-    """What a convolution's matrix reads at each place, `(places, in * kh * kw)`."""
-    kernel = tuple(weight.shape[2:])
-    if kernel == (1, 1) and tuple(padding) == (0, 0):
-        columns = x[:, :, :: stride[0], :: stride[1]].flatten(2)
-    else:
-        columns = unfold(x, kernel, tuple(dilation), tuple(padding), tuple(stride))
-    n, _, places = columns.shape
-    # The groups of a grouped convolution read as many inputs each: one moment stands for all.
-    rows = columns.reshape(n, groups, -1, places).permute(0, 3, 1, 2)
-    return rows.flatten(0, 2)
-
-
 def _finish(
     sums: dict[str, _Sums],
     counts: Sequence[int],
@@ -342,11 +296,19 @@ def _finish(
         halves = [h for h in (0, 1) if s.right.rows[h] and s.left.rows[h]]
         if not halves:
             continue  # what it writes reaches no answer, or it was never used
-        rights, lefts = s.right.means(halves, s.right.rows), s.left.means(halves, counts)
-        right, first = shrinkage_estimate(rights[0], rights[-1])
-        left, second = shrinkage_estimate(lefts[0], lefts[-1])
-        metrics[name] = _scaled(KfacMetric(left.cpu(), right.cpu()), float(s.energy) / sum(counts))
+        right, first = _shrunk(s.right, halves, s.right.rows)
+        left, second = _shrunk(s.left, halves, counts)
+        metrics[name] = _scaled(KfacMetric(left, right), float(s.energy) / sum(counts))
         ridges[name] = (first, second)
+
+
+def _shrunk(
+    moment: SecondMoment, halves: Sequence[int], counts: Sequence[int]
+) -> tuple[Tensor, float]:
+    """The well-conditioned moment on the CPU, float32, and its ridge."""
+    means = [moment.mean(half, counts[half]) for half in halves]
+    whole, ridge = shrinkage_estimate(means[0], means[-1])
+    return whole.cpu(), ridge
 
 
 def _scaled(metric: KfacMetric, energy: float) -> KfacMetric:
@@ -361,7 +323,10 @@ def _scaled(metric: KfacMetric, energy: float) -> KfacMetric:
         metric: by K-FAC.
         energy: that mean; zero where it was not measured.
     """
-    known = _of(metric.left).trace() * _of(metric.right).trace()
+    left, right = metric.left, metric.right
+    assert left is not None
+    assert right is not None
+    known = left.trace() * right.trace()
     if not energy > 0 or not known > 0:
         return metric
-    return KfacMetric(_of(metric.left) * (energy / known), metric.right)
+    return KfacMetric(left * (energy / known), right)

@@ -1,0 +1,70 @@
+"""What a convolution's matrix reads at each place, and the gradients of its weight by image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import unfold
+
+_backward = torch.ops.aten.convolution_backward.default
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a 2-D convolution, not a transposed one, moves over its input."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+def patches(x: Tensor, how: ConvGeometry) -> Tensor:
+    """What each group of a convolution reads, `(images * groups, in / groups * kh * kw, places)`.
+
+    Args:
+        x: its input `(images, in, height, width)`.
+        how: its geometry.
+    """
+    if tuple(how.kernel) == (1, 1) and tuple(how.padding) == (0, 0):
+        columns = x[:, :, :: how.stride[0], :: how.stride[1]].flatten(2)
+    else:
+        columns = unfold(
+            x, tuple(how.kernel), tuple(how.dilation), tuple(how.padding), tuple(how.stride)
+        )
+    return columns.reshape(len(x) * how.groups, -1, columns.shape[-1])
+
+
+def gradient_energy(gradient: Tensor, x: Tensor, how: ConvGeometry) -> Tensor:
+    """The squared norms of the weight's gradients of single images, summed over the images.
+
+    With few places, Gram matrices over these give the norm without the gradient itself:
+    `|sum_p g_p a_p^T|^2 = sum_pq (g_p . g_q) (a_p . a_q)`. With many, a convolution that has each
+    image as a group of its own gives all gradients at once.
+
+    Args:
+        gradient: of the loss by the output, `(images, out, height, width)`.
+        x: the input `(images, in, height, width)`.
+        how: the geometry.
+
+    Returns:
+        a scalar in float64.
+    """
+    images, out, *size = gradient.shape
+    places, rows = size[0] * size[1], out // how.groups
+    columns = x.shape[1] // how.groups * how.kernel[0] * how.kernel[1]
+    if places * (rows + columns) < rows * columns:
+        read, written = patches(x, how), gradient.reshape(images * how.groups, rows, places)
+        return (torch.bmm(written.mT, written).double() * torch.bmm(read.mT, read)).sum()
+    every = images * how.groups
+    weight = x.new_zeros(()).expand(images * out, x.shape[1] // how.groups, *how.kernel)
+    side_by_side = [t.reshape(1, -1, *t.shape[2:]) for t in (gradient, x)]
+    of_weights: Tensor = _backward(
+        *side_by_side, weight, [0], how.stride, how.padding, how.dilation, False, [0, 0], every,
+        [False, True, False],
+    )[1]  # fmt: skip
+    return of_weights.double().square().sum()
