@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from tiedconv.conversion.original_blend import OriginalBlend, conversion_recipe,
 from tiedconv.data import TensorList
 from tiedconv.errors import PlanError, UserError
 from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.runtime.factored_linear import apply_factors
 from tiedconv.runtime.tie import (
     clear_offsets,
     dense_state_dict,
@@ -418,6 +420,26 @@ def test_training_fades_and_evaluates_the_compact_model() -> None:
     assert fading.said == ["begin", *["out", "in"] * 3]
     assert not has_offsets(model)
     assert evaluate_model(model, val, device="cpu").top1 == result.top1
+
+
+def test_an_evaluation_is_of_the_compact_model_within_left_out_and_of_the_blend_without() -> None:
+    """By factors too, where a layer computes no weight to add an offset to."""
+    original, model = pair("timm-vit", "lors", torch.float32)
+    micro = all_micros()["timm-vit"]
+    compact = micro.logits(model)
+    assert apply_factors(model)
+    blend = OriginalBlend(model, original)
+    blend.begin()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    close(micro.logits(model), micro.logits(original))
+    blend.set(0.5)
+    with torch.enable_grad():
+        halfway = micro.forward(model.eval(), micro.input()).detach()
+    close(micro.logits(model), halfway)
+    assert (halfway - compact).abs().max() > 1e-3
+    with blend.left_out():
+        close(micro.logits(model), compact)
+    close(micro.logits(model), halfway)
 
 
 def test_the_first_step_is_that_of_the_original() -> None:

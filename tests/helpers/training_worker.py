@@ -1,4 +1,4 @@
-"""What tests/test_processes.py starts in processes of their own."""
+"""What tests/training/test_distributed.py starts in processes of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 import tiedconv
 from tiedconv.data import TensorList
-from tiedconv.training import DistContext, Interrupted, TrainConfig, joined, train
+from tiedconv.training import DistContext, Interrupted, NotCompiled, TrainConfig, joined, train
 from tiedconv.training.losses import LossMeter
 from tiedconv.training.train_step import TrainStep
 from tiedconv.training.wrappers import TrainWrapper
@@ -129,6 +129,47 @@ def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) ->
     }  # fmt: skip
 
 
+class Full(nn.Module):
+    """A classifier that runs out of memory for more than `most` images, on the CPU for real."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.net, self.most = nn.Sequential(nn.Flatten(), nn.Linear(768, CLASSES)), most
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and len(x) > self.most:
+            torch.empty(2**58, dtype=torch.uint8)
+        out: torch.Tensor = self.net(x)
+        return out
+
+
+def one_is_full(folder: Path) -> None:
+    """Batch sizes and a compilation where one of the processes fails."""
+    data = images(1024, 0), images(33, 1)
+    found: dict[str, Any] = {}
+    with joined("cpu") as (processes, _):
+        for sharding in ("ddp", "fsdp"):
+            config = TrainConfig(steps=2, batch_size=0, sharding=sharding, eval_every_epoch=False)
+            model = Full(8 if processes.rank == 1 else 10**9)
+            result = train(model, *data, config, device="cpu")
+            found[sharding] = processes.gathered(result.batch_size)
+            found[f"{sharding} steps"] = result.steps
+        torch.compile = not_here if processes.rank == 1 else lambda call: call
+        events: list[Any] = []
+        config = TrainConfig(steps=2, batch_size=8, compile=True, eval_every_epoch=False)
+        train(Full(10**9), *data, config, device="cpu", on_event=events.append)
+        found["reasons"] = [e.reason for e in events if isinstance(e, NotCompiled)]
+        if processes.first:
+            (folder / "found.json").write_text(json.dumps(found))
+
+
+def not_here(call: Any) -> Any:
+    def compiled(*arguments: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    return compiled
+
+
 def killed(folder: Path, arguments: list[str], times: int) -> None:
     """The command in one go, and killed so many times at random moments and resumed each time.
 
@@ -182,5 +223,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["curves", folder]:
             curves(Path(folder))
+        case ["full", folder]:
+            one_is_full(Path(folder))
         case ["killed", folder, times, *rest]:
             killed(Path(folder), rest, int(times))

@@ -248,3 +248,13 @@ def test_the_command_of_the_readme_runs(world: World, tmp_path: Path) -> None:
     words = line.split()[1:]
     started([*TORCHRUN[:3], *words, "--workers", 0], cwd=tmp_path)
     assert (tmp_path / "healed.safetensors").is_file()
+
+
+def test_memory_that_runs_out_in_one_process_stops_none(tmp_path: Path) -> None:
+    """All agree on a batch size that fits everywhere, and on compiling or not; none waits."""
+    started([*TORCHRUN, WORKER, "full", tmp_path])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found == {
+        "ddp": [16, 16], "ddp steps": 2, "fsdp": [16, 16], "fsdp steps": 2,
+        "reasons": ["another process could not compile it"],
+    }  # fmt: skip

@@ -47,7 +47,7 @@ class Slow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(len(x))
         if len(x) > self.broken_for:
-            raise torch.OutOfMemoryError("no more")
+            torch.empty(2**58, dtype=torch.uint8)  # more than any machine has
         time.sleep(self.seconds)
         out: Tensor = self.net(x)
         return out
@@ -148,10 +148,22 @@ def test_batches_grow_while_they_fit_and_pay() -> None:
     assert max(quick.sizes) == 64
     # Sixteen steps are left in an epoch.
     assert find_batch_size(Slow(0.02), config=CONFIG, **options) == 64
-    with pytest.raises(UserError, match="Not even 8 images"):
+    with pytest.raises(UserError) as caught:
         find_batch_size(Slow(0, broken_for=4), config=CONFIG, **options)
+    assert caught.value.code == "out-of-memory"
     result = train_net(Slow(0.02, broken_for=50), replace(CONFIG, batch_size=0), train_data=data)
     assert (result.batch_size, result.steps) == (32, 3 * 48)
+
+
+def test_an_error_that_is_not_of_memory_is_not_taken_for_one() -> None:
+    class Odd(Slow):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 8:
+                raise RuntimeError("a bug of the model")
+            return super().forward(x)
+
+    with pytest.raises(RuntimeError, match="a bug of the model"):
+        find_batch_size(Odd(0), make_data(1536), make_data(48, 1), CONFIG, device="cpu")
 
 
 def test_where_nothing_compiles_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ class _Tickets(Dataset[Batch]):
 
     def _read(self, tickets: list[SampleKey]) -> Batch:
         read_batch = getattr(self.data, "read_batch", None)
-        if read_batch is not None:
+        if read_batch is not None and tickets:  # a process may have no image in a last batch
             return Batch(*read_batch(*zip(*tickets, strict=True)))
         images: list[Tensor] = []
         labels: list[int] = []

@@ -1,9 +1,9 @@
-"""The size of batches that a device can do, and that it does fast."""
+"""The batch size: the largest that fits into memory and still raises the throughput."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.data import Batch
 from tiedconv.errors import UserError
+from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
 from tiedconv.training.distributed import joined
@@ -71,7 +72,7 @@ def find_batch_size(
             best, fastest = 0, 0.0
             for size in _doubled(first, most):
                 speed = _speed(setup, batch, size // processes.count)
-                speed = processes.broadcast_int(int(1e6 * speed)) / 1e6  # all go on, or none
+                speed = processes.broadcast_int(int(1e6 * speed)) / 1e6  # all continue, or none
                 if not speed or speed < _GAIN * fastest:
                     break
                 best, fastest = size, speed
@@ -80,6 +81,7 @@ def find_batch_size(
             "Not even 8 images at a time fit into the device's memory",
             "The model can't be trained there",
             "Use --accumulate with a small --batch-size, --sharding fsdp, or a smaller image size",
+            code="out-of-memory",
         )
     return best
 
@@ -91,18 +93,38 @@ def _doubled(first: int, most: int) -> Iterator[int]:
 
 
 def _speed(setup: TrainerSetup, batch: Batch, size: int) -> float:
-    """Images a second in this process; 0 where they don't fit."""
+    """Images per second in this process; 0 where they don't fit into the memory of every one."""
     times = -(-size // len(batch.images))
     images = batch.images.repeat(times, 1, 1, 1)[:size]
     labels = batch.labels.repeat(times)[:size]
+    if not _fits(setup, lambda: setup.updater.backward(images, labels, 0, 1.0, exchange=False)):
+        return 0.0
     seconds: list[float] = []
-    try:
+
+    def time_steps() -> None:
         for step in range(4):
             start = time.perf_counter()
             float(setup.updater.step(images, labels, setup.config.lr, step, 1.0))
             seconds.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError:
-        setup.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
+
+    if setup.processes.several:
+        time_steps()  # a failure ends this process, and its launcher ends the others
+    elif not _fits(setup, time_steps):
         return 0.0
     return size / min(seconds[1:])  # the first allocates
+
+
+def _fits(setup: TrainerSetup, work: Callable[[], object]) -> bool:
+    """Whether every process has enough memory for this work, in which none waits for another."""
+    failed = False
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = True
+    (failed,) = setup.processes.any([failed], setup.placement.device)
+    if failed:
+        setup.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    return not failed

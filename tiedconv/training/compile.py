@@ -1,4 +1,4 @@
-"""`torch.compile` on request, and training without it where that can't be done."""
+"""`torch.compile` on request, with a fallback to eager execution."""
 
 from __future__ import annotations
 
@@ -9,49 +9,51 @@ import torch
 from torch import Tensor
 
 from tiedconv.data import Loader
-from tiedconv.errors import TiedconvError
+from tiedconv.errors import first_line
 from tiedconv.training.throughput import probes, undone
 from tiedconv.training.train_step import TrainStep
 
 
 class CompiledOrEager:
-    """A call that is either compiled or plain.
+    """A forward pass that is either compiled or eager.
 
     Args:
-        plain: the model's forward pass.
+        eager: the model's forward pass.
     """
 
-    def __init__(self, plain: Callable[..., Any]) -> None:
-        self.plain = plain
-        self.current = plain
+    def __init__(self, eager: Callable[..., Any]) -> None:
+        self.eager = eager
+        self.current = eager
 
     def __call__(self, images: Tensor, **more: Any) -> Any:
         return self.current(images, **more)
 
 
 def compile_if_possible(call: CompiledOrEager, updater: TrainStep, loader: Loader) -> str | None:
-    """Compiles a forward pass, and its backward pass; tried in one step, which is then undone.
+    """Compiles a forward pass and its backward pass, which are run once to see that they work.
 
     Args:
-        call: is switched over.
-        updater: takes the step, through `call`.
+        call: is switched to the compiled form.
+        updater: runs both passes, through `call`.
         loader: of the training images.
 
     Returns:
-        why it stayed plain; None if it is compiled.
+        why it stayed eager, in this or another process; None if it is compiled.
     """
     if updater.config.features > 0:
         return "features are taken from the outputs of blocks, which compiled code does not keep"
-    call.current = torch.compile(call.plain)
+    call.current = torch.compile(call.eager)
+    reason: str | None = None
     try:
         with undone(updater):
             batch = next(probes(loader))
-            float(updater.step(batch.images, batch.labels, updater.config.lr, 0, 1.0))
+            # Without exchange: where one process fails, the others must not wait for its gradients.
+            float(updater.backward(batch.images, batch.labels, 0, 1.0, exchange=False))
+    except (RuntimeError, ImportError, OSError) as error:  # of torch, triton, a C++ compiler
+        reason = first_line(error)[:200]
+    (failed,) = updater.processes.any([reason is not None], updater.placement.device)
+    if not failed:
         return None
-    except TiedconvError:
-        raise
-    except Exception as error:  # a compiler fails in any way that its many parts may
-        call.current = call.plain
-        torch._dynamo.reset()
-        text = str(error).strip().splitlines()
-        return text[0][:200] if text else type(error).__name__
+    call.current = call.eager
+    torch._dynamo.reset()
+    return reason or "another process could not compile it"

@@ -57,34 +57,44 @@ class TrainStep:
             the loss of this process times `weight`, still on the device.
         """
         set_learning_rate(self.optimizer, lr)
+        return self.apply(self.backward(images, labels, step, weight))
+
+    def backward(
+        self, images: Tensor, labels: Tensor, step: int, weight: float, exchange: bool = True
+    ) -> Tensor:
+        """The gradients of one update, and its loss; arguments as for `step`.
+
+        With `exchange` false the processes keep their gradients to themselves, so that none waits
+        for another.
+        """
         seed = step_seed(self.config.seed, step, self.processes.rank)
         self.seed(seed)
         self.optimizer.zero_grad(set_to_none=True)
         parts = min(self.config.accumulate, len(images))
-        told = torch.zeros((), device=self.placement.device)
+        total = torch.zeros((), device=self.placement.device)
         for i, (some, their) in enumerate(
             zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
         ):
-            share = weight * len(some) / len(images) if parts > 1 else weight
+            fraction = weight * len(some) / len(images) if parts > 1 else weight
             last = i == parts - 1
-            with nullcontext() if last else self.learner.accumulating():
+            with nullcontext() if last and exchange else self.learner.accumulating():
                 loss = self.objective(some, their, seed + i).loss
-                loss = loss * share if share != 1.0 else loss
+                loss = loss * fraction if fraction != 1.0 else loss
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            told += loss.detach()
-        return self.apply(told)
+            total += loss.detach()
+        return total
 
-    def apply(self, told: Tensor) -> Tensor:
-        """Let the optimiser use the gradients; returns the loss, not finite if a gradient isn't."""
+    def apply(self, loss: Tensor) -> Tensor:
+        """The optimiser's step; returns the loss, not finite if a gradient isn't."""
         if self.config.clip > 0:
             self.scaler.unscale_(self.optimizer)
             norm = self.learner.clip(self.parameters, self.config.clip)
             if not self.placement.scales:  # a scaler tries scales that are too large, and skips
                 # 0 times a norm that isn't finite is NaN: shows bad gradients at their own step.
-                told = told + 0 * norm
+                loss = loss + 0 * norm
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return told
+        return loss
 
     def seed(self, seed: int) -> None:
         """Make dropout depend on the step, not on the steps before it."""
