@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tiedconv.numerics import kfac_metric
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric, mean_metric, shrinkage_estimate
 from tiedconv.numerics.linalg import truncate
 
@@ -159,6 +163,72 @@ def test_a_float32_metric_keeps_the_precision_of_what_it_measures() -> None:
     for dtype in (torch.float32, torch.float64):
         assert metric.apply(randn(6, 5, dtype=dtype)).dtype == dtype
         assert metric.truncate(randn(6, 5, dtype=dtype), 2)[0].dtype == dtype
+
+
+@pytest.fixture
+def factorisations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of all matrices that were factorised by Cholesky during the test."""
+    shapes: list[tuple[int, ...]] = []
+    cholesky = torch.linalg.cholesky
+
+    def counted(matrix: Tensor) -> Tensor:
+        shapes.append(tuple(matrix.shape))
+        result: Tensor = cholesky(matrix)
+        return result
+
+    monkeypatch.setattr(torch.linalg, "cholesky", counted)
+    return shapes
+
+
+def test_each_side_is_factorised_once(factorisations: list[tuple[int, ...]]) -> None:
+    metric, matrix = metric_of((6, 5)), randn(6, 5)
+    for rank in (1, 2, 3):
+        metric.truncate(matrix, rank)
+        metric.flipped().truncate(matrix.t(), rank)
+        metric.part(0, 6).whiten(matrix)
+    assert factorisations == [(5, 5), (6, 6)]
+    for _ in range(2):  # some rows have a G of their own, and the C of all
+        metric.part(0, 4).truncate(matrix[:4], 2)
+        metric.part(0, 4).flipped().truncate(matrix[:4].t(), 2)
+    assert factorisations == [(5, 5), (6, 6), (4, 4)]
+
+
+def test_a_side_that_is_not_used_is_not_factorised(factorisations: list[tuple[int, ...]]) -> None:
+    metric = metric_of((6, 5))
+    metric.cost(randn(6, 5))
+    metric.part(0, 3).flipped().apply(randn(5, 3))
+    assert factorisations == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kept_roots_give_the_same_bits(dtype: torch.dtype) -> None:
+    metric, matrix = metric_of((6, 5)), randn(6, 5, dtype=dtype)
+    metric.truncate(randn(6, 5), 3)
+    metric.truncate(matrix, 3)
+    again = metric.truncate(matrix, 3)
+    fresh = metric_of((6, 5)).truncate(matrix, 3)
+    assert all(torch.equal(a, b) for a, b in zip(again, fresh, strict=True))
+
+
+def test_kept_roots_are_bounded_and_go_with_their_metric(
+    factorisations: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 8 * 6 * 6  # bytes of one root
+    monkeypatch.setattr(kfac_metric, "MAX_ROOT_BYTES", 2 * size)
+    monkeypatch.setattr(kfac_metric, "_recent", weakref.WeakKeyDictionary())
+    metrics, matrix = [metric_of((6, 1), "left", seed) for seed in range(3)], randn(6, 1)
+    for metric in metrics:
+        metric.whiten(matrix)
+    assert sum(kfac_metric._recent.values()) == 2 * size
+    metrics[2].whiten(matrix)
+    metrics[1].whiten(matrix)
+    assert len(factorisations) == 3
+    metrics[0].whiten(matrix)  # the least recently used one was dropped
+    assert len(factorisations) == 4
+    metrics.clear()
+    del metric
+    gc.collect()
+    assert len(kfac_metric._recent) == 0
 
 
 def random_cost(metric: KfacMetric, shape: tuple[int, int]) -> float:

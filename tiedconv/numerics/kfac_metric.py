@@ -1,31 +1,40 @@
-"""What an error of a weight costs, measured on images.
+"""Fisher-weighted error of a weight matrix, Kronecker-factored (K-FAC).
 
 For a matrix W `(out, in)` replaced by `W + E`, the cost is
 
     cost(E) = 1/2 tr(G E C E^T)
 
-with C `(in, in)` the second moment of what W reads and G `(out, out)` that of the loss gradient
-of what it writes. It is the Kronecker-factored form of the Fisher matrix (K-FAC; Martens and
-Grosse, arXiv 1503.05671): to second order the divergence, in nats for each image, of the changed
-network's answers from the original's. So costs of different layers are in one unit and may be
-added, and a budget is spent where it buys most. With G the identity it is the whitened error of
-SVD-LLM (arXiv 2403.07378); with both, the squared Frobenius error.
+with C `(in, in)` the second moment of the inputs of W and G `(out, out)` that of the loss gradient
+with respect to its outputs: the Kronecker-factored Fisher matrix (Martens and Grosse,
+https://arxiv.org/abs/1503.05671). To second order the cost is the KL divergence, in nats per image,
+between the outputs of the original network and those of the changed one. Costs of different layers
+are therefore in one unit: they can be added, and a budget goes where it removes the most. With G
+the identity it is the whitened error of SVD-LLM (https://arxiv.org/abs/2403.07378); with G and C
+the identity, half the squared Frobenius norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from tiedconv.numerics.linalg import truncate
 
+# Cholesky roots kept for reuse, of all metrics together. The candidates for one block use the same
+# roots one after another; the roots of a whole model would take as much memory as its moments.
+MAX_ROOT_BYTES = 128 * 2**20
+
 
 @dataclass(frozen=True)
 class KfacMetric:
-    """The two moments of one matrix, positive definite; None stands for the identity.
+    """The two second moments of one matrix, positive definite; None stands for the identity.
+
+    The moments must not be changed in place: their Cholesky roots are reused.
 
     Args:
         left: G `(out, out)`.
@@ -35,22 +44,40 @@ class KfacMetric:
     left: Tensor | None = None
     right: Tensor | None = None
 
+    @cached_property
+    def _left_root(self) -> _Root | None:
+        return None if self.left is None else _Root(self.left)
+
+    @cached_property
+    def _right_root(self) -> _Root | None:
+        return None if self.right is None else _Root(self.right)
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], KfacMetric]:
+        return {}
+
     @property
     def measured(self) -> bool:
-        """Whether there is more to it than plain distance."""
+        """Whether it differs from the Frobenius norm."""
         return self.left is not None or self.right is not None
 
     @property
     def weight(self) -> float:
         """The mean over entries of twice the cost of an error of 1 in that entry."""
-        return _trace(self.left) * _trace(self.right)
+        return _mean_eigenvalue(self.left) * _mean_eigenvalue(self.right)
 
     def flipped(self) -> KfacMetric:
         """The metric of the transposed matrix."""
-        return KfacMetric(self.right, self.left)
+        return self._flipped
+
+    @cached_property
+    def _flipped(self) -> KfacMetric:
+        flipped = KfacMetric(self.right, self.left)
+        vars(flipped).update(_left_root=self._right_root, _right_root=self._left_root)
+        return flipped
 
     def apply(self, error: Tensor) -> Tensor:
-        """`G E C`, half the gradient of twice the cost, `(out, in)`."""
+        """`G E C`, the gradient of the cost, `(out, in)`."""
         if self.right is not None:
             error = error @ self.right.to(error.dtype)
         return error if self.left is None else self.left.to(error.dtype) @ error
@@ -61,43 +88,76 @@ class KfacMetric:
 
     def whiten(self, matrix: Tensor) -> Tensor:
         """The matrix whose squared Frobenius norm is twice the cost, `(out, in)`."""
-        if self.right is not None:
-            matrix = matrix @ _root(self.right, matrix.dtype)
-        return matrix if self.left is None else _root(self.left, matrix.dtype).t() @ matrix
+        if self._right_root is not None:
+            matrix = matrix @ self._right_root.of(matrix.dtype)
+        return matrix if self._left_root is None else self._left_root.of(matrix.dtype).t() @ matrix
 
     def truncate(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The B `(out, rank)` and A `(rank, in)` with the least cost of `matrix - B A`."""
         b, a = truncate(self.whiten(matrix), rank)
-        if self.left is not None:
-            root = _root(self.left, b.dtype).t()
+        if self._left_root is not None:
+            root = self._left_root.of(b.dtype).t()
             b = torch.linalg.solve_triangular(root, b, upper=True)
-        if self.right is not None:
-            root = _root(self.right, a.dtype)
+        if self._right_root is not None:
+            root = self._right_root.of(a.dtype)
             a = torch.linalg.solve_triangular(root, a, upper=False, left=False)
         return _balanced(b, a)
 
     def scaled_left(self) -> Tensor | None:
-        """G times the mean eigenvalue of C: the left side, where the right gets unit trace."""
-        return None if self.left is None else self.left * _trace(self.right)
+        """G times the mean eigenvalue of C: the left side once C is scaled to mean eigenvalue 1."""
+        return None if self.left is None else self.left * _mean_eigenvalue(self.right)
 
     def part(self, start: int, stop: int) -> KfacMetric:
-        """The metric of some rows."""
-        left = None if self.left is None else self.left[start:stop, start:stop]
-        return KfacMetric(left, self.right)
+        """The metric of rows `start` to `stop`."""
+        if self.left is None or (start, stop) == (0, len(self.left)):
+            return self
+        if (start, stop) not in self._parts:
+            part = KfacMetric(self.left[start:stop, start:stop], self.right)
+            vars(part).update(_right_root=self._right_root)  # the same C
+            self._parts[start, stop] = part
+        return self._parts[start, stop]
+
+
+class _Root:
+    """The lower triangular L with `L L^T` a moment: computed when used, kept while recent."""
+
+    def __init__(self, moment: Tensor) -> None:
+        self._moment = moment
+        self._by_dtype: dict[torch.dtype, Tensor] = {}
+
+    def of(self, dtype: torch.dtype) -> Tensor:
+        """L, computed in float64 and rounded to `dtype`."""
+        if dtype not in self._by_dtype:
+            root: Tensor = torch.linalg.cholesky(self._moment.double())
+            self._by_dtype[dtype] = root.to(dtype)
+        root = self._by_dtype[dtype]
+        _recent.pop(self, None)
+        _recent[self] = sum(r.nbytes for r in self._by_dtype.values())
+        while sum(_recent.values()) > MAX_ROOT_BYTES:
+            oldest = next(_recent.keys())
+            oldest._by_dtype.clear()
+            del _recent[oldest]
+        return root
+
+
+# Bytes of each kept root, least recently used first. Weak: a root goes with its metric.
+_recent: WeakKeyDictionary[_Root, int] = WeakKeyDictionary()
 
 
 IDENTITY = KfacMetric()
 
 
 def mean_metric(metrics: Sequence[KfacMetric]) -> KfacMetric:
-    """One metric in place of several: each side the mean, weighted by what the other side costs.
+    """One metric in place of several: each side the weighted mean of theirs.
 
-    The sides of a metric have no scale of their own (`c G` and `C / c` cost the same), so each
-    side enters with unit trace and the whole keeps the sum of the costs of a random error.
+    The scale of one side is arbitrary (`c G` and `C / c` give the same cost), so each side enters
+    scaled to mean eigenvalue 1, weighted by the `weight` of its metric. The result costs a random
+    error as much as all of them together. A side that one of them lacks, or that comes in several
+    sizes, is None.
     """
     lefts, rights, weights = [], [], []
     for metric in metrics:
-        left, right = _trace(metric.left), _trace(metric.right)
+        left, right = _mean_eigenvalue(metric.left), _mean_eigenvalue(metric.right)
         weights.append(metric.weight)
         lefts.append(None if metric.left is None else metric.left / left)
         rights.append(None if metric.right is None else metric.right / right)
@@ -118,7 +178,7 @@ def shrinkage_estimate(first: Tensor, second: Tensor) -> tuple[Tensor, float]:
 
     `(1 - rho) C + rho mu I`, mu the mean eigenvalue. The ridge rho is chosen by the data: it is
     the one with which each half best predicts the other (least squares, in closed form), halved
-    because both together see twice the images.
+    because the result is over twice as many images.
 
     Args:
         first, second: moments over the halves, `(n, n)` float64.
@@ -139,18 +199,12 @@ def shrinkage_estimate(first: Tensor, second: Tensor) -> tuple[Tensor, float]:
     return whole.float(), rho
 
 
-def _root(moment: Tensor, dtype: torch.dtype) -> Tensor:
-    """The lower triangular L with `L L^T` the moment."""
-    root: Tensor = torch.linalg.cholesky(moment.double())
-    return root.to(dtype)
-
-
-def _trace(side: Tensor | None) -> float:
+def _mean_eigenvalue(side: Tensor | None) -> float:
     return 1.0 if side is None else max(float(side.diagonal().mean()), 1e-30)
 
 
 def _balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with columns of B and rows of A of one norm."""
+    """The same product where each column of B has the norm of its row of A."""
     over, under = b.norm(dim=0), a.norm(dim=1)
     scale = torch.where((over > 0) & (under > 0), (under / over.clamp(min=1e-30)).sqrt(), 1.0)
     return b * scale, a / scale.unsqueeze(1)
