@@ -68,7 +68,7 @@ class Setting:
 def settings(params: str) -> list[Setting]:
     """All rows at a budget: the full conversion of a scheme, and it with one part off."""
     rows: list[Setting] = []
-    core = {"core": 0.5}
+    core = {"base_rank": 0.5}
     for scheme, options in (("lowrank", {}), ("tied", core), ("lors", core), ("basis", {})):
         full = Setting(scheme, params, options, blocks=True, joint=True)
         rows += [

@@ -57,10 +57,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "basis, tied": ("basis", {"tie": True}),
     "basis, all of these": ("basis", {"groups": "all", "join": True, "tie": True}),
     "lors, bases": ("lors", {"bases": 2, "rank": 0.1, "groups": "adjacent:3"}),
-    "lors, core": ("lors", {"core": 0.4}),
+    "lors, core": ("lors", {"base_rank": 0.4}),
     "auto, sharing": ("auto", {"params": "70%"}),
-    "tied, core": ("tied", {"core": 0.5}),
-    "tied, core and rank": ("tied", {"core": 0.4, "rank": 2}),
+    "tied, core": ("tied", {"base_rank": 0.5}),
+    "tied, core and rank": ("tied", {"base_rank": 0.4, "rank": 2}),
 }
 VARIED = ("timm-vit", "torchvision-resnet", "hf-imagegpt")
 # Likewise, of schemes for one kind of layer.
@@ -176,11 +176,11 @@ def full_rank_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 options += map(dict, cls.smaller_options)
             if name in EVERY_OPTION and scheme == "tied":
                 options += [{"scale": False}, {"pairing": "vo-qk"}, {"first": "slice"}]
-                options += [{"core": 10**6}]
+                options += [{"base_rank": 10**6}]
             if name in EVERY_OPTION and scheme == "lors":
                 options += [{"groups": "adjacent:2"}, {"fused": False}, {"match": False}]
                 # Residuals make up for a core, but a layer without an equal has the core alone.
-                options += [{"core": 10**6 if name == "torchvision-resnet" else 3}]
+                options += [{"base_rank": 10**6 if name == "torchvision-resnet" else 3}]
                 # Two bases for two layers would be no fewer numbers, so nothing is converted.
                 options += [{"bases": 2}] if name != "torch-transformer" else []
             for option in options:
@@ -205,7 +205,7 @@ def test_full_rank_reproduces_the_original(name: str, scheme: str, options: dict
 @pytest.mark.parametrize("name", all_micros())
 def test_a_basis_of_full_rank_reproduces_the_original(name: str, options: dict[str, Any]) -> None:
     micro = all_micros()[name]
-    tied = tiedconv.convert(micro.model(), "basis", core=10**6, **options)
+    tied = tiedconv.convert(micro.model(), "basis", base_rank=10**6, **options)
     assert_tied(tied)
     assert relative(micro.logits(tied), original_logits(name)) < EXACT
 

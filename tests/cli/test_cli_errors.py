@@ -81,7 +81,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("resnet50 --effort fast", ["--effort", "--calib"]),
         ("resnet50 -n 100", ["--calib-images", "--calib"]),
         ("resnet50 --strict", ["--strict", "--calib"]),
-        ("resnet50 --scheme tied --option core=-1", ["core=-1"]),
+        ("resnet50 --scheme tied --option base_rank=-1", ["base_rank=-1"]),
         ("resnet50 --interpolation cubic", ["cubic", "bilinear or bicubic"]),
         ("resnet50 --weights missing.pth", ["missing.pth", "path of a readable file"]),
         ("resnet50 --recipe missing.toml", ["missing.toml", "TOML"]),

@@ -126,7 +126,7 @@ def test_every_scheme_is_compared(vit: nn.Module) -> None:
 def test_small_budgets_are_met_by_an_alternative(vit: nn.Module) -> None:
     row = next(r for r in compare(vit, ["30%"]).rows if r.way.name == "lors")
     assert row.cells[0].how is not None
-    assert row.cells[0].how.name == "lors core=0.5"
+    assert row.cells[0].how.name == "lors base_rank=0.5"
 
 
 def test_a_scheme_that_finds_nothing_is_named() -> None:
@@ -201,7 +201,7 @@ def test_what_is_printed(world: World) -> None:
     assert text.splitlines()[1].split() == ["scheme", "60%", "20%"]
     assert "– from" in text
     assert "at a size of its own" in text
-    assert "lors at 60%: as lors core=0.5, which convert tries by itself." in text
+    assert "lors at 60%: as lors base_rank=0.5, which convert tries by itself." in text
     assert "--scheme auto --params" in result.stderr
     assert f"tiedconv plan {SPEC}" in result.stderr
     assert gc.isenabled()

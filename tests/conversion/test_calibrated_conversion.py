@@ -252,7 +252,7 @@ def best_cost(name: str, recipe: Recipe, x: Tensor) -> tuple[float, Recipe]:
 def test_auto_costs_no_more_than_what_it_tries(name: str, params: str) -> None:
     x = images_of(name, 24)
     auto, _ = best_cost(name, Recipe.of("auto", params=params), x)
-    others = {"tied": {"core": 0.5}, "lors": {"core": 0.5}}
+    others = {"tied": {"base_rank": 0.5}, "lors": {"base_rank": 0.5}}
     for scheme, options in others.items():
         try:
             other = cost_of(name, Recipe.of(scheme, params=params, **options), x)
@@ -404,8 +404,8 @@ def test_a_budget_that_needs_a_core_is_met_with_images_too(scheme: str) -> None:
     )  # fmt: skip
     assert budget.stored <= budget.original * 0.35
     assert state_of(made).plan.stored <= budget.original * 0.35
-    assert state_of(made).history[0]["recipe"]["rules"][0]["core"] == 0.5
-    assert all(g.options["core"] > 0 for g in state_of(made).plan.groups)
+    assert state_of(made).history[0]["recipe"]["rules"][0]["base_rank"] == 0.5
+    assert all(g.options["base_rank"] > 0 for g in state_of(made).plan.groups)
 
 
 def test_a_budget_out_of_reach_is_refused_before_anything_is_measured() -> None:

@@ -219,8 +219,9 @@ W = Ref("w", (2, 3))
     ],
 )
 def test_an_ill_typed_node_cannot_be_built(build: Any) -> None:
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError) as caught:
         build()
+    assert caught.value.code in ("malformed-expression", "impossible-shape")
 
 
 atoms = (
@@ -319,8 +320,9 @@ def nested(tag: str, depth: int) -> list[Any]:
     ],
 )
 def test_malformed_json_is_refused(data: Any) -> None:
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError) as caught:
         from_json(data)
+    assert caught.value.code in ("malformed-expression", "impossible-shape", "plan-too-large")
 
 
 def test_the_limits_leave_room_for_what_they_name() -> None:
@@ -333,8 +335,9 @@ def test_an_expression_that_grows_like_a_power_of_two_is_refused_quickly() -> No
     data: Any = ["ref", "w", [2]]
     for _ in range(MAX_DEPTH):
         data = ["add", data, data]
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError) as caught:
         from_json(data)
+    assert caught.value.code == "plan-too-large"
 
 
 def doubles(*shape: int) -> torch.Tensor:

@@ -272,7 +272,7 @@ def test_rotary_positions_leave_no_head_free() -> None:
     info = inspect_model(DINOv3ViTModel(config))
     blocks = [b for _, b in find_blocks(info.shapes, info.hints) if b.kind == "attention"]
     assert blocks
-    assert not any(b.free for b in blocks)
+    assert not any(b.permutable for b in blocks)
 
 
 # Directories: which class, which images, which backbone.

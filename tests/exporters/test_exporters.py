@@ -30,7 +30,7 @@ from tiedconv.runtime.tie import dense_state_dict, state_of
 
 WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("timm-vit", "tied", {}),
-    "tied over a core": ("timm-vit", "tied", {"core": 0.5}),
+    "tied over a core": ("timm-vit", "tied", {"base_rank": 0.5}),
     "attention in one": ("torchvision-vit", "tied", {}),
     "lors": ("timm-vit", "lors", {"rank": 2}),
     "lors, bases": ("timm-vit", "lors", {"bases": 2, "rank": 0.1, "groups": "adjacent:3"}),

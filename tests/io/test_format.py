@@ -41,7 +41,7 @@ assert not [name for name in sys.modules if name.startswith("tiedconv.")]
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("timm-vit", "tied", {"rank": 2}),
-    "tied, core": ("torchvision-resnet", "tied", {"core": 0.4, "rank": 2}),
+    "tied, core": ("torchvision-resnet", "tied", {"base_rank": 0.4, "rank": 2}),
     "lors": ("hf-imagegpt", "lors", {}),
     "lors, bases": ("timm-vit", "lors", {"bases": 2, "rank": 0.1}),
     "basis, tied": ("torchvision-vit", "basis", {"tie": True}),

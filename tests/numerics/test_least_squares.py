@@ -28,21 +28,21 @@ FORMS: dict[str, tuple[str, dict[str, Any], Shapes]] = {
     "tied, no scales": ("tied", {"scale": False}, [(8, 6)] * 3),
     "tied, a slice": ("tied", {"scale": False}, [(8, 6), (8, 4)]),
     "tied, rank": ("tied", {"rank": 2}, [(8, 6)] * 2),
-    "tied, core": ("tied", {"core": 3}, [(8, 6)] * 2),
-    "tied, core and rank": ("tied", {"core": 3, "rank": 2}, [(8, 6)] * 3),
-    "tied, a slice of a core": ("tied", {"core": 3, "scale": False}, [(8, 6), (8, 4)]),
+    "tied, core": ("tied", {"base_rank": 3}, [(8, 6)] * 2),
+    "tied, core and rank": ("tied", {"base_rank": 3, "rank": 2}, [(8, 6)] * 3),
+    "tied, a slice of a core": ("tied", {"base_rank": 3, "scale": False}, [(8, 6), (8, 4)]),
     "lors": ("lors", {"rank": 2}, [(8, 6)] * 3),
     "lors, a base alone": ("lors", {"rank": 0}, [(8, 6)] * 3),
-    "lors, core": ("lors", {"rank": 2, "core": 3}, [(8, 6)] * 3),
+    "lors, core": ("lors", {"rank": 2, "base_rank": 3}, [(8, 6)] * 3),
     "lors, bases": ("lors", {"rank": 1, "bases": 2}, [(8, 6)] * 3),
-    "basis": ("basis", {"core": 3}, [(8, 6), (5, 6), (9, 6)]),
+    "basis": ("basis", {"base_rank": 3}, [(8, 6), (5, 6), (9, 6)]),
     "lors-adaptive": ("lors-adaptive", {"shape": [4, 3], "rank": 2}, [(24, 5)] * 3),
     "lors-adaptive, terms": (
         "lors-adaptive",
         {"shape": [4, 3], "rank": 1, "k": [0, 1, 3]},
         [(12, 6)] * 3,
     ),
-    "basis, tied": ("basis", {"core": 3, "owners": [0, 0, 2]}, [(8, 6), (8, 6), (9, 6)]),
+    "basis, tied": ("basis", {"base_rank": 3, "owners": [0, 0, 2]}, [(8, 6), (8, 6), (9, 6)]),
 }
 
 each_form = pytest.mark.parametrize("form", FORMS)

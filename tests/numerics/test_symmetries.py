@@ -84,7 +84,7 @@ def bottleneck_units(editor: WeightEditor, block: Block, generator: torch.Genera
 
 def bottleneck_order(which: tuple[bool, bool]) -> Move:
     def move(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
-        if block.kind != "bottleneck" or not block.free:
+        if block.kind != "bottleneck" or not block.permutable:
             return False
         conv1, conv2 = block.slots["conv1"], block.slots["conv2"]
         if conv2.columns != conv1.rows * torch.Size(conv2.kernel).numel():
@@ -100,7 +100,7 @@ def bottleneck_order(which: tuple[bool, bool]) -> Move:
 
 
 def hidden_order(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
-    if block.kind != "ffn" or not block.free:
+    if block.kind != "ffn" or not block.permutable:
         return False
     gauge.permute_hidden(
         editor, block, torch.randperm(block.slots["up"].rows, generator=generator)
@@ -109,7 +109,7 @@ def hidden_order(editor: WeightEditor, block: Block, generator: torch.Generator)
 
 
 def hidden_scale(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
-    if block.kind != "ffn" or not (block.free and block.relu):
+    if block.kind != "ffn" or not (block.permutable and block.relu):
         return False
     gauge.scale_hidden(editor, block, positive(block.slots["up"].rows, generator))
     return True
@@ -117,7 +117,7 @@ def hidden_scale(editor: WeightEditor, block: Block, generator: torch.Generator)
 
 def head_bases(which: tuple[bool, bool]) -> Move:
     def move(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
-        if block.kind != "attention" or not (block.free and block.heads):
+        if block.kind != "attention" or not (block.permutable and block.heads):
             return False
         d = block.slots["q"].rows // block.heads
 
@@ -133,7 +133,7 @@ def head_bases(which: tuple[bool, bool]) -> Move:
 
 
 def head_order(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
-    if block.kind != "attention" or not (block.free and block.heads):
+    if block.kind != "attention" or not (block.permutable and block.heads):
         return False
     gauge.permute_heads(editor, block, torch.arange(block.heads).flip(0))
     return True
@@ -261,7 +261,7 @@ def test_aligning_only_part_of_a_block_changes_no_output(scheme: str) -> None:
 def test_a_block_that_is_not_free_is_left_alone() -> None:
     blocks = [b for b in blocks_of("timm-vit-qknorm") if b.kind == "attention"]
     assert blocks
-    assert not any(b.free for b in blocks)
+    assert not any(b.permutable for b in blocks)
 
 
 def test_a_dead_norm_is_not_folded() -> None:

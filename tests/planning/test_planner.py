@@ -33,7 +33,7 @@ from tiedconv.planning.planner import draft, smaller_options
 from tiedconv.planning.rank_allocation import allocate
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.runtime.tie import is_tied, state_of
-from tiedconv.schemes import Draft, all_schemes
+from tiedconv.schemes import Draft, all_schemes, make_scheme
 from tiedconv.schemes._base import Ranked
 
 RANKED = [name for name, cls in all_schemes().items() if issubclass(cls, Ranked)]
@@ -148,7 +148,7 @@ def test_a_budget_that_saves_nothing_is_refused(params: str) -> None:
         ('[[rule]]\nscheme = "nothing"', "no scheme 'nothing'"),
         ("[[rule]]\nscheme = 3", "no scheme"),
         ("[[rule]]\nnope = 3", "no option 'nope'"),
-        ('[[rule]]\nscale = "yes"', "wrong kind"),
+        ('[[rule]]\nscale = "yes"', "wrong type"),
         ("[[rule]]\ninclude = 3", "no list of patterns"),
         ("[[rule]]\nexclude = [3]", "no list of patterns"),
         ('params = "half"\n[[rule]]\nscheme = "tied"', "no budget"),
@@ -172,44 +172,55 @@ def test_a_recipe_that_is_not_there_or_not_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "options", "reason"),
+    ("scheme", "options", "code"),
     [
-        ("teid", {}, "Did you mean tied"),
-        ("LORS", {}, "Known: auto, basis, lors, lors-adaptive, lowrank"),
-        ("", {}, "Known"),
-        ("tied", {"ranks": 3}, "no option 'ranks'"),
-        ("shared", {"rank": 3}, "no option 'rank'"),
-        ("tied", {"scale": 1}, "wrong kind"),
-        ("tied", {"rank": "8"}, "wrong kind"),
-        ("tied", {"rank": True}, "wrong kind"),
-        ("tied", {"pairing": "q-k"}, "Use one of: kv-qo, vo-qk"),
-        ("tied", {"first": "last"}, "keep, slice, expand"),
-        ("lors", {"groups": "some"}, "adjacent:N"),
-        ("lors", {"rank": -1}, "negative"),
-        ("lors", {"rank": -0.5}, "negative"),
-        ("lors", {"rank": [1, 2]}, "rank lists 2 numbers"),
-        ("lors", {"k": [1, 2]}, "k lists 2 multipliers"),
-        ("lors", {"k": [1, 2.5, 3]}, "wrong kind"),
-        ("lors", {"bases": 0}, "bases=0"),
-        ("lors", {"bases": 5}, "stacks of at most 3 layers"),
-        ("lors", {"rank": 1.5}, "no share"),
-        ("lors", {"bases": 2, "core": 4}, "one base only"),
-        ("lors", {"core": -1}, "negative"),
-        ("tied", {"core": -0.5}, "negative"),
-        ("basis", {"core": 0}, "no basis"),
-        ("basis", {"core": -1}, "negative"),
-        ("basis", {"owners": [0, 0]}, "tie=true"),
-        ("basis", {"groups": "some"}, "adjacent:N"),
-        ("auto", {"rank": 3}, "no option 'rank'"),
-        ("lors", {"rank": math.nan}, "no number"),
-        ("lors", {"rank": math.inf}, "no number"),
+        ("teid", {}, "unknown-scheme"),
+        ("LORS", {}, "unknown-scheme"),
+        ("", {}, "unknown-scheme"),
+        ("tied", {"ranks": 3}, "unknown-option"),
+        ("shared", {"rank": 3}, "unknown-option"),
+        ("tied", {"scale": 1}, "wrong-option-type"),
+        ("tied", {"rank": "8"}, "wrong-option-type"),
+        ("tied", {"rank": True}, "wrong-option-type"),
+        ("tied", {"pairing": "q-k"}, "unknown-choice"),
+        ("tied", {"first": "last"}, "unknown-choice"),
+        ("lors", {"groups": "some"}, "invalid-groups"),
+        ("lors", {"rank": -1}, "invalid-rank"),
+        ("lors", {"rank": -0.5}, "invalid-rank"),
+        ("lors", {"rank": [1, 2]}, "wrong-rank-count"),
+        ("lors", {"k": [1, 2]}, "wrong-rank-count"),
+        ("lors", {"k": [1, 2.5, 3]}, "wrong-option-type"),
+        ("lors", {"bases": 0}, "invalid-bases"),
+        ("lors", {"bases": 5}, "too-many-bases"),
+        ("lors", {"rank": 1.5}, "invalid-rank"),
+        ("lors", {"bases": 2, "base_rank": 4}, "invalid-bases"),
+        ("lors", {"base_rank": -1}, "invalid-rank"),
+        ("tied", {"base_rank": -0.5}, "invalid-rank"),
+        ("basis", {"base_rank": 0}, "invalid-rank"),
+        ("basis", {"base_rank": -1}, "invalid-rank"),
+        ("basis", {"owners": [0, 0]}, "internal-option"),
+        ("basis", {"groups": "some"}, "invalid-groups"),
+        ("auto", {"rank": 3}, "unknown-option"),
+        ("lors", {"rank": math.nan}, "invalid-rank"),
+        ("lors", {"rank": math.inf}, "invalid-rank"),
     ],
 )
 def test_a_wrong_scheme_or_option_is_refused(
-    scheme: str, options: dict[str, Any], reason: str
+    scheme: str, options: dict[str, Any], code: str
 ) -> None:
-    with pytest.raises(SchemeError, match=reason):
+    with pytest.raises(SchemeError) as caught:
         tiedconv.plan(model("timm-vit"), scheme, **options)
+    assert caught.value.code == code
+
+
+def test_an_unknown_scheme_or_option_lists_the_known_ones() -> None:
+    for scheme, options, listed in (
+        ("teid", {}, "Did you mean tied"),
+        ("LORS", {}, "Known: auto, basis, lors, lors-adaptive, lowrank"),
+        ("tied", {"pairing": "q-k"}, "Use one of: kv-qo, vo-qk"),
+    ):
+        with pytest.raises(SchemeError, match=listed):
+            make_scheme(scheme, options)
 
 
 @pytest.mark.parametrize(
@@ -274,18 +285,18 @@ def test_a_budget_out_of_reach_of_a_scheme_is_met_with_a_core() -> None:
         plan = tiedconv.plan(model(name), scheme, params=str(budget))
         assert plan.stored <= budget
         assert {g.scheme for g in plan.groups} == {scheme}
-        assert all(g.options["core"] for g in plan.groups)
+        assert all(g.options["base_rank"] for g in plan.groups)
         tied = state_of(tiedconv.convert(model(name), scheme, params=str(budget))).plan
         assert 0.97 * budget < tied.stored <= budget
-        assert all(g.options["core"] for g in tied.groups)
+        assert all(g.options["base_rank"] for g in tied.groups)
         # Who asks for W whole with its ranks and no budget gets that.
-        assert not any(g.options["core"] for g in whole.groups)
+        assert not any(g.options["base_rank"] for g in whole.groups)
 
 
 def test_with_a_core_a_layer_without_an_equal_is_of_low_rank() -> None:
     name = "torchvision-resnet"
     for core, options in itertools.product((0, 2), ({"rank": 1}, {"rank": 1, "k": [1, 2]})):
-        plan = tiedconv.plan(model(name), "lors", core=core, include="layer1*", **options)
+        plan = tiedconv.plan(model(name), "lors", base_rank=core, include="layer1*", **options)
         lone = [g for g in plan.groups if len(g.members) == 1]
         assert bool(lone) == bool(core)
         assert all(set(g.factors) == {"base_left", "base_right"} for g in lone)
@@ -383,9 +394,7 @@ def drafts_of(name: str, scheme: str) -> tuple[list[Draft], WeightEditor]:
     info = inspect_model(model(name))
     own = model(name).state_dict()
     drafts = [
-        Draft(
-            d.name, d.scheme.with_residual_ranks([d.scheme.least_rank] * len(d.members)), d.members
-        )
+        Draft(d.name, d.scheme.with_residual_ranks([d.scheme.min_rank] * len(d.members)), d.members)
         for t in draft(info, Recipe.of(scheme))
         for d in t.drafts
     ]
@@ -405,7 +414,7 @@ def test_no_exchange_of_one_rank_for_another_removes_more_error(scheme: str, spa
         matrices = [m.matrix_of(editor.tensors[m.slot.tensor]) for m in before.members]
         for j, residual in enumerate(before.scheme.residuals(matrices)):
             assert residual is not None
-            rank, least = after.scheme.rank[j], before.scheme.least_rank
+            rank, least = after.scheme.rank[j], before.scheme.min_rank
             gains = spectrum(residual).square()
             cost = sum(before.shapes[j])
             spent += (rank - least) * cost

@@ -45,7 +45,7 @@ CANDIDATES = (
     scheme("lowrank"),
     scheme("lowrank", fused=False),
     scheme("basis"),
-    scheme("tied", core=0.5),
+    scheme("tied", base_rank=0.5),
     scheme("basis", groups="all"),
 )
 
@@ -109,7 +109,7 @@ def rank_of(d: Draft, j: int) -> int:
     """Where a rank_option of a draft stands."""
     factors = d.scheme.layout(d.shapes).factors
     if j == len(d.members):
-        core = getattr(type(d.scheme), "core_name", "")
+        core = getattr(type(d.scheme), "base_name", "")
         return factors["V" if core == "V" else f"{core}_right"][0]
     return factors[f"A{j}"][0] if f"A{j}" in factors else 0
 
@@ -374,7 +374,7 @@ def test_a_plan_made_with_metrics_costs_less_in_them_than_one_made_without(
         params = "70%"  # at 80 % both cost the same, as far as costs of single matrices can tell
     info = inspect_model(all_micros()[name].model())
     tensors = {n: bench_of(name).tensors[n] for n in info.shapes}
-    options = {"core": 0.5} if scheme_name in ("tied", "lors") else {}
+    options = {"base_rank": 0.5} if scheme_name in ("tied", "lors") else {}
     recipe = Recipe.of(scheme_name, params=params, **options)
     metrics = metrics_for(name)
     costs = []

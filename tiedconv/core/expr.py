@@ -1,4 +1,4 @@
-"""The expression algebra: how a weight is given by stored tensors.
+"""The expression algebra: how a weight is computed from stored tensors.
 
 An expression is a small tree of frozen nodes. Its leaves are `Ref`s, names of stored tensors
 with their shapes; inner nodes permute, reshape, slice, join, add, multiply. Nothing else exists:
@@ -50,6 +50,7 @@ class Expr:
             raise PlanError(
                 f"An expression has the impossible shape {shape}",
                 hint="The file is damaged or forged: convert the model again",
+                code="impossible-shape",
             )
         object.__setattr__(self, "shape", shape)
 
@@ -353,7 +354,7 @@ def from_json(data: object) -> Expr:
 def check_size(exprs: Iterable[Expr]) -> None:
     """Raise PlanError if these have more nodes than would be read again."""
     if sum(1 for expr in exprs for _ in expr.walk()) > MAX_NODES_IN_ALL:
-        raise _mismatch(f"the plan has more than {MAX_NODES_IN_ALL:,} nodes")
+        raise _mismatch(f"the plan has more than {MAX_NODES_IN_ALL:,} nodes", "plan-too-large")
 
 
 def all_from_json(data: Mapping[str, object]) -> dict[str, Expr]:
@@ -376,7 +377,8 @@ def _parse(data: object, depth: int, budget: list[int]) -> Expr:
     budget[0] -= 1
     if depth > MAX_DEPTH or budget[0] < 0:
         raise _mismatch(
-            f"more than {MAX_DEPTH} levels, or {MAX_NODES} nodes, or {MAX_NODES_IN_ALL:,} in all"
+            f"more than {MAX_DEPTH} levels, or {MAX_NODES} nodes, or {MAX_NODES_IN_ALL:,} in all",
+            "plan-too-large",
         )
     match data:
         case ["ref", str(name), list(shape)] if is_name(name):
@@ -401,9 +403,10 @@ def _ints(values: list[object]) -> tuple[int, ...]:
     return tuple(v for v in values if isinstance(v, int))
 
 
-def _mismatch(what: str) -> PlanError:
+def _mismatch(what: str, code: str = "malformed-expression") -> PlanError:
     return PlanError(
         f"A weight's expression is malformed: {what[:300]}",
         "The weight can't be computed",
         "If this came from a file, it is damaged or forged: convert the model again",
+        code=code,
     )

@@ -31,6 +31,7 @@ def partition(length: int, spec: str) -> list[list[int]]:
             return [list(range(i, min(i + n, length))) for i in range(0, length, n)]
         return [list(range(i, length, n)) for i in range(min(n, length))]
     raise SchemeError(
-        f"groups={spec!r} is no partition of a stack",
+        f"Invalid groups={spec!r}",
         hint="Use all, each, adjacent:N or cycle:N, such as adjacent:2",
+        code="invalid-groups",
     )

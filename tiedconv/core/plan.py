@@ -1,10 +1,10 @@
 """A conversion as plain data.
 
-Three nouns describe the model as it was, one what becomes of it:
+Three classes describe the original model, one the compact model:
 
 - `Slot`: one logical `(out, in)` matrix inside a named tensor;
-- `Block`: slots that work together (a feed-forward, an attention, a bottleneck), with the
-  facts that the mathematics may use;
+- `Block`: slots of one layer that belong together (a feed-forward, an attention, a bottleneck),
+  with the facts that the mathematics may use;
 - `Group`: slots that a scheme stores together, as factors;
 - `Plan`: every converted weight as an expression over stored tensors.
 """
@@ -23,17 +23,37 @@ from torch import Tensor
 
 import tiedconv.core.expr as algebra
 from tiedconv.core.expr import Cat, Expr, Ref, Shape, all_from_json, is_name, reshape, transpose
-from tiedconv.errors import PlanError
+from tiedconv.errors import PlanError, SchemeError
 
 PREFIX = "tied/"
+
+# Former names of options of schemes, deprecated: files written before, recipes and users may still
+# give them. No other place knows them.
+RENAMED_OPTIONS: Mapping[str, str] = {"core": "base_rank"}
+
+
+def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a scheme under their current names.
+
+    Raises:
+        SchemeError: an option is given under both of its names.
+    """
+    for old, new in RENAMED_OPTIONS.items():
+        if old in options and new in options:
+            raise SchemeError(
+                f"The options {old} and {new} are the same, and both were given",
+                hint=f"Leave out {old}, the former name",
+                code="option-given-twice",
+            )
+    return {RENAMED_OPTIONS.get(name, name): value for name, value in options.items()}
 
 
 @dataclass(frozen=True)
 class Slot:
     """One logical matrix of shape `(out, in)` inside a named tensor.
 
-    A convolution's matrix is `(out, in * kh * kw)`; a fused qkv holds three slots, told apart
-    by their rows; a tensor stored as `(in, out)` (HF `Conv1D`) has `transposed` set.
+    A convolution's matrix is `(out, in * kh * kw)`; a fused qkv holds three slots, which
+    differ in their rows; a tensor stored as `(in, out)` (HF `Conv1D`) has `transposed` set.
     """
 
     tensor: str
@@ -96,6 +116,7 @@ class Slot:
         raise PlanError(
             f"The plan holds a malformed slot: {reprlib.repr(data)}",
             hint="Convert the model again",
+            code="malformed-plan",
         )
 
 
@@ -114,7 +135,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Block:
-    """Slots that work together.
+    """Slots of one layer that belong together.
 
     Args:
         kind: `ffn` (slots up, down), `attention` (q, k, v, o), `bottleneck` (conv1, conv2,
@@ -125,11 +146,11 @@ class Block:
         slots: role to slot.
         vectors: role to the vector beside it (biases, norms), where there is one.
         heads: attention heads, where known.
-        relu: True if the hidden units pass a ReLU and nothing else, so that they may be scaled.
-        free: True if hidden units and heads may be permuted (nothing else reads them).
+        relu: True if the only activation of the hidden units is a ReLU, so that they may be scaled.
+        permutable: True if hidden units and heads may be permuted, as nothing else reads them.
         eps: of the BatchNorms.
-        private: True for small parts that decide much (the heads of a detector, where it samples):
-            a recipe has them only where a pattern of its own names them.
+        opt_in: True for small, sensitive modules (a detector's heads, its sampling offsets): they
+            are converted only if a pattern of the recipe names them.
     """
 
     kind: str
@@ -140,9 +161,9 @@ class Block:
     vectors: Mapping[str, Span] = field(default_factory=dict)
     heads: int | None = None
     relu: bool = False
-    free: bool = True
+    permutable: bool = True
     eps: float = 1e-5
-    private: bool = False
+    opt_in: bool = False
 
     def keep(self, tensors: Iterable[str]) -> Block:
         """The same block with only the slots that lie in `tensors`."""
@@ -230,12 +251,16 @@ class Group:
                 return cls(
                     _name(name),
                     _name(scheme),
-                    options,
+                    current_options(options),
                     tuple(Member(Slot.from_json(s), flip) for s, flip in _pairs(members)),
                     {_name(k): _shape(v) for k, v in factors.items()},
                     error,
                 )
-        raise PlanError("The plan holds a malformed group", hint="Convert the model again")
+        raise PlanError(
+            "The plan holds a malformed group",
+            hint="Convert the model again",
+            code="malformed-plan",
+        )
 
 
 @dataclass(frozen=True)
@@ -244,9 +269,9 @@ class Plan:
 
     Args:
         weights: original tensor name to its expression.
-        groups: who shares what, for fitting and for the report.
+        groups: which slots are stored together, for fitting and for the report.
         kept: tensors stored under their own names: name to shape.
-        buffers: those of `kept` that are no parameters (BatchNorm statistics).
+        buffers: those of `kept` that are not parameters (BatchNorm statistics).
         aliases: second names of tensors that the original model itself shares.
     """
 
@@ -271,6 +296,7 @@ class Plan:
                         f"{found[ref.name]}",
                         "The plan contradicts itself",
                         "The file is damaged or forged: convert the model again",
+                        code="contradictory-plan",
                     )
         return found
 
@@ -287,23 +313,30 @@ class Plan:
         return kept + sum(math.prod(e.shape) for e in self.weights.values())
 
     def validate(self) -> None:
-        """Raise PlanError unless the plan hangs together (shapes, names, references)."""
+        """Raise PlanError unless shapes, names and references are consistent."""
         factors = self.factors
         algebra.check_size(self.weights.values())
         for name, shape in factors.items():
             if not name.startswith(PREFIX) or "." in name or name in self.kept:
-                raise _bad(f"it stores a factor under the name {name!r} of shape {shape}")
+                raise _bad(
+                    f"it stores a factor under the name {name!r} of shape {shape}", "invalid-factor"
+                )
         for name in self.weights:
             if name in self.kept or name in self.aliases:
-                raise _bad(f"{name} is both computed and stored")
+                raise _bad(f"{name} is both computed and stored", "duplicate-tensor")
         if not self.buffers <= self.kept.keys():
-            raise _bad("it lists buffers that it does not store")
+            raise _bad("it lists buffers that it does not store", "unknown-buffer")
         for alias, name in self.aliases.items():
             if alias in self.kept or not (name in self.kept or name in self.weights):
-                raise _bad(f"{alias} is a second name of {name}, which is not there")
+                raise _bad(
+                    f"{alias} is a second name of {name}, which is not there", "invalid-alias"
+                )
         promised = {g.stored_name(f): s for g in self.groups for f, s in g.factors.items()}
         if any(factors.get(n, s) != s for n, s in promised.items()):
-            raise _bad("its groups and its expressions disagree about a factor's shape")
+            raise _bad(
+                "its groups and its expressions disagree about a factor's shape",
+                "contradictory-plan",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
@@ -335,7 +368,7 @@ class Plan:
                 )
                 plan.validate()
                 return plan
-        raise _bad("it lacks a part or has one too many")
+        raise _bad("its entries are not those of a plan")
 
 
 def stored_name(group: str, factor: str) -> str:
@@ -367,7 +400,7 @@ def assemble(pieces: Sequence[tuple[Slot, Expr]]) -> tuple[Expr, dict[str, Slot]
     row = 0
     for slot, expr in sorted(pieces, key=lambda piece: piece[0].start):
         if slot.start < row:
-            raise _bad(f"two groups give the same rows of {first.tensor}")
+            raise _bad(f"two groups give the same rows of {first.tensor}", "overlapping-slots")
         if slot.start > row:
             keep(row, slot.start)
         parts.append(expr)
@@ -396,7 +429,7 @@ def _pairs(members: list[Any]) -> Iterable[tuple[Any, bool]]:
 def _name(value: Any) -> str:
     if is_name(value):
         return str(value)
-    raise _bad(f"{reprlib.repr(value)} stands where a name belongs")
+    raise _bad(f"{reprlib.repr(value)} is not a name")
 
 
 def _shape(value: Any) -> Shape:
@@ -406,12 +439,13 @@ def _shape(value: Any) -> Shape:
         and all(type(n) is int and n >= 0 for n in value)
     ):
         return tuple(value)
-    raise _bad(f"{reprlib.repr(value)} stands where a shape belongs")
+    raise _bad(f"{reprlib.repr(value)} is not a shape")
 
 
-def _bad(what: str) -> PlanError:
+def _bad(what: str, code: str = "malformed-plan") -> PlanError:
     return PlanError(
         f"The plan is malformed: {what}",
         "The model can't be rebuilt from it",
         "If it came from a file, the file is damaged or forged: convert the model again",
+        code=code,
     )

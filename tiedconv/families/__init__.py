@@ -1,9 +1,10 @@
 """Model families: pure functions from tensor names and shapes to blocks.
 
-Each file of this folder that does not begin with an underscore holds one `FAMILY`; `inspect` reads
-what families see off a model. A family sees `{name: shape}` and a few facts that shapes don't show
-(`hints`: number of heads, activation, epsilon of a norm, where known), so it works on a file's
-header without building a model, and it imports no model library. A new family is one new file.
+Each file of this folder that does not begin with an underscore holds one `FAMILY`; `inspect`
+extracts what families need from a model. A family gets `{name: shape}` and a few facts that shapes
+don't show (`hints`: number of heads, activation, epsilon of a norm, where known), so it works on a
+file's header without building a model, and it imports no model library. A new family is one new
+file.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def find_blocks(
 ) -> Sequence[tuple[str, Block]]:
     """Every block of a model, with the name of the family that found it.
 
-    A tensor belongs to the first family that claims it. A family that matches anything sees only
-    the stacks that no other has touched.
+    A tensor belongs to the first family that claims it. A family that matches anything gets only
+    the stacks in which no other family found a block.
 
     Args:
         shapes: tensor name to shape, in the model's order.

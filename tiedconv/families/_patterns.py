@@ -1,4 +1,4 @@
-"""What most families are made of: named tensors below a numbered prefix, as data."""
+"""The building blocks of families: named tensors below a numbered prefix, as data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Attention:
     k: str = ""
     v: str = ""
     transposed: bool = False
-    harmless: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     norm: str = ""
     part: str = ""
 
@@ -69,16 +69,16 @@ class Attention:
             if not add_whole(slots, vectors, prefix, named, shapes, self.transposed):
                 continue
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
-            free = (
+            permutable = (
                 "rotary" not in hints
                 and _is_even(slots)
-                and not _strangers(prefix, known, self.harmless, shapes)
+                and not _unknown_tensors(prefix, known, self.ignored, shapes)
             )
             vectors |= _pre_norm(prefix, self.norm, shapes, hints)
             part = f".{self.part}" if self.part else ""
             yield Block(
                 "attention", prefix + part, stack + part, index, slots, vectors,
-                heads=_heads(prefix, slots["q"].rows, hints), free=free,
+                heads=_heads(prefix, slots["q"].rows, hints), permutable=permutable,
             )  # fmt: skip
 
 
@@ -86,9 +86,9 @@ class Attention:
 class FeedForward:
     """Names of a feed-forward's two matrices below the prefix `at`.
 
-    `act` is where a hint may name the activation. `alone` means that nothing else lies below the
-    prefix, so that a stranger there (a norm, a gate) shows that hidden units are not free, unless
-    it is `harmless`.
+    `act` is where a hint may name the activation. `alone` means that the prefix is the
+    feed-forward's own, so that an unknown tensor below it (a norm, a gate) shows that hidden units
+    are not permutable, unless it is `ignored`.
     """
 
     at: str
@@ -97,7 +97,7 @@ class FeedForward:
     act: str = "act"
     transposed: bool = False
     alone: bool = True
-    harmless: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     norm: str = ""
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
@@ -111,12 +111,12 @@ class FeedForward:
             if slots["up"].matrix_shape != slots["down"].matrix_shape[::-1]:
                 continue
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
-            free = not (self.alone and _strangers(prefix, known, self.harmless, shapes))
+            permutable = not (self.alone and _unknown_tensors(prefix, known, self.ignored, shapes))
             vectors |= _pre_norm(prefix, self.norm, shapes, hints)
             relu = str(hints.get(f"{prefix}.{self.act}", "")).lower() == "relu"
             name = prefix if self.alone else f"{prefix}.ffn"
             stack = stack if self.alone else f"{stack}.ffn"
-            yield Block("ffn", name, stack, index, slots, vectors, relu=relu, free=free)
+            yield Block("ffn", name, stack, index, slots, vectors, relu=relu, permutable=permutable)
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ class Bottleneck:
     """Names of a ResNet bottleneck's convolutions and BatchNorms below the prefix `at`.
 
     `shortcuts` are the names that a convolution on the way around the block may have: a sixth of
-    a ResNet's weights lies there, which no pair and no stack takes, but a low rank can.
+    a ResNet's weights, which is in no pair and no stack, but can be stored at low rank.
     """
 
     at: str
     convs: tuple[str, str, str]
     norms: tuple[str, str, str]
     acts: tuple[str, ...] = ("relu", "act1", "act2")
-    harmless: tuple[str, ...] = field(default=("downsample", "se", "shortcut"))
+    ignored: tuple[str, ...] = field(default=("downsample", "se", "shortcut"))
     shortcuts: tuple[str, ...] = ("downsample.0.weight", "downsample.1.weight")
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
@@ -149,7 +149,7 @@ class Bottleneck:
             if not add_whole(slots, vectors, prefix, named, shapes, False):
                 continue
             if vectors or any(name not in shapes for name in norms.values()):
-                continue  # convolutions with biases or another norm: not this family's algebra
+                continue  # convolutions with biases or another norm: rescaling does not apply
             vectors = {role: Span(name, 0, shapes[name][0]) for role, name in norms.items()}
             acts = [str(hints.get(f"{prefix}.{a}", "")).lower() for a in self.acts]
             eps = hints.get(f"{prefix}.{self.norms[0]}.eps", 1e-5)
@@ -167,12 +167,12 @@ class Bottleneck:
 class Linear:
     """Matrices below the prefix `at` whose neighbours are unknown: role to tensor name.
 
-    Those that are there make one block. If they are `private`, a recipe must ask for them.
+    Those that exist make one block. If `opt_in`, they are converted only if a recipe names them.
     """
 
     at: str
     roles: Mapping[str, str]
-    private: bool = False
+    opt_in: bool = False
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
         """One block for each prefix that has any of the matrices."""
@@ -183,7 +183,7 @@ class Linear:
                 add_whole(found.setdefault(place, {}), {}, place[0], {role: name}, shapes, False)
         for place, slots in found.items():
             if slots:
-                yield Block("linear", *place, slots, free=False, private=self.private)
+                yield Block("linear", *place, slots, permutable=False, opt_in=self.opt_in)
 
 
 def pattern_family(
@@ -230,8 +230,8 @@ def add_whole(
     return True
 
 
-# Classes whose layers normalise before they read, and read the norm's output nowhere else. A name
-# alone does not tell: timm's ResPostBlock calls its later norm norm1 too.
+# Classes with pre-norm layers, where nothing else reads the norm's output. The name is not enough:
+# timm's ResPostBlock calls its post-norm norm1 too.
 _PRE_NORM = ("EncoderBlock", "Block", "ViTLayer", "DeiTLayer", "SwinTransformerBlock")
 
 
@@ -247,7 +247,7 @@ def _pre_norm(prefix: str, norm: str, shapes: Shapes, hints: Hints) -> dict[str,
 
 
 def _heads(prefix: str, rows: int, hints: Hints) -> int | None:
-    """Number of heads, from whichever of its facts the attention's module tells."""
+    """Number of heads, from whichever attribute the attention's module has."""
     for name in ("num_heads", "num_attention_heads"):
         if isinstance(heads := hints.get(f"{prefix}.{name}"), int | float) and heads:
             return int(heads)
@@ -265,14 +265,14 @@ def _bias(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _strangers(
-    prefix: str, known: Iterable[str], harmless: tuple[str, ...], shapes: Shapes
+def _unknown_tensors(
+    prefix: str, known: Iterable[str], ignored: tuple[str, ...], shapes: Shapes
 ) -> bool:
     """Whether tensors lie below the prefix that the pattern does not know."""
     known = set(known)
     return any(
         name.startswith(f"{prefix}.")
         and name not in known
-        and not name[len(prefix) + 1 :].startswith(harmless or ("\0",))
+        and not name[len(prefix) + 1 :].startswith(ignored or ("\0",))
         for name in shapes
     )

@@ -1,9 +1,9 @@
 """Decoders of Conditional DETR and DAB-DETR: content and position have projections of their own.
 
 A head's query is the sum of a content's and a position's projection (in cross-attention, a second
-position's stands beside it), so a change of a head's basis would have to change all of them: no
-freedom is used, as they are strangers to the pattern. Names of transformers, and of the authors'
-own code (`sa_qcontent_proj`).
+position's stands beside it), so a change of a head's basis would have to change all of them: the
+blocks are not permutable, as these tensors are unknown to the pattern. Names of transformers, and
+of the authors' own code (`sa_qcontent_proj`).
 """
 
 from tiedconv.families._patterns import Attention, Linear, pattern_family

@@ -1,8 +1,8 @@
 """Multi-scale deformable attention, in Deformable DETR and all that came after it.
 
-It has no keys: where it looks and how much it weighs come from the query by two small matrices,
-which are private, as a small change of them moves every sample. Values are sampled channel by
-channel; the rest is what a linear layer is.
+It has no keys: sampling offsets and attention weights come from the query by two small matrices.
+They are opt-in, as a small change of them moves every sampling point. Values are sampled channel by
+channel; the other matrices are plain linear layers.
 """
 
 from tiedconv.families._patterns import Linear, pattern_family
@@ -16,6 +16,6 @@ FAMILY = pattern_family(
     Linear(
         _ATTENTION,
         {"offsets": "sampling_offsets.weight", "weights": "attention_weights.weight"},
-        private=True,
+        opt_in=True,
     ),
 )

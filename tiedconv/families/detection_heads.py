@@ -1,6 +1,6 @@
-"""What turns a detector's queries into classes and boxes, and boxes into queries.
+"""The heads of a detector: queries to classes and boxes, and boxes to queries.
 
-All of it is private: small, and each layer's boxes hang on it. A recipe may name it.
+All are opt-in: small, and the boxes of each layer depend on them. A recipe may name them.
 """
 
 from tiedconv.families._patterns import Linear, pattern_family
@@ -15,13 +15,13 @@ FAMILY = pattern_family(
     "detection-heads",
     "model.decoder.bbox_embed.0.layers.0.weight",
     # One for each layer of the decoder.
-    Linear(r"(?:.*\.)?class_embed\.(?P<n>\d+)", {"weight": "weight"}, private=True),
-    Linear(r"(?:.*\.)?bbox_embed\.(?P<n>\d+)", _THREE, private=True),
+    Linear(r"(?:.*\.)?class_embed\.(?P<n>\d+)", {"weight": "weight"}, opt_in=True),
+    Linear(r"(?:.*\.)?bbox_embed\.(?P<n>\d+)", _THREE, opt_in=True),
     Linear(
         r"(?:.*\.)?lqe_layers\.(?P<n>\d+)",
         {f"reg_conf.{role}": f"reg_conf.{name}" for role, name in _THREE.items()},
-        private=True,
+        opt_in=True,
     ),
     # One for all: its own layers are numbered.
-    Linear(rf"(?:.*\.)?(?:{_MLPS})\.layers\.(?P<n>\d+)", {"weight": "weight"}, private=True),
+    Linear(rf"(?:.*\.)?(?:{_MLPS})\.layers\.(?P<n>\d+)", {"weight": "weight"}, opt_in=True),
 )

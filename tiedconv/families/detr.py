@@ -1,7 +1,7 @@
 """DETR's layers as transformers has them: an encoder's, a decoder's, a hybrid encoder's (`aifi`).
 
-Positions are added to what queries and keys read, before the projections, so heads are as free
-as elsewhere. Conditional and deformable attention have families of their own.
+Positions are added to the inputs of queries and keys, before the projections, so heads may be
+permuted and rotated. Conditional and deformable attention have families of their own.
 """
 
 from tiedconv.families._patterns import Attention, FeedForward, Linear, pattern_family
@@ -22,11 +22,11 @@ FAMILY = pattern_family(
     FeedForward(
         _LAYER + r"\.mlp", up="fc1.weight", down="fc2.weight", act="activation_fn",
         # DAB-DETR's norm comes after the sum, and its PReLU has one slope for all units.
-        harmless=("final_layer_norm", "activation_fn"),
+        ignored=("final_layer_norm", "activation_fn"),
     ),
     FeedForward(_LAYER + r"\.mlp", up="layers.0.weight", down="layers.1.weight", act="act"),
     FeedForward(_LAYER, up="fc1.weight", down="fc2.weight", act="activation_fn", alone=False),
-    # SwiGLU: units of the gate and of `up` belong together, so they are not free alone.
+    # SwiGLU: units of the gate and of `up` belong together, so they may not be permuted alone.
     FeedForward(_LAYER + r"\.mlp", up="up_proj.weight", down="down_proj.weight"),
     Linear(_LAYER, {"mlp.gate": "mlp.gate_proj.weight", "gateway": "gateway.gate.weight"}),
 )  # fmt: skip

@@ -2,8 +2,8 @@
 
 Of the numbers in a tensor's name, the one that counts layers is the one along which most tensors
 of the same shape stand. Within a layer, two neighbouring matrices of shapes (m, d) and (d, m)
-with m > d are taken for a feed-forward; what lies between them is unknown, so no freedom of
-hidden units is used.
+with m > d are taken for a feed-forward; what lies between them is unknown, so the blocks
+are not permutable.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 
 
 def _find(shapes: Shapes, hints: Hints) -> list[Block]:
-    rivals: dict[tuple[str, Shape], list[str]] = defaultdict(list)
+    names_by_stack: dict[tuple[str, Shape], list[str]] = defaultdict(list)
     weights = {n: s for n, s in shapes.items() if _is_matrix(n, s)}
     for name, shape in weights.items():
         for match in _NUMBER.finditer(name):
-            rivals[_starred(name, match), shape].append(name)
+            names_by_stack[_starred(name, match), shape].append(name)
 
     layers: dict[tuple[str, int], dict[str, Slot]] = defaultdict(dict)
     for name, shape in weights.items():
         places = list(_NUMBER.finditer(name))
         if not places:
             continue
-        best = max(places, key=lambda m: len(rivals[_starred(name, m), shape]))
-        if len(rivals[_starred(name, best), shape]) > 1:
+        best = max(places, key=lambda m: len(names_by_stack[_starred(name, m), shape]))
+        if len(names_by_stack[_starred(name, best), shape]) > 1:
             layer = (f"{name[: best.start()]}*", int(best.group()))
             layers[layer][name[best.end() + 1 :]] = Slot.whole(name, shape)
     blocks: list[Block] = []
@@ -53,10 +53,10 @@ def _split(stack: str, index: int, slots: dict[str, Slot]) -> list[Block]:
             pair = {"up": rest.pop(up), "down": rest.pop(down)}
             part = f".{up.removesuffix('.weight')}"
             name = stack.replace("*", str(index))
-            blocks.append(Block("ffn", name + part, stack + part, index, pair, free=False))
+            blocks.append(Block("ffn", name + part, stack + part, index, pair, permutable=False))
     if rest:
         name = stack.replace("*", str(index))
-        blocks.append(Block("linear", name, stack, index, rest, free=False))
+        blocks.append(Block("linear", name, stack, index, rest, permutable=False))
     return blocks
 
 

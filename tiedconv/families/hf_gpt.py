@@ -9,7 +9,7 @@ FAMILY = pattern_family(
     "transformer.h.0.attn.c_attn.weight",
     Attention(
         _LAYER + r"\.attn", qkv="c_attn.weight", o="c_proj.weight", transposed=True,
-        harmless=("bias", "masked_bias"),
+        ignored=("bias", "masked_bias"),
     ),
     FeedForward(_LAYER + r"\.mlp", up="c_fc.weight", down="c_proj.weight", transposed=True),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What can be read off a model: shapes, buffers, shared tensors, facts about modules."""
+"""What planning needs of a model: shapes, buffers, shared tensors, facts about modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ModelInfo:
 
     Args:
         shapes: every tensor of the state dict under its first name, in the model's order.
-        buffers: those that are no parameters.
+        buffers: those that are not parameters.
         aliases: second names of shared tensors, to their first.
         hints: facts about modules, see `families.find_blocks`.
     """
@@ -36,7 +36,7 @@ class ModelInfo:
 
     @cached_property
     def blocks(self) -> Sequence[tuple[str, Block]]:
-        """What `find_blocks` finds; looked for once, as a comparison drafts dozens of recipes."""
+        """The result of `find_blocks`, computed once: a comparison drafts dozens of recipes."""
         return find_blocks(self.shapes, self.hints)
 
 
@@ -49,7 +49,7 @@ def inspect_model(model: nn.Module) -> ModelInfo:
     buffers: set[str] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            continue  # extra state of some modules: not a tensor, not ours
+            continue  # the extra state of a module may be any object
         if id(tensor) in first:
             aliases[name] = first[id(tensor)]
             continue

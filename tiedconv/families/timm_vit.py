@@ -11,7 +11,7 @@ FAMILY = pattern_family(
         _BLOCK + r"\.attn",
         qkv="qkv.weight",
         o="proj.weight",
-        harmless=("relative_position",),
+        ignored=("relative_position",),
         norm="norm1",
     ),
     FeedForward(_BLOCK + r"\.mlp", up="fc1.weight", down="fc2.weight", norm="norm2"),

@@ -1,9 +1,10 @@
 """Least squares over expressions: better factors for any scheme, from its layout alone.
 
-The cost of a group is a sum over its matrices of `metric.cost(M - expression)`. Every expression
-is linear in each of its factors, so with the others held fixed the cost is quadratic in one. Turn
-by turn each factor is improved: a private product `B A` exactly (truncated SVD in the metric),
-any other by a few steps of preconditioned conjugate gradients. No step raises the cost.
+The cost of a group is a sum over its matrices of `metric.cost(M - expression)`. Every expression is
+linear in each of its factors, so with the others held fixed the cost is quadratic in one. The
+factors are improved by turns: a product `B A` of one matrix alone exactly (truncated SVD in the
+metric), any other factor by a few steps of preconditioned conjugate gradients. No step raises the
+cost.
 """
 
 from __future__ import annotations
@@ -48,17 +49,17 @@ def improve(
     Args:
         weights: one expression for each matrix.
         factors: the start: name to tensor.
-        matrices: what the expressions stand for, `(out, in)`.
+        matrices: what the expressions approximate, `(out, in)`.
         metrics: one for each.
         sweeps: turns over all factors at most; it stops when one gains less than 1 part in 1,000.
         steps: of conjugate gradients for each factor and turn.
     """
     found: Factors = dict(factors)
-    pairs = _private_pairs(weights)
+    pairs = _unshared_pairs(weights)
     in_pairs = {name for b, a, _ in pairs for name in (b, a)}
     others = [name for name in found if name not in in_pairs]
     cost = total_cost(weights, found, matrices, metrics)
-    # A lone pair has nothing to take turns with.
+    # A single pair is exact after one turn.
     for _ in range(sweeps if others or len(pairs) > len(weights) else 1):
         start = dict(found)
         for b, a, j in pairs:
@@ -73,7 +74,7 @@ def improve(
     return found
 
 
-def _private_pairs(weights: Sequence[Expr]) -> list[tuple[str, str, int]]:
+def _unshared_pairs(weights: Sequence[Expr]) -> list[tuple[str, str, int]]:
     """Products B A that are a term of one matrix and are read nowhere else: B, A, its place."""
     uses = Counter(node.name for e in weights for node in e.walk() if isinstance(node, Ref))
     pairs = []
@@ -95,10 +96,10 @@ def _fit_pair(
     old = factors[b], factors[a]
     factors[b] = torch.zeros_like(old[0])
     target = matrix - expr.evaluate(factors.__getitem__)
-    made = metric.truncate(target, old[0].shape[1])
-    # Rounding may let an exact step lose where there is nothing left to gain.
-    better = metric.cost(target - made[0] @ made[1]) <= metric.cost(target - old[0] @ old[1])
-    factors[b], factors[a] = made if better else old
+    new = metric.truncate(target, old[0].shape[1])
+    # An exact step may raise the cost by rounding where nothing is left to gain.
+    better = metric.cost(target - new[0] @ new[1]) <= metric.cost(target - old[0] @ old[1])
+    factors[b], factors[a] = new if better else old
 
 
 def _descend(
@@ -118,10 +119,10 @@ def _descend(
         with torch.enable_grad():
             found = {**factors, name: at}
             made = [weights[j].evaluate(found.__getitem__) for j in mine]
-        pulls = [
+        cotangents = [
             metrics[j].apply(m.detach() - matrices[j]) for j, m in zip(mine, made, strict=True)
         ]
-        (result,) = torch.autograd.grad(made, at, pulls)
+        (result,) = torch.autograd.grad(made, at, cotangents)
         return result
 
     factors[name] = conjugate_gradients(
@@ -170,12 +171,12 @@ def conjugate_gradients(
 def _preconditioner(
     name: str, factor: Tensor, uses: Sequence[tuple[Expr, KfacMetric]]
 ) -> Callable[[Tensor], Tensor]:
-    """Solves with the moments that stand beside a factor's rows and columns in the cost."""
+    """Solves with the moments of a factor's rows and columns in the cost."""
     if factor.ndim != 2:
         return lambda r: r
     sides: list[KfacMetric] = []
     for expr, metric in uses:
-        for left, right in _beside(expr, name, metric.left, metric.right):
+        for left, right in _other_terms(expr, name, metric.left, metric.right):
             rows, columns = factor.shape
             left = left if left is not None and left.shape[0] == rows else None
             right = right if right is not None and right.shape[0] == columns else None
@@ -191,21 +192,21 @@ def _preconditioner(
     return solve
 
 
-def _beside(
+def _other_terms(
     expr: Expr, name: str, left: Tensor | None, right: Tensor | None
 ) -> list[tuple[Tensor | None, Tensor | None]]:
-    """For each place where an expression reads a factor, the moments beside its two dimensions."""
+    """For each place where an expression reads a factor, the moments of its two dimensions."""
     match expr:
         case Ref():
             return [(left, right)] if expr.name == name else []
         case MatMul(a=x, b=y):
-            return _beside(x, name, left, None) + _beside(y, name, None, right)
+            return _other_terms(x, name, left, None) + _other_terms(y, name, None, right)
         case Permute(x=x, dims=(1, 0)):
-            return _beside(x, name, right, left)
-        case Slice() | Cat() | Reshape():  # another size: no moment fits, and none is needed
-            return [part for c in expr.children for part in _beside(c, name, left, right)]
+            return _other_terms(x, name, right, left)
+        case Slice() | Cat() | Reshape():  # another size: no moment fits
+            return [part for c in expr.children for part in _other_terms(c, name, left, right)]
         case Add() | Mul():
-            return [part for c in expr.children for part in _beside(c, name, left, right)]
+            return [part for c in expr.children for part in _other_terms(c, name, left, right)]
     return [(None, None)] if name in expr.refs else []
 
 

@@ -1,4 +1,4 @@
-"""The linear algebra that fits are made of. All of it is deterministic.
+"""Linear algebra for fits. All of it is deterministic.
 
 Matrices are `(out, in)`, any floating dtype; sums run in float64 where precision is at stake.
 """
@@ -91,7 +91,7 @@ def base_and_residuals(
     """One base and a low-rank residual for each matrix (LORS, static).
 
     Minimises `sum_i ||W_i - base - B_i A_i||^2` by turns: residuals are the truncated SVD of
-    what the base leaves, the base is the mean of what the residuals leave. Each half-step is
+    `W_i - base`, the base is the mean of `W_i - B_i A_i`. Each half-step is
     optimal, so the error never grows.
 
     Args:
@@ -175,9 +175,9 @@ def shared_with_scales(
     """One W and, for each matrix, row and column scales (signs too): `M_j ~ diag(s) W diag(t)`.
 
     The scales are those that give the first matrix the signs and norms of the others; W then
-    minimises the sum of relative squared errors, a weighted mean in closed form. (Improving both
-    by turns gains a hundredth of the error and none of the accuracy.) The first matrix keeps
-    scales of one; one with fewer columns is compared with the first columns of W.
+    minimises the sum of relative squared errors, a weighted mean in closed form. (Alternating
+    between both lowers the error by a hundredth and does not change the accuracy.) The first matrix
+    keeps scales of one; one with fewer columns is compared with the first columns of W.
 
     Returns:
         W `(rows, most columns)` and pairs of s `(rows, 1)` and t `(1, columns_j)`.
@@ -192,14 +192,14 @@ def shared_with_scales(
 
 
 def _scales_between(w: Tensor, m: Tensor, *, steps: int = 5) -> tuple[Tensor, Tensor]:
-    """The s `(rows, 1)` and t `(1, columns)` that bring w nearest to m, as `s w t`.
+    """The s `(rows, 1)` and t `(1, columns)` with which `s w t` is close to m.
 
     Signs: where `m = s w t`, the product `m * w` is `s (w * w) t`; by Perron and Frobenius, its
-    leading singular vectors have the signs of s and t. Sizes: those that give `s w t` the row
+    leading singular vectors have the signs of s and t. Magnitudes: those that give `s w t` the row
     and column norms of m (Sinkhorn's iteration on the squares). A least-squares fit would shrink
     them where w and m have little in common, as two trained matrices have.
     """
-    similarity, had, wanted = m * w, w.square(), m.square()
+    similarity, source, target = m * w, w.square(), m.square()
     t = similarity[similarity.square().sum(1).argmax()].unsqueeze(0)
     for _ in range(steps):
         t = (similarity @ t.t()).t() @ similarity
@@ -207,17 +207,17 @@ def _scales_between(w: Tensor, m: Tensor, *, steps: int = 5) -> tuple[Tensor, Te
     sign_t = torch.where(t < 0, -1.0, 1.0).to(w.dtype)
     sign_s = torch.where(similarity @ sign_t.t() < 0, -1.0, 1.0).to(w.dtype)
     s2, t2 = w.new_ones(w.shape[0], 1), w.new_ones(1, w.shape[1])
-    rows, columns = wanted.sum(1, keepdim=True), wanted.sum(0, keepdim=True)
+    rows, columns = target.sum(1, keepdim=True), target.sum(0, keepdim=True)
     for _ in range(100):  # a handful for large matrices; small ones may take longer to settle
-        before, s2 = s2, _quotient(rows, had @ t2.t())
-        t2 = _quotient(columns, s2.t() @ had)
+        before, s2 = s2, _quotient(rows, source @ t2.t())
+        t2 = _quotient(columns, s2.t() @ source)
         if float((s2 - before).abs().max()) <= 1e-3 * float(s2.abs().max()):
             break
     return sign_s * s2.sqrt(), sign_t * t2.sqrt()
 
 
 def _quotient(over: Tensor, under: Tensor) -> Tensor:
-    """`over / under`; one for a dead unit (nothing over nothing), whose scale means nothing."""
+    """`over / under`; one for a dead unit (0 / 0)."""
     dead = under <= 1e-12 * under.max()
     return torch.where(dead, torch.ones_like(over), over / under.clamp(min=1e-30))
 
@@ -243,7 +243,7 @@ def procrustes(cross: Tensor) -> Tensor:
     return nearest.mT
 
 
-def match(similarity: Tensor) -> Tensor:
+def linear_assignment(similarity: Tensor) -> Tensor:
     """The assignment of columns to rows with the largest total similarity.
 
     Returns:

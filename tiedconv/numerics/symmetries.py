@@ -1,10 +1,9 @@
-"""Exact changes of a network's weights that leave its outputs as they are.
+"""Function-preserving symmetries: permutations, rotations and rescalings of weights.
 
-A trained network's weights are one point of a family that computes the same function. Before a
-fit, a scheme moves along that family to where its own form fits better. Every function here is
-such a move; the laws in the tests check each of them against the model's outputs.
+Many weights compute the same function. Before a fit, a scheme applies such symmetries to bring the
+weights closer to its own form. The tests check each function here against the model's outputs.
 
-The moves edit a `WeightEditor`; a block that isn't `free` is never touched by those that need it.
+They edit a `WeightEditor`. Those that permute or rotate are only for blocks that are `permutable`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class WeightEditor:
 
     Args:
         tensors: name to tensor.
-        in_place: edit contiguous tensors themselves, for a caller who owns them.
+        in_place: edit contiguous tensors themselves instead of copies.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
@@ -48,13 +47,13 @@ class WeightEditor:
         return place.matrix_of(tensor) if isinstance(place, Slot) else place.of(tensor)
 
     def scale_vector(self, block: Block, role: str, by: Tensor) -> None:
-        """Multiply a vector of a block, if it has one of that role."""
+        """Multiply the vector of a block that has this role, if there is one."""
         if role in block.vectors:
             self.edit(block.vectors[role]).mul_(by)
 
 
 def scale_conv_rows(editor: WeightEditor, block: Block, i: int, c: Tensor) -> None:
-    """Scale the rows of `conv<i>` by c (any sign, none zero); BatchNorm i takes it back.
+    """Scale the rows of `conv<i>` by c (any sign, none zero); BatchNorm i compensates.
 
     BatchNorm of `c x` equals BatchNorm of x when its running mean is scaled by c, its variance
     by c^2, and its weight by `sqrt(c^2 v + eps) / (c sqrt(v + eps))`.
@@ -72,7 +71,7 @@ def scale_conv_rows(editor: WeightEditor, block: Block, i: int, c: Tensor) -> No
 
 
 def scale_bottleneck_units(editor: WeightEditor, block: Block, f: Tensor) -> None:
-    """Scale the columns of conv3 by f > 0, and BatchNorm 2 by 1 / f: ReLU lets it pass.
+    """Scale the columns of conv3 by f > 0, and BatchNorm 2 by 1 / f; ReLU is homogeneous.
 
     Args:
         f: `(width,)`.
@@ -158,7 +157,7 @@ def fold_norm(editor: WeightEditor, block: Block) -> bool:
         return False
     scale = editor.edit(block.vectors["norm.weight"])
     if float(scale.abs().min()) < 1e-4:
-        return False  # a dead channel's bias can't be divided by its scale
+        return False  # the bias of a dead channel can't be divided by its scale
     for role in ("up",) if block.kind == "ffn" else ("q", "k", "v"):
         editor.edit(block.slots[role]).mul_(scale)
     editor.edit(block.vectors["norm.bias"]).div_(scale)

@@ -307,11 +307,11 @@ def _plain(value: object) -> str:
 
 
 def _governed(rule: Rule, blocks: Sequence[Block], taken: set[str]) -> list[Block]:
-    public = {s.tensor for b in blocks if not b.private for s in b.slots.values()}
+    public = {s.tensor for b in blocks if not b.opt_in for s in b.slots.values()}
     narrow = rule.without_patterns_matching(public)  # what is private has to be meant
     mine: list[Block] = []
     for block in blocks:
-        mean = narrow if block.private else rule
+        mean = narrow if block.opt_in else rule
         names = {s.tensor for s in block.slots.values()}
         part = block.keep({n for n in names if mean.takes(n) and n not in taken})
         if part.slots:
@@ -406,7 +406,7 @@ def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToCon
     schemes = all_schemes()
     wanted = "; ".join(f"{r.scheme}: {schemes[r.scheme].pattern}" for r in recipe.rules)
     ask = " (if --include names it alone)"
-    saw = sorted({f"{f} {block.kind}{ask if block.private else ''}" for f, block in found})
+    saw = sorted({f"{f} {block.kind}{ask if block.opt_in else ''}" for f, block in found})
     return NothingToConvert(
         f"Nothing in this model can be converted by this recipe ({wanted})",
         f"Families looked for ({families}); found: {', '.join(saw) or 'none of them'}",

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from tiedconv.core.plan import current_options
 from tiedconv.errors import RecipeError
 from tiedconv.schemes import make_scheme
 
@@ -82,6 +83,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         make_scheme(self.scheme, self.options)
+        object.__setattr__(self, "options", current_options(self.options))
 
     def takes(self, name: str) -> bool:
         """Whether a tensor of this name is meant."""

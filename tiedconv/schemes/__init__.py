@@ -1,4 +1,4 @@
-"""Schemes: how the matrices of a group are given by fewer numbers.
+"""Schemes: how the matrices of a group are stored with fewer parameters.
 
 Each file of this folder that does not begin with an underscore holds one `SCHEME`: a frozen
 dataclass whose fields are its options. A new scheme is one new file.
@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from tiedconv.core.plan import current_options
 from tiedconv.errors import SchemeError
 from tiedconv.schemes._base import Draft, Layout, RankOption, Scheme
 
@@ -29,10 +30,10 @@ def all_schemes() -> dict[str, type[Scheme]]:
 
 
 def make_scheme(name: str, options: Mapping[str, Any]) -> Scheme:
-    """The scheme of a name with the options given.
+    """The scheme of a name with the given options, former names of options included.
 
     Raises:
-        SchemeError: unknown name, unknown option, or a value of the wrong kind.
+        SchemeError: unknown name, unknown option, or a value of the wrong type.
     """
     schemes = all_schemes()
     if name not in schemes:
@@ -40,22 +41,24 @@ def make_scheme(name: str, options: Mapping[str, Any]) -> Scheme:
         raise SchemeError(
             f"There is no scheme {name!r}",
             hint=(f"Did you mean {near[0]}? " if near else "") + f"Known: {', '.join(schemes)}",
+            code="unknown-scheme",
         )
     cls = schemes[name]
     known = {f.name: str(f.type) for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
-    for key, value in options.items():
+    for key, value in current_options(options).items():
         if key not in known:
-            listed = ", ".join(known) or "none"
             raise SchemeError(
-                f"Scheme {name} takes no option {key!r}", hint=f"Its options are: {listed}"
+                f"Scheme {name} has no option {key!r}",
+                hint=f"Its options are: {', '.join(known)}",
+                code="unknown-option",
             )
         values[key] = _checked(name, key, known[key], value)
     return cls(**values)
 
 
 def _checked(scheme: str, key: str, kind: str, value: Any) -> Any:
-    """The value, lists with_ranks to tuples, if it is of the kind that the field names."""
+    """The value, a list as a tuple, if it has the type of the field."""
     if isinstance(value, list):
         value = tuple(value)
     accepted = {
@@ -67,7 +70,8 @@ def _checked(scheme: str, key: str, kind: str, value: Any) -> Any:
     }
     if not any(accepted.get(part.strip(), False) for part in kind.split("|")):
         raise SchemeError(
-            f"Option {key}={value!r} of scheme {scheme} is of the wrong kind",
+            f"Option {key}={value!r} of scheme {scheme} has the wrong type",
             hint=f"It takes {kind.replace('tuple[int, ...]', 'a list of whole numbers')}",
+            code="wrong-option-type",
         )
     return value

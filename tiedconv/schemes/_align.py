@@ -1,6 +1,6 @@
-"""Using the freedom of weights before a fit: which exact moves bring matrices closer.
+"""Function-preserving symmetries before a fit: which of them bring matrices closer together.
 
-The moves themselves are in `gauge`; here is how they are chosen.
+`numerics/symmetries` applies them; here they are chosen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from tiedconv.core.partition import partition
 from tiedconv.core.plan import Block
-from tiedconv.numerics.linalg import match, procrustes
+from tiedconv.numerics.linalg import linear_assignment, procrustes
 from tiedconv.numerics.symmetries import (
     WeightEditor,
     fold_norm,
@@ -35,7 +35,7 @@ _ROLES = {
 
 
 def is_whole(block: Block) -> bool:
-    """Whether all matrices of the block are there (none excluded), so that moves are allowed."""
+    """Whether all matrices of the block are there (none excluded), as symmetries need them all."""
     return _ROLES.get(block.kind, set()) <= block.slots.keys() and block.kind in _ROLES
 
 
@@ -53,7 +53,7 @@ def match_layers(blocks: Sequence[Block], groups: str, editor: WeightEditor) -> 
     """
     by_stack: dict[tuple[str, str], list[Block]] = defaultdict(list)
     for block in sorted(blocks, key=lambda b: b.index):
-        if block.free and is_whole(block):
+        if block.permutable and is_whole(block):
             shapes = "/".join(str(s.matrix_shape) for s in block.slots.values())
             by_stack[block.stack, shapes].append(block)
     for layers in by_stack.values():
@@ -70,7 +70,7 @@ def _match_group(layers: Sequence[Block], editor: WeightEditor) -> None:
     total = normalize(signature(layers[0], editor))
     for block in layers[1:]:
         if block.kind == "ffn":
-            order = match(total @ normalize(signature(block, editor)).t())
+            order = linear_assignment(total @ normalize(signature(block, editor)).t())
             permute_hidden(editor, block, order)
         else:
             _match_bottleneck(layers[0], block, editor)
@@ -78,7 +78,7 @@ def _match_group(layers: Sequence[Block], editor: WeightEditor) -> None:
 
 
 def _hidden_signature(block: Block, editor: WeightEditor) -> Tensor:
-    """What a hidden unit reads and what it writes, `(hidden, 2 d)`."""
+    """The input and output weights of each hidden unit, normalised, `(hidden, 2 d)`."""
     up, down = editor.matrix(block.slots["up"]), editor.matrix(block.slots["down"])
     return torch.cat([normalize(up), normalize(down.t())], 1)
 
@@ -92,13 +92,13 @@ def _match_heads(layers: Sequence[Block], editor: WeightEditor) -> None:
     total = _heads(layers[0], editor)
     for block in layers[1:]:
         mine = _heads(block, editor)
-        # How much two heads have in common whatever their bases: the norm of their product.
+        # Independent of the bases of the heads: the norm of their product.
         similarity = torch.zeros(len(total[0]), len(total[0]), dtype=torch.float64)
         for a, b in zip(total, mine, strict=True):
             products = a.flatten(0, 1) @ b.flatten(0, 1).t()
             products = products.reshape(len(a), a.shape[1], len(b), b.shape[1])
             similarity += products.square().sum((1, 3)).double()
-        permute_heads(editor, block, match(similarity))
+        permute_heads(editor, block, linear_assignment(similarity))
         qk, vo = (
             procrustes(b @ a.mT) for a, b in zip(total, _heads(block, editor), strict=True)
         )  # fmt: skip
@@ -120,13 +120,15 @@ def _heads(block: Block, editor: WeightEditor) -> tuple[Tensor, Tensor]:
 
 
 def tie_attention(block: Block, editor: WeightEditor, *, steps: int = 3) -> None:
-    """Rotate heads so that `k` comes near `v^T` and `q` near `o^T` (pairing kv-qo).
+    """Rotate heads to bring `k` close to `v^T` and `q` close to `o^T` (pairing kv-qo).
 
     With G for the heads of q and k, and H for those of v and o, it minimises
     `||G k - v^T H^T||^2 + ||G q - H o^T||^2` by turns, a Procrustes problem for each head.
     """
     q, k, v, o = (editor.matrix(block.slots[role]) for role in "qkvo")
-    if not (block.heads and block.free and q.shape[0] == q.shape[1] == v.shape[0] == o.shape[0]):
+    if not (
+        block.heads and block.permutable and q.shape[0] == q.shape[1] == v.shape[0] == o.shape[0]
+    ):
         return
     heads, d = block.heads, q.shape[0] // block.heads
 
@@ -148,7 +150,7 @@ def tie_attention(block: Block, editor: WeightEditor, *, steps: int = 3) -> None
 
 def balance_hidden(block: Block, editor: WeightEditor) -> None:
     """Give each hidden unit of a ReLU feed-forward rows and columns of the same norm."""
-    if block.relu and block.free:
+    if block.relu and block.permutable:
         up, down = editor.matrix(block.slots["up"]), editor.matrix(block.slots["down"])
         scale_hidden(editor, block, _ratio(down.norm(dim=0), up.norm(dim=1)).sqrt())
 
@@ -156,13 +158,13 @@ def balance_hidden(block: Block, editor: WeightEditor) -> None:
 def tie_bottlenecks(blocks: Sequence[Block], editor: WeightEditor) -> None:
     """Bring conv1 and conv3^T of blocks that share one W to each other.
 
-    Units are permuted, and rows scaled with their signs, all taken back by BatchNorms. The
+    Units are permuted, and rows scaled with their signs, all compensated by BatchNorms. The
     reference is conv3^T of the first block.
     """
     target = editor.matrix(blocks[0].slots["conv3"]).t()
     for block in blocks:
         conv1, conv2 = block.slots["conv1"], block.slots["conv2"]
-        if conv2.columns == conv1.rows * _area(conv2.kernel) and block.free:
+        if conv2.columns == conv1.rows * _area(conv2.kernel) and block.permutable:
             _order_units(block, target, editor, reference=block is blocks[0])
         if block is not blocks[0]:
             written = editor.matrix(block.slots["conv3"])
@@ -179,11 +181,11 @@ def tie_bottlenecks(blocks: Sequence[Block], editor: WeightEditor) -> None:
 def _order_units(block: Block, target: Tensor, editor: WeightEditor, *, reference: bool) -> None:
     unit = normalize(target)
     conv1 = editor.matrix(block.slots["conv1"])
-    first = match((normalize(target[:, : conv1.shape[1]]) @ normalize(conv1).t()).abs())
+    first = linear_assignment((normalize(target[:, : conv1.shape[1]]) @ normalize(conv1).t()).abs())
     second = None
     if not reference:
         # ReLU fixes the sign of what conv3 reads, so here the signed similarity counts.
-        second = match(unit @ normalize(editor.matrix(block.slots["conv3"]).t()).t())
+        second = linear_assignment(unit @ normalize(editor.matrix(block.slots["conv3"]).t()).t())
     permute_bottleneck(editor, block, first, second)
 
 
@@ -197,7 +199,7 @@ def _match_bottleneck(first: Block, block: Block, editor: WeightEditor) -> None:
         a, b = (editor.matrix(x.slots[role]) for x in (first, block))
         a, b = (a.t(), b.t()) if flip else (a, b)
         similarity = normalize(a) @ normalize(b).t()
-        orders.append(match(similarity if flip else similarity.abs()))
+        orders.append(linear_assignment(similarity if flip else similarity.abs()))
     permute_bottleneck(editor, block, orders[0], orders[1])
     rows, like = editor.matrix(conv1), editor.matrix(first.slots["conv1"])
     scale_conv_rows(editor, block, 1, _signed_ratio(like, rows).sign())
@@ -214,6 +216,6 @@ def _signed_ratio(target: Tensor, rows: Tensor) -> Tensor:
 
 
 def _ratio(over: Tensor, under: Tensor) -> Tensor:
-    """`over / under`, one where either is nearly nothing (a dead unit)."""
+    """`over / under`, one where either is nearly zero (a dead unit)."""
     alive = (over > 1e-6 * over.max()) & (under > 1e-6 * under.max())
     return torch.where(alive, over / under.clamp(min=1e-30), torch.ones_like(over))

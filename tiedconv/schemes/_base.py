@@ -1,4 +1,4 @@
-"""What every scheme is."""
+"""The base classes of schemes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RankOption:
 
 @dataclass(frozen=True)
 class Draft:
-    """A group before its ranks are settled: who takes part, under which scheme."""
+    """A group before its ranks are final: its members and its scheme."""
 
     name: str
     scheme: Scheme
@@ -84,9 +84,9 @@ class Scheme(ABC):
 
     name: ClassVar[str]
     pattern: ClassVar[str]
-    least_rank: ClassVar[int] = 0  # the smallest that still gives a matrix
-    # Options that take the scheme further down in size, mildest first: what to offer when a
-    # budget can't be met.
+    min_rank: ClassVar[int] = 0  # the smallest that still gives a matrix
+    # Options with which the scheme stores less, mildest first: suggested when a budget can't be
+    # met.
     smaller_options: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     fold: bool = False
@@ -97,18 +97,22 @@ class Scheme(ABC):
 
     @abstractmethod
     def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
-        """Factors and expressions for matrices of these shapes; needs no weights."""
+        """Factors and expressions for matrices of these shapes; needs no weights.
+
+        Raises:
+            SchemeError: an option doesn't fit these shapes.
+        """
 
     @abstractmethod
     def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
         """The factors that come closest to the matrices: factor name to tensor."""
 
     def residuals(self, matrices: Sequence[Tensor]) -> Iterable[Tensor | None]:
-        """For each matrix, what its rank is spent on; None where it takes no rank."""
+        """For each matrix, what a residual of its rank approximates; None where it has no rank."""
         return [None] * len(matrices)
 
     def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
-        """Move the weights, by exact changes of `gauge`, to where this scheme fits better."""
+        """Apply function-preserving symmetries, after which this scheme fits better."""
         if self.fold:
             fold_norms(blocks, editor)
 
@@ -118,43 +122,43 @@ class Scheme(ABC):
         return self
 
     def rank_slots(self, count: int) -> list[bool]:
-        """Which of the matrices of a group take a rank."""
+        """Which of the matrices of a group have a rank."""
         return [False] * count
 
     def base_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-        """Shape of the shared matrix that is itself stored as a product, None if none is."""
+        """Shape of the shared matrix that is itself stored as a product, None if there is none."""
         del shapes
         return None
 
     def base_gains(
         self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]
     ) -> Tensor:  # fmt: skip
-        """The cost that each further rank of the core removes, float64."""
+        """The cost that each further rank of the base removes, float64."""
         raise NotImplementedError
 
     def with_base_rank(self, rank: int) -> Scheme:
-        """The same scheme with this rank of the core."""
+        """The same scheme with this rank of the base."""
         del rank
         return self
 
     def candidates(self) -> tuple[Scheme, ...]:
-        """The schemes to choose from for each part of the model, when there is a budget."""
+        """The schemes to choose from for each block, when there is a budget."""
         return (self,)
 
     def alternatives(self) -> tuple[Scheme, ...]:
-        """What to try beside this scheme when there is a budget; the best fit is taken."""
+        """Schemes to try besides this one when there is a budget; the best fit is taken."""
         return ()
 
     def rank_options(self, shapes: Sequence[tuple[int, int]]) -> list[RankOption | None]:
-        """One for each matrix (None where it takes no rank), then one for the core."""
+        """One for each matrix (None where it takes no rank), then one for the base."""
         takes = self.rank_slots(len(shapes))
-        core = self.base_shape(shapes)
+        base = self.base_shape(shapes)
         return [
             *(
-                RankOption.of(s, self.least_rank) if t else None
+                RankOption.of(s, self.min_rank) if t else None
                 for s, t in zip(shapes, takes, strict=True)
             ),
-            RankOption.of(core, 1) if core else None,
+            RankOption.of(base, 1) if base else None,
         ]
 
     def gains(
@@ -168,8 +172,8 @@ class Scheme(ABC):
                 found.append(None if whitened is None else 0.5 * whitened.square())
         else:
             found += [None] * len(matrices)
-        has_core = self.base_shape([(m.shape[0], m.shape[1]) for m in matrices]) is not None
-        return [*found, self.base_gains(matrices, metrics) if has_core else None]
+        has_base = self.base_shape([(m.shape[0], m.shape[1]) for m in matrices]) is not None
+        return [*found, self.base_gains(matrices, metrics) if has_base else None]
 
     def with_ranks(self, ranks: Sequence[int]) -> Scheme:
         """The same scheme with these ranks."""
@@ -188,7 +192,7 @@ class Ranked(Scheme):
     """A scheme with a rank for some of its matrices.
 
     Args:
-        rank: a number, a share of a matrix's parameters (below 1), or one for each matrix.
+        rank: a number, a fraction of a matrix's parameters (below 1), or one for each matrix.
         k: multipliers of `rank`, one for each matrix that takes a rank (LORS' K list).
     """
 
@@ -208,42 +212,42 @@ class Ranked(Scheme):
 
 @dataclass(frozen=True)
 class FactoredBase(Scheme):
-    """A scheme whose shared matrix may itself be stored as a product of two thin ones.
+    """A scheme whose shared matrix (the base) may itself be stored as a product of two factors.
 
     Args:
-        core: rank of the shared matrix: a number, or a share of its parameters (below 1); 0
-            stores it whole. With a budget, both are tried.
+        base_rank: rank of the shared matrix: a number, or a fraction of its parameters (below 1);
+            0 stores it as it is. With a budget, both are tried.
     """
 
-    core_name: ClassVar[str]
+    base_name: ClassVar[str]
 
-    core: int | float = 0
+    base_rank: int | float = 0
 
     def with_base_rank(self, rank: int) -> Scheme:
-        return dataclasses.replace(self, core=rank) if self.core else self
+        return dataclasses.replace(self, base_rank=rank) if self.base_rank else self
 
     def alternatives(self) -> tuple[Scheme, ...]:
-        # A budget chooses the rank, whatever number it starts at.
-        return () if self.core else (dataclasses.replace(self, core=0.5),)
+        # A budget chooses the rank, whatever the start.
+        return () if self.base_rank else (dataclasses.replace(self, base_rank=0.5),)
 
-    def core_rank(self, shape: tuple[int, int]) -> int:
-        """The rank that `core` means for a shared matrix of this shape."""
-        if not self.core:
+    def resolve_base_rank(self, shape: tuple[int, int]) -> int:
+        """`base_rank` as a number, for a shared matrix of this shape."""
+        if not self.base_rank:
             return 0
-        return max(1, resolve_ranks(self.core, (), [shape], [True], "core")[0])
+        return max(1, resolve_ranks(self.base_rank, (), [shape], [True], "base_rank")[0])
 
     def base_shape(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-        if not self.core:
+        if not self.base_rank:
             return None
-        plain = dataclasses.replace(self, core=0).layout(shapes).factors[self.core_name]
+        plain = dataclasses.replace(self, base_rank=0).layout(shapes).factors[self.base_name]
         return plain[0], plain[1]
 
     def base_gains(self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]) -> Tensor:
-        # The shared matrix stands for all of them: their cost falls as its own spectrum does.
-        plain = dataclasses.replace(self, core=0)
+        # The shared matrix approximates all of them: their cost falls as its own spectrum does.
+        plain = dataclasses.replace(self, base_rank=0)
         if any(self.rank_slots(len(matrices))):
             plain = plain.with_residual_ranks([0] * len(matrices))  # type: ignore[assignment]
-        whole = plain.fit(matrices)[self.core_name]
+        whole = plain.fit(matrices)[self.base_name]
         mean = mean_metric(metrics)
         values = spectrum(_whitened(mean, whole)).square()
         costs = sum(m.cost(w) for w, m in zip(matrices, metrics, strict=True))
@@ -251,24 +255,24 @@ class FactoredBase(Scheme):
 
     def store(self, factors: dict[str, Shape], shape: tuple[int, int]) -> Expr:
         """The shared matrix as an expression; adds what it stores."""
-        rank = self.core_rank(shape)
+        rank = self.resolve_base_rank(shape)
         if not rank:
-            factors[self.core_name] = shape
-            return Ref(self.core_name, shape)
-        left, right = (f"{self.core_name}_{part}" for part in ("left", "right"))
+            factors[self.base_name] = shape
+            return Ref(self.base_name, shape)
+        left, right = (f"{self.base_name}_{part}" for part in ("left", "right"))
         return with_product(factors, left, right, rank, shape)
 
     def stored(self, whole: Tensor) -> dict[str, Tensor]:
-        """What `store` promised, from the whole matrix."""
-        rank = self.core_rank((whole.shape[0], whole.shape[1]))
+        """The tensors that `store` declared, from the shared matrix."""
+        rank = self.resolve_base_rank((whole.shape[0], whole.shape[1]))
         if not rank:
-            return {self.core_name: whole}
+            return {self.base_name: whole}
         b, a = truncate(whole, rank)
-        return {f"{self.core_name}_left": b, f"{self.core_name}_right": a}
+        return {f"{self.base_name}_left": b, f"{self.base_name}_right": a}
 
 
 def _whitened(metric: KfacMetric, matrix: Tensor) -> Tensor:
-    """The matrix in a metric, as far as its sides are of its size."""
+    """The matrix whitened by those sides of a metric that fit its size."""
     rows, columns = matrix.shape
     left = metric.left if metric.left is not None and len(metric.left) == rows else None
     right = metric.right if metric.right is not None and len(metric.right) == columns else None
@@ -285,7 +289,7 @@ def resolve_ranks(
     """One rank for each matrix, from any of the ways in which ranks are given.
 
     Args:
-        rank: a number; a share of a matrix's parameters (below 1); or one for each matrix.
+        rank: a number; a fraction of a matrix's parameters (below 1); or one for each matrix.
         k: the paper's K list, one multiplier of `rank` for each matrix that takes a rank, or
             empty.
         shapes: of the matrices.
@@ -294,20 +298,26 @@ def resolve_ranks(
     """
     count = sum(takes)
     if isinstance(rank, float) and not math.isfinite(rank):
-        raise SchemeError(f"{name}={rank} is no number", hint="Use 0 or more")
+        raise SchemeError(
+            f"Invalid {name}={rank}", hint="Use a finite number, 0 or more", code="invalid-rank"
+        )
     if isinstance(rank, float) and rank >= 1:
         raise SchemeError(
-            f"{name}={rank} is no share of a matrix", hint="Use a whole number, or less than 1"
+            f"Invalid {name}={rank}",
+            hint="Use a whole number, or a fraction below 1",
+            code="invalid-rank",
         )
     if isinstance(rank, tuple) and len(rank) != len(shapes):
         raise SchemeError(
-            f"rank lists {len(rank)} numbers, but a group has {len(shapes)} matrices",
+            f"rank lists {len(rank)} ranks, but a group has {len(shapes)} matrices",
             hint="Give one rank for each matrix, or one number for all",
+            code="wrong-rank-count",
         )
     if k and len(k) != count:
         raise SchemeError(
             f"k lists {len(k)} multipliers, but a group has {count} layers",
             hint="Give one multiplier for each layer, or limit the rule with include",
+            code="wrong-rank-count",
         )
     multipliers = iter(k or [1] * count)
     ranks: list[int] = []
@@ -322,7 +332,9 @@ def resolve_ranks(
             if isinstance(rank, float):
                 value = math.floor(value * out * inputs / (out + inputs))
         if value < 0:
-            raise SchemeError(f"{name}={rank} is negative", hint="Use 0 or more")
+            raise SchemeError(
+                f"{name}={rank} is negative", hint="Use 0 or more", code="invalid-rank"
+            )
         ranks.append(min(int(value), out, inputs))
     return ranks
 
@@ -353,7 +365,7 @@ def stacks(
     """The same role of the layers of each stack, divided into groups, by equal shape.
 
     Args:
-        groups: a partition, see `grouping.partition`.
+        groups: a partition, see `core.partition.partition`.
         fused: take a fused tensor (qkv) as one matrix rather than three.
     """
     found: dict[tuple[str, tuple[int, ...]], list[tuple[int, Slot]]] = defaultdict(list)

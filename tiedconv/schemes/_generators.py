@@ -17,8 +17,8 @@ from tiedconv.runtime.generator import generate
 from tiedconv.schemes._base import RankOption
 from tiedconv.schemes._tucker import Term, block_energies, fit_stack
 
-# Terms of a layer have at most so many columns of B for each row of its matrices: far above what
-# pays, and below what the reader of a file takes for an expression that computes too much.
+# Columns of B per row of a layer's matrices, at most: far above what saves anything, and below the
+# limit at which the reader of a file refuses an expression as too expensive.
 MOST_COLUMNS = 4
 
 
@@ -33,7 +33,7 @@ class Form:
     """A generator's sizes: it makes `groups` matrices (out, inputs) from a query of `width`.
 
     Args:
-        rank: of the private terms.
+        rank: of the terms of one layer.
     """
 
     groups: int
@@ -50,36 +50,39 @@ class Form:
 
         Args:
             made: (out, in) of the matrices that it makes.
-            rank: a number, or a share of the larger side (below 1).
+            rank: a number, or a fraction of the larger side (below 1).
 
         Raises:
-            SchemeError: the rows don't hold whole matrices, or an option makes no sense.
+            SchemeError: the rows are not a multiple of a matrix, or an option is invalid.
         """
         if len(made) != 2 or min(made) < 1:
             raise SchemeError(
-                f"shape={list(made)} is no shape of a matrix",
-                "Nothing can be made of the generators",
+                f"Invalid shape={list(made)}",
+                "The matrices that the generators make are not known",
                 "Give [out, in] of the matrices that they generate, such as [128, 128]",
+                code="invalid-shape",
             )
         rows, width = shape
         if rows % math.prod(made):
             raise SchemeError(
-                f"{where} has {rows:,} rows, which are no whole number of matrices of shape "
-                f"{made[0]} x {made[1]} ({math.prod(made):,} numbers each)",
-                "It can't be a generator of them",
+                f"{where} has {rows:,} rows, which is not a multiple of the {math.prod(made):,} "
+                f"values of a matrix of shape {made[0]} x {made[1]}",
+                "It can't be a generator of such matrices",
                 "Give the shape that it generates, or limit the rule with include to generators",
+                code="not-a-generator",
             )
         if not 0 < rank < math.inf:
             raise SchemeError(
-                f"rank={rank} is no rank of a term",
-                hint="Use a number from 1 on, or a share below 1",
+                f"Invalid rank={rank}",
+                hint="Use a whole number from 1 on, or a fraction below 1",
+                code="invalid-rank",
             )
         columns = int(rank if rank >= 1 else max(1, rank * max(made)))
         return cls(rows // math.prod(made), made[0], made[1], width, min(columns, max(made)))
 
     @property
     def rank_option(self) -> RankOption:
-        """What a budget turns: the number of terms, at the given rank."""
+        """What a budget chooses: the number of terms, at the given rank."""
         r = self.rank
         cost = r * r * self.width + self.groups * r * (self.out + self.inputs)
         whole = self.groups * self.out * self.inputs * self.width
@@ -96,13 +99,15 @@ class Form:
             raise SchemeError(
                 f"k lists {len(k)} numbers of terms, but a group has {count} layers",
                 hint="Give one for each layer, or limit the rule with include",
+                code="wrong-rank-count",
             )
         most = MOST_COLUMNS * self.out // self.rank
         if any(not 0 <= n <= most for n in k):
             raise SchemeError(
-                f"k={list(k)} asks for terms that can't be",
-                f"Each adds rank {self.rank} to matrices of {self.out} rows",
+                f"Invalid k={list(k)}",
+                f"Each term adds rank {self.rank} to matrices of {self.out} rows",
                 f"Use 0 to {most} for each layer, or another rank",
+                code="invalid-rank",
             )
         return tuple(k) or (1,) * count
 

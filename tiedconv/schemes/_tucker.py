@@ -1,4 +1,4 @@
-"""Fitting the private parts of weight generators: Tucker-2 terms of tensors.
+"""Fitting the terms of weight generators: Tucker-2 decompositions of tensors.
 
 A generator's weight is a tensor T of shape (groups, out, in, width). A *term* has the factors
 B (groups, out, r), E (r, r, width) and A (groups, r, in), and stands for
@@ -21,7 +21,7 @@ from tiedconv.numerics.least_squares import conjugate_gradients
 from tiedconv.numerics.linalg import energy
 
 STEPS = 100  # turns over base and terms, at most
-SWEEPS = 3  # over a new term, before it takes turns with the others
+SWEEPS = 3  # over a new term, before all terms are improved by turns
 GAIN = 1e-3  # a turn that gains less of the error is the last
 EXACT = 2048  # unknowns of a system that is solved directly
 
@@ -108,7 +108,7 @@ def _deflated(rest: Tensor, count: int, rank: int) -> list[Term]:
 
 
 def _improved(rest: Tensor, terms: Sequence[Term]) -> list[Term]:
-    """The terms, each fitted anew to what the others leave."""
+    """The terms, each fitted again to what the others leave."""
     done: list[Term] = []
     for term in terms:
         target = rest + term.value
@@ -134,7 +134,7 @@ def start(tensor: Tensor, rank: int) -> Term:
 
 
 def sweep(tensor: Tensor, term: Term) -> Term:
-    """Each factor anew, the others held fixed; for one group two at a time (HOOI)."""
+    """Each factor fitted again, the others held fixed; for one group two at a time (HOOI)."""
     if tensor.shape[0] == 1:
         rank = term.b.shape[2]
         a = _leading(torch.einsum("goic,gor->gric", tensor, term.b).transpose(1, 2), rank).mT
@@ -210,12 +210,12 @@ def _side(tensor: Tensor, rest: Tensor, old: Tensor) -> Tensor:
 
 def _core(tensor: Tensor, term: Term) -> Tensor:
     """The E that is best for the other two factors."""
-    r, wanted = term.b.shape[2], _projected(tensor, term.b, term.a).double()
+    r, target = term.b.shape[2], _projected(tensor, term.b, term.a).double()
     left = (term.b.mT.double() @ term.b.double()).contiguous()
     right = (term.a.double() @ term.a.mT.double()).contiguous()
 
     def gradient(e: Tensor) -> Tensor:
-        return torch.einsum("gpr,rsc,gsq->pqc", left, e, right) - wanted
+        return torch.einsum("gpr,rsc,gsq->pqc", left, e, right) - target
 
     e = term.e.double()
     if r * r > EXACT:
@@ -230,7 +230,7 @@ def _projected(tensor: Tensor, b: Tensor, a: Tensor) -> Tensor:
 
 
 def _solved(system: Tensor, right: Tensor) -> Tensor:
-    """The solution of a positive semidefinite system, float64, held back where it says nothing."""
+    """The solution of a positive semidefinite system, float64, regularised where it is singular."""
     least = 1e-11 * float(system.diagonal().max().clamp(min=1e-200))
     factor = torch.linalg.cholesky(system + least * torch.eye(len(system), dtype=system.dtype))
     return torch.cholesky_solve(right, factor)

@@ -1,4 +1,4 @@
-"""Basis: all matrices beside one residual stream share one row space or column space.
+"""Basis: all matrices on one residual stream share one row space or column space.
 
 The matrices of a block that read the stream (q, k, v, up, conv1) have rows in its space, those
 that write to it (o, down, conv3) have columns there. One V `(rank, d)` spans it for all of them:
@@ -7,7 +7,8 @@ that write to it (o, down, conv3) have columns there. One V `(rank, d)` spans it
 
 so each matrix stores its coefficients C only, and V is stored once for a block, or once for a
 group of blocks. With `tie`, W_o shares the coefficients of W_v and W_down those of W_up, row by
-row up to a scale: row and column space (arXiv 2401.16438) of a low-rank pair.
+row up to a scale: the row and column space of a low-rank pair, after Koyun and Toreyin
+(https://arxiv.org/abs/2401.16438).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Basis(FactoredBase):
     """One basis for all matrices that read from or write to one residual stream.
 
     Args:
-        core: rank of the basis: a number, or a share of the matrices' parameters (below 1).
+        base_rank: rank of the basis: a number, or a fraction of the matrices' parameters (below 1).
         groups: blocks of a stack that share a basis: `each` (none), `adjacent:N`, `all`.
         join: attention and feed-forward of a layer share one basis.
         tie: the matrix that writes shares the coefficients of one that reads.
@@ -47,27 +48,31 @@ class Basis(FactoredBase):
     """
 
     name: ClassVar[str] = "basis"
-    core_name: ClassVar[str] = "V"
+    base_name: ClassVar[str] = "V"
     pattern: ClassVar[str] = "blocks on a residual stream: attention, feed-forward, bottleneck"
-    smaller_options: ClassVar = ({"core": 0.25}, {"tie": True})
+    smaller_options: ClassVar = ({"base_rank": 0.25}, {"tie": True})
 
-    core: int | float = 0.5
+    base_rank: int | float = 0.5
     groups: str = "each"
     join: bool = False
     tie: bool = False
     owners: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.core:
+        if not self.base_rank:
             raise SchemeError(
-                "core=0 leaves scheme basis no basis", hint="Use 1 or more, or a share below 1"
+                "Invalid base_rank=0 of scheme basis",
+                "Its basis would be empty",
+                "Use a whole number from 1 on, or a fraction below 1",
+                code="invalid-rank",
             )
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         if self.owners:
             raise SchemeError(
-                "owners is no option of scheme basis to choose: plans hold it",
+                "The option owners of scheme basis is set by the plan",
                 hint="Use tie=true, which sets it",
+                code="internal-option",
             )
         stacks: dict[tuple[str, int], dict[int, list[_Part]]] = defaultdict(dict)
         for block in blocks:
@@ -83,7 +88,7 @@ class Basis(FactoredBase):
                 yield Draft(name, scheme, tuple(part.member for part in parts))
 
     def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
-        rank = self.core_rank(self._stacked(shapes))
+        rank = self.resolve_base_rank(self._stacked(shapes))
         v = Ref("V", (rank, shapes[0][1]))
         factors: dict[str, Shape] = {"V": v.of}
         weights: list[Expr] = []
@@ -103,7 +108,7 @@ class Basis(FactoredBase):
     def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
         wholes, scales = self._wholes(matrices)
         stacked = torch.cat(list(wholes.values()))
-        c, v = truncate(stacked, self.core_rank((stacked.shape[0], stacked.shape[1])))
+        c, v = truncate(stacked, self.resolve_base_rank((stacked.shape[0], stacked.shape[1])))
         parts = torch.split(c, [len(w) for w in wholes.values()])
         return {"V": v, **{f"C{j}": p for j, p in zip(wholes, parts, strict=True)}, **scales}
 
@@ -124,7 +129,7 @@ class Basis(FactoredBase):
             start, star, part = stem.partition("*")
             stem, name = start + star, name.removesuffix(part)
         for role, slot in (block.slots if self.tie else fuse(block.slots)).items():
-            # What touches no stream (a 3x3 convolution) is on its own: plain low rank.
+            # What is not on a stream (a 3x3 convolution) gets a group of its own: plain low rank.
             label = "" if role in _READS | _WRITES else f".{role}"
             member = Member(slot, flip=role in _WRITES)
             yield _Part(stem + label, name + label, block.name, role, member)
@@ -140,7 +145,7 @@ class Basis(FactoredBase):
     def _wholes(
         self, matrices: Sequence[Tensor]
     ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:  # fmt: skip
-        """What each set of coefficients stands for, and the scales of those that share it."""
+        """The matrix of each set of coefficients, and the scales of those that share it."""
         wholes: dict[int, Tensor] = {}
         scales: dict[str, Tensor] = {}
         places = self._places(len(matrices))
@@ -154,7 +159,7 @@ class Basis(FactoredBase):
 
 @dataclass(frozen=True)
 class _Part:
-    """A matrix on its way into a group: its stack, its group's name, its block and role."""
+    """A member of a group to be: its stack, the group's name, its block and role."""
 
     stack: str
     name: str

@@ -1,16 +1,20 @@
-"""LORS, static: stacked layers share a base and keep private low-rank residuals.
+"""LORS, static: stacked layers share a base and have a low-rank residual each.
 
-    W_i = base + B_i A_i            (Li et al., arXiv 2403.04303, equation 4)
+    W_i = base + B_i A_i
+
+Li et al., "LORS: Low-rank Residual Structure for Parameter-Efficient Network Stacking", equation 4
+(https://arxiv.org/abs/2403.04303).
 
 A sum of K rank-r terms, as the paper writes it, is one term of rank K r: `k` lists K for each
-layer. Convolutions take part as matrices of shape `(out, in * kh * kw)`. Biases and norms stay
-private. From pretrained weights, the base is their mean and the residuals are the truncated SVD
-of what it leaves, improved by turns; `match` first puts each layer's hidden units, heads and
-head bases in the order that agrees best with the layers before it, which changes no output.
+layer. Convolutions take part as matrices of shape `(out, in * kh * kw)`. Biases and norms are not
+shared. From pretrained weights, the base is their mean and the residuals are the truncated SVD of
+the differences, improved by turns; `match` first puts each layer's hidden units, heads and head
+bases in the order that agrees best with the layers before it, which leaves the model's outputs as
+they are.
 
 Beyond the paper: `bases` gives each layer its own mixture of several bases,
-`W_i = sum_k c_ik base_k + B_i A_i`, and `core` stores the base as a product of two thin matrices;
-a layer that is alone in its group is then its own base, and of low rank too.
+`W_i = sum_k c_ik base_k + B_i A_i`, and `base_rank` stores the base as a product of two
+factors; an unmatched layer is then a low-rank base by itself.
 """
 
 from __future__ import annotations
@@ -43,17 +47,18 @@ class Lors(FactoredBase, Ranked):
     """One base for each group of a stack, a residual for each layer.
 
     Args:
-        rank: of the residuals: a number, a share of a layer's parameters (below 1), or a list.
+        rank: of the residuals: a number, a fraction of a layer's parameters (below 1), or a list.
         k: multipliers of `rank`, one for each layer of the group (the paper's K list).
         groups: which layers share a base: `all`, `adjacent:N` or `cycle:N`.
         bases: how many bases a group has; each layer mixes them.
-        core: rank of the base: a number, or a share of its parameters (below 1); 0 stores it whole.
+        base_rank: rank of the base: a number, or a fraction of its parameters (below 1); 0 stores
+            it as it is.
         fused: take a fused qkv as one matrix.
         match: align layers before the fit.
     """
 
     name: ClassVar[str] = "lors"
-    core_name: ClassVar[str] = "base"
+    base_name: ClassVar[str] = "base"
     pattern: ClassVar[str] = "stacks of at least two layers of one shape"
     smaller_options: ClassVar = ({"rank": 0},)
 
@@ -64,10 +69,11 @@ class Lors(FactoredBase, Ranked):
     match: bool = True
 
     def __post_init__(self) -> None:
-        if self.bases < 1 or (self.bases > 1 and self.core):
+        if self.bases < 1 or (self.bases > 1 and self.base_rank):
             raise SchemeError(
-                f"bases={self.bases} with core={self.core} can't be done by scheme lors",
-                hint="Use bases=1 or more, and core with one base only",
+                f"Scheme lors can't combine bases={self.bases} and base_rank={self.base_rank}",
+                hint="Use bases=1 or more, and base_rank with one base only",
+                code="invalid-bases",
             )
 
     def alternatives(self) -> tuple[Scheme, ...]:
@@ -79,13 +85,14 @@ class Lors(FactoredBase, Ranked):
             longest = max(longest, len(members))
             if len(members) > max(1, self.bases):
                 yield Draft(name, self, members)
-            elif len(members) == 1 and self.core:  # its own base, and no residual beside it
+            elif len(members) == 1 and self.base_rank:  # its own base, and no residual beside it
                 yield Draft(name, replace(self, rank=0, k=()), members)
         if 1 < longest <= self.bases:
             raise SchemeError(
                 f"bases={self.bases} is too many for stacks of at most {longest} layers",
                 "Each layer would have a base of its own",
                 f"Use less than {longest} bases",
+                code="too-many-bases",
             )
 
     def rank_slots(self, count: int) -> list[bool]:
@@ -127,21 +134,21 @@ class Lors(FactoredBase, Ranked):
             yield m - sum(c * b for c, b in zip(row, bases, strict=True))
 
     def _bases(self, factors: dict[str, Shape], shape: tuple[int, int], count: int) -> list[Expr]:
-        """What stands for the base of each layer; adds what it stores."""
+        """The base of each layer as an expression; adds what is stored."""
         if self.bases == 1:
             return [self.store(factors, shape)] * count
         bases = [Ref(f"base{k}", shape) for k in range(self.bases)]
         mix = Ref("mix", (count, self.bases))
         factors |= {b.name: b.of for b in [*bases, mix]}
 
-        def share(j: int, k: int) -> Expr:
+        def coefficient(j: int, k: int) -> Expr:
             return Slice(Slice(mix, 0, j, j + 1), 1, k, k + 1)
 
         mixed: list[Expr] = []
         for j in range(count):
-            total: Expr = Mul(bases[0], share(j, 0))
+            total: Expr = Mul(bases[0], coefficient(j, 0))
             for k in range(1, self.bases):
-                total = Add(total, Mul(bases[k], share(j, k)))
+                total = Add(total, Mul(bases[k], coefficient(j, k)))
             mixed.append(total)
         return mixed
 

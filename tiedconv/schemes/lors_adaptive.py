@@ -1,10 +1,13 @@
-"""LORS, adaptive: stacked weight generators share one and keep private Tucker-2 parts.
+"""LORS, adaptive: stacked weight generators share one and have Tucker-2 terms each.
 
-    W_i^g(q) = base^g(q) + sum_k B_ik^g E_ik(q) A_ik^g     (Li et al., arXiv 2403.04303, adaptive)
+    W_i^g(q) = base^g(q) + sum_k B_ik^g E_ik(q) A_ik^g
+
+Li et al., "LORS: Low-rank Residual Structure for Parameter-Efficient Network Stacking", adaptive
+form (https://arxiv.org/abs/2403.04303).
 
 A generator is a linear layer whose output is a weight: rows `groups * out * in`, columns the width
 of q. E_ik(q) is a small generator, of (rank, rank), shared by the groups of the layer. At run time
-the factors are applied to q, in training as well; the private generator is never made.
+the factors are applied to q, in training as well; the generator of a layer is never materialised.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ class LorsAdaptive(Scheme):
     """One base generator for each group of a stack, terms of a given rank for each layer.
 
     Args:
-        shape: (out, in) of the matrices that are generated; has to be given.
-        rank: of a term: a number, or a share of the larger side of `shape` (below 1).
+        shape: (out, in) of the matrices that are generated; required.
+        rank: of a term: a number, or a fraction of the larger side of `shape` (below 1).
         k: terms of each layer of the group (the paper's K list), 1 for all if empty. With a budget
             it is the number of terms that is chosen, at the given rank.
         groups: which layers share a base: `all`, `adjacent:N` or `cycle:N`.
@@ -51,9 +54,10 @@ class LorsAdaptive(Scheme):
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         if blocks and not self.shape:
             raise NothingToConvert(
-                "Scheme lors-adaptive was not told the shape of the matrices that are generated",
-                "It can't be read off a weight: rows are groups * out * in",
-                "Add --option shape=OUT,IN and limit it with --include to the generators",
+                "Scheme lors-adaptive needs the option shape, of the matrices that are generated",
+                "A weight's rows are groups * out * in, which does not determine it",
+                "Add --option shape=OUT,IN and limit the rule with --include to the generators",
+                code="shape-missing",
             )
         for name, members in stacks(blocks, self.groups, fused=True):
             if len(members) > 1 and all(map(is_linear, members)):
@@ -78,8 +82,8 @@ class LorsAdaptive(Scheme):
         return [True] * count
 
     def rank_options(self, shapes: Sequence[tuple[int, int]]) -> list[RankOption | None]:
-        # A term of rank r takes r^2 numbers for each of q's: no further rank has a price of its
-        # own, but a further term has.
+        # A term of rank r stores r^2 values per entry of q: the parameters of one more rank depend
+        # on r, those of one more term do not.
         return [*[self._form(shapes).rank_option] * len(shapes), None]
 
     def gains(

@@ -1,6 +1,9 @@
-"""Baseline: each matrix alone as a product of two thin ones, by its truncated SVD.
+"""Baseline: each matrix as a product of two factors, by its truncated SVD.
 
-W = B A,  B (out, rank),  A (rank, in)          (Eckart and Young, 1936)
+    W = B A,  B (out, rank),  A (rank, in)
+
+Eckart and Young, "The approximation of one matrix by another of lower rank", 1936
+(https://doi.org/10.1007/BF02288367).
 """
 
 from __future__ import annotations
@@ -22,14 +25,14 @@ class LowRank(Ranked):
     """Truncated SVD of each matrix.
 
     Args:
-        rank: a number, a share of a matrix's parameters (below 1), or one for each matrix.
+        rank: a number, a fraction of a matrix's parameters (below 1), or one for each matrix.
         k: multipliers of `rank` (one, as a group is one matrix).
         fused: take a fused qkv as one matrix.
     """
 
     name: ClassVar[str] = "lowrank"
     pattern: ClassVar[str] = "linear layers and convolutions in known blocks or numbered stacks"
-    least_rank: ClassVar[int] = 1
+    min_rank: ClassVar[int] = 1
     smaller_options: ClassVar = ({"rank": 1},)
 
     rank: int | float | tuple[int, ...] = 0.5

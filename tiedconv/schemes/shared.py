@@ -1,4 +1,8 @@
-"""Baseline: layers of a stack share one matrix, as ALBERT does. LORS with no residual."""
+"""Baseline: layers of a stack share one matrix; LORS without residuals.
+
+As in Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations"
+(https://arxiv.org/abs/1909.11942).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tied: the second matrix of a pair is the transpose of the first.
 
-After a nonlinearity, `F(W x)` has left the column space of W, so `W^T` can serve as the second
-map (Koyun and Toreyin, row and column space, arXiv 2401.16438):
+After a nonlinearity, `F(W x)` is not in the column space of W, so `W^T` can serve as the second
+map (Koyun and Toreyin, https://arxiv.org/abs/2401.16438):
 
     feed-forward   W^T F(W x + b1) + b2
     attention      kv-qo: W_v = W_k^T and W_o = W_q^T;   vo-qk: W_o = W_v^T and W_k = W_q
@@ -9,7 +9,7 @@ map (Koyun and Toreyin, row and column space, arXiv 2401.16438):
 
 Beyond the paper, `M_j = diag(s_j) W diag(t_j) + B_j A_j` for every matrix of a group but the
 first: `scale` stores s and t (a thousandth of the size), `rank` goes from pure tying to the
-original, and `core` stores W itself as a product of two thin matrices (W_1 = C V and
+original, and `base_rank` stores W itself as a product of two factors (W_1 = C V and
 W_2 = V^T C^T, both scaled): a tie over low rank, for small budgets. In a bottleneck the
 BatchNorms hold the scales, so none are stored.
 """
@@ -35,13 +35,14 @@ from tiedconv.schemes._pairs import PAIRINGS, Stage, bottleneck_groups, pair_gro
 
 @dataclass(frozen=True)
 class Tied(FactoredBase, Ranked):
-    """One W for a pair (or for the pairs of several blocks), transposed where it must be.
+    """One W for a pair (or for the pairs of several blocks), transposed for one of the two.
 
     Args:
         pairing: of an attention's matrices: `kv-qo` (the paper's) or `vo-qk`.
         scale: store row and column scales, signs too, for all matrices of a group but the first.
-        rank: of the residual of all matrices but the first: a number, or a share of the matrix.
-        core: rank of W itself: a number, or a share of its parameters (below 1); 0 stores it whole.
+        rank: of the residual of all matrices but the first: a number, or a fraction of the matrix.
+        base_rank: rank of W itself: a number, or a fraction of its parameters (below 1); 0 stores
+            it as it is.
         groups: blocks of a stack that share one W: `each` (none), `adjacent:N`, `all`.
         first: a ResNet stage's first block, whose conv1 reads another width: `keep` it, take
             conv1 as a `slice` of W, or tie only its conv3 (`expand`).
@@ -50,7 +51,7 @@ class Tied(FactoredBase, Ranked):
     """
 
     name: ClassVar[str] = "tied"
-    core_name: ClassVar[str] = "W"
+    base_name: ClassVar[str] = "W"
     pattern: ClassVar[str] = "pairs (m, d) and (d, m): feed-forward, attention, bottleneck"
     smaller_options: ClassVar = (
         {"groups": "all"},
@@ -69,8 +70,9 @@ class Tied(FactoredBase, Ranked):
         for option, known in (("pairing", PAIRINGS), ("first", ("keep", "slice", "expand"))):
             if getattr(self, option) not in known:
                 raise SchemeError(
-                    f"{option}={getattr(self, option)!r} is unknown to scheme tied",
+                    f"Invalid {option}={getattr(self, option)!r} of scheme tied",
                     hint=f"Use one of: {', '.join(known)}",
+                    code="unknown-choice",
                 )
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
