@@ -215,9 +215,9 @@ def test_procrustes_finds_the_rotation_that_was_applied() -> None:
 
 
 @given(st.integers(1, 6), st.integers(0, 20))
-def test_match_is_the_best_of_all_assignments(size: int, seed: int) -> None:
+def test_linear_assignment_is_the_best_of_all_assignments(size: int, seed: int) -> None:
     similarity = randn(size, size, seed=seed)
-    order = linalg.match(similarity)
+    order = linalg.linear_assignment(similarity)
     assert sorted(order.tolist()) == list(range(size))
     rows = torch.arange(size)
     best = max(
@@ -229,7 +229,7 @@ def test_match_is_the_best_of_all_assignments(size: int, seed: int) -> None:
 def test_match_undoes_a_permutation() -> None:
     x = torch.nn.functional.normalize(randn(12, 5))
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(x[shuffled][linalg.match(x @ x[shuffled].t())], x)
+    assert torch.equal(x[shuffled][linalg.linear_assignment(x @ x[shuffled].t())], x)
 
 
 def test_the_same_bits_twice(monkeypatch: pytest.MonkeyPatch) -> None:
