@@ -17,17 +17,10 @@ from hypothesis import strategies as st
 from micro import MEANT_FOR, all_micros
 
 import tiedconv
+from tiedconv.core.assemble import assemble, member_expr
 from tiedconv.core.expr import Add, Expr, MatMul, Mul, Ref
-from tiedconv.core.plan import (
-    Member,
-    Plan,
-    Slot,
-    Span,
-    assemble,
-    current_options,
-    member_expr,
-    stored_name,
-)
+from tiedconv.core.options import current_options
+from tiedconv.core.plan import Member, Plan, Slot, Span, stored_name
 from tiedconv.errors import PlanError, SchemeError
 from tiedconv.planning.recipe import Recipe
 from tiedconv.schemes import all_schemes, make_scheme

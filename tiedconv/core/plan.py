@@ -15,37 +15,18 @@ import dataclasses
 import functools
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 import tiedconv.core.expr as algebra
-from tiedconv.core.expr import Cat, Expr, Ref, Shape, all_from_json, is_name, reshape, transpose
-from tiedconv.errors import PlanError, SchemeError
+from tiedconv.core.expr import Expr, Ref, Shape, all_from_json, is_name
+from tiedconv.core.options import current_options
+from tiedconv.errors import PlanError
 
 PREFIX = "tied/"
-
-# Former names of options of schemes, deprecated: files written before, recipes and users may still
-# give them. No other place knows them.
-RENAMED_OPTIONS: Mapping[str, str] = {"core": "base_rank"}
-
-
-def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a scheme under their current names.
-
-    Raises:
-        SchemeError: an option is given under both of its names.
-    """
-    for old, new in RENAMED_OPTIONS.items():
-        if old in options and new in options:
-            raise SchemeError(
-                f"The options {old} and {new} are the same, and both were given",
-                hint=f"Leave out {old}, the former name",
-                code="option-given-twice",
-            )
-    return {RENAMED_OPTIONS.get(name, name): value for name, value in options.items()}
 
 
 @dataclass(frozen=True)
@@ -374,49 +355,6 @@ class Plan:
 def stored_name(group: str, factor: str) -> str:
     """`tied/<group>/<factor>`; a parameter's name may hold no dot, so dots become slashes."""
     return f"{PREFIX}{group.replace('.', '/')}/{factor}"
-
-
-def assemble(pieces: Sequence[tuple[Slot, Expr]]) -> tuple[Expr, dict[str, Slot]]:
-    """The expression of a whole tensor from those of some of its slots.
-
-    Rows that no slot covers are stored as they are.
-
-    Args:
-        pieces: slots of one tensor with the expressions of their `(out, in)` matrices.
-
-    Returns:
-        the tensor's expression, and the stored rest: name to the slot it holds.
-    """
-    first = pieces[0][0]
-    rest: dict[str, Slot] = {}
-    parts: list[Expr] = []
-
-    def keep(start: int, stop: int) -> None:
-        gap = dataclasses.replace(first, start=start, stop=stop)
-        name = stored_name(first.tensor, f"rows{start}-{stop}")
-        rest[name] = gap
-        parts.append(Ref(name, gap.matrix_shape))
-
-    row = 0
-    for slot, expr in sorted(pieces, key=lambda piece: piece[0].start):
-        if slot.start < row:
-            raise _bad(f"two groups give the same rows of {first.tensor}", "overlapping-slots")
-        if slot.start > row:
-            keep(row, slot.start)
-        parts.append(expr)
-        row = slot.stop
-    end = Slot.whole(first.tensor, first.shape, first.transposed).stop
-    if row < end:
-        keep(row, end)
-    matrix = parts[0] if len(parts) == 1 else Cat(tuple(parts), 0)
-    if first.transposed:
-        return transpose(matrix), rest
-    return reshape(matrix, first.shape), rest
-
-
-def member_expr(member: Member, expr: Expr) -> Expr:
-    """The `(out, in)` expression of a slot from that of the matrix that takes part."""
-    return transpose(expr) if member.flip else expr
 
 
 def _pairs(members: list[Any]) -> Iterable[tuple[Any, bool]]:

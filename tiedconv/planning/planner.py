@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tiedconv.core.assemble import assemble, member_expr
 from tiedconv.core.expr import Expr
-from tiedconv.core.plan import Block, Group, Member, Plan, Slot, assemble, member_expr, stored_name
+from tiedconv.core.plan import Block, Group, Member, Plan, Slot, stored_name
 from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
 from tiedconv.families import all_families
 from tiedconv.families.inspect import ModelInfo

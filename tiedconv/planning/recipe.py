@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tiedconv.core.plan import current_options
+from tiedconv.core.options import current_options
 from tiedconv.errors import RecipeError
 from tiedconv.schemes import make_scheme
 

@@ -14,7 +14,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from tiedconv.core.plan import current_options
+from tiedconv.core.options import current_options
 from tiedconv.errors import SchemeError
 from tiedconv.schemes._base import Draft, Layout, RankOption, Scheme
 
