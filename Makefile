@@ -3,20 +3,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-all check format bench clean
 
 help:
-	@echo "make demo    install, and watch the main job on scikit-learn's digits"
-	@echo "make test    install, and run the tests"
-	@echo "make check   install, and run ruff and mypy --strict"
-	@echo "make format  let ruff mend what it can"
-	@echo "make bench   time tied models against dense ones (minutes; see docs/results.md)"
+	@echo "make demo      install, then convert, calibrate and fine-tune a model of handwritten digits"
+	@echo "make test      install, then run the fast tests (minutes)"
+	@echo "make test-all  install, then run all tests and 20,000 mutated files (an hour)"
+	@echo "make check     install, then run ruff and mypy --strict"
+	@echo "make format    run ruff --fix and ruff format"
+	@echo "make bench     time tied models against dense ones (minutes; see docs/results.md)"
 
 demo: .venv/.demo
 	$(BIN)/tiedconv demo
 
 test: .venv/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python benchmarks/fuzz.py
 
 check: .venv/.dev
 	$(BIN)/ruff check .

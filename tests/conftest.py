@@ -1,9 +1,13 @@
-"""What all tests share: few threads, fixed seeds, no network."""
+"""What all tests share: few threads, fixed seeds, no network, and a last word on what did not run."""
 
 from __future__ import annotations
 
 import os
+import random
+from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,9 +17,10 @@ import pytest
 import torch
 from cli_helpers import World, make_world
 
-torch.set_num_threads(1)
+# One thread each, because tests run side by side. Results must not depend on it.
+torch.set_num_threads(int(os.environ.get("TIEDCONV_TEST_THREADS", "1")))
 
-# The same examples every time, and no deadline: a busy machine is no bug.
+# The same examples every time, and no deadline: a busy machine is not a fault.
 hypothesis.settings.register_profile(
     "tiedconv",
     derandomize=True,
@@ -24,6 +29,67 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("tiedconv")
+
+_DESELECTED = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--order-seed",
+        type=int,
+        help="run the test files, and the tests within each, in a random order with this seed",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shuffle files, and tests within a file: fixtures of a file are then still made once."""
+    seed = config.getoption("order_seed")
+    if seed is None:
+        return
+    draw = random.Random(seed)
+    files = [list(group) for _, group in groupby(items, lambda item: item.path)]
+    draw.shuffle(files)
+    for file in files:
+        draw.shuffle(file)
+    items[:] = [item for file in files for item in file]
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    config = items[0].config
+    config.stash[_DESELECTED] = config.stash.get(_DESELECTED, 0) + len(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Each worker of pytest-xdist reports how many tests it was told to leave out."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["deselected"] = session.config.stash.get(_DESELECTED, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    count = getattr(node, "workeroutput", {}).get("deselected", 0)
+    node.config.stash[_DESELECTED] = count  # every worker collects the same tests
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Count what did not run, each reason once."""
+    skips = Counter(
+        str(r.longrepr[2] if isinstance(r.longrepr, tuple) else r.longrepr).removeprefix(
+            "Skipped: "
+        )
+        for r in terminalreporter.stats.get("skipped", [])
+    )
+    deselected = config.stash.get(_DESELECTED, 0)
+    if not skips and not deselected:
+        return
+    terminalreporter.section("did not run")
+    for reason, count in skips.most_common():
+        terminalreporter.line(f"{count:5} skipped: {reason}")
+    if deselected:
+        terminalreporter.line(f"{deselected:5} deselected: `make test-all` runs the slow ones too")
 
 
 @pytest.fixture(autouse=True)

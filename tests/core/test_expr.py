@@ -270,7 +270,8 @@ def test_a_damaged_expression_is_an_expression_or_a_plan_error(
     place = data.draw(st.sampled_from(places))
     if place:
         place[data.draw(st.integers(0, len(place) - 1))] = wrong
-    parse(tree)
+    found = parse(tree)
+    assert found is None or found.to_json() == tree
 
 
 def lists_in(tree: list[Any]) -> Any:
