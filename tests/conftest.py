@@ -1,4 +1,4 @@
-"""What all tests share: few threads, fixed seeds, no network, and a last word on what did not run."""
+"""What all tests share: few threads, fixed seeds, no network, a count of what did not run."""
 
 from __future__ import annotations
 

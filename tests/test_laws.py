@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tiedconv
-from tiedconv.errors import NothingToConvert
+from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.families import all_families, find_blocks
 from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.planner import make_plan
@@ -234,6 +234,41 @@ def test_the_plan_the_model_and_the_report_agree_on_what_is_stored(name: str, sc
         t.numel() * t.element_size() for n, t in tied.state_dict().items() if n not in plan.aliases
     )
     assert all(g.error is not None and 0 <= g.error < 1.01 for g in report.groups)
+
+
+def smallest_budget(model: nn.Module, scheme: str, options: dict[str, Any]) -> float:
+    """The smallest of a few fractions of the model that a scheme can keep to."""
+    for percent in range(30, 100, 10):
+        try:
+            tiedconv.plan(model, scheme, params=f"{percent}%", **options)
+        except BudgetError:
+            continue
+        return percent / 100
+    raise AssertionError(f"{scheme} keeps to no budget")
+
+
+@pytest.mark.parametrize("scale", [1e-6, 3e4])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    slow_unless(PLAIN, covering([p for p in PLAIN if p[1] not in MEANT_FOR], 1, 2)),
+)
+def test_a_budget_is_kept_at_any_scale_of_the_weights(
+    name: str, scheme: str, scale: float, request: pytest.FixtureRequest
+) -> None:
+    if scheme == "auto" and scale > 1:
+        reason = "the search for the multiplier ends at 1e6"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    options = {k: v for k, v in meaning(scheme)[1].items() if k != "params"}
+    model = all_micros()[name].model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    fraction = smallest_budget(model, scheme, options)
+    tied = tiedconv.convert(model, scheme, params=f"{fraction:.0%}", **options)
+    report = tiedconv.report(tied)
+    assert report.stored <= fraction * report.original
+    assert_tied(tied)
 
 
 @each_pair

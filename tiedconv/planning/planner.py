@@ -245,6 +245,9 @@ def first_plan(info: ModelInfo, recipe: Recipe) -> Plan:
             return make_plan(info, wanted)[0]
         except BudgetError as error:
             refused.append(error)
+        except NothingToConvert:
+            if wanted is recipe:
+                raise
     raise min(refused, key=lambda error: error.smallest)
 
 
