@@ -45,6 +45,7 @@ def rows_of(found: dict[str, Any]) -> Iterator[tuple[tuple[str, str], dict[str, 
         yield (row["runtime"], row["model"]), row
 
 
+@pytest.mark.slow
 def test_each_form_is_measured_against_the_dense_one(found: dict[str, Any]) -> None:
     rows = dict(rows_of(found))
     assert list(rows) == [
@@ -63,6 +64,7 @@ def test_each_form_is_measured_against_the_dense_one(found: dict[str, Any]) -> N
     assert not found["left_out"]
 
 
+@pytest.mark.slow
 def test_memory_is_what_the_weights_take(found: dict[str, Any]) -> None:
     rows = dict(rows_of(found))
     dense = 4 * 3_600_000  # bytes of the dense model's weights, about
@@ -73,6 +75,7 @@ def test_memory_is_what_the_weights_take(found: dict[str, Any]) -> None:
         assert rows[lean]["held_bytes"] < 0.8 * rows[runtime, "dense"]["held_bytes"]
 
 
+@pytest.mark.slow
 def test_compiled_forms_are_compared_with_the_compiled_dense_one(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     model = tiedconv.convert(SPEC, "tied", model_args={**MODEL_ARGS, "depth": 1}, weights="none")

@@ -13,6 +13,7 @@ pytest.importorskip("sklearn", reason="the demo needs the extra demo")
 pytest.importorskip("matplotlib", reason="the demo needs the extra demo")
 
 
+@pytest.mark.slow
 def test_the_demo_trains_converts_heals_and_reports(tmp_path: Path) -> None:
     stages: list[str] = []
     done = run_demo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from cli_helpers import MODEL_ARGS, SPEC, World, files_of, refused, run, tiny_model
+from covering import covering, slow_unless
 from micro import all_micros
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -127,10 +129,15 @@ def both_ways(
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(
-    "name", ["timm-vit", "torchvision-vit", "torchvision-resnet", "hf-vit", "aliased", "convmixer"]
+STREAMED = list(
+    itertools.product(
+        ["timm-vit", "torchvision-vit", "torchvision-resnet", "hf-vit", "aliased", "convmixer"],
+        RECIPES,
+    )
 )
+
+
+@pytest.mark.parametrize(("name", "recipe"), slow_unless(STREAMED, covering(STREAMED, 2, 2)))
 def test_the_file_is_the_same_to_the_byte(
     name: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +167,7 @@ def test_matrices_that_do_not_stay_in_memory_give_the_same(
     assert streamed == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tied", "lors", "tied, 60 %"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("model", ["float16", "float32", "float64"])
@@ -572,6 +580,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize(("scheme", "most"), [("tied", 70e6), ("lors", 130e6)])
 def test_peak_memory_is_a_fraction_of_the_model(scheme: str, most: float, big: Path) -> None:

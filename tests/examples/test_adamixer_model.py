@@ -41,6 +41,7 @@ def test_a_width_that_does_not_divide_is_refused() -> None:
         decoder(groups=3)
 
 
+@pytest.mark.slow
 def test_the_sizes_are_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:
     count.main()
     said = capsys.readouterr().out
@@ -116,6 +117,7 @@ def test_saved_and_loaded_it_answers_the_same(tmp_path: Path) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["overfit", "speed"])
 def test_scripts_start_from_anywhere(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "adamixer" / f"{script}.py"), "--help"]

@@ -34,6 +34,7 @@ def test_examples_are_short(path: Path) -> None:
     assert any(line.startswith('if __name__ == "__main__":') for line in lines)
 
 
+@pytest.mark.slow
 def test_convert_resnet50(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "resnet50.safetensors"
     example("convert_resnet50").main(["--weights", "none", "--small", "--output", str(file)])
@@ -48,6 +49,7 @@ def test_your_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "the same outputs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_heal_on_your_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("timm")
     write_images(tmp_path / "images")

@@ -112,6 +112,7 @@ def test_onnx_holds_each_stored_tensor_once_and_gives_the_same_logits(
             assert torch.allclose(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["tied", "lors", "basis, tied"])
 def test_with_factors_applied_nothing_is_left_for_onnx_runtime_to_double(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,6 +182,7 @@ def test_each_format_of_the_folder_writes_checks_and_tells(compact: Path, here: 
     assert all(not f.startswith(".") for f in files_of(here))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "dtype", "share", "off"),
     [("m.onnx", "float16", 0.5, 2e-2), ("m.onnx", "int8", 0.3, 0.1),
@@ -226,6 +228,7 @@ READERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", READERS)
 def test_files_run_where_there_is_no_tiedconv(compact: Path, here: Path, output: str) -> None:
     tiedconv.export(compact, output)
@@ -237,6 +240,7 @@ def test_files_run_where_there_is_no_tiedconv(compact: Path, here: Path, output:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_large_models_keep_their_tensors_beside(
     compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -486,6 +486,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of this kind are those of POSIX")
 def test_interrupted_writers_leave_whole_files_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"

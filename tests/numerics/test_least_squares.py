@@ -46,6 +46,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], Shapes]] = {
 }
 
 each_form = pytest.mark.parametrize("form", FORMS)
+# Forms that need thousands of sweeps until nothing is left to gain.
+LONG = ("tied, rank", "tied, core and rank", "lors, bases", "lors-adaptive")
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -129,7 +131,10 @@ def test_improving_gains_where_the_metric_is_not_plain(form: str) -> None:
     assert total_cost(layout.weights, made, matrices, metrics) < 0.7 * cost
 
 
-@each_form
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=pytest.mark.slow) if form in LONG else form for form in FORMS],
+)
 def test_at_the_end_no_factor_alone_can_gain_more(form: str) -> None:
     """Each factor of a settled fit is the least-squares solution, the others held fixed."""
     layout, matrices, metrics, start = problem(form, 2, spread=1.0)

@@ -47,6 +47,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
     return one, two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("scheme", ["tied", "lors"])
@@ -66,6 +67,7 @@ def test_two_processes_train_as_one(
     assert found["result"] == pytest.approx(expected["result"], abs=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["tied", "lors"])
 def test_shards_train_as_replicas_do(
     curves: tuple[dict[str, Any], dict[str, Any]], scheme: str
@@ -78,6 +80,7 @@ def test_shards_train_as_replicas_do(
         assert (tensor - shards["model"][name]).abs().max() < 2e-3, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("scheme", ["tied", "lors"])
 def test_where_one_process_is_asked_to_stop_all_do_and_go_on(
@@ -105,6 +108,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ten_times_ends_with_the_same_bytes(
     world: World, tmp_path: Path
 ) -> None:
@@ -168,6 +172,7 @@ def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> 
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_where_the_first_cannot_write_it_alone_says_so(world: World, tmp_path: Path) -> None:
     """Its disk is full; the other process must not die of it with words of its own."""
     script = tmp_path / "full.py"
@@ -189,6 +194,7 @@ def test_where_the_first_cannot_write_it_alone_says_so(world: World, tmp_path: P
     assert "gloo" not in done.stderr.lower()
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
     """Even where the first can't be forward_with_grad, as a disk does not answer."""
     arguments = command(world, "--epochs", 2000)
@@ -210,6 +216,7 @@ def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 def test_the_command_runs_in_two_processes(world: World, tmp_path: Path) -> None:
     written = ["log.jsonl", "board", "out.training.png"]
     arguments = command(
@@ -226,6 +233,7 @@ def test_the_command_runs_in_two_processes(world: World, tmp_path: Path) -> None
     assert [line["event"] for line in lines].count("end") == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once(world: World, tmp_path: Path) -> None:
     words = [*TORCHRUN, "-m", "tiedconv", *command(world, "--batch-size", 1)]
     done = subprocess.run(
@@ -235,6 +243,7 @@ def test_a_mistake_is_told_once(world: World, tmp_path: Path) -> None:
     assert done.stderr.count("error: 2 processes share batches of 1 images") == 1
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme_runs(world: World, tmp_path: Path) -> None:
     readme = (HERE.parent / "README.md").read_text("utf-8")
     (line,) = [row for row in readme.splitlines() if row.startswith(".venv/bin/torchrun ")]
