@@ -76,7 +76,7 @@ def main() -> None:
 
 def make_dense(path: Path, width: int, depth: int) -> None:
     """A checkpoint of random weights, never in memory as a whole."""
-    from tiedconv.io.writing import write_tensors
+    from tiedconv.io.safetensors_file import write_tensors
     from tiedconv.sources.init import skip_memory
 
     with skip_memory():

@@ -19,9 +19,10 @@ import tiedconv
 from tiedconv.core import expr
 from tiedconv.core.plan import Plan
 from tiedconv.errors import PlanError
-from tiedconv.io import safetensors_file as files
 from tiedconv.io import validation as limits
 from tiedconv.io.checkpoint import FORMAT
+from tiedconv.io.json_text import MAX_NESTING
+from tiedconv.io.safetensors_file import COMPACT
 from tiedconv.runtime.tie import dense_state_dict, set_state, state_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text("utf-8")
@@ -147,12 +148,12 @@ def test_the_reader_refuses_damage_and_explosions(tmp_path: Path) -> None:
 
 def test_the_page_says_which_limits_there_are() -> None:
     for number in (
-        files.MAX_VALUES, files.MAX_NESTING, files.MAX_TENSORS, expr.MAX_NAME, limits.MAX_WEIGHTS,
+        COMPACT.values, MAX_NESTING, COMPACT.tensors, expr.MAX_NAME, limits.MAX_WEIGHTS,
         expr.MAX_NODES, expr.MAX_NODES_IN_ALL, expr.MAX_DEPTH, limits.MAX_ENTRIES,
         limits.PER_WEIGHT, limits.PER_PLAN, limits.PRODUCTS_PER_WEIGHT, limits.PRODUCTS_PER_PLAN,
     ):  # fmt: skip
         assert re.search(rf"(?<![\d,]){number:,}(?!\d|,\d)", PAGE), number
-    assert f"{files.MAX_HEADER // 2**20} MiB" in PAGE
+    assert f"{COMPACT.header // 2**20} MiB" in PAGE
     assert f"The version described is {FORMAT}." in PAGE
 
 
@@ -172,6 +173,6 @@ def test_a_model_beyond_the_limits_is_refused_before_it_is_written(tmp_path: Pat
     second_names = {f"a{i}": "head.bias" for i in range(limits.MAX_WEIGHTS + 1)}
     large = Plan(plan.weights, plan.groups, plan.kept, plan.buffers, second_names)
     set_state(model, plan=large)
-    with pytest.raises(PlanError, match="second names"):
+    with pytest.raises(PlanError, match="aliases"):
         tiedconv.save(model, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tiedconv.errors import UserError
+from tiedconv.io.atomic import replacing
 from tiedconv.io.run_dir import CALIBRATION, CURVE, FIT, RunDir
-from tiedconv.io.safetensors_file import replacing
 
 OWN = ["step-000000012.pt", CURVE, CALIBRATION, f"1/{CALIBRATION}", FIT, f"0/{FIT}"]
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError
+from tiedconv.io.atomic import replacing
 from tiedconv.io.checkpoint import tensor_hash
 from tiedconv.io.run_dir import CALIBRATION
-from tiedconv.io.safetensors_file import replacing, save_tensors
+from tiedconv.io.safetensors_file import save_tensors
 from tiedconv.training.state import prepare_folder, require_same, weights_digest
 
 FORMAT = "tiedconv-calibration-3"

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from tiedconv.cli import render
 from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError
-from tiedconv.io.safetensors_file import json_ready
+from tiedconv.io.json_text import json_ready
 from tiedconv.sources import Preprocess, parse_model_args
 from tiedconv.training import rank_in_environment, sigterm_as_keyboard_interrupt
 

@@ -17,8 +17,8 @@ from tiedconv.commands.finetune import Finetuned, FinetuneRequest, run
 from tiedconv.commands.finetune import dry_run as forecast
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
+from tiedconv.io.json_text import json_ready
 from tiedconv.io.run_dir import RunDir
-from tiedconv.io.safetensors_file import json_ready
 from tiedconv.training import (
     METRIC_TITLES,
     Event,

@@ -15,8 +15,8 @@ import torch
 from tiedconv.cli.common import option_in
 from tiedconv.commands.report import report
 from tiedconv.errors import MissingExtra, OutputError, TiedconvError, UserError
+from tiedconv.io.atomic import check_output
 from tiedconv.io.run_dir import RunDir
-from tiedconv.io.safetensors_file import check_output
 from tiedconv.loggers import Curve, JsonLog, TensorBoard, Watcher, Watchers, draw
 from tiedconv.training import TrainConfig, TrainResult
 from tiedconv.utils.plotting import check_picture, new_figure

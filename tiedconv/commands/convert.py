@@ -21,10 +21,9 @@ from tiedconv.conversion.streaming import streamed
 from tiedconv.core.plan import Plan
 from tiedconv.errors import UserError
 from tiedconv.families.inspect import ModelInfo, inspect_model
-from tiedconv.io.checkpoint import save
+from tiedconv.io.atomic import check_output
+from tiedconv.io.checkpoint import save, write_compact
 from tiedconv.io.run_dir import RunDir
-from tiedconv.io.safetensors_file import check_output
-from tiedconv.io.writing import write_compact
 from tiedconv.planning.planner import first_plan, smaller_options
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.tie import is_tied, set_state, state_of

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.errors import OutputError, UserError, VerifyError
+from tiedconv.errors import UserError, VerifyError
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
 from tiedconv.exporters._format import random_images, stored_bytes
-from tiedconv.io.safetensors_file import check_output
+from tiedconv.io.atomic import check_output, replacing_files
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import Preprocess, Source
 from tiedconv.sources.load import load
@@ -100,7 +96,7 @@ def export(
     stored = stored_bytes(model, dtype)
     images = images_for(model)
     expected = _logits(model, images)
-    with staged(output, force=force) as folder:
+    with replacing_files(output, force=force) as folder:
         job = Job(model, images, folder, output.name, dtype, lower, opset)
         written = form.write(job)
         _check_size(form, written, stored, output)
@@ -124,37 +120,6 @@ def images_for(model: nn.Module) -> Tensor:
 def apart(found: Tensor, expected: Tensor) -> float:
     """The largest difference of two sets of logits, as a share of the largest logit or of 1."""
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-
-
-@contextlib.contextmanager
-def staged(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """A folder beside `output` whose files take their places if the block ends without error.
-
-    Files beside the main one come first, so that it never stands without them.
-
-    Raises:
-        OutputError: the files can't be written.
-    """
-    check_output(output, force=force)
-    try:
-        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-        try:
-            yield folder
-            for file in sorted(folder.iterdir(), key=lambda f: f.name == output.name):
-                place = output.parent / file.name
-                if file.name != output.name:
-                    check_output(place, force=force)
-                with file.open("rb+") as written:
-                    os.fsync(written.fileno())
-                os.replace(file, place)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(
-            f"{output} can't be written ({error.strerror or error})",
-            "What stood there before is untouched",
-            "Free some space, or choose another place with -o",
-        ) from None
 
 
 def _check_choices(dtype: str, lower: str) -> None:

@@ -20,9 +20,9 @@ from tiedconv.conversion.original_blend import OriginalBlend
 from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, train_transform
 from tiedconv.detection import DetectionList, detects, for_detector
 from tiedconv.errors import DataError, UserError
+from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import save
 from tiedconv.io.run_dir import RunDir
-from tiedconv.io.safetensors_file import check_output
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources import Preprocess, Source, sha256_of_file
 from tiedconv.sources.load import load, source_of, with_preprocess

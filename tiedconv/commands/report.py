@@ -12,10 +12,9 @@ from torch import nn
 
 from tiedconv.core.plan import Group, Plan
 from tiedconv.io.checkpoint import Checkpoint, read
+from tiedconv.io.safetensors_file import DTYPES
 from tiedconv.runtime.flops import apply_flops
 from tiedconv.runtime.tie import state_of
-
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def report(what: str | Path | nn.Module) -> Report:
 
 def report_of(checkpoint: Checkpoint) -> Report:
     """Figures of a file whose head was read."""
-    sizes = {n: _BYTES.get(d, 4) for n, d in checkpoint.dtypes.items()}
+    sizes = {n: DTYPES[d].itemsize for n, d in checkpoint.dtypes.items()}
     return _report(
         checkpoint.path.name,
         checkpoint.plan,

@@ -22,9 +22,8 @@ from tiedconv.calibration.state import digest_of, foreign, settings_of
 from tiedconv.core.plan import Plan
 from tiedconv.data import Loader
 from tiedconv.errors import CheckpointError
-from tiedconv.io.checkpoint import Checkpoint, read
+from tiedconv.io.checkpoint import Checkpoint, read, write_compact
 from tiedconv.io.run_dir import FIT, RunDir
-from tiedconv.io.writing import write_compact
 from tiedconv.planning.recipe import Recipe
 from tiedconv.training.state import prepare_folder, require_same, weights_digest
 

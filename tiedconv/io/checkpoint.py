@@ -1,6 +1,6 @@
-"""The file: one safetensors file that holds each stored tensor once, and says what it is.
+"""The compact file: one safetensors file that holds each stored tensor once, with its plan.
 
-Kept tensors stand under their original names, factors as `tied/...`. The metadata holds
+Kept tensors have their original names, factors `tied/...`. The metadata holds
 
 - `tiedconv`: format version, plan, SHA-256 of every tensor, history;
 - `source`: how to build the model's class;
@@ -8,44 +8,41 @@ Kept tensors stand under their original names, factors as `tied/...`. The metada
 
 Everything is checked before a tensor is used: the plan is small and well-formed, every reference
 exists, every stored tensor is used, shapes agree, bytes are those that were written. The hashes
-say that a file is whole; that it is honest, nobody can know, so it is believed in nothing that
-could hurt its reader. docs/format.md has all of it.
+show that a file is complete, not that it is honest: docs/format.md has all checks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError
 from tiedconv.families.inspect import inspect_model
-from tiedconv.io.safetensors_file import (
-    DTYPES,
-    SafetensorsFile,
-    replacing,
-    save_tensors,
-    strict_json,
-)
+from tiedconv.io.atomic import replacing
+from tiedconv.io.json_text import compact_json, strict_json
+from tiedconv.io.raw import bytes_of
+from tiedconv.io.safetensors_file import DTYPES, Form, SafetensorsFile, write_tensors
 from tiedconv.io.validation import check_plan, checked_history, checked_source
 from tiedconv.runtime.tie import state_of, tie
 
 FORMAT = 1
+# safetensors' names of dtypes that readers of version 1 need not know.
+_LATER_DTYPES = frozenset({"F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_AGAIN = "Copy it again from where it came, or convert the model again"
+_AGAIN = "Copy it again from its origin, or convert the model again"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The head of a file, checked; tensors are read when asked for.
+    """The checked header of a file; tensors are read on demand.
 
     Args:
         path: the file.
@@ -56,7 +53,7 @@ class Checkpoint:
         shapes: tensor name to shape.
         dtypes: tensor name to safetensors' name of its dtype.
         size: of the file, in bytes.
-        file: the open file. Whatever takes its place later, tensors are read from this one.
+        file: the open file. If another replaces it, tensors are still read from this one.
     """
 
     path: Path
@@ -82,12 +79,17 @@ class Checkpoint:
                     f"{self.path}: the tensor {name} is not what was written (SHA-256 differs)",
                     "The file is damaged and was not used",
                     _AGAIN,
+                    code="tensor-damaged",
                 )
             yield name, tensor
 
+    def close(self) -> None:
+        """Close the file; no tensor can be read then."""
+        self.file.close()
+
 
 def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
-    """Write a tied model to a file, whole or not at all.
+    """Write a tied model to a compact file.
 
     Args:
         model: tied.
@@ -101,69 +103,118 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
         PlanError: the file would be beyond the limits of what is read again.
     """
     state = state_of(model)
-    check_plan(state.plan)
-    names = [*state.plan.kept, *state.plan.factors]
     own = model.state_dict()
-    tensors = {name: own[name].detach().cpu().contiguous() for name in names}
+    return write_compact(
+        Path(path),
+        state.plan,
+        state.source,
+        state.history,
+        lambda name: own[name].detach().cpu(),
+        force=force,
+    )
+
+
+def write_compact(
+    path: Path,
+    plan: Plan,
+    source: Mapping[str, Any] | None,
+    history: Iterable[Mapping[str, Any]],
+    tensor: Callable[[str], Tensor],
+    *,
+    force: bool = False,
+) -> int:
+    """Write a compact file atomically, with one tensor in memory at a time.
+
+    Args:
+        path: of the file, which must not exist unless `force`.
+        plan: of the conversion.
+        source: how to build the model, plain data.
+        history: what was done with the model, oldest first.
+        tensor: from the name of a kept tensor or a factor to the tensor; called twice for each,
+            for its hash, which the header holds, and to write it.
+
+    Returns:
+        the file's size in bytes.
+
+    Raises:
+        OutputError: the file can't be written.
+        PlanError: the file would be beyond the limits of what is read again.
+    """
+    check_plan(plan)
+    forms: dict[str, Form] = {}
+    hashes: dict[str, str] = {}
+    for name in (*plan.kept, *plan.factors):
+        value = tensor(name)
+        forms[name], hashes[name] = (value.dtype, tuple(value.shape)), tensor_hash(value)
     record = {
         "format": FORMAT,
-        "plan": state.plan.to_json(),
-        "sha256": {name: tensor_hash(t) for name, t in tensors.items()},
-        "history": list(state.history),
+        "plan": plan.to_json(),
+        "sha256": hashes,
+        "history": list(history),
     }
-    metadata = {"tiedconv": _dump(record), "source": _dump(state.source)}
+    metadata = {"tiedconv": compact_json(record), "source": compact_json(source)}
     metadata["digest"] = _digest(metadata)
-    with replacing(Path(path), force=force) as part:
-        save_tensors(tensors, part, metadata)
-        _sort_metadata(part)
-        try:
-            written = read(part)  # what is written can be read
-        except CheckpointError as error:
-            raise PlanError(
-                f"{path} could not be read again: {error.what.removeprefix(f'{part} ')}",
-                "It was not written",
-                "Report this as a bug, with the model and recipe",
-            ) from None
-        written.file.close()
-        return written.size
+    with replacing(path, force=force) as temp:
+        write_tensors(temp, forms, tensor, metadata)
+        return _size_of_readable(temp, path)
+
+
+def _size_of_readable(temp: Path, path: Path) -> int:
+    """The size of a file that was just written, after a check that `read` accepts it."""
+    try:
+        with contextlib.closing(read(temp)) as written:
+            return written.size
+    except CheckpointError as error:
+        raise PlanError(
+            f"{path} could not be read again: {error.what.removeprefix(f'{temp} ')}",
+            "It was not written",
+            "Report this as a bug, with the model and recipe",
+            code="output-unreadable",
+        ) from None
 
 
 def read(path: str | Path) -> Checkpoint:
-    """The head of a file, checked; no tensor is read.
+    """The checked header of a file; no tensor is read.
 
     Raises:
-        CheckpointError: missing, damaged, not one of ours, or of a newer format.
+        CheckpointError: missing, damaged, not a compact file, or of a newer format.
     """
     file = SafetensorsFile(Path(path))
-    metadata, shapes = file.metadata, file.shapes  # first of all, it is a whole file
+    metadata, shapes = file.metadata, file.shapes  # first of all, the file is complete
     if "tiedconv" not in metadata:
         raise CheckpointError(
-            f"{path} is a safetensors file, but not one of tiedconv's",
+            f"{path} is a safetensors file, but not a compact file of tiedconv",
             hint="Pass it as weights: tiedconv convert MODEL --weights FILE",
+            code="not-compact-file",
         )
     if metadata.get("digest") != _digest(metadata):
         raise CheckpointError(
             f"{path}: the plan is not what was written (SHA-256 differs)",
             "The file is damaged and was not used",
             _AGAIN,
+            code="plan-damaged",
         )
     try:
         record = strict_json(metadata["tiedconv"])
         return _checked(file, shapes, record, strict_json(metadata.get("source", "null")))
-    except (PlanError, ValueError) as error:
-        what = error.what if isinstance(error, PlanError) else error
-        raise CheckpointError(f"{path} can't be used: {what}", hint=_AGAIN) from None
+    except PlanError as error:
+        raise _unusable(path, error.what, error.code) from None
+    except ValueError as error:
+        raise _unusable(path, str(error), "metadata-invalid") from None
+
+
+def _unusable(path: str | Path, what: str, code: str) -> CheckpointError:
+    return CheckpointError(f"{path} can't be used: {what}", hint=_AGAIN, code=code)
 
 
 def install(checkpoint: Checkpoint, skeleton: nn.Module) -> nn.Module:
-    """Put a file's tensors and ties into a model of the original class; returns it, in eval mode.
+    """Load a file's tensors and ties into a model of the original class, returned in eval mode.
 
     Raises:
         CheckpointError: the model has other tensors than the file, or a tensor is damaged.
     """
     _same_names(checkpoint, skeleton)
-    # All of them are read and checked before the first is put in: a model that the caller gave
-    # is not left half changed.
+    # All are read and checked before the first is loaded: a damaged file changes nothing.
     tensors = dict(checkpoint.tensors())
     for name in checkpoint.plan.kept:
         _put(skeleton, name, tensors.pop(name))
@@ -192,16 +243,17 @@ def _same_names(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
         f"the model"
         for n in sorted(expected.keys() | info.shapes.keys())
         if expected.get(n) != info.shapes.get(n)
-    ] or ["they share other tensors"]
+    ] or ["other tensors are shared"]
     raise CheckpointError(
         f"{checkpoint.path} is for another model: {'; '.join(differing[:3])}",
         "It was not loaded",
         "Use the library versions that the file names (tiedconv report FILE), or the right model",
+        code="wrong-model",
     )
 
 
 def _same_kinds(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
-    """Refuse whole numbers where the model has fractions, and the reverse."""
+    """Refuse integers where the model has floats, and the reverse."""
     own = skeleton.state_dict()
     for name in checkpoint.plan.kept:
         here, there = own[name].dtype, DTYPES[checkpoint.dtypes[name]]
@@ -211,14 +263,16 @@ def _same_kinds(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
                 "in the model",
                 "It was not loaded",
                 "Use the right model, or convert it again",
+                code="wrong-model",
             )
     buffers = {name for name, _ in skeleton.named_buffers(remove_duplicate=False)}
     if computed := sorted(buffers & checkpoint.plan.weights.keys()):
         raise CheckpointError(
-            f"{checkpoint.path} is for another model: it computes {computed[0]}, which is no "
-            "parameter of the model",
+            f"{checkpoint.path} is for another model: it computes {computed[0]}, which is a "
+            "buffer of the model",
             "It was not loaded",
             "Use the right model, or convert it again",
+            code="wrong-model",
         )
 
 
@@ -254,6 +308,7 @@ def _checked(
                 f"{file.path} is of format {version}, newer than this tiedconv reads",
                 "It was not used",
                 "Install a newer tiedconv",
+                code="format-too-new",
             )
         case {
             "format": int(version),
@@ -272,7 +327,7 @@ def _checked(
             got, want = shapes.get(name, "missing"), expected.get(name, "not used")
             raise ValueError(f"the tensor {name} is {got}, and by the plan {want}")
     if hashes.keys() != shapes.keys():
-        raise ValueError("its list of hashes does not name its tensors")
+        raise ValueError("its hashes are not those of its tensors")
     mixed = any(step.get("computes_in") == "float32" for step in history)
     _check_dtypes(plan, file.dtypes, mixed)
     return Checkpoint(
@@ -290,6 +345,8 @@ def _checked(
 
 def _check_dtypes(plan: Plan, dtypes: Mapping[str, str], mixed: bool) -> None:
     """Only floats of one kind can be multiplied, unless all of them are widened first."""
+    if later := sorted(_LATER_DTYPES & set(dtypes.values())):
+        raise ValueError(f"it has a tensor of the type {later[0]}, which the format does not have")
     for name, expr in plan.weights.items():
         kinds = {dtypes[ref] for ref in expr.refs}
         if not kinds <= _FLOATS or (len(kinds) > 1 and not mixed):
@@ -299,30 +356,10 @@ def _check_dtypes(plan: Plan, dtypes: Mapping[str, str], mixed: bool) -> None:
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    digest.update(flat.numpy().data)
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
 def _digest(metadata: Mapping[str, str]) -> str:
     text = f"{metadata.get('tiedconv')}\n{metadata.get('source')}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _dump(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put a header's metadata in order, in place: safetensors writes it in a random one.
-
-    The same model then gives the same bytes. Only keys change places, so the length stays.
-    """
-    with path.open("rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))

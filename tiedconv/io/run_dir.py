@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiedconv.errors import UserError
-from tiedconv.io.safetensors_file import stale_temp_files
+from tiedconv.io.atomic import stale_temp_files
 
 STATES = "step-*.pt"
 """Names of the states of a training."""

@@ -1,115 +1,65 @@
-"""Files: written so that nobody ever sees half of one, read as if anybody had sent them.
+"""The one reader and the one writer of safetensors files.
 
-`SafetensorsFile` reads safetensors files by itself rather than with the library's own reader, which
-takes the last of two entries of one name, and maps the file into memory: who writes to it later
-changes a model that is long loaded. Here every byte that is used was read once, and checked.
+`SafetensorsFile` does not use the library's reader, which takes the last of two entries of one
+name, and maps the file into memory: whoever writes to it later changes a model that is loaded. Here
+each byte that is used was read once, and checked. `write_tensors` holds one tensor at a time.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
 import json
 import math
 import os
-import secrets
-import stat
-import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePath
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from tiedconv.core.expr import MAX_ELEMENTS, Shape, is_name
-from tiedconv.errors import CheckpointError, OutputError
+from tiedconv.errors import CheckpointError
+from tiedconv.io.json_text import MAX_VALUES, strict_json
+from tiedconv.io.raw import bytes_of, read_all, write_all
 
-# Far above any model's, far below what could hurt a reader.
-MAX_HEADER = 8 * 2**20  # bytes
-MAX_VALUES = 200_000  # in a JSON text
-MAX_NESTING = 64
-MAX_NUMBER = 2**63
-MAX_TENSORS = 10_000
-
-DTYPES = {
+DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
-_AGAIN = "Copy it again from where it came, or convert the model again"
+"""dtypes by safetensors' names for them."""
+
+Form = tuple[torch.dtype, Shape]
+"""dtype and shape of a tensor."""
 
 
-def strict_json(text: str) -> Any:
-    """The data of a JSON text that may come from anyone.
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a reader accepts, far above any model and far below what could harm it.
 
-    Raises:
-        ValueError: it is no JSON, or names a key twice, holds a number that is not finite or a
-            text that is not Unicode, or is deeper or larger than any plan.
+    Args:
+        header: bytes of the header.
+        tensors: their number.
+        values: in the header's JSON text.
     """
-    if sum(map(text.count, ",[{")) > MAX_VALUES:  # before Python makes objects of them
-        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
-    try:
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
-    except RecursionError:
-        raise ValueError(f"it is nested deeper than {MAX_NESTING} levels") from None
-    level, depth = [data], 0
-    while level:
-        if depth > MAX_NESTING:
-            raise ValueError(f"it is nested deeper than {MAX_NESTING} levels")
-        level, depth = _level_below(level), depth + 1
-    return data
+
+    header: int = 8 * 2**20
+    tensors: int = 10_000
+    values: int = MAX_VALUES
 
 
-def json_ready(value: Any) -> Any:
-    """Plain data for strict JSON: dataclasses become objects, what is no finite number null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [f.name for f in dataclasses.fields(value)]
-        names += [n for n, kind in vars(type(value)).items() if isinstance(kind, property)]
-        return {name: json_ready(getattr(value, name)) for name in names}
-    if isinstance(value, Mapping):
-        return {str(key): json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+COMPACT = Limits()
+FOREIGN = Limits(header=100_000_000, tensors=1_000_000, values=20_000_000)
+"""For files of others, such as plain weights: the limits of the safetensors library."""
 
-
-def _level_below(level: list[Any]) -> list[Any]:
-    """What the values of one level hold, after a look at the texts and numbers among them."""
-    below: list[Any] = []
-    for value in level:
-        kind = type(value)
-        if kind is str:
-            if not value.isascii():
-                value.encode()  # a lone surrogate is a ValueError
-        elif kind is list:
-            below += value
-        elif kind is dict:
-            below += value  # the keys
-            below += value.values()
-        elif kind in (int, float) and not -MAX_NUMBER < value < MAX_NUMBER:
-            raise ValueError("it holds a number that is not finite, or too large")
-    return below
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("it names a key twice")
-    return found
-
-
-def _no_number(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number")
+_AGAIN = "Copy it again from its origin, or convert the model again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,24 +71,27 @@ class _Entry:
 
 
 class SafetensorsFile:
-    """A safetensors file, opened once: who replaces it later does not change what is read.
+    """A safetensors file, opened once: replacing it later does not change what is read.
 
-    Nothing is allocated for a tensor before the file's own size has shown that its bytes are there.
+    No memory is allocated for a tensor before the file's size shows that its bytes exist.
 
     Args:
         path: of the file.
+        limits: of its header.
 
     Raises:
-        CheckpointError: there is none, or its head is damaged.
+        CheckpointError: it does not exist, or its header is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: Limits = COMPACT) -> None:
         self.path = path
+        self._limits = limits
         self._lock = threading.Lock()
         if not path.is_file():
             raise CheckpointError(
                 f"There is no file {path}",
                 hint="Check the path, or make it with tiedconv convert",
+                code="file-not-found",
             )
         try:
             self._file = path.open("rb", buffering=0)
@@ -147,7 +100,7 @@ class SafetensorsFile:
             header = self._head()
         except OSError as error:
             raise self._broken(error.strerror or str(error)) from None
-        except ValueError as error:  # of JSON, or of text that is no UTF-8
+        except ValueError as error:  # of JSON, or of text that is not UTF-8
             raise self._broken(f"its header is damaged: {error}") from None
         self.metadata: Mapping[str, str] = header.pop("__metadata__", {})
         self._header = header
@@ -164,10 +117,10 @@ class SafetensorsFile:
         return {name: entry.dtype for name, entry in self._table().items()}
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, in memory of its own.
+        """A tensor in memory that nothing else uses.
 
         Raises:
-            CheckpointError: the file has become shorter meanwhile, or there is no memory for it.
+            CheckpointError: the file has become shorter, or there is no memory for the tensor.
         """
         entry = self._table()[name]
         count = entry.stop - entry.start
@@ -178,34 +131,37 @@ class SafetensorsFile:
                 f"{self.path}: there is no memory for the {count:,} bytes of the tensor {name}",
                 "It was not loaded",
                 "Load it where there is more memory",
+                code="out-of-memory",
             ) from None
         self._read_into(data.numpy().data, self._start + entry.start)
         if entry.dtype == "BOOL" and count and int(data.max()) > 1:
-            raise self._broken(f"the tensor {name} is neither true nor false")
+            raise self._broken(f"the tensor {name} has values that are neither true nor false")
         return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def close(self) -> None:
-        """Close the file now, rather than when nobody has it any more."""
+        """Close the file now, rather than when this object is deleted."""
         self._closing()
 
     def _head(self) -> dict[str, Any]:
         length = int.from_bytes(self._bytes(0, 8), "little")
         self._start = 8 + length
-        if length > MAX_HEADER:
-            raise ValueError(f"it has {length:,} bytes, and {MAX_HEADER:,} are read at most")
-        header = strict_json(self._bytes(8, length).decode())
+        if length > self._limits.header:
+            raise ValueError(f"it has {length:,} bytes, more than {self._limits.header:,}")
+        header = strict_json(self._bytes(8, length).decode(), self._limits.values)
         if not isinstance(header, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         metadata = header.get("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise ValueError("its metadata are not texts")
+            raise ValueError("its metadata is not text")
         return header
 
     def _table(self) -> dict[str, _Entry]:
-        """The tensors in the order of their bytes, which follow on each other to the file's end."""
+        """The tensors in the order of their bytes, which fill the file without gaps."""
         if self._entries is None:
             try:
-                self._entries = _entries(self._header, self.size - self._start)
+                self._entries = _entries(
+                    self._header, self.size - self._start, self._limits.tensors
+                )
             except ValueError as error:
                 raise self._broken(str(error)) from None
         return self._entries
@@ -220,21 +176,21 @@ class SafetensorsFile:
     def _read_into(self, memory: memoryview, start: int) -> None:
         with self._lock:
             self._file.seek(start)
-            while memory:
-                count = self._file.readinto(memory)
-                if not count:
-                    raise self._broken("it was cut short while it was read")
-                memory = memory[count:]
+            if not read_all(self._file, memory):
+                raise self._broken("it was truncated while it was read")
 
     def _broken(self, reason: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} is no whole safetensors file ({reason})", "It was not used", _AGAIN
+            f"{self.path} is not a complete safetensors file ({reason})",
+            "It was not used",
+            _AGAIN,
+            code="file-damaged",
         )
 
 
-def _entries(header: Mapping[str, Any], size: int) -> dict[str, _Entry]:
-    if len(header) > MAX_TENSORS:
-        raise ValueError(f"it has {len(header):,} tensors, and {MAX_TENSORS:,} are read at most")
+def _entries(header: Mapping[str, Any], size: int, most: int) -> dict[str, _Entry]:
+    if len(header) > most:
+        raise ValueError(f"it has {len(header):,} tensors, more than {most:,}")
     found = {name: _entry(name, data) for name, data in header.items()}
     ordered = sorted(found.items(), key=lambda item: (item[1].start, item[1].stop))
     at = 0
@@ -259,14 +215,14 @@ def _entry(name: str, data: Any) -> _Entry:
         ):
             if stop - start == math.prod(shape) * DTYPES[dtype].itemsize:
                 return _Entry(dtype, tuple(shape), start, stop)
-            raise ValueError(f"the tensor {name} has another size than its shape says")
+            raise ValueError(f"the tensor {name} has a size that does not match its shape")
         case {"dtype": str(dtype)} if dtype not in DTYPES:
             raise ValueError(f"the tensor {name} is of the unknown type {dtype[:20]!r}")
     raise ValueError(f"the entry of the tensor {name} is malformed")
 
 
 def is_shape(sides: list[Any]) -> bool:
-    """Whether these are the sides of a tensor that could exist."""
+    """Whether these are the dimensions of a tensor that could exist."""
     return (
         len(sides) <= 8
         and all(type(n) is int and n >= 0 for n in sides)
@@ -274,129 +230,55 @@ def is_shape(sides: list[Any]) -> bool:
     )
 
 
-def check_output(path: Path, *, force: bool = False, option: str = "-o") -> None:
-    """Raise OutputError, before any work, if `path` can't be written.
+def write_tensors(
+    path: Path,
+    forms: Mapping[str, Form],
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file, with one tensor in memory at a time.
+
+    The same tensors and metadata give the same bytes.
 
     Args:
-        path: the file to be.
-        force: an existing file may be replaced.
-        option: of the command, by which another place can be chosen.
+        path: of the file, which is overwritten.
+        forms: name to dtype and shape.
+        tensor: from a name to the tensor, of that form.
+        metadata: of the file, written in the order of its keys.
+
+    Raises:
+        OSError: the disk is full.
     """
-    _check_place(path, force, option)
-    try:
-        handle, probe = tempfile.mkstemp(dir=path.parent, prefix=_hidden(path))
-    except OSError as error:
-        raise OutputError(
-            f"{path.parent} can't be written to ({error.strerror})",
-            "Nothing was written",
-            f"Choose another folder with {option}, or change its permissions",
-        ) from None
-    try:
-        os.close(handle)
-    finally:
-        os.unlink(probe)
-
-
-def _check_place(path: Path, force: bool, option: str = "-o") -> None:
-    parent = path.parent
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", hint="Name a file, such as model.safetensors")
-    if not parent.is_dir():
-        raise OutputError(
-            f"The folder {parent} does not exist",
-            "Nothing can be written there",
-            f"Create it, or choose another with {option}",
-        )
-    if path.exists() and not force:
-        raise _exists(path)
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    end = 0
+    for name, entry in _layout(forms).items():
+        start, end = end, end + torch.Size(forms[name][1]).numel() * forms[name][0].itemsize
+        header[name] = {**entry, "shape": list(forms[name][1]), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with path.open("wb", buffering=0) as file:
+        write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
+        for name in list(header)[1:]:
+            value = tensor(name).detach().cpu()
+            assert (value.dtype, tuple(value.shape)) == forms[name]
+            write_all(file, bytes_of(value))
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:  # fmt: skip
-    """A safetensors file with the rights of any other file; safetensors makes it private.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, {"format": "pt", **(metadata or {})})
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
-    path.chmod(stat.S_IMODE(mode))
+    """Write tensors in memory to a safetensors file, as `write_tensors` does."""
+    write_tensors(path, forms_of(tensors), tensors.__getitem__, metadata or {})
 
 
-@contextlib.contextmanager
-def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place if the block ends without error.
-
-    Readers see the old file or the new one. Of several writers at once each has a temporary file
-    of its own, and the last to end wins; without `force`, the first does.
-
-    Raises:
-        OutputError: `path` can't be written; the disk is full. What stood there stays.
-    """
-    _check_place(path, force)
-    # The name is known before the file is there, so that an interrupt at any time removes it.
-    part = path.with_name(f"{_hidden(path)}{secrets.token_hex(8)}.part")
-    _parts.add((os.getpid(), part))
-    try:
-        # Made by hand, as mkstemp's files are private and results are ordinary files.
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield part
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
-        _put_in_place(part, path, force)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"{path} can't be written ({reason})",
-            "What stood there before is untouched",
-            "Free some space, or choose another place with -o",
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
-        _parts.discard((os.getpid(), part))
+def forms_of(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+    """The dtype and shape of each tensor."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def stale_temp_files(folder: Path, pattern: str) -> Iterator[Path]:
-    """What writers of files of such names have not ended, be it that they run or were killed."""
-    files = PurePath(pattern)
-    return folder.glob(str(files.with_name(f"{_hidden(files)}*.part")))
-
-
-# What an interrupt left that came in the very moment in which Python entered or left the block.
-_parts: set[tuple[int, Path]] = set()
-
-
-@atexit.register
-def _remove_parts() -> None:
-    for process, part in _parts:
-        if process == os.getpid():  # a forked process ends while its parent still writes
-            part.unlink(missing_ok=True)
-
-
-def _put_in_place(part: Path, path: Path, force: bool) -> None:
-    if not force:
-        try:
-            os.link(part, path)  # unlike a rename, it fails if another was faster
-        except FileExistsError:
-            raise _exists(path) from None
-        except OSError:  # a file system without links
-            if path.exists():
-                raise _exists(path) from None
-        else:
-            return
-    os.replace(part, path)
-
-
-def _hidden(path: PurePath) -> str:
-    return f".{path.name[:100]}."
-
-
-def _exists(path: Path) -> OutputError:
-    return OutputError(
-        f"{path} exists already", "It was left as it is", "Pass --force to replace it"
-    )
+def _layout(forms: Mapping[str, Form]) -> dict[str, Any]:
+    """What safetensors writes for empty tensors: its names of dtypes, in its order of tensors."""
+    data = serialized({name: torch.empty(0, dtype=dtype) for name, (dtype, _) in forms.items()})
+    length = int.from_bytes(data[:8], "little")
+    entries: dict[str, Any] = json.loads(data[8 : 8 + length])
+    return entries

@@ -1,9 +1,9 @@
-"""What a plan, a history and a source may be, when a file brings them.
+"""Checks of the plan, history and source of an untrusted file.
 
-A file's hashes say that it is whole, not that it is honest: who forges a plan can hash it anew. So
-nothing of it is carried out before it is known to be small, of the right types, and to say of the
-model what the model's own tensors say. Bounds are relative to what the file holds and gives, with
-much room for all that the schemes write.
+A file's hashes show that it is complete, not that it is honest: a forged plan can be hashed again.
+So nothing of it is evaluated before it is known to be small, of the right types, and consistent
+with the file's tensors. Limits are relative to what the file stores and computes, with ample room
+for what the schemes write.
 """
 
 from __future__ import annotations
@@ -17,67 +17,71 @@ from tiedconv.core.plan import Group, Plan
 from tiedconv.errors import PlanError
 from tiedconv.runtime.flops import eval_flops
 
-MAX_WEIGHTS = 5_000  # likewise groups and second names
+MAX_WEIGHTS = 5_000  # likewise groups and aliases
 MAX_ENTRIES = 1_000  # of a history
 MAX_TEXT = 100_000  # characters
 MAX_ERROR = 1e9
 MAX_SOURCE = 20_000  # characters of JSON, but for the configuration
-MAX_ARGUMENT = 2**20  # a number among the arguments of a model
-MAX_INPUT = 2**23  # numbers of an image
+MAX_ARGUMENT = 2**20  # an integer among the arguments of a model
+MAX_INPUT = 2**23  # values of an image
 MAX_LABELS = 2**16  # transformers makes two dicts of them
-# An expression's nodes may hold so many times the numbers that it reads and gives; those of all
-# expressions so many times the numbers of the model.
+# An expression may compute this many times the values that it reads and gives; all expressions
+# together this many times the values of the model.
 PER_WEIGHT, PER_PLAN = 16, 128
-# Multiplications, as multiples of n ** 1.5 for n numbers: what a product of square matrices takes.
+# Multiplications, as multiples of n ** 1.5 for n values: the cost of a product of square matrices.
 PRODUCTS_PER_WEIGHT, PRODUCTS_PER_PLAN = 8, 4
-_SMALL = 2**16  # numbers, or multiplications, that nobody feels
+_SMALL = 2**16  # values, or multiplications, that take no noticeable time
 
-# Arguments by which model libraries fetch weights or settings from elsewhere. The readers of
-# sources refuse or drop more of them, each those of its library.
+# Arguments by which model libraries fetch weights or settings from elsewhere. Each provider in
+# sources refuses or drops more of them, those of its library.
 _FETCHING = frozenset(
     {"cache_dir", "checkpoint_path", "custom_load", "pretrained_cfg_overlay", "weights_backbone"}
 )
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse a plan that is too large, that computes too much, or whose groups lie.
+    """Refuse a plan that is too large, computes too much, or has inconsistent group metadata.
 
     Raises:
-        PlanError: it says what is wrong.
+        PlanError: it does.
     """
     for what, count in (
         ("weights", len(plan.weights)), ("groups", len(plan.groups)),
-        ("second names", len(plan.aliases)),
+        ("aliases", len(plan.aliases)),
     ):  # fmt: skip
         if count > MAX_WEIGHTS:
-            raise _bad(f"it has {count:,} {what}, and {MAX_WEIGHTS:,} are read at most")
+            raise _bad(f"it has {count:,} {what}, more than {MAX_WEIGHTS:,}", "plan-too-large")
     if not plan.original:
-        raise _bad("it describes a model without parameters")
+        raise _bad("it describes a model without parameters", "plan-without-parameters")
     factors = plan.factors.keys()
     if taken := sorted(factors & (plan.weights.keys() | plan.aliases.keys())):
-        raise _bad(f"{taken[0]} is the name of a factor and of a tensor of the model")
-    _check_effort(plan)
+        raise _bad(
+            f"{taken[0]} is the name of a factor and of a tensor of the model", "name-not-unique"
+        )
+    _check_eval_cost(plan)
     _check_groups(plan)
 
 
-def _check_effort(plan: Plan) -> None:
-    all_numbers = all_products = 0
+def _check_eval_cost(plan: Plan) -> None:
+    all_values = all_products = 0
     whole = plan.original + plan.stored + _SMALL
     for name, expr in plan.weights.items():
-        numbers, products = eval_flops(expr)
+        values, products = eval_flops(expr)
         size = math.prod(expr.shape) + sum(map(math.prod, expr.refs.values())) + _SMALL
-        if numbers > PER_WEIGHT * size or products > PRODUCTS_PER_WEIGHT * size**1.5:
+        if values > PER_WEIGHT * size or products > PRODUCTS_PER_WEIGHT * size**1.5:
             raise _bad(
-                f"the expression of {name} computes {numbers:,} numbers by {products:,} "
-                f"multiplications to give {math.prod(expr.shape):,}"
+                f"the expression of {name} computes {values:,} values by {products:,} "
+                f"multiplications to give {math.prod(expr.shape):,}",
+                "plan-too-expensive",
             )
         # What is read counts too: many small weights may each read one large factor.
-        all_numbers += numbers + size - _SMALL
+        all_values += values + size - _SMALL
         all_products += products
-    if all_numbers > PER_PLAN * whole or all_products > PRODUCTS_PER_PLAN * whole**1.5:
+    if all_values > PER_PLAN * whole or all_products > PRODUCTS_PER_PLAN * whole**1.5:
         raise _bad(
-            f"its expressions compute {all_numbers:,} numbers by {all_products:,} multiplications "
-            f"for a model of {plan.original:,}"
+            f"its expressions compute {all_values:,} values by {all_products:,} multiplications "
+            f"for a model of {plan.original:,}",
+            "plan-too-expensive",
         )
 
 
@@ -86,19 +90,28 @@ def _check_groups(plan: Plan) -> None:
     taken = set[tuple[str, int, int]]()
     for group in plan.groups:
         if group.name in names:
-            raise _bad(f"two groups have the name {group.name}")
+            raise _bad(f"two groups have the name {group.name}", "name-not-unique")
         names.add(group.name)
         slots = {(m.slot.tensor, m.slot.start, m.slot.stop) for m in group.members}
         if not slots or len(slots) < len(group.members) or slots & taken:
-            raise _bad(f"the group {group.name} has no members, or others' members")
+            raise _bad(
+                f"the group {group.name} has no members, or members of another group",
+                "group-inconsistent",
+            )
         taken |= slots
         if any(_shape_of(plan, m.slot.tensor) != m.slot.shape for m in group.members):
-            raise _bad(f"the group {group.name} has a member that no expression gives")
+            raise _bad(
+                f"the group {group.name} has a member that no expression gives",
+                "group-inconsistent",
+            )
         for factor, shape in group.factors.items():
             if len(shape) != 2 or factors.get(group.stored_name(factor)) != shape:
-                raise _bad(f"the group {group.name} has a factor {factor} that nothing reads")
+                raise _bad(
+                    f"the group {group.name} has a factor {factor} that nothing reads",
+                    "group-inconsistent",
+                )
         if not _is_small(group):
-            raise _bad(f"the group {group.name} has an impossible error of its fit")
+            raise _bad(f"the group {group.name} has an impossible fit error", "group-inconsistent")
 
 
 def _shape_of(plan: Plan, name: str) -> tuple[int, ...] | None:
@@ -111,10 +124,10 @@ def _is_small(group: Group) -> bool:
 
 
 def checked_history(history: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
-    """A history that can be shown: of the right types, its texts without control characters.
+    """A history that can be printed: of the right types, its control characters escaped.
 
     Raises:
-        ValueError: it can't.
+        ValueError: it is too long, or malformed.
     """
     if len(history) > MAX_ENTRIES:
         raise ValueError(f"its history has more than {MAX_ENTRIES:,} entries")
@@ -126,7 +139,7 @@ def checked_history(history: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
 def _is_entry(entry: Mapping[str, Any]) -> bool:
     figures = ("top1", "top5", "agreement", "ap", "ap50")
     whens = ("", "_before", "_teacher")
-    if not all(_is_share(entry.get(key + when)) for key in figures for when in whens):
+    if not all(_is_fraction(entry.get(key + when)) for key in figures for when in whens):
         return False
     match entry.get("step", ""):
         case "finetune":
@@ -136,22 +149,22 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
             recipe = entry.get("recipe") or {"rules": []}
             rules = recipe.get("rules") if isinstance(recipe, dict) else None
             seen = entry.get("calibration") or {"images": 0}
-            told = isinstance(seen, dict) and type(seen.get("images")) is int
-            return told and isinstance(rules, list) and all(isinstance(r, dict) for r in rules)
+            counted = isinstance(seen, dict) and type(seen.get("images")) is int
+            return counted and isinstance(rules, list) and all(isinstance(r, dict) for r in rules)
         case str():
             return True
     return False
 
 
-def _is_share(value: object) -> bool:
+def _is_fraction(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and type(value) is not bool
                              and 0 <= value <= 1)  # fmt: skip
 
 
 def checked_source(source: Any) -> Mapping[str, Any] | None:
-    """A source that can be shown, and that names nothing to be fetched.
+    """A source that can be printed, and that names nothing to be fetched.
 
-    Its own reader checks the rest before a model is built.
+    `Source.from_json` checks the rest before a model is built.
 
     Raises:
         ValueError: a part has the wrong type, or would make a library read a file or the network.
@@ -166,10 +179,10 @@ def checked_source(source: Any) -> Mapping[str, Any] | None:
     if not isinstance(source.get("spec", ""), str) or not isinstance(versions, dict):
         raise ValueError("its source is malformed")
     if not all(isinstance(v, str) for v in versions.values()):
-        raise ValueError("its source names versions that are no texts")
+        raise ValueError("its source has versions that are not text")
     match source.get("preprocess"):
         case {"size": int(side), "mean": [*mean]} if side**2 * len(mean) > MAX_INPUT:
-            raise ValueError(f"its source asks for images of {side:,} pixels a side")
+            raise ValueError(f"its source asks for images of {side:,} pixels per side")
     arguments = {key: source.get(key) for key in ("kwargs", "config")}
     _check_arguments(arguments)
     shown = {key: value for key, value in source.items() if key not in arguments}
@@ -177,12 +190,12 @@ def checked_source(source: Any) -> Mapping[str, Any] | None:
 
 
 def _check_arguments(arguments: Any) -> None:
-    """Refuse arguments of a model that reach outside of it, or ask for an immense one."""
+    """Refuse arguments by which a model would be fetched from elsewhere, or be huge."""
     items: list[tuple[Any, Any]] = [("", arguments)]
     while items:
         key, value = items.pop()
         if key in _FETCHING and value not in (None, False):
-            raise ValueError(f"its source sets {key}, by which something would be fetched")
+            raise ValueError(f"its source sets {key}, which would fetch files")
         if isinstance(value, dict):
             items += value.items()
         elif isinstance(value, list):
@@ -199,10 +212,10 @@ def _check_arguments(arguments: Any) -> None:
 
 
 def printable(value: Any) -> Any:
-    """Data whose texts act on no terminal: what is not printable stands as its escape.
+    """Data that is safe to print on a terminal: unprintable characters become escapes.
 
     Raises:
-        ValueError: a text is too long to be shown.
+        ValueError: a text is too long to be printed.
     """
     if isinstance(value, dict):
         return {printable(key): printable(item) for key, item in value.items()}
@@ -211,15 +224,16 @@ def printable(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if len(value) > MAX_TEXT:
-        raise ValueError("it holds a text that is too long to be shown")
+        raise ValueError("it holds a text that is too long to be printed")
     if value.isprintable():
         return value
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
 
 
-def _bad(what: str) -> PlanError:
+def _bad(what: str, code: str) -> PlanError:
     return PlanError(
         f"The plan is malformed: {what}",
         "The model can't be rebuilt from it",
         "If it came from a file, the file is damaged or forged: convert the model again",
+        code=code,
     )

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiedconv.errors import OutputError
+from tiedconv.io.atomic import replacing
+from tiedconv.io.json_text import json_ready, strict_json
 from tiedconv.io.run_dir import CURVE
-from tiedconv.io.safetensors_file import json_ready, replacing, strict_json
 from tiedconv.loggers.watchers import Run, Watcher
 from tiedconv.training import (
     Baseline,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tiedconv.errors import OutputError
-from tiedconv.io.safetensors_file import check_output, json_ready, replacing
+from tiedconv.io.atomic import check_output, replacing
+from tiedconv.io.json_text import json_ready
 from tiedconv.loggers.memory import memory_in_use
 from tiedconv.loggers.watchers import Run, Watcher
 from tiedconv.training import (

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tiedconv.errors import WeightsError
-from tiedconv.io.safetensors_file import strict_json
+from tiedconv.io.json_text import strict_json
 
 NOT_WEIGHTS = "Give a .safetensors file or a state dict that torch.save wrote"
 _AGAIN = "Copy or download the folder again"

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from tiedconv.errors import CheckpointError, OutputError, UserError
+from tiedconv.io.atomic import replacing
 from tiedconv.io.run_dir import STATES, RunDir
-from tiedconv.io.safetensors_file import replacing
 from tiedconv.training.config import TrainConfig
 
 FORMAT = "tiedconv-training-4"

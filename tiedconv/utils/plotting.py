@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedconv.errors import MissingExtra, OutputError
-from tiedconv.io.safetensors_file import check_output, replacing
+from tiedconv.io.atomic import check_output, replacing
 
 
 def check_picture(path: Path, *, force: bool = False, option: str = "-o") -> None:
