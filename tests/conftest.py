@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
@@ -99,6 +100,21 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_rng_state(state)
+
+
+@pytest.fixture
+def _only_sleep_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clocks stand still but for `time.sleep`, so that what is timed is exact and busy
+    machines change nothing.
+    """
+    now = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    for clock in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(time, clock, lambda: now[0])
 
 
 @pytest.fixture(scope="module")

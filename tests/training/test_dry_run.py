@@ -120,12 +120,13 @@ def test_the_statistics_of_batch_norms_are_in_the_forecast() -> None:
     assert found.pace.norm_seconds == 0
 
 
+@pytest.mark.usefixtures("_only_sleep_takes_time")
 def test_a_time_budget_is_kept_and_told() -> None:
     events: list[Event] = []
     config = replace(CONFIG, epochs=None, time_budget=3.0, eval_every_epoch=False)
     start = time.monotonic()
     result = train_net(Slow(0.03), config, on_event=events.append)
-    assert 1.5 < time.monotonic() - start < 4.5
+    assert 2.5 < time.monotonic() - start <= 3.0
     starts = [event for event in events if isinstance(event, Start)]
     assert starts[-1].steps == result.steps > 10
 

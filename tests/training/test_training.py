@@ -74,6 +74,7 @@ def test_training_learns_and_tells() -> None:
     assert (again.top1, again.images, again.outputs) == (result.top1, 48, 3)
 
 
+@pytest.mark.usefixtures("_only_sleep_takes_time")
 def test_the_time_left_has_the_evaluations_in_it() -> None:
     class Slow(nn.Module):
         def __init__(self) -> None:
@@ -90,8 +91,9 @@ def test_the_time_left_has_the_evaluations_in_it() -> None:
         config = replace(QUICK, epochs=4, bn_recalibrate=0, eval_every_epoch=every)
         run(Slow(), config, on_event=events.append)
         first = next(event for event in events if isinstance(event, Step))
-        # Three batches each; the steps take half a second in all.
-        assert 0.29 * evaluations < first.eta_seconds < 0.29 * evaluations + 1.5
+        assert first.eta_seconds == pytest.approx(
+            0.3 * evaluations + 0.03 * (24 - first.step)  # batches: 3 and 6
+        )
         assert [e for e in events if isinstance(e, Step)][-1].eta_seconds == 0
 
 
