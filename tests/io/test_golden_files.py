@@ -111,4 +111,3 @@ def test_saved_again_they_hold_the_same_tensors(name: str, tmp_path: Path) -> No
     assert after.plan == before.plan
     assert after.source == before.source
     assert after.history == before.history
-    assert again.read_bytes() == path_of(name).read_bytes()
