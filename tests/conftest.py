@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,7 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
-from cli_helpers import World, make_world
+
+if TYPE_CHECKING:
+    from cli_helpers import World
 
 # One thread each, because tests run side by side. Results must not depend on it.
 torch.set_num_threads(int(os.environ.get("TIEDCONV_TEST_THREADS", "1")))
@@ -120,4 +122,6 @@ def _only_sleep_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Small weights, a compact file and images, for tests of commands."""
+    from cli_helpers import make_world  # it imports much that not every process needs
+
     return make_world(tmp_path_factory.mktemp("world"))
