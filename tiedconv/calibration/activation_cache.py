@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tiedconv.calibration.probing import Call, first_tensor
+from tiedconv.calibration.probing import Call
 from tiedconv.data import Loader
 from tiedconv.errors import OutputError
 from tiedconv.training.device import Placement
 from tiedconv.training.evaluation import require_some
+from tiedconv.training.objective import first_tensor
 
 
 class Cache:

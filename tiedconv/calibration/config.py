@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass
 
-from tiedconv.errors import UserError
+from tiedconv.training.option_checks import check_choice, check_range
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,17 @@ class CalibConfig:
     amp: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("effort", self.effort, tuple(EFFORTS))
-        _one_of("amp", self.amp, ("auto", "off"))
-        _at_least("batch_size", self.batch_size, 1)
+        check_choice("calibration", "effort", self.effort, tuple(EFFORTS))
+        check_choice("calibration", "amp", self.amp, ("auto", "off"))
+        check = functools.partial(check_range, "calibration")
+        check("batch_size", self.batch_size, 1)
         for name in ("lr", "joint_lr"):
-            _at_least(name, getattr(self, name), 0, open_low=True)
+            check(name, getattr(self, name), open_low=True)
         for name in ("clip", "seed", "cache_bytes"):
-            _at_least(name, getattr(self, name), 0)
+            check(name, getattr(self, name))
         for name in ("passes", "steps", "joint_steps"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 0)
+                check(name, getattr(self, name))
 
     @property
     def total_passes(self) -> int:
@@ -113,19 +114,3 @@ class CalibConfig:
 
     def _batches(self, images: int) -> int:
         return -(-images // self.batch_size)
-
-
-def _at_least(name: str, value: float, low: float, *, open_low: bool = False) -> None:
-    # Written so that NaN fails too.
-    if (low < value if open_low else low <= value) and value != math.inf:
-        return
-    rule = f"more than {low:g}" if open_low else f"{low:g} or more"
-    raise UserError(f"The calibration option {name} is {value}", hint=f"Choose {rule}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(
-            f"The calibration option {name} is {value!r}",
-            hint=f"Choose one of {', '.join(allowed)}",
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tiedconv.calibration.activation_cache import chunks
 from tiedconv.errors import TrainingError
+from tiedconv.training.batchnorm import averaged_statistics, batch_statistics, norms_of
+from tiedconv.training.optim import half_cosine
 
 WARMUP = 0.05
 """Share of the steps in which the rate rises."""
@@ -121,7 +122,7 @@ def minimise(
             "There is nothing to fit",
             "Check the original model and the images; with bfloat16, choose --amp off",
         )
-    norms = batchnorms(objective.modules) if midway is None or midway.norms else []
+    norms = norms_of(*objective.modules) if midway is None or midway.norms else []
     if norms and midway is None:
         estimate(norms, objective, train, schedule.batch_size)
         if not best.consider():
@@ -201,7 +202,7 @@ class _Descent:
         factor = _factor(step, self._schedule)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = self._schedule.lr * rate * factor
-        with _batch_statistics(self._norms if len(index) > 1 else ()):
+        with batch_statistics(self._norms if len(index) > 1 else ()):
             loss = self._objective.loss(index)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -242,7 +243,7 @@ def _factor(step: int, schedule: Schedule) -> float:
     if step <= warmup:
         return step / (warmup + 1)
     done = (step - warmup) / max(1.0, schedule.steps - warmup)
-    return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+    return LAST_RATE + (1 - LAST_RATE) * half_cosine(done)
 
 
 def _batches(train: Tensor, schedule: Schedule) -> Iterator[Tensor]:
@@ -323,17 +324,6 @@ def mean_error(objective: Objective, index: Tensor, batch_size: int) -> float:
     return sum(objective.error(part) * len(part) for part in parts) / len(index)
 
 
-def batchnorms(modules: Sequence[nn.Module]) -> list[_BatchNorm]:
-    """The batch norms in some modules that keep statistics, each once."""
-    found = {
-        id(norm): norm
-        for module in modules
-        for norm in module.modules()
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats
-    }
-    return list(found.values())
-
-
 @torch.no_grad()
 def estimate(
     norms: Sequence[_BatchNorm], objective: Objective, index: Tensor, batch_size: int
@@ -342,25 +332,6 @@ def estimate(
     parts = [index[at] for at in chunks(len(index), batch_size) if len(at) > 1]
     if not parts:  # one image has no variance
         return
-    momenta = [norm.momentum for norm in norms]
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch's word for a cumulative average
-        with _batch_statistics(norms):
-            for part in parts:
-                objective.run(part)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-@contextmanager
-def _batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    try:
-        for norm in norms:
-            norm.training = True
-        yield
-    finally:
-        for norm in norms:
-            norm.training = False
+    with averaged_statistics(norms):
+        for part in parts:
+            objective.run(part)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.calibration.probing import first_tensor
 from tiedconv.detection import drawn_loss
 from tiedconv.training.device import Placement
 from tiedconv.training.losses import logits_of
+from tiedconv.training.objective import first_tensor
 
 RIDGE = 0.1
 """Share of plain distance that stays in each side: gradients are local, errors are not."""

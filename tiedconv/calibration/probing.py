@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from tiedconv.training.objective import first_tensor
+
 Place = Callable[[Tensor], Tensor]
 Forward = Callable[[nn.Module, Tensor], Any]
 
@@ -192,16 +194,3 @@ def _floating(tensor: Tensor | None) -> bool:
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The first tensor in what a module returns: a tensor, or nested tuples, lists and dicts."""
-    if isinstance(output, Tensor):
-        return output
-    parts = output.values() if isinstance(output, dict) else output
-    if isinstance(output, dict | tuple | list):
-        for part in parts:
-            found = first_tensor(part)
-            if found is not None:
-                return found
-    return None

@@ -28,7 +28,7 @@ from tiedconv.training import (
     rank_in_environment,
 )
 
-# Options by the part of the help they stand in; the others are of files and of the run.
+# Options by panel of the help.
 _schedule = functools.partial(common.option_in, "Schedule")
 _loss = functools.partial(common.option_in, "Loss")
 _augmentation = functools.partial(common.option_in, "Augmentation")
@@ -44,64 +44,73 @@ def finetune(
     file: Annotated[Path, typer.Argument(help="A compact file that tiedconv wrote.")],
     data: common.Data,
     output: Annotated[Path, typer.Option("-o", "--output", help="The compact file to write.")],
-    epochs: Annotated[float | None, _schedule("Passes over the images; 1 if not given.")] = None,
-    steps: Annotated[int | None, _schedule("Optimiser steps, instead of epochs.")] = None,
+    epochs: Annotated[
+        float | None, _schedule("Passes over the training images; 1 if not given.")
+    ] = None,
+    steps: Annotated[int | None, _schedule("Number of optimiser steps, instead of epochs.")] = None,
     time_budget: Annotated[
-        str | None, _schedule("As many steps as fit into a time, such as 20m or 1h30m, instead.")
+        str | None, _schedule("Train for a given time, such as 20m or 1h30m, instead.")
     ] = None,
     batch_size: Annotated[
-        str, _schedule("Images in a step; [b]auto[/b] finds a number that fits and is fast.")
+        str,
+        _schedule("Images per step; [b]auto[/b] finds a size that fits into memory and is fast."),
     ] = "64",
-    lr: Annotated[float, _schedule("The highest learning rate.")] = 5e-4,
-    warmup: Annotated[float, _schedule("Share of the steps, before a cosine.")] = 0.05,
+    lr: Annotated[float, _schedule("Peak learning rate.")] = 5e-4,
+    warmup: Annotated[
+        float, _schedule("Fraction of steps for linear warmup (then cosine decay).")
+    ] = 0.05,
     only: Annotated[
         list[str] | None,
-        _schedule("Train only parameters of these names, such as '*decoder*'. Repeatable."),
+        _schedule(
+            "Train only parameters whose names match a pattern, such as '*decoder*'. Repeatable."
+        ),
     ] = None,
     layer_decay: Annotated[
-        float, _schedule("Factor of the rate for each block further from the output; 1 for none.")
+        float, _schedule("Layer-wise learning-rate decay factor (1 disables).")
     ] = 1.0,
     optimizer: Annotated[str, _schedule("adamw or sgd.")] = "adamw",
-    weight_decay: Annotated[float, _schedule("Of matrices; vectors have none.")] = 0.05,
-    clip: Annotated[float, _schedule("Largest gradient norm; 0 for none.")] = 1.0,
+    weight_decay: Annotated[
+        float, _schedule("Weight decay of matrices; vectors are not decayed.")
+    ] = 0.05,
+    clip: Annotated[float, _schedule("Maximum gradient norm; 0 for no clipping.")] = 1.0,
     ema: Annotated[
-        float, _schedule("Decay of the average of the weights, such as 0.999; 0 for none.")
+        float, _schedule("Decay of the EMA of the weights, such as 0.999; 0 for none.")
     ] = 0.0,
     progressive: Annotated[
         float,
         _schedule(
-            "Share of the steps over which the original is faded into the compact form; 0 for none."
+            "Fraction of steps over which original weights are annealed to tied ones; 0 for none."
         ),
     ] = 0.0,
     bn_batches: Annotated[
-        int, _schedule("Batches that re-estimate BatchNorm statistics; 0 for none.")
+        int, _schedule("Batches to re-estimate BatchNorm statistics from; 0 for none.")
     ] = 20,
     teacher: Annotated[
         str,
-        _loss("[b]auto[/b] (the original model), [b]none[/b], a file of weights, or a model."),
+        _loss("[b]auto[/b] (the original model), [b]none[/b], a weights file, or a model."),
     ] = "auto",
-    distill: Annotated[float, _loss("The teacher's share of the loss, 0 to 1.")] = 0.5,
+    distill: Annotated[float, _loss("Weight of the distillation loss, 0 to 1.")] = 0.5,
     distillation: Annotated[
-        str, _loss("soft (the teacher's probabilities) or hard (the class it names).")
+        str, _loss("soft (the teacher's probabilities) or hard (its predicted class).")
     ] = "soft",
-    temperature: Annotated[float, _loss("Of the soft distillation.")] = 2.0,
+    temperature: Annotated[float, _loss("Temperature of soft distillation.")] = 2.0,
     features: Annotated[
-        float, _loss("Weight of the distance to the outputs of the teacher's blocks; 0 for none.")
+        float, _loss("Weight of feature distillation (outputs of the blocks); 0 for none.")
     ] = 0.0,
-    label_smoothing: Annotated[float, _loss("0 to 1.")] = 0.0,
+    label_smoothing: Annotated[float, _loss("Label smoothing, 0 to 1.")] = 0.0,
     augment: Annotated[str, _augmentation(f"{', '.join(AUGMENTS)}.")] = "crop",
-    erasing: Annotated[float, _augmentation("Probability of erasing a part, 0 to 1.")] = 0.0,
+    erasing: Annotated[float, _augmentation("Probability of random erasing, 0 to 1.")] = 0.0,
     mixup: Annotated[float, _augmentation("Alpha of MixUp, such as 0.8; 0 for none.")] = 0.0,
     cutmix: Annotated[float, _augmentation("Alpha of CutMix, such as 1; 0 for none.")] = 0.0,
     val_split: Annotated[
-        float, _images("Share to hold out where there is no val/ or test/.")
+        float, _images("Fraction to hold out where there is no val/ or test/.")
     ] = 0.1,
     task: common.Task = "auto",
     limit: common.Limit = None,
     unlabelled: Annotated[
         bool,
         typer.Option(
-            "--unlabelled", help="Look for no labels: with --distill 1, any folders of images do."
+            "--unlabelled", help="Ignore labels: with --distill 1, any folders of images will do."
         ),
     ] = False,
     image_size: common.ImageSize = None,
@@ -110,49 +119,53 @@ def finetune(
     std: common.Std = None,
     interpolation: common.Interpolation = None,
     accumulate: Annotated[
-        int, typer.Option(help="Parts in which a step's images pass the model, for memory.")
+        int, typer.Option(help="Gradient-accumulation micro-batches per step.")
     ] = 1,
     amp: Annotated[str, typer.Option(help="auto, off, bf16 or fp16.")] = "auto",
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Let torch compile the step, where it can.")
+        bool, typer.Option("--compile", help="Use torch.compile where it works.")
     ] = False,
     sharding: Annotated[
-        str, typer.Option(help="What each of several processes has: ddp (all) or fsdp (a part).")
+        str, typer.Option(help="Multi-process strategy: ddp (replicated) or fsdp (sharded).")
     ] = "ddp",
     checkpoint_minutes: Annotated[
-        float, typer.Option(help="Time between two states that --resume can go on from.")
+        float, typer.Option(help="Minutes between two checkpoints.")
     ] = 10.0,
-    keep: Annotated[int, typer.Option(help="So many of the newest states are kept.")] = 2,
+    keep: Annotated[int, typer.Option(help="Number of checkpoints to keep.")] = 2,
     log: training_logs.Log = None,
     tensorboard: training_logs.Board = None,
     picture: training_logs.Picture = None,
     no_picture: training_logs.NoPicture = False,
     device: common.Device = "auto",
     workers: common.Workers = None,
-    seed: Annotated[int, typer.Option(help="Of order, augmentation and the held-out part.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of order, augmentation and the held-out part.")
+    ] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run of this output.")
+        bool, typer.Option("--resume", help="Continue an interrupted run of this output.")
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Take a few steps, tell what all would take; write nothing."
-        ),
+        typer.Option("--dry-run", help="Estimate time and memory from a few steps; write nothing."),
     ] = False,
     strict: common.Strict = False,
     trust_code: common.TrustCode = False,
     force: common.ForceAnew = False,
     json_: common.Json = False,
 ) -> None:
-    """Heal a compact model by a short training, with the original model as teacher.
+    """Fine-tune a compact model by distilling the original.
 
-    Stored tensors are trained, so ties hold by construction. An interrupted run goes on with
-    [b]--resume[/b]. On several GPUs: torchrun --nproc-per-node 8 -m tiedconv finetune ...
+    Stored tensors are trained, so ties hold by construction. [b]--resume[/b] continues an
+    interrupted run. On several GPUs: torchrun --nproc-per-node 8 -m tiedconv finetune ...
     """
     lengths = {"--epochs": epochs, "--steps": steps, "--time-budget": time_budget}
     given = [name for name, value in lengths.items() if value is not None]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} were both given", hint="Give one of them")
+        raise UserError(
+            f"{' and '.join(given)} were both given",
+            hint="Give one of them",
+            code="options-conflict",
+        )
     config = TrainConfig(
         epochs=epochs if given else 1, steps=steps, time_budget=_seconds(time_budget),
         batch_size=_batch_size(batch_size), lr=lr, only=tuple(only or ()), optimizer=optimizer,
@@ -182,7 +195,7 @@ def finetune(
     anew = resume and not kept.kept()
     with TrainingBar() as bar, files.watchers(file, config, bar.line, noted) as watch:
         if anew and rank_in_environment() == 0:
-            hint(f"There is no state in {kept.path}: the training begins anew.")
+            hint(f"There is no checkpoint in {kept.path}: the training starts from the beginning.")
         try:
             done = run(
                 request, output, resume=resume, force=force, command=common.command_line(),
@@ -190,7 +203,9 @@ def finetune(
             )  # fmt: skip
         except KeyboardInterrupt:
             if kept.kept() and rank_in_environment() == 0:
-                hint("Its state is kept: the same command with --resume goes on from there.")
+                hint(
+                    "The checkpoints are kept: the same command with --resume continues from there."
+                )
             raise
         if rank_in_environment() > 0:
             return
@@ -205,7 +220,11 @@ def _seconds(text: str | None) -> float | None:
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
     numbers = [int(part or 0) for part in found.groups()] if found else [0]
     if not any(numbers):
-        raise UserError(f"--time-budget {text} is no time", hint="Write it as 45s, 20m or 1h30m")
+        raise UserError(
+            f"--time-budget {text} is not a valid duration",
+            hint="Write it as 45s, 20m or 1h30m",
+            code="invalid-duration",
+        )
     hours, minutes, seconds = numbers
     return 3600.0 * hours + 60.0 * minutes + seconds
 
@@ -215,13 +234,15 @@ def _batch_size(text: str) -> int:
         return 0
     if not text.isdecimal() or int(text) < 1:
         raise UserError(
-            f"--batch-size {text} is no number of images", hint="Choose 1 or more, or auto"
+            f"Invalid --batch-size {text}",
+            hint="Choose 1 or more, or auto",
+            code="invalid-batch-size",
         )
     return int(text)
 
 
 def show_forecast(found: Forecast, config: TrainConfig, *, json_: bool) -> None:
-    """What a training would be and take."""
+    """Print the estimate of a training."""
     if json_:
         common.print_json(found)
         return
@@ -234,21 +255,21 @@ def show_forecast(found: Forecast, config: TrainConfig, *, json_: bool) -> None:
         ("epochs", f"{found.epochs:,}"),
         ("learning rate", f"up to {config.lr:g} in {found.warmup:,} steps, "
                           f"then down to {config.lr * config.min_lr:g}"),
-        ("trained numbers", f"{found.trained:,}"),
-        ("a step", f"{1000 * pace.step_seconds:,.1f} ms, {pace.images_per_second:,.0f} images/s"),
-        ("an evaluation", f"{pace.eval_seconds:,.1f} s"),
+        ("trainable parameters", f"{found.trained:,}"),
+        ("per step", f"{1000 * pace.step_seconds:,.1f} ms, {pace.images_per_second:,.0f} images/s"),
+        ("per evaluation", f"{pace.eval_seconds:,.1f} s"),
         ("batch norm statistics", f"{pace.norm_seconds:,.1f} s"),
-        ("all", render.duration(found.seconds)),
+        ("total", render.duration(found.seconds)),
         ("memory", f"{render.size(pace.memory)} on {where}" if pace.memory else "unknown"),
     ]  # fmt: skip
     if found.not_compiled is not None:
         rows.append(("not compiled", found.not_compiled))
     common.show_table(("", "forecast"), rows, text=2)
-    say("Nothing was written: without --dry-run the training begins.")
+    say("Nothing was written. Run it without --dry-run to train.")
 
 
 def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: bool) -> None:
-    """What a training did."""
+    """Print the result of a training."""
     if json_:
         common.print_json({**json_ready(done), **written})
         return
@@ -267,7 +288,7 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
     common.show_table(columns, rows, f"{done.val_images:,} {kind} images{unlabelled_note}")
     if result.better is not None:
         epoch, best = result.better
-        say(f"Epoch {epoch} had scored more: {render.accuracy(best)}. A lower --lr may keep that.")
+        say(f"Epoch {epoch} was better: {render.accuracy(best)}. A lower --lr may help.")
     if result.skipped:
         say(render.skipped(result.skipped))
     say(
@@ -279,8 +300,8 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
 
 
 def _both(first: OnEvent, second: OnEvent) -> OnEvent:
-    def tell(event: Event) -> None:
+    def both(event: Event) -> None:
         first(event)
         second(event)
 
-    return tell
+    return both

@@ -71,7 +71,11 @@ class Files:
             UserError: options that contradict each other, or a file that can't be written.
         """
         if picture is not None and no_picture:
-            raise UserError("--picture and --no-picture were both given", hint="Give one of them")
+            raise UserError(
+                "--picture and --no-picture were both given",
+                hint="Give one of them",
+                code="options-conflict",
+            )
         optional = picture is None
         if optional and not no_picture:
             picture = output.with_suffix(".training.png")
@@ -87,6 +91,7 @@ class Files:
                 "Two of the model, log, folder and picture have the same name",
                 "One would replace the other",
                 "Give each a name of its own",
+                code="output-paths-collide",
             )
         if self.picture is not None:
             check_picture(self.picture, force=self.force, option="--picture")

@@ -141,6 +141,7 @@ def open_teacher(
             f"The teacher should be the original model, whose weights came from {origin}",
             "A compact file keeps no path to them",
             f"Pass --teacher {source.weights_name or 'WEIGHTS'} (the path), or --teacher none",
+            code="original-unavailable",
         )
     if looks_like_file(teacher):
         if is_compact(teacher):

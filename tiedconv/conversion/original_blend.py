@@ -34,7 +34,7 @@ from tiedconv.runtime.tie import (
     state_of,
 )
 
-_REMEDY = "Fine-tune without --progressive, or convert the model anew with this version"
+_HINT = "Fine-tune without --progressive, or convert the model again with this version"
 
 
 class OriginalBlend:
@@ -106,7 +106,7 @@ def moved_original(model: nn.Module, original: nn.Module | None) -> dict[str, Te
     try:
         tasks = draft(info, recipe)
     except TiedconvError as error:
-        raise _not_again(f"it fails now ({error.what})") from error
+        raise _not_repeatable(f"it fails now ({error.what})", "conversion-fails") from error
     _same_groups(tasks, state.plan)
     with torch.no_grad():
         return align(info, recipe, {n: own[n].detach().cpu() for n in info.shapes})
@@ -123,11 +123,13 @@ def conversion_recipe(history: Sequence[Mapping[str, Any]]) -> Recipe:
         case {"rules": [*rules], "params": None | str() as params} if rules:
             pass
         case _:
-            raise _not_again("the file does not say by which recipe")
+            raise _not_repeatable("the file does not record its recipe", "recipe-missing")
     try:
         return Recipe(tuple(_rule(rule) for rule in rules), Budget(params) if params else None)
     except (TiedconvError, TypeError, ValueError) as error:
-        raise _not_again("this version does not understand its recipe") from error
+        raise _not_repeatable(
+            "this version does not understand its recipe", "recipe-unknown"
+        ) from error
 
 
 def _rule(data: Any) -> Rule:
@@ -140,21 +142,22 @@ def _rule(data: Any) -> Rule:
 
 def _checked(plan: Plan, original: nn.Module | None) -> nn.Module:
     """The original, if it is one."""
-    what = ""
+    what = code = ""
     if original is None:
-        what = "there is no teacher"
+        what, code = "there is no teacher", "teacher-missing"
     elif is_tied(original):
-        what = "the teacher is a compact model"
+        what, code = "the teacher is a compact model", "teacher-compact"
     else:
         info = inspect_model(original)
         shapes = {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}}
         if dict(info.shapes) != shapes or dict(info.aliases) != dict(plan.aliases):
-            what = "the teacher is a model of another architecture"
+            what, code = "the teacher has another architecture", "teacher-mismatch"
     if what or original is None:
         raise UserError(
-            f"--progressive needs the original model as teacher, and {what}",
+            f"--progressive needs the original model as teacher, but {what}",
             "There is nothing to begin from",
             "Pass --teacher auto or the original's weights, or leave --progressive out",
+            code=code,
         )
     return original
 
@@ -173,12 +176,13 @@ def _same_groups(tasks: Sequence[Task], plan: Plan) -> None:
         drafts = {(d.name, d.scheme.name, d.members) for task in tasks for d in task.drafts}
         same = drafts == {(g.name, g.scheme, g.members) for g in converted}
     if not same:
-        raise _not_again("it gives other groups now than the file has")
+        raise _not_repeatable("it gives other groups than the file has", "groups-mismatch")
 
 
-def _not_again(why: str) -> UserError:
+def _not_repeatable(why: str, code: str) -> UserError:
     return UserError(
-        f"--progressive has to make the file's conversion again, and {why}",
-        "The original can't be brought to where the compact weights are",
-        _REMEDY,
+        f"--progressive has to repeat the file's conversion, but {why}",
+        "The original weights can't be aligned with the compact ones",
+        _HINT,
+        code=code,
     )

@@ -45,6 +45,7 @@ def class_map(model: nn.Module, objects: Objects, outputs: int) -> tuple[int, ..
         f"The data have {len(objects.names)} classes, the model {count}, and {unlike}",
         "Its detections can't be compared with the data",
         "Use data with the classes that the model was made for",
+        code="classes-mismatch",
     )
 
 

@@ -31,6 +31,7 @@ class DetectionList(ImageList):
                 "A detector can't be scored or taught with them",
                 "Give a folder in COCO's form: instances_train2017.json, instances_val2017.json "
                 "and the photos that they list",
+                code="no-boxes",
             )
         if preprocess.resize is not None and preprocess.resize != preprocess.size:
             raise UserError(
@@ -38,6 +39,7 @@ class DetectionList(ImageList):
                 "pixels",
                 "Objects would be cut off that the score counts",
                 "Use --resize 0",
+                code="images-cropped",
             )
         shown = dataclasses.replace(eval_transform(preprocess), resize=None)
         super().__init__(images, shown, strict=strict)

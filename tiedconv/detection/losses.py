@@ -48,6 +48,7 @@ def answer_loss(output: Any, answer: Any, model: nn.Module) -> Tensor:
             f"The teacher gives logits {tuple(taught.shape)} and the model {tuple(logits.shape)}",
             "The one can't teach the other",
             "Choose a teacher with the same queries and classes, such as --teacher auto",
+            code="teacher-mismatch",
         )
     labels = label_count(model, logits.shape[-1])
     wanted = probabilities(taught, labels)

@@ -128,6 +128,7 @@ class DetectionObjective:
                 f"The model has {outputs} outputs and doesn't tell how many classes it knows",
                 "It would be taught other classes than it is scored for",
                 "Give the model num_labels",
+                code="classes-unknown",
             )
         self._checked = True
 
@@ -187,5 +188,6 @@ def _own_loss(output: Any) -> Tensor:
             f"The model was given labels and returns {type(output).__name__} without a loss",
             "It can't be trained with labels",
             "Use --distill 1 with a teacher, or a model that returns a loss",
+            code="no-loss-returned",
         )
     return loss.float()

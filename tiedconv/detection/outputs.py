@@ -41,6 +41,7 @@ def parts_of(output: Any) -> tuple[Tensor, Tensor]:
             f"The model returns {type(output).__name__}, in which no boxes are found",
             "It can't be scored or taught as a detector",
             "Use a model that returns .logits and .pred_boxes, as transformers' detectors do",
+            code="no-boxes-returned",
         )
     return logits.float(), boxes.float()
 

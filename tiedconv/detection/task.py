@@ -33,13 +33,16 @@ def detects(task: str, images: Images) -> bool:
         DataError: the data are not for it.
     """
     if task not in TASKS:
-        raise UserError(f"Unknown task {task!r}", hint=f"Choose {', '.join(TASKS)}")
+        raise UserError(
+            f"Unknown task {task!r}", hint=f"Choose {', '.join(TASKS)}", code="unknown-task"
+        )
     found = images.objects is not None
     if task == "classification" and found:
         raise DataError(
             "The data have boxes, and no class for a whole image",
             "A classifier can't be scored or taught with them",
             "Give class folders, or leave --task out",
+            code="task-mismatch",
         )
     return found if task == "auto" else task == "detection"
 
@@ -61,6 +64,7 @@ def for_detector(config: TrainConfig) -> TrainConfig:
             f"{option}={getattr(config, option)} is for classifiers",
             "A detector's boxes would not follow it",
             f"Leave --{option} out; --augment flip mirrors images and boxes",
+            code="option-for-classifiers",
         )
     for option, usual in (("distillation", "soft"), ("label_smoothing", 0.0)):
         if getattr(config, option) != usual:
@@ -69,6 +73,7 @@ def for_detector(config: TrainConfig) -> TrainConfig:
                 "A detector's own loss, and its distance to the teacher's answer, have no place "
                 "for it",
                 f"Leave --{option.replace('_', '-')} out",
+                code="option-for-classifiers",
             )
     augment = "none" if config.augment == "none" else "flip"
     return replace(config, augment=augment, bn_recalibrate=0)

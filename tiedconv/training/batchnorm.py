@@ -1,16 +1,17 @@
-"""Batch norm statistics, estimated anew.
+"""BatchNorm statistics, re-estimated.
 
-Changed weights change what reaches a batch norm, and running averages lag behind. So before an
-evaluation mean and variance are measured over some training batches.
+Changed weights change the inputs of a batch norm, and its running averages lag behind. So before
+an evaluation mean and variance are estimated from some batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tiedconv.data import Batch
@@ -32,47 +33,72 @@ def recalibrate_batchnorm(
     """Replaces the statistics of all batch norms by their plain average over `batches`.
 
     Only the batch norms are in training mode meanwhile; dropout stays off and no weight changes.
-    All modules get their mode back. Of several processes each gives its part of the batches,
-    and all get the average.
+    The modes of all modules are restored. Each process passes its part of the batches, and all
+    get the average.
 
     Returns:
         The number of batches used; 0 leaves the statistics as they were.
     """
     norms = norms_of(model)
-    momenta = [norm.momentum for norm in norms]
+    usable = _usable(batches, processes)
+    first = next(usable, None)
+    if first is None:
+        return 0
     used = 0
-    spare = PaddingImage(processes)
     with modes_kept(model), torch.no_grad():
         model.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = None  # torch's word for a cumulative average
-        try:
-            for batch in batches:
-                images = spare.instead_of_none(batch.images)
-                if images is None or len(images) < 2:  # one image has no variance
-                    if images is None or not processes.several:
-                        continue
-                    images = images.expand(2, -1, -1, -1)
-                if not used:
-                    for norm in norms:
-                        norm.reset_running_stats()
+        with averaged_statistics(norms):
+            for images in itertools.chain([first], usable):
                 used += 1
                 with placement.autocast():
                     model(placement.images(images))
-            for norm in norms if used else ():
-                for statistic in (norm.running_mean, norm.running_var):
-                    if statistic is not None and processes.several:
-                        processes.sum(statistic).div_(processes.count)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+        for norm in norms:
+            for statistic in (norm.running_mean, norm.running_var):
+                if statistic is not None and processes.several:
+                    processes.sum(statistic).div_(processes.count)
     return used
+
+
+def _usable(batches: Iterable[Batch], processes: DistContext) -> Iterator[Tensor]:
+    """The images of each batch; one image has no variance."""
+    spare = PaddingImage(processes)
+    for batch in batches:
+        images = spare.instead_of_none(batch.images)
+        if images is not None and (len(images) > 1 or processes.several):
+            yield images if len(images) > 1 else images.expand(2, -1, -1, -1)
+
+
+@contextmanager
+def averaged_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """A context in which the statistics are replaced by the plain average over its forwards."""
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # in torch: a cumulative average
+        with batch_statistics(norms):
+            yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+@contextmanager
+def batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """A context in which batch norms normalise by the statistics of the batch."""
+    modes = [norm.training for norm in norms]
+    try:
+        for norm in norms:
+            norm.training = True
+        yield
+    finally:
+        for norm, training in zip(norms, modes, strict=True):
+            norm.training = training
 
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts each module back into training or evaluation mode, as it was."""
+    """A context after which each module is in training or evaluation mode, as before."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -81,10 +107,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def norms_of(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms that keep statistics."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
+def norms_of(*models: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that keep statistics, each once."""
+    modules = dict.fromkeys(module for model in models for module in model.modules())
+    return [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]

@@ -5,12 +5,12 @@ Training only keeps the time; what is faded, and how, is the affair of whoever m
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from tiedconv.errors import UserError
 from tiedconv.training.config import TrainConfig
+from tiedconv.training.optim import half_cosine
 
 
 class Blend(Protocol):
@@ -35,7 +35,7 @@ def share_left(step: int, steps: int, share: float) -> float:
     Falls along half a cosine over the first `share` of the steps, at least one; then 0.
     """
     fading = max(1, round(share * steps)) if share > 0 else 0
-    return 0.5 * (1 + math.cos(math.pi * step / fading)) if step < fading else 0.0
+    return half_cosine(step / fading) if step < fading else 0.0
 
 
 def check_fading(config: TrainConfig, fading: Blend | None) -> None:
@@ -46,4 +46,5 @@ def check_fading(config: TrainConfig, fading: Blend | None) -> None:
             "given",
             "The model would be trained without it",
             "Pass fading=, or use tiedconv.finetune, which fades the original model",
+            code="blend-missing",
         )

@@ -1,21 +1,35 @@
-"""How to train: one frozen record, checked when it is made."""
+"""The options of a training, validated on construction."""
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass
 
 from tiedconv.data import AUGMENTS
 from tiedconv.errors import UserError
 from tiedconv.training.device import AMPS
+from tiedconv.training.option_checks import check_choice, check_range
 
 OPTIMIZERS = ("adamw", "sgd")
 SHARDINGS = ("ddp", "fsdp")
 
 DISTILLATIONS = ("soft", "hard")
-"""What a teacher teaches: its whole answer, or the class it would name."""
+"""Targets of the distillation: the teacher's probabilities, or its predicted class."""
 
-_SHARES = ("warmup", "min_lr", "distill_weight", "label_smoothing", "progressive", "erasing")
+_POSITIVE = ("lr", "temperature")
+_FRACTIONS = ("warmup", "min_lr", "distill_weight", "label_smoothing", "progressive", "erasing")
+_NOT_NEGATIVE = (
+    "batch_size", "weight_decay", "clip", "bn_recalibrate", "features", "mixup", "cutmix",
+    "checkpoint_minutes",
+)  # fmt: skip
+_CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "distillation": DISTILLATIONS,
+    "augment": AUGMENTS,
+    "amp": AMPS,
+    "sharding": SHARDINGS,
+    "channels_last": ("auto", "on", "off"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,51 +37,50 @@ class TrainConfig:
     """The options of `train`.
 
     Attributes:
-        epochs: passes over the training images; a fraction is allowed.
-        steps: exactly so many optimiser steps instead, however many epochs that takes.
-        batch_size: images in a step, over all processes; 0 to find a size that fits and is fast.
-        lr: the highest learning rate.
+        epochs: passes over the training images; may be fractional.
+        steps: number of optimiser steps, instead of epochs.
+        batch_size: images per step, over all processes; 0 to find a size that fits and is fast.
+        lr: the peak learning rate.
         only: patterns, such as `*decoder*` and `tied/*`, of the names of the parameters that are
             trained; empty for all.
         optimizer: "adamw" or "sgd" (Nesterov momentum 0.9).
-        weight_decay: for weights with two or more dimensions, but not for embeddings of
-            positions and tokens, nor for scales.
-        layer_decay: what the learning rate is multiplied by for each block further from the
-            output; 1 for the same rate everywhere.
-        warmup: share of the steps in which the rate rises linearly to `lr`.
-        min_lr: the rate of the last step, as a share of `lr`; the way there is half a cosine.
-        distillation: "soft" to learn the teacher's probabilities, or "hard" to learn the class
-            that it names.
+        weight_decay: for weights with two or more dimensions, except embeddings of positions and
+            tokens, and scales.
+        layer_decay: layer-wise decay: factor of the learning rate for each block further from the
+            output; 1 disables.
+        warmup: fraction of the steps in which the learning rate rises linearly to `lr`.
+        min_lr: learning rate of the last step, as a fraction of `lr`, after a cosine decay.
+        distillation: "soft" for the teacher's probabilities, "hard" for its predicted class.
         temperature: divides the logits of teacher and student in soft distillation.
-        distill_weight: share of the distillation in the loss, when there is a teacher.
-        features: what is added to the loss, times how far the outputs of the blocks are from
+        distill_weight: weight of the distillation in the loss, 0 to 1, when there is a teacher.
+        features: weight of the feature distillation: the distance of the outputs of the blocks to
             those of the teacher's blocks of the same names; 0 for none.
-        label_smoothing: share of the label spread over all classes.
-        clip: largest norm of the gradient; 0 for no clipping.
-        ema: decay of the moving average of the weights, which is then what is evaluated and
-            kept, such as 0.999; 0 for none.
-        augment: what to do to training images; for whoever makes the data set.
-        erasing: probability of erasing a part of an image; for whoever makes the data set.
-        mixup: alpha of MixUp, which blends pairs of images, such as 0.8; 0 for none.
-        cutmix: alpha of CutMix, which cuts from one image into another, such as 1; 0 for none.
-            With both, each step takes one of the two.
-        progressive: share of the steps over which the original is faded into the compact model,
-            along half a cosine; 0 for none. Needs a `Blend`, which `tiedconv.finetune` makes.
-        bn_recalibrate: training batches from which to estimate the statistics of batch norms
-            before an evaluation; 0 to leave the running averages as they are.
-        amp: number format of autocast: "bf16", "fp16" (with a scale for the gradients), "off", or
-            "auto": on CUDA the first of these that the card can do.
+        label_smoothing: fraction of the label spread over all classes.
+        clip: maximum norm of the gradient; 0 for no clipping.
+        ema: decay of the exponential moving average of the weights, such as 0.999; the EMA weights
+            are evaluated and saved. 0 for none, less than 1.
+        augment: augmentation of the training images; for whoever makes the data set.
+        erasing: probability of random erasing; for whoever makes the data set.
+        mixup: alpha of MixUp, such as 0.8; 0 for none.
+        cutmix: alpha of CutMix, such as 1; 0 for none. With both, each step takes one of the two.
+        progressive: fraction of the steps over which the original weights are annealed to the
+            compact ones, along half a cosine; 0 for none. Needs a `Blend`, which
+            `tiedconv.finetune` makes.
+        bn_recalibrate: training batches from which BatchNorm statistics are re-estimated before an
+            evaluation; 0 to leave the running averages.
+        amp: precision of autocast: "bf16", "fp16" (with a gradient scaler), "off", or "auto": on
+            CUDA the first of these that the GPU supports.
         channels_last: "auto" for convolutional networks, "on" or "off".
         seed: decides order, augmentation and dropout.
         eval_every_epoch: evaluate after each epoch, not only before and at the end.
         workers: processes that read images; None chooses.
-        accumulate: parts in which a step's images are passed through the model, for memory.
-        sharding: what several processes have of the model: "ddp" all of it, "fsdp" a part each.
-        compile: whether to let `torch.compile` make the training step.
+        accumulate: gradient-accumulation micro-batches per step.
+        sharding: "ddp" replicates the model in each process, "fsdp" shards it.
+        compile: whether to use `torch.compile`.
         checkpoint_minutes: time between two checkpoints within an epoch.
-        keep: checkpoints that are kept.
-        time_budget: seconds that the whole run may take; the steps follow from how fast the
-            first ones are. Instead of epochs and steps.
+        keep: number of checkpoints to keep.
+        time_budget: seconds that the whole run may take, instead of epochs and steps; the number
+            of steps follows from the measured throughput.
 
     Raises:
         UserError: a value out of range.
@@ -110,48 +123,41 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None and self.time_budget is None:
-            raise UserError("Neither epochs nor steps are given", hint="Give one of them")
-        if self.time_budget is not None:
-            _between("time_budget", self.time_budget, 0, math.inf, open_low=True)
-        if self.epochs is not None and self.steps is None:
-            _between("epochs", self.epochs, 0, math.inf, open_low=True)
-        if self.steps is not None:
-            _between("steps", self.steps, 1, math.inf)
-        _between("batch_size", self.batch_size, 0, math.inf)
-        _between("lr", self.lr, 0, math.inf, open_low=True)
-        _between("temperature", self.temperature, 0, math.inf, open_low=True)
-        for name in _SHARES:
-            _between(name, getattr(self, name), 0, 1)
-        for name in ("accumulate", "keep"):
-            _between(name, getattr(self, name), 1, math.inf)
-        for name in (
-            "weight_decay", "clip", "bn_recalibrate", "features", "mixup", "cutmix",
-            "checkpoint_minutes",
-        ):  # fmt: skip
-            _between(name, getattr(self, name), 0, math.inf)
-        _between("layer_decay", self.layer_decay, 0, 1, open_low=True)
-        if not 0 <= self.ema < 1:
             raise UserError(
-                f"The training option ema is {self.ema}",
-                "At 1 the average would stay at the weights of the start" if self.ema == 1 else "",
-                "Choose 0 or more and less than 1",
+                "None of epochs, steps and time_budget is given",
+                hint="Give one of them",
+                code="length-missing",
             )
+        check = functools.partial(check_range, "training")
+        if self.time_budget is not None:
+            check("time_budget", self.time_budget, open_low=True)
+        if self.epochs is not None and self.steps is None:
+            check("epochs", self.epochs, open_low=True)
+        if self.steps is not None:
+            check("steps", self.steps, 1)
         if self.workers is not None:
-            _between("workers", self.workers, 0, math.inf)
-        _between("seed", self.seed, -(2**63), 2**63 - 1)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _one_of("distillation", self.distillation, DISTILLATIONS)
-        _one_of("augment", self.augment, AUGMENTS)
-        _one_of("amp", self.amp, AMPS)
-        _one_of("sharding", self.sharding, SHARDINGS)
+            check("workers", self.workers)
+        for name in _POSITIVE:
+            check(name, getattr(self, name), open_low=True)
+        for name in _FRACTIONS:
+            check(name, getattr(self, name), 0, 1)
+        for name in _NOT_NEGATIVE:
+            check(name, getattr(self, name))
+        for name in ("accumulate", "keep"):
+            check(name, getattr(self, name), 1)
+        check("layer_decay", self.layer_decay, 0, 1, open_low=True)
+        check("ema", self.ema, 0, 1, open_high=True)
+        check("seed", self.seed, -(2**63), 2**63 - 1)
+        for name, choices in _CHOICES.items():
+            check_choice("training", name, getattr(self, name), choices)
         if self.sharding == "fsdp" and (self.progressive > 0 or self.amp == "fp16"):
             option = "progressive" if self.progressive > 0 else "fp16"
             raise UserError(
                 f"The training options sharding=fsdp and {option} were both given",
-                "They can't be done together",
+                "They can't be combined",
                 "Use sharding=ddp, or leave the other out",
+                code="options-conflict",
             )
-        _one_of("channels_last", self.channels_last, ("auto", "on", "off"))
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimiser steps in all, at least one; one epoch's while a time budget is unmeasured."""
@@ -159,20 +165,3 @@ class TrainConfig:
             return self.steps
         epochs = 1.0 if self.epochs is None else self.epochs
         return max(1, round(epochs * steps_per_epoch))
-
-
-def _between(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    # Written so that NaN fails too.
-    if (low < value if open_low else low <= value) and value <= high and value != math.inf:
-        return
-    rule = f"more than {low:g}" if open_low else f"{low:g} or more"
-    bound = "" if high == math.inf else f" and at most {high:g}"
-    raise UserError(f"The training option {name} is {value}", hint=f"Choose {rule}{bound}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(
-            f"The training option {name} is {value!r}",
-            hint=f"Choose one of {', '.join(allowed)}",
-        )

@@ -26,18 +26,24 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"Unknown device {name}", hint="Choose auto, cpu, cuda, cuda:N or mps")
+        raise UserError(
+            f"Unknown device {name}",
+            hint="Choose auto, cpu, cuda, cuda:N or mps",
+            code="unknown-device",
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and count <= (device.index or 0):
         raise UserError(
             f"The device {name} was asked for, but torch {torch.__version__} sees {count} CUDA "
             f"device{'' if count == 1 else 's'}",
             hint="Choose --device cpu, or install a CUDA build of torch and its driver",
+            code="device-missing",
         )
     if device.type == "mps" and not _mps():
         raise UserError(
             "The device mps was asked for, but torch can't use it here",
             hint="Choose --device cpu",
+            code="device-missing",
         )
     return device
 

@@ -91,7 +91,7 @@ class DistContext:
         if problem is not None:
             raise problem
         if failed:
-            raise OutputError("The first process could not write; it says why")
+            raise OutputError("The first process could not write; it says why", code="rank0-failed")
 
 
 ALONE = DistContext()
@@ -124,6 +124,7 @@ class PaddingImage:
                 "One of the processes has no readable image in the first batch",
                 "The others would wait for it",
                 "Remove broken images, use a larger batch or fewer processes",
+                code="no-readable-image",
             )
         return self.last
 
@@ -143,6 +144,7 @@ def launched() -> int:
             "The environment names several processes (WORLD_SIZE), but not which this is (RANK)",
             "They can't find each other",
             "Start it with torchrun or accelerate launch, or unset WORLD_SIZE",
+            code="rank-missing",
         )
     return count
 
@@ -189,12 +191,14 @@ def _device_of_this(device: str | torch.device) -> torch.device:
             f"The device {device} was asked for by several processes",
             "All would use the one",
             "Choose --device cuda: each process then takes a GPU of its own",
+            code="device-shared",
         )
     if local >= torch.cuda.device_count():
         raise UserError(
             f"Process {local} of this machine finds {torch.cuda.device_count()} GPUs",
             "It has none to itself",
             f"Launch {torch.cuda.device_count()} processes, or choose --device cpu",
+            code="device-missing",
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
@@ -214,4 +218,5 @@ def check_shares(processes: DistContext, batch_size: int, images: int) -> None:
             f"data set has {images}",
             "Some of them would have nothing to do",
             "Use larger batches, more images or fewer processes",
+            code="too-few-images",
         )

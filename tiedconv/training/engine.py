@@ -114,7 +114,11 @@ def train(
         Interrupted: a signal asked for it; the state was saved if there is a checkpoint_dir.
     """
     if resume and checkpoint_dir is None:
-        raise UserError("Nothing to resume from", hint="Give the checkpoint folder as well")
+        raise UserError(
+            "Nothing to resume from",
+            hint="Give the checkpoint folder as well",
+            code="nothing-to-resume",
+        )
     config = config or TrainConfig()
     begun = time.monotonic() if begun is None else begun
     check_fading(config, fading)
@@ -412,6 +416,7 @@ class _Run:
                 f"The checkpoint {path} is of a different model",
                 "Its tensors don't fit",
                 "Use the model it was made with, or begin anew: --force, without --resume",
+                code="checkpoint-mismatch",
             ) from error
         self.updater.scaler.load_state_dict(state["scaler"])
         self.at = Progress(**state["progress"])

@@ -226,6 +226,7 @@ def check_labels(labels: Tensor, outputs: int, classes: int | None = None) -> No
             f"The data have {needed} classes but the model has {outputs} outputs",
             "Some labels could never be predicted",
             "Use the data that the model was made for, or a model with that many outputs",
+            code="classes-mismatch",
         )
 
 
@@ -236,6 +237,7 @@ def require_some(images: int, broken: Iterable[str]) -> None:
         raise DataError(
             f"None of the images could be read, the first is {example}",
             hint="Check that the files are images and can be read; --strict tells why",
+            code="no-readable-image",
         )
 
 

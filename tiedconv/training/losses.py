@@ -34,6 +34,7 @@ def logits_of(output: Any) -> Tensor:
         raise UserError(
             f"The model returns {type(output).__name__}, in which no logits are found",
             hint="Use a model that returns logits: a tensor, an object with .logits or a tuple",
+            code="no-logits-returned",
         )
     return logits_of(logits)
 
@@ -50,6 +51,7 @@ def rows_of(output: Any) -> Tensor:
             f"The model gives logits {tuple(logits.shape)}, not one row for each image",
             "It can't be scored as a classifier",
             "Use a classifier; for a detector, give a folder in COCO's form",
+            code="not-a-classifier",
         )
     return logits
 
@@ -97,6 +99,7 @@ def _same_classes(student: Tensor, teacher: Tensor) -> None:
             f"The teacher has {teacher.shape[-1]} outputs and the model {student.shape[-1]}",
             "The one can't teach the other",
             "Choose a teacher with the same classes, or --teacher none",
+            code="teacher-mismatch",
         )
 
 
@@ -123,6 +126,7 @@ def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -
                 "The features of the one can't be compared with those of the other",
                 "Choose a teacher of the same widths, such as --teacher auto, or leave "
                 "--features out",
+                code="teacher-mismatch",
             )
         own, aim = own.float(), aim.float()
         losses.append((own - aim).square().sum() / aim.square().sum().clamp(min=1e-12))
@@ -159,6 +163,7 @@ def diverged(step: int, steps: int, lr: float, saved: str) -> TrainingError:
         f"The loss or its gradient became NaN or infinite in step {step} of {steps}",
         saved,
         f"Lower the learning rate (--lr, now {lr:g}) or lengthen the warm-up",
+        code="loss-not-finite",
     )
 
 

@@ -132,6 +132,7 @@ def common_blocks(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
             "Features are to be distilled, but the model has no numbered blocks",
             "There is nothing to compare with the teacher",
             "Leave --features out",
+            code="no-numbered-blocks",
         )
     if set(own) != set(others):
         odd = next(n for n in (*own, *others) if (n in own) != (n in others))
@@ -141,6 +142,7 @@ def common_blocks(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
             "There is nothing to compare it with",
             "Choose a teacher of the same architecture, such as --teacher auto, or leave "
             "--features out",
+            code="teacher-mismatch",
         )
     return own
 
@@ -158,6 +160,7 @@ def check_teacher(config: TrainConfig, teacher: nn.Module | None) -> None:
             f"The training option {option}, but there is no teacher",
             "There is nobody to learn from",
             "Give a teacher, or leave the option out",
+            code="teacher-missing",
         )
 
 
@@ -168,7 +171,9 @@ def outputs_of(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Te
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[name] = _first_tensor(output)
+            tensor = first_tensor(output)
+            if tensor is not None:
+                found[name] = tensor
 
         return hook
 
@@ -180,8 +185,14 @@ def outputs_of(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Te
             handle.remove()
 
 
-def _first_tensor(output: Any) -> Tensor:
-    """The hidden states in what a block returns: itself, or the first of several things."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
+def first_tensor(output: Any) -> Tensor | None:
+    """The first tensor in what a module returns: a tensor, or nested tuples, lists and dicts."""
+    if isinstance(output, Tensor):
+        return output
+    parts = output.values() if isinstance(output, dict) else output
+    if isinstance(output, dict | tuple | list):
+        for part in parts:
+            found = first_tensor(part)
+            if found is not None:
+                return found
+    return None

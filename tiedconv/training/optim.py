@@ -57,6 +57,7 @@ def trained_only(model: nn.Module, patterns: Sequence[str]) -> Iterator[None]:
                 f"No parameter is called {pattern!r}; one is {next(iter(named))!r}",
                 "Nothing would be trained for it",
                 "Correct the pattern; stored tensors of converted weights begin with tied/",
+                code="unknown-parameter",
             )
     try:
         for name, parameter in named.items():
@@ -107,6 +108,7 @@ def parameter_groups(
         raise UserError(
             "The model has no trainable parameter",
             hint="Set requires_grad on the parameters to train",
+            code="nothing-trainable",
         )
     return [
         {"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay, SCALE: key[0]}
@@ -123,6 +125,7 @@ def _scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
             "blocks",
             "There is no order of layers to go by",
             "Leave it at 1",
+            code="no-numbered-blocks",
         )
     return {
         parameter: sum(layer_decay ** (blocks.top - depth) for depth in depths) / len(depths)
@@ -163,4 +166,9 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
         return config.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup - 1)
     low = config.lr * config.min_lr
-    return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * done))
+    return low + (config.lr - low) * half_cosine(done)
+
+
+def half_cosine(done: float) -> float:
+    """Falls from 1 to 0 along half a cosine, as `done` goes from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * done))

@@ -92,6 +92,7 @@ def with_teacher_labels(
         raise DataError(
             "None of the validation images could be read",
             hint="Check that the files are images and can be read; --strict tells why",
+            code="no-readable-image",
         )
     return Relabelled(data, labels)
 

@@ -109,6 +109,7 @@ def require_time(steps: int, seconds: float, pace: Throughput) -> int:
             f"The time budget of {seconds:g} s has no room for a training",
             f"An evaluation takes about {scored:.1f} s, a step {pace.step_seconds:.2f} s",
             "Give it more time, or fewer validation images (--limit, --val-split)",
+            code="time-budget-too-small",
         )
     return steps
 

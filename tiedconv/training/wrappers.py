@@ -135,6 +135,7 @@ def make_learner(
             "Sharding (fsdp) was asked for, but there is one process",
             "There is nothing to share the model with",
             "Start several with torchrun --nproc-per-node N -m tiedconv ..., or leave it out",
+            code="sharding-needs-processes",
         )
     if not processes.several:
         return TrainWrapper(model)
