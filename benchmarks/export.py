@@ -24,7 +24,7 @@ import torch
 
 import tiedconv
 from tiedconv.commands._bench_worker import BenchTarget, Process
-from tiedconv.commands.export import apart
+from tiedconv.commands._reference import relative_difference
 from tiedconv.exporters import Job, all_formats
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.exporters.onnx import write_dense
@@ -94,7 +94,7 @@ def measure(name: str, scheme: str, batches: list[int], rounds: int, folder: Pat
         ways[lower] = {
             "file_bytes": job.path.stat().st_size, "to_stored": job.path.stat().st_size / stored,
             "tensors_to_stored": written.weight_bytes / stored,
-            "off": apart(found, expected), "applied": written.facts["factored"],
+            "off": relative_difference(found, expected), "applied": written.facts["factored"],
             "made": written.facts["materialized"],
         }  # fmt: skip
     return {

@@ -1,4 +1,4 @@
-"""Exports stay as small as the compact file, and say what it says."""
+"""Exports stay as small as the compact file, and give the same logits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import copy
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,18 +17,21 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from cli_helpers import figures, files_of, refused, run
+from cli_helpers import figures, files_of, refused, run, write_images
 from export_helpers import MODEL_ARGS, SPEC, with_image_size
 from micro import Micro, all_micros
 from torch import Tensor, nn
 
 import tiedconv
 from tiedconv import exporters as exporting
+from tiedconv.commands._reference import images_for, reference
+from tiedconv.commands.verify_export import _size as check_size
 from tiedconv.errors import CheckpointError, UserError, VerifyError
 from tiedconv.exporters import Job, _onnx_lower, all_formats
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.exporters._onnx_lower import onnx_graph
-from tiedconv.runtime.tie import dense_state_dict, state_of
+from tiedconv.runtime.tie import dense_state_dict, set_state, state_of
+from tiedconv.sources import Source
 
 WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("timm-vit", "tied", {}),
@@ -174,10 +179,14 @@ def test_each_format_of_the_folder_writes_checks_and_tells(compact: Path, here: 
         beside = [f for f in here.iterdir() if f.stem == name]  # OpenVINO writes a pair
         assert wrote["size"] == sum(f.stat().st_size for f in beside)
         assert form.compact == (wrote["weight_bytes"] <= 1.02 * stored)
-        if name != "dense":
+        if name == "dense":
+            assert (wrote["difference"], wrote["not_checked"]) == (None, form.why_not_run())
+        else:
             assert wrote["difference"] < 1e-4
-        found = form.tensors(Path(output))
-        assert found is None or sum(t.nbytes for t in found.values()) == wrote["weight_bytes"]
+            assert wrote["not_checked"] is None
+        held = sum(t.nbytes for t in form.tensors(Path(output)).values())
+        once = 1.01 if name == "openvino" else 1.0  # it stores equal small constants once
+        assert wrote["weight_bytes"] <= held <= once * wrote["weight_bytes"]
     # Nothing else is left beside them.
     assert all(not f.startswith(".") for f in files_of(here))
 
@@ -186,19 +195,121 @@ def test_each_format_of_the_folder_writes_checks_and_tells(compact: Path, here: 
 @pytest.mark.parametrize(
     ("output", "dtype", "share", "off"),
     [("m.onnx", "float16", 0.5, 2e-2), ("m.onnx", "int8", 0.3, 0.1),
-     ("m.safetensors", "float16", 0.5, 2e-2), ("m.safetensors", "bfloat16", 0.5, 5e-2)],
+     ("m.xml", "float16", 0.5, 2e-2), ("m.safetensors", "float16", 0.5, 2e-2),
+     ("m.safetensors", "bfloat16", 0.5, 5e-2)],
 )  # fmt: skip
 def test_narrower_weights_keep_the_ties(
-    compact: Path, here: Path, output: str, dtype: str, share: float, off: float
-) -> None:
+    compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch, output: str, dtype: str,
+    share: float, off: float,
+) -> None:  # fmt: skip
     to = ["--to", "compact"] if output.endswith("safetensors") else []
     wrote = figures("export", compact, "-o", output, "--dtype", dtype, *to)
     whole = stored_bytes(tiedconv.load(compact), "float32")
     assert wrote["weight_bytes"] <= 1.02 * stored_bytes(tiedconv.load(compact), dtype)
     assert wrote["weight_bytes"] < (share + 0.12) * whole  # norms and biases stay wide
     assert 0 < wrote["difference"] < off
-    run("verify", compact if output.endswith("onnx") else output,
-        *(["--against", output] if output.endswith("onnx") else []))  # fmt: skip
+    against = [output] if to else [compact, "--against", output]
+    run("verify", *against)
+    # Rounding explains a difference; what it does not explain is an error, however small.
+    expected = reference(tiedconv.load(compact), images_for(tiedconv.load(compact)), dtype)
+    assert expected.tolerance < 0.05
+    form = type(all_formats()[wrote["format"]])
+    plain = form.run
+
+    def run_off(self: Any, path: Path, images: Tensor) -> Tensor:
+        logits = plain(self, path, images)
+        return logits + 1.5 * expected.tolerance * expected.exact.abs().max().clamp(min=1.0)
+
+    monkeypatch.setattr(form, "run", run_off)
+    command = ["export", compact, "-o", f"n.{output}", "--dtype", dtype, *to]
+    refused(*(command if to else ["verify", *against]), error_code="outputs-differ", code=1)
+
+
+class Flat(nn.Module):
+    """It takes features rather than images."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)))
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, 4)` to `(n, 4)`."""
+        if self.error is not None:
+            raise self.error
+        return self.blocks(x)  # type: ignore[no-any-return]
+
+
+def flat_file(path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> Path:
+    """A compact file of it, whose source builds one that raises `error`."""
+    model = tiedconv.convert(Flat(), "shared")
+    set_state(model, source=Source("flat_models:build").to_json())
+    tiedconv.save(model, path)
+    module = ModuleType("flat_models")
+    module.build = lambda: Flat(error)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flat_models", module)
+    return path
+
+
+def test_what_could_not_be_compared_is_reported(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = flat_file(here / "flat.safetensors", monkeypatch)
+    command = ("export", file, "-o", "m.safetensors", "--to", "compact", "--trust-code")
+    assert "Not checked: the logits. The model can't take images" in run(*command).stdout
+    wrote = figures(*command, "--force")
+    assert wrote["difference"] is None
+    assert "224 x 224" in wrote["not_checked"]
+    found = figures("verify", file, "--trust-code")
+    assert found["not_checked"] == ["outputs"]
+    check = next(c for c in found["checks"] if c["name"] == "outputs")
+    assert check["passed"] is None
+    assert check["detail"].startswith("not checked: ")
+    text = run("verify", file, "--trust-code").stdout
+    assert "--   outputs  not checked: The model can't take images" in text
+    assert text.endswith("5 checks passed, not checked: outputs.\n")
+    found = figures("verify", file)  # the model can't be built without --trust-code
+    assert found["not_checked"] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("full"),
+              RuntimeError("DefaultCPUAllocator: can't allocate memory"), KeyError("block")]
+)  # fmt: skip
+def test_a_lack_of_memory_or_a_bug_is_not_a_check_that_was_skipped(
+    here: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    file = flat_file(here / "flat.safetensors", monkeypatch, error)
+    with pytest.raises(type(error)):
+        tiedconv.export(file, "m.safetensors", "compact", trust_code=True)
+    with pytest.raises(type(error)):
+        tiedconv.verify(file, trust_code=True)
+    assert files_of(here) == {"flat.safetensors"}
+
+
+def test_verify_uses_as_many_images_as_it_was_given(compact: Path, here: Path) -> None:
+    write_images(here / "images", train=4, val=2)
+    for count in (2, 5):
+        checks = tiedconv.verify(compact, images=here / "images", count=count)
+        outputs = [c.detail for c in checks if c.name == "outputs"]
+        assert outputs[1].endswith(f"on {count} given images")
+
+
+def test_equal_tensors_are_found_without_holding_their_bytes(here: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t{i}": torch.randn(512, 512, generator=generator) for i in range(8)}
+    stored = sum(t.nbytes for t in tensors.values())
+    tracemalloc.start()
+    try:
+        check_size(here, tensors, stored)
+        assert tracemalloc.get_traced_memory()[1] < tensors["t0"].nbytes
+    finally:
+        tracemalloc.stop()
+    for twin in (tensors["t3"].clone(), tensors["t3"].T.contiguous()):
+        with pytest.raises(VerifyError) as caught:
+            check_size(here, {**tensors, "twin": twin}, 2 * stored)
+        assert caught.value.code == "tie-lost"
+        assert "t3 and twin" in caught.value.what
 
 
 def test_a_half_precision_file_loads_to_float32(compact: Path, here: Path) -> None:
@@ -252,16 +363,19 @@ def test_large_models_keep_their_tensors_beside(
     run("verify", compact, "--against", "m.onnx")
 
 
-# What is wrong is told
+# Errors
 
 
 def test_what_can_not_be_exported_is_refused(compact: Path, here: Path) -> None:
-    refused("export", compact, "-o", "m.bin", words=["m.bin", ".onnx", "--to"])
-    refused("export", compact, "-o", "m.onnx", "--to", "tflite", words=["'tflite'", "dense"])
-    refused("export", compact, "-o", "m.pth", "--to", "onnx", words=["m.pth", ".onnx"])
-    refused("export", compact, "-o", "m.pt2", "--dtype", "int8", words=["int8", "float32"])
-    refused("export", compact, "-o", "m.onnx", "--dtype", "int4", words=["int4", "int8"])
-    refused("export", compact, "-o", "m.onnx", "--lower", "some", words=["some", "always"])
+    for output, options, code in (
+        ("m.bin", [], "format-not-named"),
+        ("m.onnx", ["--to", "tflite"], "unknown-format"),
+        ("m.pth", ["--to", "onnx"], "extension-mismatch"),
+        ("m.pt2", ["--dtype", "int8"], "dtype-unsupported"),
+        ("m.onnx", ["--dtype", "int4"], "unknown-dtype"),
+        ("m.onnx", ["--lower", "some"], "unknown-lower"),
+    ):
+        refused("export", compact, "-o", output, *options, error_code=code)
     assert not files_of(here)
 
 
@@ -273,7 +387,7 @@ def test_what_torch_can_not_export_is_told(
         raise error
 
     monkeypatch.setattr("torch.export.export", failing)
-    refused("export", compact, "-o", "m.pt2", words=["torch can't export this model", "--to dense"])
+    refused("export", compact, "-o", "m.pt2", error_code="model-not-exportable")
     assert not files_of(here)
 
 
@@ -296,10 +410,10 @@ def test_a_lost_tie_or_other_logits_leave_no_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(pt2), "write", doubled)
-        refused("export", compact, "-o", "m.pt2", words=["tie was lost"], code=1)
+        refused("export", compact, "-o", "m.pt2", error_code="tie-lost", code=1)
     with monkeypatch.context() as patch:
         patch.setattr(type(pt2), "run", lambda self, path, images: torch.ones(2, 5))
-        refused("export", compact, "-o", "m.pt2", words=["logits", "not written"], code=1)
+        refused("export", compact, "-o", "m.pt2", error_code="outputs-differ", code=1)
     assert not files_of(here)
 
 
@@ -309,8 +423,10 @@ def test_numbers_too_large_for_half_are_named(here: Path) -> None:
         model.get_parameter("head.weight")[0, 0] = 1e6
     tiedconv.save(with_image_size(model), "m.safetensors")
     for output, to in (("h.safetensors", "compact"), ("h.onnx", "onnx")):
-        with pytest.raises(UserError, match=r"head.weight has numbers that float16 can't hold"):
+        with pytest.raises(UserError) as caught:
             tiedconv.export("m.safetensors", output, to, dtype="float16")
+        assert caught.value.code == "dtype-overflow"
+        assert "head.weight" in caught.value.what
     tiedconv.export("m.safetensors", "b.safetensors", "compact", dtype="bfloat16")
     assert files_of(here) == {"m.safetensors", "b.safetensors"}
 
@@ -342,11 +458,12 @@ def test_verify_tells_an_export_from_another(compact: Path, here: Path) -> None:
         names = [c["name"] for c in checks]
         assert names[-1] == ("against" if output == "m.pth" else "memory")
         refused("verify", "other.safetensors", "--against", output, words=[output], code=1)
-    with pytest.raises(CheckpointError, match="There is no file"):
+    with pytest.raises(CheckpointError) as caught:
         tiedconv.verify(compact, against="gone.onnx")
+    assert caught.value.code == "file-not-found"
     for name in ("m.onnx", "m.pt2", "m.pth"):
         Path(name).write_bytes(Path(name).read_bytes()[:5000])
-        refused("verify", compact, "--against", name, words=[name, "Export it again"])
+        refused("verify", compact, "--against", name, error_code="file-damaged", words=[name])
 
 
 def test_verify_finds_a_tensor_that_is_held_twice(compact: Path, here: Path) -> None:
@@ -362,8 +479,11 @@ def test_verify_finds_a_tensor_that_is_held_twice(compact: Path, here: Path) -> 
     twin.shape = ir.Shape(twin.const_value.shape)  # type: ignore[union-attr]
     model.graph.register_initializer(twin)
     ir.save(model, "m.onnx")
-    with pytest.raises(VerifyError, match=f"twice, as .*{name}|twice, as .*twin"):
+    with pytest.raises(VerifyError) as caught:
         tiedconv.verify(compact, against="m.onnx")
+    assert caught.value.code == "tie-lost"
+    assert name in caught.value.what
+    assert "twin" in caught.value.what
 
 
 def test_a_dense_file_can_be_read_by_others(compact: Path, here: Path) -> None:
@@ -380,9 +500,13 @@ def test_a_changed_number_of_a_dense_file_is_found(compact: Path, here: Path) ->
     state = dense_state_dict(tiedconv.load(compact))
     state["head.bias"] = state["head.bias"] + 1e-6
     torch.save(state, "m.pth")
-    with pytest.raises(VerifyError, match=r"head.bias is not the compact file's"):
+    with pytest.raises(VerifyError) as caught:
         tiedconv.verify(compact, against="m.pth")
+    assert caught.value.code == "tensors-differ"
+    assert "head.bias differs" in caught.value.what
     del state["head.bias"]
     torch.save(state, "m.pth")
-    with pytest.raises(VerifyError, match=r"head.bias is missing"):
+    with pytest.raises(VerifyError) as caught:
         tiedconv.verify(compact, against="m.pth")
+    assert caught.value.code == "tensors-differ"
+    assert "head.bias is missing" in caught.value.what

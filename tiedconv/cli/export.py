@@ -23,32 +23,33 @@ def export(
     file: Annotated[Path, typer.Argument(help="A compact file.")],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="The file to write. Its ending may say the format."),
+        typer.Option("-o", "--output", help="The file to write; its extension gives the format."),
     ],
     to: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(all_formats())}; if not given, as the ending says."),
+        typer.Option(help=f"{', '.join(all_formats())}; by default, by the extension."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help=f"How matrices and kernels are stored: {', '.join(DTYPES)}.")
+        str, typer.Option(help=f"Dtype of stored matrices and kernels: {', '.join(DTYPES)}.")
     ] = "float32",
     lower: Annotated[
         str,
         typer.Option(
             help=f"{', '.join(LOWERINGS)}: for ONNX, apply factors one by one where that is as "
-            "fast, wherever it can be done (least memory), or nowhere."
+            "fast, wherever possible (least memory), or nowhere."
         ),
     ] = "auto",
-    opset: Annotated[int | None, typer.Option(help="Of ONNX; chosen if not given.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; chosen if not given.")] = None,
     trust_code: common.TrustCode = False,
     force: common.Force = False,
     json_: common.Json = False,
 ) -> None:
-    """Write a compact model in a form that needs no tiedconv.
+    """Export a compact model to a format that runs without tiedconv.
 
-    ONNX, OpenVINO and torch's pt2 hold each stored tensor once; the size is checked, and the file
-    is run once and compared, before it takes its place. The dense form is the original's plain
-    state dict, at the original's size.
+    ONNX, OpenVINO and torch's pt2 hold each stored tensor once. The size is checked, and the logits
+    are compared with the model's, before the file is moved into place; if they can't be compared,
+    the output says "Not checked" and why. The dense form is the plain state dict of the original
+    class, at the original's size.
     """
     done = run(
         file, output, to, dtype=dtype, lower=lower, opset=opset, trust_code=trust_code, force=force
@@ -58,7 +59,7 @@ def export(
         return
     say(
         f"Wrote {done.path} ({render.size(done.size)}): {done.tensors} tensors, "
-        f"{done.parameters:,} numbers."
+        f"{done.parameters:,} values."
     )
     for line in _facts(done):
         say(line)
@@ -68,14 +69,14 @@ def _facts(done: Exported) -> list[str]:
     lines = []
     if done.format != "dense":
         times = done.weight_bytes / done.stored_bytes
-        lines.append(f"Its tensors take {times:.3f} times the bytes stored for them.")
-    if done.difference is not None:
-        lines.append(f"Run on random images, its logits are off by {done.difference:.1e}.")
-    elif done.format != "dense":
-        lines.append("It was not run: nothing here can, or the model takes no images.")
+        lines.append(f"Its tensors take up {times:.3f} times the stored bytes.")
+    if done.difference is None:
+        lines.append(f"Not checked: the logits. {done.not_checked}.")
+    else:
+        lines.append(f"Checked: on random images its logits differ by {done.difference:.1e}.")
     if done.facts.get("one_copy"):
         lines.append(
-            "Some matrices are read both ways. For one copy of them in memory, set ONNX Runtime's "
-            "session.disable_prepacking to 1; it takes about a tenth more time."
+            "Some matrices are also read transposed. For one copy of them in memory, set ONNX "
+            "Runtime's session.disable_prepacking to 1; it takes about a tenth more time."
         )
     return lines

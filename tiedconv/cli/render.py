@@ -220,10 +220,10 @@ def duration(seconds: float) -> str:
 def work(found: Report) -> str:
     """What the converted layers take to run."""
     text = "FLOPs are unchanged: every weight keeps its shape when it is used."
-    if found.applied and abs(found.applied - 1) > 0.05:
+    if found.factored_flops and abs(found.factored_flops - 1) > 0.05:
         text += (
             f" Applied factor by factor, for the least memory, converted layers take "
-            f"{found.applied:.2f} times as many multiplications."
+            f"{found.factored_flops:.2f} times as many multiplications."
         )
     return text
 

@@ -18,12 +18,11 @@ T = TypeVar("T")
 
 COLUMNS = ("file", "model", "original", "stored", "ratio", "file size", "top-1")
 FURTHER = {"agreement": "agreement", "AP": "ap"}
-"""Columns that only some files have something for, and the figure in each."""
-"""One more column where a file was trained on images without labels."""
+"""Columns shown if a file has the figure, and the name of the figure."""
 
 
 class Format(StrEnum):
-    """How to print a report."""
+    """Output format of a report."""
 
     TABLE = "table"
     JSON = "json"
@@ -39,16 +38,16 @@ def register(app: typer.Typer) -> None:
 def report(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Compact files.")],
     format_: Annotated[
-        Format, typer.Option("--format", help="How to print it; csv has every group.")
+        Format, typer.Option("--format", help="Output format; csv lists every group.")
     ] = Format.TABLE,
     all_groups: Annotated[
-        bool, typer.Option("--all-groups", help="A line for each group, not for each kind.")
+        bool, typer.Option("--all-groups", help="One row per group, not per kind of group.")
     ] = False,
     json_: common.Json = False,
 ) -> None:
-    """Tell what compact files store: for each group and in all, and what was done with them.
+    """Print a parameter and size report: by group and in total, and the history of the file.
 
-    Only the head of a file is read. [b]tiedconv verify[/b] checks the bytes too.
+    Only the header of a file is read. [b]tiedconv verify[/b] checks the bytes too.
     """
     reports = [run(file) for file in files]
     if json_ or format_ is Format.JSON:
@@ -108,7 +107,7 @@ def _show(one: Report, *, each: bool) -> None:
     common.show_groups(_rows(one, each=each), title)
     say(
         f"{one.original:,} parameters became {one.stored:,} ({render.percent(one.ratio)}); the "
-        f"file has {render.size(one.file_bytes)}. {render.work(one)}"
+        f"file takes up {render.size(one.file_bytes)}. {render.work(one)}"
     )
     say(render.LEGEND)
     on_images = any(entry.get("calibration") for entry in one.history)

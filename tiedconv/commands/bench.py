@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from tiedconv.commands._bench_worker import BenchTarget, Process
-from tiedconv.commands.export import export, images_for
+from tiedconv.commands._reference import images_for
+from tiedconv.commands.export import export
 from tiedconv.errors import MissingExtra, RunError, UserError
 from tiedconv.exporters import all_formats
 from tiedconv.exporters.onnx import write_dense

@@ -1,4 +1,4 @@
-"""The verb `export`: a compact file in a form that needs no tiedconv."""
+"""The command `export`: a compact file in a format that runs without tiedconv."""
 
 from __future__ import annotations
 
@@ -7,26 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from tiedconv.commands._reference import Reference, images_for, reference, relative_difference
 from tiedconv.errors import UserError, VerifyError
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
-from tiedconv.exporters._format import random_images, stored_bytes
+from tiedconv.exporters._format import stored_bytes
 from tiedconv.io.atomic import check_output, replacing_files
-from tiedconv.runtime.tie import state_of
-from tiedconv.sources import Preprocess, Source
 from tiedconv.sources.load import load
-from tiedconv.training import logits_of
-
-TOLERANCE = 1e-4
-"""Of the largest logit: how far float32 logits of an exported file may be off."""
-
-WIDE_TOLERANCE = 0.1
-"""The same where weights are stored as less than float32."""
 
 GROWTH = 1.02
-"""How many times the stored bytes the tensors of a compact format may take."""
+"""How many times the stored bytes the tensors of a compact format may take up."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +26,16 @@ class Exported:
 
     Args:
         path: the main file.
-        format: its name.
-        size: of all files, in bytes.
-        tensors: how many it holds.
-        parameters: numbers in it, buffers included.
-        weight_bytes: bytes of its tensors.
-        stored_bytes: bytes of the compact file's tensors, in the kind asked for.
-        difference: largest difference of its logits on random images, as a share of the largest
-            logit; None where the file could not be run here.
-        facts: more that the format tells.
+        format: name of the format.
+        size: bytes of all files.
+        tensors: number of tensors in the file.
+        parameters: values in them, buffers included.
+        weight_bytes: bytes of the tensors.
+        stored_bytes: bytes of the compact file's tensors in this dtype.
+        difference: largest difference of the file's logits from the compact model's on random
+            images, relative to the largest logit; None if the file was not run.
+        not_checked: why the file was not run; None if it was.
+        facts: further figures of the format.
     """
 
     path: Path
@@ -54,6 +46,7 @@ class Exported:
     weight_bytes: int
     stored_bytes: int
     difference: float | None
+    not_checked: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,19 +61,23 @@ def export(
     force: bool = False,
     trust_code: bool = False,
 ) -> Exported:
-    """Write a compact model in another form, check its size, and run it once against torch.
+    """Write a compact model in another format, check its size, and compare its logits.
 
     Args:
         file: a compact file.
         output: the file to write.
-        to: the format: `compact`, `dense`, `onnx`, `openvino` or `pt2`; None for the one that the
-            output's ending says.
+        to: the format: `compact`, `dense`, `onnx`, `openvino` or `pt2`; None to choose by the
+            output's extension.
         dtype: how matrices and kernels are stored: `float32`, `float16`, `bfloat16` or `int8`.
-        lower: for ONNX, where factors are applied one by one rather than joined to weights as the
-            runtime loads the file: `auto` (where it is as fast), `always` (least memory), `never`.
-        opset: of ONNX, None to choose.
+        lower: for ONNX, where factors are applied one by one instead of materialising weights as
+            the runtime loads the file: `auto` (where it is as fast), `always` (least memory),
+            `never`.
+        opset: ONNX opset, None to choose.
         force: replace an existing output.
         trust_code: allow the file to name a function that builds the model.
+
+    Returns:
+        the figures of the file; `not_checked` gives the reason if its logits were not compared.
 
     Raises:
         UserError: unknown format, unreadable file, a model that can't be exported, or an output
@@ -95,66 +92,65 @@ def export(
     model = load(file, trust_code=trust_code)
     stored = stored_bytes(model, dtype)
     images = images_for(model)
-    expected = _logits(model, images)
+    expected, not_checked = _reference(form, model, images, dtype)
+    difference = None
     with replacing_files(output, force=force) as folder:
         job = Job(model, images, folder, output.name, dtype, lower, opset)
         written = form.write(job)
         _check_size(form, written, stored, output)
-        difference = None
         if expected is not None:
             difference = _check_logits(form, job, expected, output)
         size = sum(f.stat().st_size for f in folder.iterdir())
     return Exported(
         output, form.name, size, written.tensors, written.parameters, written.weight_bytes,
-        stored, difference, written.facts,
+        stored, difference, not_checked, written.facts,
     )  # fmt: skip
-
-
-def images_for(model: nn.Module) -> Tensor:
-    """Random images of the size that a tied model's source says, `(2, C, H, W)`."""
-    record = state_of(model).source
-    preprocess = (Source.from_json(record).preprocess if record else None) or Preprocess(224)
-    return random_images(len(preprocess.mean), preprocess.size)
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two sets of logits, as a share of the largest logit or of 1."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
 def _check_choices(dtype: str, lower: str) -> None:
     for name, value, known in (("--dtype", dtype, DTYPES), ("--lower", lower, LOWERINGS)):
         if value not in known:
-            raise UserError(f"{name} {value} is unknown", hint=f"Use one of: {', '.join(known)}")
+            raise UserError(
+                f"Invalid {name} {value!r}", hint=f"Use one of: {', '.join(known)}",
+                code=f"unknown-{name[2:]}",
+            )  # fmt: skip
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor | None:
-    """What the model gives; None if it takes no images, or other ones."""
+def _reference(
+    form: Format, model: nn.Module, images: Tensor, dtype: str
+) -> tuple[Reference | None, str | None]:  # fmt: skip
+    """The logits to compare with, or why there is nothing to compare."""
+    reason = form.why_not_run()
+    if reason is not None:
+        return None, reason
     try:
-        with torch.no_grad():
-            return logits_of(model(images))
-    except (RuntimeError, TypeError, ValueError, AssertionError):
-        return None
+        return reference(model, images, dtype), None
+    except UserError as error:
+        if error.code != "images-rejected":
+            raise
+        return None, error.what
 
 
 def _check_size(form: Format, written: Written, stored: int, output: Path) -> None:
     if form.compact and written.weight_bytes > GROWTH * stored:
         raise VerifyError(
             f"{output} would hold {written.weight_bytes:,} bytes of tensors for {stored:,} stored",
-            "A tie was lost on the way, and nothing was written",
+            "A tie was lost in the export, and nothing was written",
             "Report this as a bug, with the model and scheme",
+            code="tie-lost",
         )
 
 
-def _check_logits(form: Format, job: Job, expected: Tensor, output: Path) -> float | None:
+def _check_logits(form: Format, job: Job, expected: Reference, output: Path) -> float:
+    """The difference from the exact logits, which rounding may explain."""
     found = form.run(job.path, job.images)
-    if found is None:
-        return None
-    difference = apart(found, expected)
-    if not difference <= (TOLERANCE if job.dtype == "float32" else WIDE_TOLERANCE):
+    difference = relative_difference(found, expected.rounded)
+    if not difference <= expected.tolerance:
         raise VerifyError(
-            f"{output} would give logits that differ by {difference:.2g} of the largest",
+            f"{output} would give logits that differ by {difference:.2g} of the largest "
+            f"(at most {expected.tolerance:.2g})",
             "It was not written",
             "Report this as a bug, with the model and scheme",
+            code="outputs-differ",
         )
-    return difference
+    return relative_difference(found, expected.exact)

@@ -1,4 +1,4 @@
-"""The verb `report`: what a file or a tied model stores, and what it was before."""
+"""The command `report`: the parameters and bytes of a file or tied model, by group."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tiedconv.runtime.tie import state_of
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group: what it was, what is stored of it, how well it fits.
+    """The figures of one group.
 
     Args:
-        name, scheme: of the group.
+        name, scheme: name and scheme of the group.
         rank: ranks of its residuals, such as `64` or `8-64`, empty without any.
-        matrices: how many take part.
-        original, stored: parameters.
+        matrices: number of matrices in it.
+        original, stored: parameters of the original and stored ones.
         size: bytes on disk.
         error: relative Frobenius error of the fit, None if not fitted.
-        views: weights that are views of stored numbers, free at run time.
-        computed: weights that take arithmetic (cached by `freeze` for inference).
+        views: weights that are views of stored tensors and need no arithmetic.
+        computed: weights that need arithmetic (cached by `freeze` for inference).
     """
 
     name: str
@@ -51,20 +51,20 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A file or model in figures.
+    """The figures of a file or model.
 
     Args:
-        name: of the file, or of the model's class.
+        name: file name, or name of the model's class.
         model: the spec it was made from.
-        groups: one entry each.
-        original, stored: parameters in all.
-        kept: parameters stored as they were (they are part of both figures).
+        groups: figures of each group.
+        original, stored: total parameters.
+        kept: parameters stored unchanged (included in both figures).
         tensor_bytes: bytes of all stored tensors, buffers included.
         file_bytes: size of the file, 0 for a model in memory.
-        history: what was done, oldest first.
-        source: as recorded.
-        applied: multiplications of the converted layers with factors applied one by one (see
-            `tiedconv.applied`), as a share of those with their weights.
+        history: entries of the steps, oldest first.
+        source: the recorded source.
+        factored_flops: multiplications of the converted layers with factors applied one by one
+            (see `apply_factors`), as a ratio to those with their weights.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Report:
     file_bytes: int
     history: tuple[Mapping[str, Any], ...]
     source: Mapping[str, Any] | None
-    applied: float
+    factored_flops: float
 
     @property
     def ratio(self) -> float:
@@ -86,21 +86,21 @@ class Report:
 
     @property
     def top1(self) -> float | None:
-        """The last measured top-1 accuracy, 0 to 1; None if none, or measured in another way."""
+        """The last measured top-1 accuracy, 0 to 1; None if the last metric is another."""
         return self._last("top1")
 
     @property
     def agreement(self) -> float | None:
-        """Likewise the agreement with the teacher, of a training on images without labels."""
+        """Likewise the agreement with the teacher, for fine-tuning on images without labels."""
         return self._last("agreement")
 
     @property
     def ap(self) -> float | None:
-        """Likewise the average precision of a detector."""
+        """Likewise the average precision of a detector, 0 to 1."""
         return self._last("ap")
 
     def _last(self, figure: str) -> float | None:
-        # An older figure is of a model that a later training has changed.
+        # An older figure is of a model that was fine-tuned further since.
         measured = [e for e in self.history if _measured(e)]
         value = measured[-1].get(figure) if measured else None
         return None if value is None else float(value)
@@ -124,7 +124,7 @@ def report(what: str | Path | nn.Module) -> Report:
 
 
 def report_of(checkpoint: Checkpoint) -> Report:
-    """Figures of a file whose head was read."""
+    """Figures of a file whose header was read."""
     sizes = {n: DTYPES[d].itemsize for n, d in checkpoint.dtypes.items()}
     return _report(
         checkpoint.path.name,
@@ -137,7 +137,7 @@ def report_of(checkpoint: Checkpoint) -> Report:
 
 
 def plan_report(plan: Plan, name: str) -> Report:
-    """Figures of a plan that is not carried out yet, at 4 bytes a number."""
+    """Figures of a plan before the conversion, at 4 bytes per parameter."""
     sizes = dict.fromkeys([*plan.kept, *plan.factors], 4)
     return _report(name, plan, sizes, {"spec": name}, (), file_bytes=0)
 
@@ -164,7 +164,7 @@ def _report(
         file_bytes=file_bytes,
         history=history,
         source=source,
-        applied=_applied(plan),
+        factored_flops=_factored_flops(plan),
     )
 
 
@@ -172,10 +172,10 @@ def _measured(entry: Mapping[str, Any]) -> bool:
     return any(entry.get(figure) is not None for figure in ("top1", "agreement", "ap"))
 
 
-def _applied(plan: Plan) -> float:
-    made = {name: math.prod(expr.shape) for name, expr in plan.weights.items()}
-    applied = sum(apply_flops(e) or made[name] for name, e in plan.weights.items())
-    return applied / max(1, sum(made.values()))
+def _factored_flops(plan: Plan) -> float:
+    dense = {name: math.prod(expr.shape) for name, expr in plan.weights.items()}
+    factored = sum(apply_flops(e) or dense[name] for name, e in plan.weights.items())
+    return factored / max(1, sum(dense.values()))
 
 
 def _group(group: Group, views: Mapping[str, bool], sizes: Mapping[str, int]) -> GroupReport:

@@ -1,4 +1,4 @@
-"""The verb `verify`: does a file give what it promises?"""
+"""The command `verify`: does a file reproduce the model it records?"""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.commands.export import TOLERANCE, apart, images_for
+from tiedconv.commands._reference import TOLERANCE, images_for, relative_difference
 from tiedconv.commands.verify_export import Check, compare
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import Loader
 from tiedconv.detection import tensor_in
-from tiedconv.errors import CheckpointError, SourceError, VerifyError
+from tiedconv.errors import CheckpointError, SourceError, UserError, VerifyError
 from tiedconv.io.checkpoint import Checkpoint, install, read
+from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.runtime.tie import freeze, state_of, untie
 from tiedconv.sources.load import skeleton_of, source_of, widened
 from tiedconv.training import logits_of
@@ -33,18 +34,19 @@ def verify(
 
     Args:
         file: a compact file.
-        against: an exported file that should be the same model: `.onnx`, `.pt2`, `.xml`, or a
-            dense state dict; its tensors, bytes and logits are compared.
-        images: a folder of images to compare with, besides random ones.
-        count: how many of them.
+        against: an exported file of the same model: `.onnx`, `.pt2`, `.xml`, or a dense state dict;
+            its tensors, bytes and logits are compared.
+        images: a folder of images to compare on, besides random ones.
+        count: how many of these images are used, at least 2.
         trust_code: allow the file to name a function that builds the model.
 
     Returns:
-        what was checked, in order. All have passed, or could not be done and say why.
+        the checks, in order. Each has passed, or could not be run and gives the reason
+        (`passed` is None).
 
     Raises:
         CheckpointError: the file is missing or damaged.
-        VerifyError: it loads, but does not do what it promises.
+        VerifyError: a check failed.
     """
     checkpoint = read(file)
     plan = checkpoint.plan
@@ -52,8 +54,8 @@ def verify(
         Check("plan", f"{len(plan.weights)} weights over {len(plan.factors)} factors, well-formed"),
         Check("tensors", f"{len(checkpoint.shapes)} stored, each used, shapes agree"),
     ]
-    count = sum(1 for _ in checkpoint.tensors())
-    checks.append(Check("bytes", f"SHA-256 of {count} tensors and of the plan agree"))
+    hashed = sum(1 for _ in checkpoint.tensors())
+    checks.append(Check("bytes", f"SHA-256 of {hashed} tensors and of the plan agree"))
     try:
         skeleton = skeleton_of(checkpoint, trust_code=trust_code)
         model = widened(install(checkpoint, skeleton), checkpoint)
@@ -62,21 +64,21 @@ def verify(
             raise
         if against is not None:
             raise
-        checks.append(Check("model", str(error), passed=None))
+        checks.append(Check.not_run("model", f"neither are ties and outputs. {error}"))
         return checks
     checks.append(Check("model", f"builds as {type(model).__name__}, names and shapes agree"))
     checks.append(_ties(model, checkpoint))
     shown = {"random": images_for(model)}
     if images is not None:
         shown["given"] = _given(images, model, count)
-    checks += [_outputs(model, x) for x in shown.values()]
+    checks += [_outputs(model, name, x) for name, x in shown.items()]
     if against is not None:
         checks += compare(Path(against), model, shown)
     return checks
 
 
 def _given(folder: str | Path, model: nn.Module, count: int) -> Tensor:
-    """Some images of a folder, prepared as the file says, `(n, C, H, W)`."""
+    """`count` images of a folder, or fewer if it has no more, preprocessed: `(n, C, H, W)`."""
     source = source_of(state_of(model).source)
     data = Calibration(folder, images=max(2, count)).open(source)
     loader = Loader(data, max(2, count), shuffle=False, workers=0)
@@ -94,34 +96,38 @@ def _ties(model: nn.Module, checkpoint: Checkpoint) -> Check:
     held = sum(p.numel() for p in model.parameters())
     if len(storages) != stored or held != expected:
         raise VerifyError(
-            f"{checkpoint.path} promises {expected:,} parameters and the model holds {held:,}",
+            f"{checkpoint.path} records {expected:,} parameters and the model holds {held:,}",
             "A tie was lost",
             "Report this as a bug, with the file",
+            code="tie-lost",
         )
-    return Check("ties", f"{held:,} parameters in {stored} tensors, each one storage")
+    return Check("ties", f"{held:,} parameters in {stored} tensors, each with its own storage")
 
 
-def _outputs(model: nn.Module, images: Tensor) -> Check:
-    """The tied, the frozen and the dense form must give one answer."""
-    with torch.no_grad():
-        try:
-            tied = _answers(model(images))
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return Check("outputs", f"not compared: the model takes no image ({reason})", None)
-        frozen = _answers(freeze(copy.deepcopy(model))(images))
-        dense = _answers(untie(copy.deepcopy(model))(images))
-    off = max(apart(form[part], dense[part]) for form in (tied, frozen) for part in dense)
+@torch.no_grad()
+def _outputs(model: nn.Module, name: str, images: Tensor) -> Check:
+    """The tied, the frozen and the dense form must give the same outputs."""
+    try:
+        tied = _outputs_of(checked_forward(model, images))
+    except UserError as error:
+        if error.code != "images-rejected":
+            raise
+        return Check.not_run("outputs", error.what)
+    frozen = _outputs_of(freeze(copy.deepcopy(model))(images))
+    dense = _outputs_of(untie(copy.deepcopy(model))(images))
+    off = max(relative_difference(o[part], dense[part]) for o in (tied, frozen) for part in dense)
     if not off <= TOLERANCE:
         raise VerifyError(
-            f"Tied and dense outputs differ by {off:.2g} of the largest",
-            "The file does not give what it promises",
+            f"Tied and dense outputs differ by {off:.2g} of the largest (at most {TOLERANCE:.2g})",
+            "The file does not reproduce the model it records",
             "Report this as a bug, with the file",
+            code="outputs-differ",
         )
-    return Check("outputs", f"tied, frozen and dense {' and '.join(dense)} agree to {off:.1e}")
+    forms = f"tied, frozen and dense {' and '.join(dense)} agree to {off:.1e}"
+    return Check("outputs", f"{forms} on {len(images)} {name} images")
 
 
-def _answers(output: Any) -> dict[str, Tensor]:
-    """The logits, and a detector's boxes beside them."""
+def _outputs_of(output: Any) -> dict[str, Tensor]:
+    """The logits, and also the boxes of a detector."""
     boxes = tensor_in(output, "pred_boxes")
     return {"logits": logits_of(output)} | ({} if boxes is None else {"boxes": boxes.float()})

@@ -1,9 +1,9 @@
-"""Comparing an exported file with the compact model that it was made from."""
+"""Comparing an exported file with the compact model it was exported from."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,43 +12,50 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.commands._bench_worker import BenchTarget, Process
-from tiedconv.commands.export import GROWTH, TOLERANCE, WIDE_TOLERANCE, apart
-from tiedconv.errors import CheckpointError, VerifyError
+from tiedconv.commands._reference import reference, relative_difference
+from tiedconv.commands.export import GROWTH
+from tiedconv.errors import CheckpointError, UserError, VerifyError
 from tiedconv.exporters import Format, choose_format
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.runtime.tie import dense_state_dict
-from tiedconv.training import logits_of
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One check.
 
     Args:
-        name: what.
+        name: what is checked.
         detail: what was found.
-        passed: None if it could not be done here; `detail` says why.
+        passed: None if the check could not be run; `detail` is then "not checked: " and the reason.
     """
 
     name: str
     detail: str
     passed: bool | None = True
 
+    @classmethod
+    def not_run(cls, name: str, reason: str) -> Check:
+        """A check that could not be run."""
+        return cls(name, f"not checked: {reason.rstrip('.')}", None)
+
 
 def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[Check]:
-    """Whether an exported file is the same model, as small, and gives the same logits.
+    """Check that an exported file is the same model, as small, and gives the same logits.
 
     Args:
-        path: of the file; its ending tells the format.
+        path: the exported file; its extension gives the format.
         model: tied, in evaluation mode.
-        shown: images to run it on, by what to call them.
+        shown: images to run it on, by the name to report them under.
 
     Raises:
         CheckpointError: the file is missing or can't be read.
         VerifyError: it is another model, holds tensors twice, or gives other logits.
     """
     if not path.is_file():
-        raise CheckpointError(f"There is no file {path}", hint="Check the path, or export it")
+        raise CheckpointError(
+            f"There is no file {path}", hint="Check the path, or export it", code="file-not-found"
+        )
     form = choose_format(None, path, "float32")
     if form.name == "dense":
         return [_dense(path, form, model)]
@@ -61,87 +68,100 @@ def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[C
     return checks
 
 
-def _dtype(tensors: Mapping[str, Tensor] | None) -> str:
-    kinds = {t.dtype for t in (tensors or {}).values()}
+def _dtype(tensors: Mapping[str, Tensor]) -> str:
+    kinds = {t.dtype for t in tensors.values()}
     return "int8" if torch.int8 in kinds else "float16" if torch.float16 in kinds else "float32"
 
 
 def _dense(path: Path, form: Format, model: nn.Module) -> Check:
     expected = dense_state_dict(model)
-    found = form.tensors(path) or {}
+    found = form.tensors(path)
     missing, unused = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unused:
-        names = [f"{n} is missing" for n in missing] + [f"{n} is not the model's" for n in unused]
+        names = [f"{n} is missing" for n in missing] + [f"{n} is not in the model" for n in unused]
         raise VerifyError(
             f"{path} has other tensors: {'; '.join(names[:3])}",
             "It is of another model",
             "Export it again",
+            code="tensors-differ",
         )
     for name, tensor in expected.items():
         other = found[name]
         if other.shape != tensor.shape or not torch.equal(other, tensor):
             raise VerifyError(
-                f"{path}: the tensor {name} is not the compact file's",
+                f"{path}: the tensor {name} differs from the compact file's",
                 "It is of another model, or it was changed",
                 "Export it again",
+                code="tensors-differ",
             )
-    return Check("against", f"{path.name}: {len(found)} tensors, each bit the same")
+    return Check("against", f"{path.name}: {len(found)} tensors, bitwise equal")
 
 
-def _size(path: Path, tensors: Mapping[str, Tensor] | None, stored: int) -> Check:
-    if tensors is None:
-        size = path.with_suffix(".bin").stat().st_size
-        return Check("size", f"{path.name}: {size:,} bytes for {stored:,} stored")
+def _size(path: Path, tensors: Mapping[str, Tensor], stored: int) -> Check:
     held = sum(t.nbytes for t in tensors.values())
     contents: dict[bytes, str] = {}
     for name, tensor in tensors.items():
-        # A transpose is the same numbers too, but only of a matrix that is large does it matter.
+        # A transpose holds the same values too; small tensors may be equal by chance.
         if tensor.numel() < 4096:
             continue
-        for form in (tensor, tensor.mT) if tensor.ndim == 2 else (tensor,):
-            key = form.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            twin = contents.setdefault(key, name)
-            if twin != name and bool(tensor.any()):
+        for layout in (tensor, tensor.mT) if tensor.ndim == 2 else (tensor,):
+            same = contents.setdefault(_digest(layout), name)
+            if same != name and bool(tensor.any()):
                 raise VerifyError(
-                    f"{path} holds the same numbers twice, as {twin} and {name}",
+                    f"{path} holds the same values twice, as {same} and {name}",
                     "A tie was lost",
                     "Export it again with tiedconv export",
+                    code="tie-lost",
                 )
     if held > GROWTH * stored:
         raise VerifyError(
             f"{path} holds {held:,} bytes of tensors for {stored:,} stored",
             "A tie was lost, or it is of another model",
             "Export it again with tiedconv export",
+            code="tie-lost",
         )
     return Check("size", f"{path.name}: {len(tensors)} tensors, {held / stored:.3f} x stored bytes")
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """SHA-256 of the bytes, of which one tensor's at a time are held."""
+    values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(values.data).digest()
 
 
 def _logits(
     path: Path, form: Format, model: nn.Module, name: str, images: Tensor, dtype: str
 ) -> Check:  # fmt: skip
-    with torch.no_grad():
-        expected = logits_of(copy.deepcopy(model)(images))
-    found = form.run(path, images)
-    if found is None:
-        return Check("logits", f"not compared: nothing here runs {form.name}", None)
-    off = apart(found, expected) if found.shape == expected.shape else float("nan")
-    limit = TOLERANCE if dtype == "float32" else WIDE_TOLERANCE
-    if not off <= limit:
+    reason = form.why_not_run()
+    if reason is not None:
+        return Check.not_run("logits", reason)
+    try:
+        expected = reference(model, images, dtype)
+    except UserError as error:
+        if error.code != "images-rejected":
+            raise
+        return Check.not_run("logits", error.what)
+    found, rounded = form.run(path, images), expected.rounded
+    same_shape = found.shape == rounded.shape
+    off = relative_difference(found, rounded) if same_shape else float("nan")
+    if not off <= expected.tolerance:
         raise VerifyError(
-            f"{path}: logits on {name} images differ by {off:.2g} of the largest",
+            f"{path}: logits on {name} images differ by {off:.2g} of the largest "
+            f"(at most {expected.tolerance:.2g})",
             "It is of another model, or it was changed",
             "Export it again",
+            code="outputs-differ",
         )
     return Check("logits", f"{len(images)} {name} images: they agree to {off:.1e}")
 
 
 def _memory(path: Path, form: Format, images: Tensor) -> Check:
-    """What the loaded file takes in its runtime, in a process of its own."""
+    """The memory that the loaded file takes up in its runtime, measured in its own process."""
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    contender = BenchTarget(str(path), form.name, shape=shape)
+    target = BenchTarget(str(path), form.name, shape=shape)
     found = []
     for one_copy in (False, True) if form.name == "onnx" else (False,):
-        process = Process(dataclasses.replace(contender, one_copy=one_copy))
+        process = Process(dataclasses.replace(target, one_copy=one_copy))
         try:
             found.append(process.load()[1])
         finally:

@@ -1,7 +1,7 @@
 """Formats that a compact model can be exported to.
 
-Each file of this folder that does not begin with an underscore holds one `FORMAT`. A new format is
-one new file.
+Each file of this folder whose name does not begin with an underscore holds one `FORMAT`. A new
+format is one new file.
 """
 
 from __future__ import annotations
@@ -21,38 +21,43 @@ __all__ = ["DTYPES", "LOWERINGS", "Format", "Job", "Written", "all_formats", "ch
 def all_formats() -> dict[str, Format]:
     """Every format of the folder, by name."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    found = [importlib.import_module(f"{__name__}.{name}").FORMAT for name in names]
-    return {made.name: made for made in found}
+    formats = [importlib.import_module(f"{__name__}.{name}").FORMAT for name in names]
+    return {one.name: one for one in formats}
 
 
 def choose_format(name: str | None, output: Path, dtype: str) -> Format:
-    """The format asked for, or the one that the output's ending says.
+    """The format of this name, or the one of the output's extension.
 
     Raises:
-        UserError: unknown format, or one that has no such ending or numbers.
+        UserError: unknown format, or one without this extension or dtype.
     """
     formats = all_formats()
     if name is not None and name not in formats:
         raise UserError(
-            f"{name!r} is no format to export to", hint=f"Use one of: {', '.join(formats)}"
+            f"Unknown export format {name!r}",
+            hint=f"Use one of: {', '.join(formats)}",
+            code="unknown-format",
         )
     fitting = [f for f in formats.values() if output.suffix in f.endings]
     if name is None and not fitting:
         endings = sorted({ending for f in formats.values() for ending in f.endings})
         raise UserError(
-            f"{output.name} has no ending that says how to write it",
-            hint=f"Name the format with --to, or the file with one of: {', '.join(endings)}",
+            f"{output.name} has no extension of a known format",
+            hint=f"Name the format with --to, or end the file name in one of: {', '.join(endings)}",
+            code="format-not-named",
         )
-    # `dense` shares its ending with `compact`, which has to be asked for.
-    made = formats[name] if name else next((f for f in fitting if f.name == "dense"), fitting[0])
-    if output.suffix not in made.endings:
+    # `dense` shares its extension with `compact`, which must be named.
+    found = formats[name] if name else next((f for f in fitting if f.name == "dense"), fitting[0])
+    if output.suffix not in found.endings:
         raise UserError(
-            f"{output.name} does not end as a file of the format {made.name}",
-            hint=f"End it in {' or '.join(made.endings)}",
+            f"{output.name} does not have the extension of the format {found.name}",
+            hint=f"End it in {' or '.join(found.endings)}",
+            code="extension-mismatch",
         )
-    if dtype not in made.dtypes:
+    if dtype not in found.dtypes:
         raise UserError(
-            f"The format {made.name} does not store {dtype}",
-            hint=f"It stores {', '.join(made.dtypes)}",
+            f"The format {found.name} does not store {dtype}",
+            hint=f"It stores {', '.join(found.dtypes)}",
+            code="dtype-unsupported",
         )
-    return made
+    return found

@@ -1,10 +1,10 @@
-"""What a format is given, and what it tells of the files it wrote."""
+"""What a format is given, and what it returns about the files it wrote."""
 
 from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tiedconv.errors import MissingExtra
+from tiedconv.errors import CheckpointError, MissingExtra, first_line
 from tiedconv.runtime.tie import state_of
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-"""Kinds of stored numbers, and the bytes of each."""
+"""Stored dtypes, and the bytes of a value."""
 
 LOWERINGS = ("auto", "always", "never")
-"""Whether factors are applied one by one: where that is as fast, always, never."""
+"""Whether factors are applied one by one: where that is as fast, wherever possible, never."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Job:
 
     Args:
         model: tied, in evaluation mode; a format may change it.
-        images: random ones to trace with, `(2, C, H, W)`.
-        folder: to write into.
-        name: of the main file.
-        dtype: how weights are stored; kernels and matrices only, the rest stays float32.
+        images: random images to trace with, `(2, C, H, W)`.
+        folder: the folder to write into.
+        name: file name of the main file.
+        dtype: dtype of stored kernels and matrices; the rest stays float32.
         lower: one of `LOWERINGS`.
-        opset: of ONNX, None to choose.
+        opset: ONNX opset, None to choose.
     """
 
     model: nn.Module
@@ -55,10 +55,10 @@ class Written:
     """What was written.
 
     Args:
-        tensors: how many the file holds.
-        parameters: numbers in them.
-        weight_bytes: bytes that hold them.
-        facts: more to know, by name; plain data.
+        tensors: number of tensors in the file.
+        parameters: values in them.
+        weight_bytes: their bytes.
+        facts: further figures by name; plain data.
     """
 
     tensors: int
@@ -66,13 +66,19 @@ class Written:
     weight_bytes: int
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Written:
+        """The figures of these tensors."""
+        listed = list(tensors)
+        return cls(len(listed), sum(t.numel() for t in listed), sum(t.nbytes for t in listed))
+
 
 class Format(ABC):
-    """One form that needs no tiedconv.
+    """One format to export to.
 
-    `name` is what `--to` says, `endings` those of its file, `dtypes` what it can store, `packages`
-    what it needs besides torch, `extra` what installs that, and `compact` whether each stored
-    tensor is in it once.
+    `name` is the value of `--to`, `endings` the extensions of its file, `dtypes` those it stores,
+    `packages` the packages it needs besides torch, `extra` the extra of tiedconv that installs
+    them, and `compact` whether each stored tensor is in the file once.
     """
 
     name: ClassVar[str]
@@ -90,31 +96,52 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, job: Job) -> Written:
-        """Write the file, and those beside it."""
+        """Write the file and its companion files."""
 
-    def tensors(self, path: Path) -> dict[str, Tensor] | None:
-        """Every tensor that a file holds, by name; None if that can't be told.
+    @abstractmethod
+    def tensors(self, path: Path) -> dict[str, Tensor]:
+        """Every tensor in a file, by name.
 
         Raises:
             CheckpointError: the file can't be read.
         """
-        del path
+
+    def why_not_run(self) -> str | None:
+        """Why `run` can't be called here; None if it can."""
         return None
 
     @abstractmethod
-    def run(self, path: Path, images: Tensor) -> Tensor | None:
-        """The logits `(n, classes)` that a written file gives; None if it can't be run here."""
+    def run(self, path: Path, images: Tensor) -> Tensor:
+        """The logits `(n, classes)` of a written file.
+
+        Raises:
+            CheckpointError: the file can't be read.
+        """
 
 
-def is_weight(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is stored in the narrower form: a matrix or a kernel, of floats."""
-    wide = sum(n > 1 for n in tensor.shape) >= 2
+def unreadable(path: Path, expected: str, error: Exception) -> CheckpointError:
+    """The error for an exported file that a library can't read.
+
+    Args:
+        path: the file.
+        expected: what it should be, such as "an ONNX file".
+        error: what the library raised.
+    """
+    return CheckpointError(
+        f"{path} can't be read as {expected} ({first_line(error)})",
+        hint="Export it again",
+        code="file-damaged",
+    )
+
+
+def is_weight(name: str, shape: Sequence[int], is_float: bool) -> bool:
+    """Whether a tensor is stored in the narrower dtype: a matrix or a kernel, of floats."""
     is_matrix = name.startswith("tied/") or name.endswith("weight")
-    return wide and is_matrix and tensor.is_floating_point()
+    return is_float and is_matrix and sum(n > 1 for n in shape) >= 2
 
 
 def stored_bytes(model: nn.Module, dtype: str) -> int:
-    """The bytes of a tied model's tensors, each once, with weights of this kind.
+    """The bytes of a tied model's tensors, each counted once, with weights of this dtype.
 
     Args:
         model: tied.
@@ -126,7 +153,7 @@ def stored_bytes(model: nn.Module, dtype: str) -> int:
     for name in [*plan.kept, *plan.factors]:
         tensor = own[name]
         size = tensor.element_size()
-        if is_weight(name, tensor):
+        if is_weight(name, tensor.shape, tensor.is_floating_point()):
             size = min(size, DTYPES[dtype])
             if dtype == "int8":
                 total += 4 * tensor.shape[0]  # a scale for each row
@@ -135,5 +162,5 @@ def stored_bytes(model: nn.Module, dtype: str) -> int:
 
 
 def random_images(channels: int, size: int) -> Tensor:
-    """Images to trace and compare with, `(2, channels, size, size)`, always the same."""
+    """The same random images each time, `(2, channels, size, size)`."""
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))

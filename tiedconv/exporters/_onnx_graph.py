@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.errors import UserError
+from tiedconv.errors import UserError, first_line
+from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.training import logits_of
 
 if TYPE_CHECKING:
@@ -76,11 +77,14 @@ def trace(model: nn.Module, images: Tensor, opset: int | None = None) -> ir.Mode
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:
+            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                raise error.__cause__ from None
             raise UserError(
-                f"torch can't export this model to ONNX ({str(error).splitlines()[0]})",
+                f"torch can't export this model to ONNX ({first_line(error)})",
                 "Nothing was written",
                 "Export it with --to pt2 or --to dense",
-            ) from None
+                code="model-not-exportable",
+            ) from error
     assert program is not None
     found = program.model
     for name in list(found.graph.initializers):

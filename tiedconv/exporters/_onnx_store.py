@@ -1,4 +1,4 @@
-"""Narrower initializers: the graph widens them before use."""
+"""Initializers in a narrower dtype, which the graph widens before use."""
 
 from __future__ import annotations
 
@@ -7,44 +7,44 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiedconv.errors import MissingExtra, UserError
+from tiedconv.exporters._format import is_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
 EXTERNAL_ABOVE = 1_900_000_000
-"""Bytes of tensors from which they go into a file of their own: a protobuf ends at 2 GB."""
+"""Bytes of tensors above which they are stored in a companion file: a protobuf ends at 2 GB."""
 
 
 def narrowed(model: ir.Model, dtype: str) -> None:
     """Store matrices and kernels as float16 or int8, in place; ties stay, as each is one tensor.
 
     Raises:
-        UserError: numbers that float16 can't hold.
-        MissingExtra: int8 without ONNX Runtime, whose quantiser it is.
+        UserError: values that float16 can't hold.
+        MissingExtra: int8 without ONNX Runtime, whose quantiser is used.
     """
     for name, value in list(model.graph.initializers.items()):
-        stored = value.const_value
-        is_matrix = name.startswith("tied/") or name.endswith("weight")
-        if stored is None or not is_matrix or sum(n > 1 for n in stored.shape) < 2:
+        if value.const_value is None:
             continue
-        array = stored.numpy()
-        if array.dtype == np.float32:
+        array = value.const_value.numpy()
+        if is_weight(name, array.shape, array.dtype == np.float32):
             (_halved if dtype == "float16" else _quantised)(model.graph, value, array)
 
 
 def _halved(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
     if np.abs(array).max() > np.finfo(np.float16).max:
         raise UserError(
-            f"{value.name} has numbers that float16 can't hold",
+            f"{value.name} has values that float16 can't hold",
             "Nothing was written",
             "Store it as float32",
+            code="dtype-overflow",
         )
     _widen(graph, value, [array.astype(np.float16)], "Cast", {"to": 1})
 
 
 def _quantised(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
-    """Rows with a scale each, symmetric."""
+    """Symmetric, with one scale per row."""
     try:
         import onnx
         from onnxruntime.quantization.quant_utils import compute_data_quant_params, quantize_nparray
@@ -56,15 +56,15 @@ def _quantised(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
         zero, scale = compute_data_quant_params(row, kind, symmetric=True)
         rows.append(quantize_nparray(kind, row, scale, zero))
         scales.append(scale)
-    numbers = np.stack(rows).reshape(array.shape).astype(np.int8)
+    quantised = np.stack(rows).reshape(array.shape).astype(np.int8)
     scale = np.array(scales, dtype=np.float32).reshape(-1)
-    _widen(graph, value, [numbers, scale], "DequantizeLinear", {"axis": 0})
+    _widen(graph, value, [quantised, scale], "DequantizeLinear", {"axis": 0})
 
 
 def _widen(
     graph: ir.Graph, value: ir.Value, arrays: list[np.ndarray], op: str, how: dict[str, int]
 ) -> None:
-    """Let a node give what an initializer gave."""
+    """Replace an initializer by a node over narrower ones."""
     import onnx_ir as ir
     from onnx_ir.tape import Tape
 

@@ -10,42 +10,45 @@ from torch import Tensor
 
 from tiedconv.errors import UserError
 from tiedconv.exporters._format import Format, Job, Written, is_weight
-from tiedconv.io.checkpoint import save
+from tiedconv.io.checkpoint import read, save
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources.load import load
 from tiedconv.training import logits_of
 
 
 class Compact(Format):
-    """The same file with half the bytes; it is loaded to float32 and computes in that."""
+    """The same file with half the bytes; it is loaded to float32 and computes in float32."""
 
     name: ClassVar = "compact"
     endings: ClassVar = (".safetensors",)
     dtypes: ClassVar = ("float32", "float16", "bfloat16")
 
     def write(self, job: Job) -> Written:
-        """Matrices and kernels in the kind asked for; norms, biases and statistics as they are."""
+        """Matrices and kernels in the given dtype; norms, biases and statistics unchanged."""
         kind = getattr(torch, job.dtype)
         model = job.model
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if is_weight(name, tensor):
+            if is_weight(name, tensor.shape, tensor.is_floating_point()):
                 narrow = tensor.data.to(kind)
                 if not torch.isfinite(narrow).all() and torch.isfinite(tensor).all():
                     raise UserError(
-                        f"{name} has numbers that {job.dtype} can't hold",
+                        f"{name} has values that {job.dtype} can't hold",
                         "Nothing was written",
                         "Store it as bfloat16",
+                        code="dtype-overflow",
                     )
                 tensor.data = narrow
         if kind is not torch.float32:
             step = {"step": "export", "dtype": job.dtype, "computes_in": "float32"}
             set_state(model, history=(*state_of(model).history, step))
         save(model, job.path, force=True)
-        tensors = list(model.state_dict().values())
-        numbers = sum(t.numel() for t in tensors)
-        return Written(len(tensors), numbers, sum(t.nbytes for t in tensors))
+        return Written.of(model.state_dict().values())
 
-    def run(self, path: Path, images: Tensor) -> Tensor | None:
+    def tensors(self, path: Path) -> dict[str, Tensor]:
+        """The stored tensors."""
+        return dict(read(path).tensors())
+
+    def run(self, path: Path, images: Tensor) -> Tensor:
         """By `tiedconv.load`."""
         with torch.no_grad():
             return logits_of(load(path)(images))

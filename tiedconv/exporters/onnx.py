@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import ClassVar
@@ -9,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tiedconv.errors import CheckpointError
-from tiedconv.exporters._format import Format, Job, Written
+from tiedconv.exporters._format import Format, Job, Written, unreadable
 from tiedconv.exporters._onnx_graph import IMAGES
 from tiedconv.exporters._onnx_lower import dense_graph, onnx_graph
 from tiedconv.exporters._onnx_store import EXTERNAL_ABOVE, narrowed
@@ -19,7 +19,7 @@ from tiedconv.version import __version__
 
 
 class Onnx(Format):
-    """For ONNX Runtime and all that reads ONNX; any number of images is taken."""
+    """For ONNX Runtime and other readers of ONNX; the batch size is dynamic."""
 
     name: ClassVar = "onnx"
     endings: ClassVar = (".onnx",)
@@ -28,7 +28,7 @@ class Onnx(Format):
     extra: ClassVar = "onnx"
 
     def write(self, job: Job) -> Written:
-        """By torch's exporter, the plan's factors in place of weights."""
+        """By torch's exporter, with the plan's factors in place of weights."""
         import onnx_ir as ir
 
         plan = state_of(job.model).plan
@@ -51,9 +51,10 @@ class Onnx(Format):
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
         """The initializers."""
-        import onnx_ir as ir
-
         self.check()
+        import onnx_ir as ir
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
         try:
             graph = ir.load(path).graph
             return {
@@ -61,40 +62,39 @@ class Onnx(Format):
                 for name, value in graph.initializers.items()
                 if value.const_value is not None
             }
-        except Exception as error:  # protobuf's errors have no common base
-            raise CheckpointError(
-                f"{path} is no ONNX file that can be read",
-                str(error).splitlines()[0] if str(error) else type(error).__name__,
-                "Export it again",
-            ) from None
+        except (DecodeError, ir.serde.SerdeError, OSError, ValueError, KeyError) as error:
+            raise unreadable(path, "an ONNX file", error) from error
 
-    def run(self, path: Path, images: Tensor) -> Tensor | None:
-        """By ONNX Runtime, if it is installed."""
-        try:
-            import onnxruntime as ort
-        except ImportError:
-            return None
+    def why_not_run(self) -> str | None:
+        """It takes ONNX Runtime."""
+        found = importlib.util.find_spec("onnxruntime")
+        return "ONNX Runtime is not installed" if found is None else None
+
+    def run(self, path: Path, images: Tensor) -> Tensor:
+        """By ONNX Runtime."""
+        import onnxruntime as ort
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
         options = ort.SessionOptions()
         options.log_severity_level = 3
         try:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has no common base of its errors
-            raise CheckpointError(
-                f"{path} is no model that ONNX Runtime can load",
-                str(error).splitlines()[0],
-                "Export it again",
-            ) from None
+        except (
+            state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
+            state.NoSuchFile, state.NotImplemented, state.RuntimeException,
+        ) as error:  # fmt: skip
+            raise unreadable(path, "a model that ONNX Runtime can load", error) from error
         (found,) = session.run(None, {IMAGES: images.numpy()})
         return torch.from_numpy(found)
 
 
 def write_dense(model: nn.Module, images: Tensor, path: Path) -> None:
-    """Write a plain model as ONNX, to compare with: its weights stored as a runtime reads them.
+    """Write a plain model as ONNX, as a baseline, each weight in the layout it is read in.
 
     Args:
         model: plain, in evaluation mode.
         images: an example `(n, C, H, W)`, n at least 2.
-        path: the file.
+        path: the file to write.
     """
     import onnx_ir as ir
 

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tiedconv.exporters._format import Format, Job, Written
+from tiedconv.exporters._format import Format, Job, Written, unreadable
 from tiedconv.exporters.onnx import FORMAT as ONNX
 
 
 class OpenVino(Format):
-    """A graph in XML and its tensors in a file beside it, converted from the ONNX form."""
+    """A graph in XML and its tensors in a companion file, converted from the ONNX form."""
 
     name: ClassVar = "openvino"
     endings: ClassVar = (".xml",)
@@ -23,7 +23,7 @@ class OpenVino(Format):
     extra: ClassVar = "openvino"
 
     def write(self, job: Job) -> Written:
-        """The tensors' file is measured: OpenVINO may store what it has folded."""
+        """The companion file is measured: OpenVINO may store folded constants."""
         import openvino as ov
 
         between = dataclasses.replace(job, name=f"{job.path.stem}.onnx")
@@ -35,8 +35,20 @@ class OpenVino(Format):
         size = job.path.with_suffix(".bin").stat().st_size
         return dataclasses.replace(written, weight_bytes=size)
 
-    def run(self, path: Path, images: Tensor) -> Tensor | None:
-        """By OpenVINO on the CPU, in float32: where the CPU has bfloat16 it would round to that."""
+    def tensors(self, path: Path) -> dict[str, Tensor]:
+        """The constants of the graph."""
+        self.check()
+        import openvino as ov
+
+        try:
+            operations = ov.Core().read_model(path).get_ordered_ops()
+        except RuntimeError as error:
+            raise unreadable(path, "an OpenVINO model", error) from error
+        constants = [op for op in operations if op.get_type_name() == "Constant"]
+        return {op.get_friendly_name(): torch.from_numpy(op.data.copy()) for op in constants}
+
+    def run(self, path: Path, images: Tensor) -> Tensor:
+        """By OpenVINO on the CPU, in float32: by default it uses bfloat16 where the CPU has it."""
         import openvino as ov
 
         compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -9,16 +9,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tiedconv.errors import CheckpointError, UserError
-from tiedconv.exporters._format import Format, Job, Written
+from tiedconv.errors import UserError, first_line
+from tiedconv.exporters._format import Format, Job, Written, unreadable
 from tiedconv.exporters._onnx_graph import Logits
+from tiedconv.runtime.forward_check import is_out_of_memory
 
 
 class Pt2(Format):
-    """A graph of torch operators over each stored tensor; it needs torch alone.
+    """A graph of torch operators over the stored tensors; running it needs torch alone.
 
-    Weights are computed from the factors in each run, so memory stays compact. Any number of
-    images is taken.
+    Weights are computed from the factors in each run, so memory stays compact. The batch size is
+    dynamic.
     """
 
     name: ClassVar = "pt2"
@@ -37,19 +38,20 @@ class Pt2(Format):
                 program = torch.export.export(
                     Logits(job.model), (job.images,), dynamic_shapes=({0: batch},), strict=False
                 )
-            except Exception as error:  # whatever the exporter makes of a model's own code
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+            except Exception as error:  # tracing runs the model's code: no common base
+                if is_out_of_memory(error):
+                    raise
                 raise UserError(
-                    f"torch can't export this model ({reason})",
+                    f"torch can't export this model ({type(error).__name__}: {first_line(error)})",
                     "Nothing was written",
                     "Export it with --to dense",
-                ) from None
+                    code="model-not-exportable",
+                ) from error
             _strip(program)
             torch.export.save(program, job.path)
         held = {id(t.untyped_storage()): t for t in program.state_dict.values()}
-        tensors = [*held.values(), *(t for t in program.constants.values() if _is_tensor(t))]
-        numbers = sum(t.numel() for t in tensors)
-        return Written(len(tensors), numbers, sum(t.nbytes for t in tensors))
+        constants = (t for t in program.constants.values() if isinstance(t, Tensor))
+        return Written.of([*held.values(), *constants])
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
         """Parameters, buffers and constants."""
@@ -57,7 +59,7 @@ class Pt2(Format):
         constants = {n: t for n, t in program.constants.items() if isinstance(t, Tensor)}
         return {**program.state_dict, **constants}
 
-    def run(self, path: Path, images: Tensor) -> Tensor | None:
+    def run(self, path: Path, images: Tensor) -> Tensor:
         """By `torch.export.load`."""
         with torch.no_grad():
             found: Tensor = _opened(path).module()(images)
@@ -69,25 +71,19 @@ def _opened(path: Path) -> torch.export.ExportedProgram:
         warnings.simplefilter("ignore")
         try:
             return torch.export.load(path)
-        except Exception as error:  # whatever a damaged archive makes of it
-            raise CheckpointError(
-                f"{path} is no exported program that torch can load",
-                str(error).splitlines()[0] if str(error) else type(error).__name__,
-                "Export it again",
-            ) from None
+        except Exception as error:  # a damaged archive may fail anywhere: no common base
+            if is_out_of_memory(error):
+                raise
+            raise unreadable(path, "an exported program of torch", error) from error
 
 
 def _strip(program: torch.export.ExportedProgram) -> None:
-    """Leave out the example, and the trace of who called what: it names this machine's paths."""
+    """Remove the example inputs, and the stack traces, which hold paths of this machine."""
     program._example_inputs = None
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
                 node.meta.pop(key, None)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 FORMAT = Pt2()
