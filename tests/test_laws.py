@@ -98,14 +98,10 @@ def convert(model: nn.Module, scheme: str) -> nn.Module:
     return tiedconv.convert(model, of, **options)
 
 
-@functools.cache
-def _converted(name: str, scheme: str) -> nn.Module:
-    return convert(all_micros()[name].model(), scheme)
-
-
 def converted(name: str, scheme: str) -> tuple[Micro, nn.Module]:
     """The tiny model and a tied one of one's own."""
-    return all_micros()[name], copy.deepcopy(_converted(name, scheme))
+    of, options = meaning(scheme)
+    return all_micros()[name], all_micros()[name].tied(of, **options)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
