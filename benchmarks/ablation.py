@@ -3,7 +3,7 @@
     python benchmarks/ablation.py --data CIFAR10 --vit VIT.safetensors --models MODELS \\
         --model vit-real
 
-Top-1 on the 10,000 test images and the divergence from the original's answers on them, in nats.
+Top-1 on the 10,000 test images, and the KL divergence (nats) of the outputs from the original's.
 Nothing is chosen by these figures. Calibration reads 1,024 training images without labels. The
 result goes to `benchmarks/results/ablation.json` after each run, so a stopped run goes on.
 """
@@ -133,7 +133,7 @@ def converted(model: nn.Module, row: Setting, data: TensorList) -> tuple[nn.Modu
 
 @torch.no_grad()
 def measured(model: nn.Module, original: nn.Module, pixels: Pixels) -> dict[str, float]:
-    """Top-1, and the mean divergence of the answers in nats."""
+    """Top-1, and the mean KL divergence of the outputs (nats)."""
     right, divergence = 0, 0.0
     for start in range(0, len(pixels), 500):
         images = normalised(pixels.images[start : start + 500])

@@ -1,4 +1,4 @@
-"""Accuracy at equal size: tiedconv's schemes and their rivals, with one training for all.
+"""Accuracy at equal size: tiedconv's schemes and their baselines, with one training for all.
 
     python benchmarks/accuracy.py --data .data/cifar10 --models .data/models \\
         --vit .data/vit_cifar10.safetensors --model vit-real --budgets 50 30 20 10 --seeds 0 1 2
@@ -12,7 +12,7 @@ go. The seed decides
 the order and the augmentation of the images, and random weights where there are any.
 
 The result is written after each run, so a stopped run goes on; runs at another rate than the one
-chosen are made anew. `pareto.py` draws it.
+chosen are made again. `pareto.py` draws it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import rivals
+import baselines
 import torch
 import train_models
-from healing import Teacher, flops, heal, recalibrate, stored_bytes, stored_parameters
+from baselines import Context
+from finetuning import Teacher, finetune, flops, recalibrate, stored_bytes, stored_parameters
 from models import SIZES, listed, read_pixels, top1
-from rivals import Context
 from safetensors.torch import load_file
 from torch import nn
 
@@ -78,7 +78,7 @@ class Method:
         dense: makes nothing smaller, so the budgets do not matter.
         whole: trained on labels as the dense model was, from its random weights and for
             `--scratch-steps`, many more than the others get.
-        heal: arguments of `heal`, by variant.
+        finetune: arguments of `finetune`, by variant.
     """
 
     make: Callable[[Context, float, str, int], Compact]
@@ -86,7 +86,7 @@ class Method:
     seeded: bool = False
     dense: bool = False
     whole: bool = False
-    heal: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    finetune: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def convert(
@@ -124,7 +124,7 @@ def _options(
 
 def _half_width(ctx: Context, budget: float, _: str, seed: int) -> Compact:
     """A narrower model of the same class, random weights."""
-    return Compact(rivals.half_width(ctx, budget, seed), "scratch")
+    return Compact(baselines.half_width(ctx, budget, seed), "scratch")
 
 
 def _tied_scratch(ctx: Context, budget: float, _: str, seed: int) -> Compact:
@@ -137,16 +137,16 @@ OURS = ("tied", "lors", "basis", "auto", "lowrank")
 METHODS: dict[str, Method] = {
     **{n: Method(lambda c, b, v, s, n=n: convert(c, b, n)) for n in OURS},
     **{f"{n}-datafree": Method(lambda c, b, v, s, n=n: convert(c, b, n, data=False)) for n in OURS},
-    "svd": Method(lambda c, b, v, s: Compact(rivals.svd(c, b))),
-    "whitened-svd": Method(lambda c, b, v, s: Compact(rivals.whitened_svd(c, b), "calibrated")),
+    "svd": Method(lambda c, b, v, s: Compact(baselines.svd(c, b))),
+    "whitened-svd": Method(lambda c, b, v, s: Compact(baselines.whitened_svd(c, b), "calibrated")),
     "torch-pruning": Method(
-        lambda c, b, v, s: Compact(rivals.torch_pruning(c, b, v), "calibrated"),
+        lambda c, b, v, s: Compact(baselines.torch_pruning(c, b, v), "calibrated"),
         ("uniform", "isomorphic"),
     ),
     "minivit": Method(
-        lambda c, b, v, s: Compact(rivals.minivit(c, b, v)),
+        lambda c, b, v, s: Compact(baselines.minivit(c, b, v)),
         ("mean", "first"),
-        heal={"mean": {"hidden": 0.1}, "first": {"hidden": 0.1}},
+        finetune={"mean": {"hidden": 0.1}, "first": {"hidden": 0.1}},
     ),
     "half-width": Method(_half_width, seeded=True),
     "tied-scratch": Method(_tied_scratch, seeded=True),
@@ -156,7 +156,7 @@ METHODS: dict[str, Method] = {
         lambda c, b, v, s: Compact(copy.deepcopy(c.dense)),
         ("teacher", "no-teacher"),
         dense=True,
-        heal={"no-teacher": {"distill": 0.0}},
+        finetune={"no-teacher": {"distill": 0.0}},
     ),
 }  # fmt: skip
 
@@ -234,8 +234,8 @@ class Bench:
         if METHODS[name].whole:
             train_models.train(model, self.ctx.pixels["train"], self._whole(seed), lr)
             return model
-        more = METHODS[name].heal.get(variant, {})
-        heal(model, self.ctx.teacher, self.ctx.pixels["train"], steps, lr, seed, **more)
+        more = METHODS[name].finetune.get(variant, {})
+        finetune(model, self.ctx.teacher, self.ctx.pixels["train"], steps, lr, seed, **more)
         recalibrate(model, self.ctx.pixels["train"])
         return model
 
@@ -257,8 +257,8 @@ class Bench:
         scores = dict(known.get(key, {}).get("held_out", {}))
         for variant in METHODS[name].variants:
             for lr in (*RATES, HIGHEST):
-                unasked = lr == HIGHEST and _best(scores, variant) != RATES[-1]
-                if unasked or f"{variant}@{lr}" in scores:
+                not_needed = lr == HIGHEST and _best(scores, variant) != RATES[-1]
+                if not_needed or f"{variant}@{lr}" in scores:
                     continue
                 made = self.prepared(name, budget, variant, 0)["made"]
                 model = self.trained(name, made.model, variant, self.args.select_steps, lr, 0)
@@ -328,7 +328,7 @@ def load(args: argparse.Namespace) -> nn.Module:
     weights = load_file(file)
     classes = next(len(weights[n]) for n in ("head.weight", "fc.weight") if n in weights)
     if args.model == "vit-real":
-        model = rivals.WIDTHS["vit-real"][0](128, classes)
+        model = baselines.WIDTHS["vit-real"][0](128, classes)
     else:
         model = SIZES[args.model](classes)
     model.load_state_dict(weights)
@@ -353,7 +353,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(".data/cifar10"))
     parser.add_argument("--models", type=Path, default=Path(".data/models"))
     parser.add_argument("--vit", type=Path, default=Path(".data/vit_cifar10.safetensors"))
-    parser.add_argument("--model", choices=[*rivals.WIDTHS], default="vit-real")
+    parser.add_argument("--model", choices=[*baselines.WIDTHS], default="vit-real")
     parser.add_argument("--name", help="what results are called, if not as the model")
     parser.add_argument("--budgets", type=float, nargs="+", default=[*BUDGETS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -2,7 +2,7 @@
 
     python benchmarks/borders.py --data .data/cifar10 --models .data/models
 
-The batch norms of a trained ResNet get their statistics anew from 20 batches of 128 training
+The batch norm statistics of a trained ResNet are re-estimated from 20 batches of 128 training
 images: as they are, shifted with their reflection moving in, and shifted with black moving in. No
 weight changes. Measured on the test images, for three draws of images and shifts. The result goes
 to `benchmarks/results/borders.json`.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accuracy import load
-from healing import recalibrate
+from finetuning import recalibrate
 from models import Pixels, cropped, read_pixels, top1
 
 RESULT = Path(__file__).parent / "results" / "borders.json"

@@ -4,7 +4,7 @@
         --vit .data/vit_cifar10.safetensors --model vit-real --scheme auto --params 30%
 
 A trained model is converted by so many training images, without their labels, and measured on the
-test images; no training follows. Each count is drawn anew for each seed. A row is written as soon
+test images; no training follows. Each count is drawn again for each seed. A row is written as soon
 as it is done, so a stopped run goes on. The result goes to `benchmarks/results/calib_images.json`.
 """
 

@@ -1,7 +1,7 @@
 """A detector's decoder at half and a third of its size: average precision at each step.
 
 DEIMv2-Atto, pretrained on COCO, on photos in COCO's form: converted without data, converted with
-the training photos (without their boxes), and then taught for a short while by the original's
+the training photos (without their boxes), and then distilled for a short while by the original's
 answers. The decoder is the stack of decoder layers; budgets are shares of its parameters.
 
     python examples/deimv2/model.py deimv2_atto_coco_deploy_statedict.safetensors atto.safetensors
@@ -108,13 +108,13 @@ class Bench:
             distill_weight=1.0, only=("*decoder*",), seed=seed, workers=0, augment="flip",
             eval_every_epoch=False, weight_decay=0.0,
         )  # fmt: skip
-        taught = self.file(scheme, share, seed, "taught")
+        distilled = self.file(scheme, share, seed, "distilled")
         finetune(
-            file, self.args.data, taught, config, teacher=str(self.args.weights),
+            file, self.args.data, distilled, config, teacher=str(self.args.weights),
             force=True, trust_code=True,
         )  # fmt: skip
-        found["taught"] = self.score(taught)
-        found["taught_seconds"] = round(time.perf_counter() - start, 1)
+        found["distilled"] = self.score(distilled)
+        found["distilled_seconds"] = round(time.perf_counter() - start, 1)
         return found
 
     def calibration(self, seed: int) -> Calibration:
@@ -174,7 +174,7 @@ class Bench:
         scheme, share = self.args.schemes[0], self.args.budgets[0]
         files = {
             f"{scheme}, {share} % of the decoder\n{title}": self.file(scheme, share, 0, step)
-            for step, title in (("free", "without data"), ("taught", "calibrated and taught"))
+            for step, title in (("free", "without data"), ("distilled", "calibrated and distilled"))
         }
         models = {"original": self.model.eval()}
         models |= {n: tiedconv.load(f, trust_code=True).eval() for n, f in files.items()}

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 OURS = ("tied", "lors", "basis", "auto", "lowrank")
-# Ours are solid and in strong colours; rivals are dashed and pale.
+# Ours are solid and in strong colours; baselines are dashed and pale.
 LOOKS: dict[str, tuple[str, str]] = {
     "auto": ("#d62728", "o"), "tied": ("#1f77b4", "s"), "lors": ("#2ca02c", "^"),
     "basis": ("#9467bd", "D"), "lowrank": ("#ff7f0e", "v"),
@@ -58,7 +58,7 @@ def _sizes(model: str, runs: Runs) -> set[float]:
 
 
 def _of(model: str, runs: Runs) -> list[tuple[tuple[str, str, float], list[dict[str, Any]]]]:
-    """A model's runs: ours, rivals, dense; great budgets first."""
+    """A model's runs: ours, baselines, dense; great budgets first."""
     order = {name: i for i, name in enumerate([*OURS, *LOOKS])}
     mine = [item for item in runs.items() if item[0][0] == model]
     place = {m: order.get(m, order.get(m.removesuffix("-datafree"), 99)) for _, m, _ in runs}

@@ -2,12 +2,12 @@
 
     python benchmarks/recipe.py --data .data/cifar10 --vit .data/vit_cifar10.safetensors
 
-A ViT that was trained on CIFAR-10 is tied to half of its parameters and healed by
+A ViT that was trained on CIFAR-10 is tied to half of its parameters and fine-tuned by
 `tiedconv.training.train`. Each row changes one part of the base recipe. Its learning rate is
 chosen by a short training measured on held-out training images; then it is trained with each seed
 and measured on those and on the test images. The last row, `best`, joins the parts that raised
 the held-out mean over that of the base. Nothing is chosen by the test images. The held-out images
-are none that are healed on, but whoever trained the ViT has trained it on them: they are good for
+are not used for fine-tuning, but the ViT was trained on them by its authors: they are good for
 choices between recipes, while their level says nothing.
 
 The result goes to `benchmarks/results/recipe.json` after each run, so a stopped run goes on.
@@ -151,7 +151,7 @@ class Bench:
         part.replace(self.args.result)
 
     def trained(self, options: Options, steps: int, lr: float, seed: int) -> nn.Module:
-        """A copy of the compact model, healed by the base recipe with these changes."""
+        """A copy of the compact model, fine-tuned by the base recipe with these changes."""
         changed = {"lr": lr, "batch_size": self.args.batch, **BASE, **options}
         teacher = self.dense if changed.pop("teacher", True) else None
         config = TrainConfig(

@@ -99,21 +99,21 @@ def convert(options: list[str], weights: Path, output: Path, width: int, depth: 
     ]  # fmt: skip
     peaks = dict.fromkeys([*FIELDS, "scratch_bytes"], 0)
     start = time.perf_counter()
-    with tempfile.TemporaryFile() as told_in:
-        process = subprocess.Popen(line, cwd=Path(__file__).parent, stdout=told_in)
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(line, cwd=Path(__file__).parent, stdout=output)
         while process.poll() is None:
             for key, value in watched(process.pid).items():
                 peaks[key] = max(peaks[key], value)
             time.sleep(0.01)
         seconds = time.perf_counter() - start
         assert process.returncode == 0
-        told_in.seek(0)
-        told = json.load(told_in)
+        output.seek(0)
+        result = json.load(output)
     return {
         "seconds": round(seconds, 1),
         **peaks,
-        "output_bytes": told["file_bytes"],
-        "ratio": round(told["ratio"], 4),
+        "output_bytes": result["file_bytes"],
+        "ratio": round(result["ratio"], 4),
     }
 
 

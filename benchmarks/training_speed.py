@@ -3,7 +3,7 @@
     python benchmarks/training_speed.py [--models vit resnet50] [--size 96] [--batch 16]
     python benchmarks/training_speed.py --device cuda [--batch 256]
 
-On the CPU four contenders take turns, each in a process of its own that lives on for a group of
+On the CPU four candidates take turns, each in a process of its own that lives on for a group of
 rounds: our loop on the tied, the `lors` (half of the parameters) and the dense model, and a
 minimal loop written by hand on the dense model. All train by one recipe: AdamW (fused), a cosine,
 clipping, the same augmentation, with and without a teacher. Each turn is some steps with all that
@@ -11,8 +11,8 @@ belongs to them, reading included; ratios are taken within a round of turns, so 
 whose speed drifts still gives fair figures. Images lie in memory, or in JPEG files that are
 decoded in the process itself, where its CPU time counts them.
 
-On a GPU the contenders run one after another: images a second and peak memory in bfloat16 at 224
-px, against timm's own pieces of a training step (`training_rivals.py`).
+On a GPU the candidates run one after another: images a second and peak memory in bfloat16 at 224
+px, against timm's own pieces of a training step (`training_baselines.py`).
 
 Each row goes to `benchmarks/results/training_speed.json` when it is done, and replaces the row of
 the same setting.
@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from training_rivals import by_hand, by_timm, make_model
+from training_baselines import by_hand, by_timm, make_model
 
 import tiedconv
 from tiedconv.data import ImageList, TensorList, open_images, train_transform
@@ -57,7 +57,7 @@ PAIRS = (("tied", "dense"), ("lors", "dense"), ("dense", "by hand"), ("tied", "b
 
 @dataclass(frozen=True)
 class Case:
-    """What one contender does."""
+    """What one candidate does."""
 
     model: str
     form: str
@@ -79,7 +79,7 @@ class Stop(Exception):
 
 
 class Turns:
-    """A contender's side of the turns: waits until it may go on, tells what a turn took."""
+    """A candidate's side of the turns: waits until it may go on, tells what a turn took."""
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe, self.done = pipe, 0
@@ -129,7 +129,7 @@ def data_of(case: Case) -> ImageList | TensorList:
 
 
 def config_of(case: Case) -> TrainConfig:
-    """The recipe of all contenders."""
+    """The recipe of all candidates."""
     return TrainConfig(
         epochs=None, steps=case.steps, batch_size=case.batch, eval_every_epoch=False, workers=0,
         bn_recalibrate=0, amp="off" if case.device == "cpu" else "bf16", compile=case.compile,
@@ -137,7 +137,7 @@ def config_of(case: Case) -> TrainConfig:
 
 
 def contend(pipe: Connection, case: Case) -> None:
-    """The process of one contender."""
+    """The process of one candidate."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     try:
@@ -167,10 +167,10 @@ def taking_turns(pipe: Connection, case: Case) -> None:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """Images a second and peak memory of one contender, the first half of its steps not counted."""
+    """Images a second and peak memory of one candidate, the first half of its steps not counted."""
     times: list[tuple[int, float]] = []
 
-    def told(event: object) -> None:
+    def report(event: object) -> None:
         if isinstance(event, Step):
             times.append((event.step, time.perf_counter()))
 
@@ -182,7 +182,7 @@ def measured(case: Case) -> dict[str, Any]:
         times = by_timm(model, data, config_of(case), torch.device(case.device))
     else:
         few = TensorList(torch.zeros(2, 3, case.size, case.size), [0, 1])
-        train(model, data, few, config_of(case), device=case.device, on_event=told)
+        train(model, data, few, config_of(case), device=case.device, on_event=report)
     half = next(i for i, (step, _) in enumerate(times) if step >= case.steps // 2)
     (first, start), (last, end) = times[min(half, len(times) - 2)], times[-1]
     found: dict[str, Any] = {"images_per_second": (last - first) * case.batch / (end - start)}
@@ -192,7 +192,7 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def started(case: Case) -> tuple[Any, Connection]:
-    """A contender's process and the pipe to it."""
+    """A candidate's process and the pipe to it."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=contend, args=(there, case), daemon=True)
@@ -202,7 +202,7 @@ def started(case: Case) -> tuple[Any, Connection]:
 
 
 def heard(pipe: Connection) -> Any:
-    """What a contender says; raises RuntimeError where it is an error or its end."""
+    """What a candidate says; raises RuntimeError where it is an error or its end."""
     try:
         said = pipe.recv()
     except EOFError:
@@ -216,7 +216,7 @@ Turn = dict[str, float]
 
 
 def group(cases: Mapping[str, Case], rounds: int, steps: int) -> dict[str, list[Turn]]:
-    """Seconds of a step of each contender in each round."""
+    """Seconds of a step of each candidate in each round."""
     running: dict[str, tuple[Any, Connection]] = {}
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     try:
@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the GPU's rows, small, on any device")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
-    os.environ.update(KEEPING)  # of the contenders' processes
+    os.environ.update(KEEPING)  # of the candidates' processes
     gpu = args.device == "cuda" or args.tiny
     size, batch, steps = (32, 4, 8) if args.tiny else (224, 256, 80) if gpu else (96, 16, 2)
     args.size, args.batch, args.steps = args.size or size, args.batch or batch, args.steps or steps

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     # In each bottleneck conv3 becomes the transpose of conv1. Alone that saves 14 %. With these
-    # options all blocks of a stage share one W and one 3x3 convolution, which needs more healing.
+    # options all blocks of a stage share one W and one 3x3 convolution, which needs more training.
     more = {"groups": "all", "first": "expand", "spatial": True} if options.small else {}
 
     # A plan has exact sizes and needs no weights.

@@ -16,8 +16,8 @@ DETECTION = """## A pretrained detector: DEIMv2-Atto on COCO
 tell differences of a point or two, and no less. The original is DEIMv2-Atto, pretrained on COCO by its
 authors: {whole:,} parameters, {decoder:,} of them in its three decoder layers, which is what is
 converted. Budgets are shares of these. *Without data*: the fit of weights alone. *Calibrated*: with 128 other
-photos, their boxes unseen, `--effort {effort}`. *Taught*: then {epochs:g} epochs of the same photos in batches of
-{batch}, by the original's answers alone (`--distill 1 --only '*decoder*'`, rate {lr:g}, not tuned). The whole of it
+photos, their boxes unseen, `--effort {effort}`. *Distilled*: then {epochs:g} epochs of the same photos in batches of
+{batch}, by the outputs of the original alone (`--distill 1 --only '*decoder*'`, rate {lr:g}, not tuned). The whole of it
 took {minutes} on one busy core for each line.
 
     python examples/deimv2/model.py deimv2_atto_coco_deploy_statedict.safetensors atto.safetensors
@@ -35,7 +35,7 @@ photographers', under the licences that COCO's annotations name).
 
 OVERFIT = """## AdaMixer with LORS: does it learn, and what is a fitted start worth?
 
-Eight photos of COCO learned by heart by a narrow AdaMixer ({setting}), {steps} steps of 4 photos, the same
+A narrow AdaMixer, overfitted on eight photos of COCO ({setting}), {steps} steps of 4 photos, the same
 seeds; AP on these photos.
 
     python examples/adamixer/overfit.py --photos COCO/train2017 --annotations COCO/instances_train2017.json
@@ -77,14 +77,16 @@ def detection(data: dict[str, Any]) -> str:
         scheme, share, _ = key.split("/")
         groups[scheme, share].append(run)
     for (scheme, share), found in groups.items():
-        steps = [_mean([run[step] for run in found]) for step in ("free", "calibrated", "taught")]
+        steps = [
+            _mean([run[step] for run in found]) for step in ("free", "calibrated", "distilled")
+        ]
         rows.append((scheme, f"{share} %", f"{found[0]['parameters']:,}", *map(_score, steps)))
-    minutes = [run["taught_seconds"] / 60 for found in groups.values() for run in found]
+    minutes = [run["distilled_seconds"] / 60 for found in groups.values() for run in found]
     return DETECTION.format(
         photos=128, minutes=f"{max(minutes):.0f} minutes at most",
         comment=comment_on("detection"),
         table=table(
-            ("", "decoder", "parameters", "without data", "calibrated", "taught"), rows, words=1
+            ("", "decoder", "parameters", "without data", "calibrated", "distilled"), rows, words=1
         ),
         **settings,
     )  # fmt: skip

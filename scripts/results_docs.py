@@ -22,22 +22,22 @@ Made by `scripts/results_docs.py` from `benchmarks/results/*.json`. Each table n
 that measures it.
 """
 
-ACCURACY = """## Accuracy at equal size: tiedconv and its rivals
+ACCURACY = """## Accuracy at equal size: tiedconv and baselines
 
 CIFAR-10 as JPEG files: 45,000 training images, 5,000 held out of them for every choice, 10,000 test
-images. `vit-real` is a ViT that someone else trained on all 50,000 (so its held-out images are no
-news to it); `resnet-narrow` is self-trained on the 45,000
+images. `vit-real` is a ViT that someone else trained on all 50,000 (so its held-out images were seen
+in its training); `resnet-narrow` is self-trained on the 45,000
 (`benchmarks/train_models.py --model resnet-narrow --steps 2500`: 14 epochs of shifts and flips).{about} Each method
-makes a model of at most the budget, in parameters of the whole model (`minivit`, which has no rank_option, of the nearest
+makes a model of at most the budget, in parameters of the whole model (`minivit`, which has no size parameter, of the nearest
 size), and each gets the same
 training: {steps} steps of {batch} images ({images:,} images, reflected shifts and flips), AdamW, the original as teacher
-(temperature {temperature:g}, weight {distill:g}). The learning rate, one of {rates}, and a rival's variant are chosen after
+(temperature {temperature:g}, weight {distill:g}). The learning rate, one of {rates}, and a baseline's variant are chosen after
 {select_steps} steps on {select_images:,} held-out images, at each budget; where the highest was the best,
 0.01 is tried too{untried}. *Converted* is without data, *calibrated* with {calib_images:,} training images without labels, *fine-tuned*
 at the end. *Stored* is parameters, *file* bytes with all that a compact file says of itself (about 20 kB), *FLOPs* those of the dense
 model. Seeds: {seeds}; they decide the order and augmentation of the training images (and random weights, where there are
-any), one calibration serves all. What each rival does, and where it falls short of its paper, is in
-`benchmarks/rivals.py`.
+any), one calibration serves all. What each baseline does, and where it falls short of its paper, is in
+`benchmarks/baselines.py`.
 
     pip install -r benchmarks/accuracy_requirements.txt
     python benchmarks/accuracy.py --data CIFAR10 --vit VIT.safetensors --models MODELS --model vit-real \\
@@ -242,8 +242,8 @@ def accuracy(data: dict[str, Any]) -> str:
 def untried(select: dict[str, Any], highest: float) -> str:
     """For which rows no rate above the grid was tried, though its highest was the best."""
     names = [key for key, found in select.items() if _stops_at(found["held_out"], highest)]
-    told = ", ".join(f"`{name}`" for name in names)
-    return f" (not for {told}: they are older than that rule)" if names else ""
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f" (not for {listed}: they are older than that rule)" if names else ""
 
 
 def _stops_at(scores: dict[str, float], highest: float) -> bool:

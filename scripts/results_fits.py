@@ -11,8 +11,8 @@ from results_folder import comment_on
 
 ABLATION = """## What each part of a calibrated conversion is worth
 
-{model}, top-1 on the 10,000 test images (dense: {dense:.2f} %) and the divergence from the original's answers,
-before any training. Nothing was chosen by these figures. `metric`: what errors are measured by, none
+{model}, top-1 on the 10,000 test images (dense: {dense:.2f} %) and the KL divergence of the outputs from those of the original,
+before any training. Nothing was chosen by these figures. `metric`: how errors are weighted, none
 (plain distance), inputs (whitening) or both sides (inputs and gradients). {images:,} images.
 
     python benchmarks/ablation.py --data CIFAR10 --vit VIT.safetensors --model {model} --params 50%
@@ -73,7 +73,7 @@ def ablation(data: dict[str, Any]) -> str:
             ABLATION.format(
                 model=model, dense=100 * runs["dense"]["top1"], images=runs["images"],
                 tables="\n\n".join(
-                    table((f"setting, at {budget}", "stored", "top-1", "divergence, nats"), found)
+                    table((f"setting, at {budget}", "stored", "top-1", "KL divergence (nats)"), found)
                     for budget, found in rows.items()
                 ),
                 comment=comment_on("ablation"),

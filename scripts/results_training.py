@@ -14,10 +14,10 @@ TRAINING_SPEED = """## Speed of fine-tuning
 {cpu}{gpu}"""
 
 TRAINING_SPEED_CPU = """Time of a step of `tiedconv.training.train`, with all that belongs to it, reading and augmenting the images
-included. Each contender is a process of its own, and they take turns; ratios of CPU
+included. Each candidate is a process of its own, and they take turns; ratios of CPU
 time are taken within a round, median and middle 80 %. *Dense*: the same loop on the dense model. *By hand*: a
 minimal loop on the dense model with the same recipe. `lors` stores half of the parameters. {device}, {threads}
-thread, float32, torch {torch}. The machine is shared. At 224 px contenders keep the memory that a step frees: without, up to
+thread, float32, torch {torch}. The machine is shared. At 224 px candidates keep the memory that a step frees: without, up to
 a fifth of a ResNet's step went into page faults by luck, whatever the loop, as in the rows of 96 px.
 
     python benchmarks/training_speed.py --size 224 --rounds 3 --groups 2
@@ -25,7 +25,7 @@ a fifth of a ResNet's step went into page faults by luck, whatever the loop, as 
 {table}
 
 Aims, at the usual size: tied at most 1.03 and `lors` 1.10 of dense, dense and tied 1.05 of the loop by hand. Images of 96
-px have few tokens, so what is done for each weight weighs more: `lors` makes its weights anew in each step.
+px have few tokens, so what is done for each weight weighs more: `lors` computes its weights in each step.
 """
 
 TRAINING_SPEED_GPU = """On {device} in bfloat16, random bytes, torch {torch}:
@@ -65,7 +65,7 @@ EPOCH = """### A whole epoch: {model}
 {comment}
 """
 
-PROGRESSIVE = """## Blend the original out
+PROGRESSIVE = """## Progressive fine-tuning: blending with the original
 
 {model}, `{scheme}` at {params} of its parameters without any image: {before:.2f} % before, the original {dense:.2f} %. Then
 {steps} steps of {batch}, all else as in the recipe above; `progressive` begins at the original and fades it out over this share of
@@ -82,7 +82,7 @@ the steps. Seeds {seeds}: mean, and range in brackets.
 
 BORDERS = """## What moves into a shifted image
 
-The batch norms of the {model} got their statistics anew from {batches} batches of {batch} training images; no weight
+The batch norms of the {model} had their statistics re-estimated from {batches} batches of {batch} training images; no weight
 changed. Top-1 on {test_images:,} test images, mean and range over {seeds} draws; `stored`: with the statistics of the file.
 
     python benchmarks/borders.py --data CIFAR10 --models MODELS

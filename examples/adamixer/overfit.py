@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--annotations", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--heal", type=int, default=30, help="steps after the conversion")
+    parser.add_argument("--finetune-steps", type=int, default=30, help="steps after the conversion")
     parser.add_argument("--heads", type=Path, default=".data/adamixer-heads", help=KEEP)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -71,7 +71,7 @@ def main() -> None:
     record = {
         "setting": SMALL, "photos": [p.number for p in photos], "steps": args.steps,
         "torch": str(torch.__version__), "runs": runs,
-        "starts": compare_starts(heads["stock"], maps, photos, args.heal, args.rate),
+        "starts": compare_starts(heads["stock"], maps, photos, args.finetune_steps, args.rate),
     }  # fmt: skip
     args.result.parent.mkdir(exist_ok=True, parents=True)
     args.result.write_text(json.dumps(record, indent=1) + "\n")

@@ -64,7 +64,7 @@ def main() -> None:
     args.result.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def contender(name: str) -> Decoder:
+def candidate(name: str) -> Decoder:
     """A decoder by name, in evaluation mode."""
     torch.manual_seed(0)
     made = Decoder(STOCK if name == "stock" else LORS)
@@ -107,8 +107,8 @@ def seconds(decoder: Decoder, size: int) -> float:
 
 
 def times(size: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median time of each contender and its ratio to stock, with quartiles."""
-    decoders = {name: contender(name) for name in NAMES}
+    """Median time of each candidate and its ratio to stock, with quartiles."""
+    decoders = {name: candidate(name) for name in NAMES}
     turns: list[dict[str, float]] = []
     for _ in range(rounds + 1):
         order = random.sample(NAMES, len(NAMES))
@@ -127,14 +127,14 @@ def times(size: int, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def memory(size: int) -> dict[str, int]:
-    """Peak memory of each contender, loaded from a file in a process of its own, in bytes.
+    """Peak memory of each candidate, loaded from a file in a process of its own, in bytes.
 
     From a file, since a conversion has the dense weights in memory too.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.safetensors" for name in NAMES[:3]}
         for name, file in files.items():
-            decoder = contender(name)
+            decoder = candidate(name)
             if name == "lors":
                 tiedconv.save(decoder, file)
             else:

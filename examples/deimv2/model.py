@@ -40,7 +40,7 @@ EPS = 1e-5  # of the encoder's norms
 
 
 class FirstPosition(Deimv2MLP):
-    """A position embedding that stays what it was at its first call, until it is told to forget."""
+    """A position embedding that stays what it was at its first call, until it is reset."""
 
     first: Tensor | None = None
 

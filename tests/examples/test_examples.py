@@ -50,21 +50,21 @@ def test_your_own_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
-def test_heal_on_your_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_on_your_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("timm")
     write_images(tmp_path / "images")
     sizes = {**SIZES, "depth": 6}
     model = settle(sources.open_source(SPEC, sizes, "none")[0])
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    file = tmp_path / "healed.safetensors"
+    file = tmp_path / "finetuned.safetensors"
     arguments: list[object] = [
         tmp_path / "images", "--model", SPEC,
         *(part for k, v in sizes.items() for part in ("--arg", f"{k}={v}")),
         "--weights", tmp_path / "weights.safetensors", "--batch-size", 8, "--workers", 0,
         "--output", file,
     ]  # fmt: skip
-    example("heal_on_your_images").main([str(word) for word in arguments])
-    assert "top-1 before healing" in capsys.readouterr().out
+    example("finetune_on_your_images").main([str(word) for word in arguments])
+    assert "top-1 before fine-tuning" in capsys.readouterr().out
     report = tiedconv.report(file)
     assert report.ratio <= 0.5
     assert report.history[-1]["teacher"] == "weights.safetensors"

@@ -1,6 +1,6 @@
 """Other ways to make a pretrained model small, for the accuracy benchmark.
 
-Written anew from the papers; each falls short of its paper where its docstring says so. All of
+Reimplemented from the papers; each falls short of its paper where its docstring says so. All of
 them meet the budget in parameters of the whole model, and get the training that ours get.
 """
 
@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from healing import Teacher, blocks_of, stored_parameters
+from finetuning import Teacher, blocks_of, stored_parameters
 from models import SIZES, Pixels, ResNet32px, normalised, vit
 from timm.layers.attention import Attention
 from torch import Tensor, nn

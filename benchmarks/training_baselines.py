@@ -82,11 +82,11 @@ def by_hand(
             with torch.no_grad():
                 aim = teacher(images)
             t = config.temperature
-            taught = F.kl_div(
+            distilled = F.kl_div(
                 F.log_softmax(logits / t, -1), F.log_softmax(aim / t, -1),
                 reduction="batchmean", log_target=True,
             )  # fmt: skip
-            loss = (1 - config.distill_weight) * loss + config.distill_weight * t * t * taught
+            loss = (1 - config.distill_weight) * loss + config.distill_weight * t * t * distilled
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -113,7 +113,7 @@ def by_timm(
 
     Args:
         model: as it comes.
-        data: images in memory, uint8; each batch is taken from them anew.
+        data: images in memory, uint8; each batch is drawn from them.
         config: steps, batch size, learning rate, weight decay, clipping, number format.
         device: where to train.
 

@@ -40,17 +40,17 @@ class Teacher:
 
     @torch.no_grad()
     def logits(
-        self, images: Tensor, seed: int, batch: int, step: int, *, anew: bool = False
+        self, images: Tensor, seed: int, batch: int, step: int, *, recompute: bool = False
     ) -> Tensor:
-        """Scores `(n, classes)` for the images that `heal` shows in this step."""
+        """Scores `(n, classes)` for the images that `finetune` shows in this step."""
         key = seed, batch, step
-        if anew or key not in self._kept:
+        if recompute or key not in self._kept:
             with _autocast(images):
                 self._kept[key] = self.model(images).float()
         return self._kept[key]
 
 
-def heal(
+def finetune(
     model: nn.Module,
     teacher: Teacher,
     pixels: Pixels,
@@ -95,7 +95,9 @@ def heal(
                 scores = model(images)
             loss = F.cross_entropy(scores.float(), some.labels) * (1 - distill)
             aims.clear()
-            soft = teacher.logits(images, seed, batch, step, anew=hidden > 0) if distill else None
+            soft = (
+                teacher.logits(images, seed, batch, step, recompute=hidden > 0) if distill else None
+            )
             if soft is not None:
                 loss = loss + distill * _soft_loss(scores.float(), soft, temperature)
             if hidden:
@@ -178,7 +180,7 @@ def _hidden_loss(own: list[Tensor], aims: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, pixels: Pixels, count: int = 20, batch: int = 256) -> bool:
-    """Measure all batch norm statistics anew over training images; False if there are none."""
+    """Re-estimate all batch norm statistics over training images; False if there are none."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return False

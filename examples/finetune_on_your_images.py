@@ -1,6 +1,6 @@
-"""Convert a model, then heal it on your images with the original as teacher.
+"""Convert a model, then fine-tune it on your images with the original as teacher.
 
-    python examples/heal_on_your_images.py FOLDER
+    python examples/finetune_on_your_images.py FOLDER
 
 FOLDER holds train/CLASS/*.jpg and val/CLASS/*.jpg, or class folders directly. For a model of your
 own classes, give its weights: --model timm:NAME --arg num_classes=3 --weights FILE.
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, help="processes that decode images")
-    parser.add_argument("--output", type=Path, default=Path("healed.safetensors"))
+    parser.add_argument("--output", type=Path, default=Path("finetuned.safetensors"))
     options = parser.parse_args(arguments)
 
     # Half of the parameters: one base for all layers, and a low-rank residual for each.
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     done = tiedconv.finetune(
         converted, options.images, options.output, config, teacher=teacher, force=True
     )
-    print(f"top-1 before healing {done.result.top1_before:.2%}, after {done.result.top1:.2%}")
+    print(f"top-1 before fine-tuning {done.result.top1_before:.2%}, after {done.result.top1:.2%}")
 
     # The file knows how its images are prepared, and what was done with it.
     result = tiedconv.evaluate(
