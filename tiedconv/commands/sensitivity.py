@@ -220,7 +220,7 @@ def matrices_of(info: ModelInfo) -> list[Place]:
         raise NothingToConvert(
             "No block of this model is known",
             "There is no matrix to weigh",
-            "Write a family for it (docs/extending.md)",
+            "Write a family for it (docs/contributing.md)",
         )
     return sorted(found, key=lambda p: (order[p.slot.tensor], p.slot.start))
 

@@ -414,5 +414,5 @@ def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToCon
     return NothingToConvert(
         f"Nothing in this model can be converted by this recipe ({wanted})",
         f"Families looked for ({families}); found: {', '.join(saw) or 'none of them'}",
-        "Try --scheme lowrank, widen --include, or write a family for it (docs/extending.md)",
+        "Try --scheme lowrank, widen --include, or write a family for it (docs/contributing.md)",
     )
