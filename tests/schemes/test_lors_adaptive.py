@@ -373,7 +373,7 @@ def test_onnx_applies_the_factors_and_holds_no_generator(
     model = tied(**options)
     plan = state_of(model).plan
     graph, lowered = onnx_graph(copy.deepcopy(model), MICRO.input())
-    assert set(lowered.applied) == set(plan.weights)
+    assert set(lowered.factored) == set(plan.weights)
     held = {n: v.const_value.numpy() for n, v in graph.graph.initializers.items()}
     assert plan.factors.keys() <= held.keys()
     ir.save(graph, tmp_path / "m.onnx")
