@@ -168,8 +168,8 @@ def test_a_plan_that_saves_nothing_says_so() -> None:
 
 def test_a_dry_run_at_a_budget_says_that_ranks_are_not_chosen_yet() -> None:
     result = run("convert", "vit_b_16", "--scheme", "auto", "--params", "30%", "--dry-run")
-    assert "This is a sketch: the budget holds" in result.stdout
-    assert "sketch" not in run("convert", "vit_b_16", "--dry-run").stdout
+    assert "This is an estimate: the budget holds" in result.stdout
+    assert "estimate" not in run("convert", "vit_b_16", "--dry-run").stdout
 
 
 def test_ways_to_save_more_are_each_named_once() -> None:
@@ -328,9 +328,7 @@ def test_finetune_tells_what_it_did(world: World, tmp_path: Path) -> None:
                  "--force", "--teacher", world.weights)  # fmt: skip
     score = tiedconv.report(out).history[-1]["top1_teacher"]
     assert f"teacher {100 * score:.2f} %" in " ".join(plain(taught.stdout).split())
-    assert f"(the teacher's is {100 * score:.2f} %)" in " ".join(
-        plain(run("report", out).stdout).split()
-    )
+    assert f"(teacher: {100 * score:.2f} %)" in " ".join(plain(run("report", out).stdout).split())
     assert "before: top-1" in result.stderr
 
 

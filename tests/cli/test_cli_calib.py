@@ -22,7 +22,7 @@ from cli_helpers import (
 )
 
 import tiedconv
-from tiedconv.calibration import EFFORTS, Effort, config
+from tiedconv.calibration import EFFORTS, Effort, Fitted, config
 from tiedconv.cli import progress
 
 HERE = ["--workers", "0", "--device", "cpu", "-n", 16]
@@ -48,8 +48,8 @@ def test_the_file_and_the_words_tell_of_the_calibration(world: World, tmp_path: 
     output = tmp_path / "c.safetensors"
     text = plain(run(*convert(world, output, "--scheme", "lowrank")).stdout)
     assert "Calibrated on 16 images without labels, effort normal" in text
-    assert "in the measure that the images give" in text
-    assert "16 images, which is few" in plain(run(*convert(world, output, "--force")).stderr)
+    assert "weighted by its effect on the outputs" in text
+    assert "16 images are few" in plain(run(*convert(world, output, "--force")).stderr)
     record = tiedconv.report(output).history[0]["calibration"]
     assert record["images"] == 16
     assert record["effort"] == "normal"
@@ -101,7 +101,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
 
     def interrupted(self: progress.ConvertBar, event: object) -> None:
         tell(self, event)  # type: ignore[arg-type]
-        if isinstance(event, progress.Fitted) and event.index == 0:
+        if isinstance(event, Fitted) and event.index == 0:
             signal.raise_signal(signum)
 
     with monkeypatch.context() as patch:
@@ -117,11 +117,11 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     assert files_of(tmp_path / "cut.safetensors.run") == kept
     result = run(*convert(world, cut, "--scheme", "lowrank", "--resume"))
     assert "blocks.0: relative" not in result.stderr  # it was not fitted again
-    assert "resumed with 1 fit that was kept" in result.stderr
+    assert "resumed with 1 saved fit" in result.stderr
     assert tensors_of(cut) == tensors_of(whole)
     assert files_of(tmp_path) == {"whole.safetensors", "cut.safetensors"}
     again = ("--scheme", "lowrank", "--effort", "fast", "--resume", "--force")
-    assert "begins anew" in run(*convert(world, cut, *again)).stderr
+    assert "starting from the beginning" in run(*convert(world, cut, *again)).stderr
 
 
 def test_where_no_bar_is_drawn_it_is_told_now_and_then_how_far_it_is(

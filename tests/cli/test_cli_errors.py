@@ -291,7 +291,7 @@ def test_fewer_classes_than_outputs_are_told_once(world: World, tmp_path: Path) 
     shutil.copytree(world.data, data)
     for part in ("train", "val"):
         shutil.rmtree(data / part / "red")
-    words = "the data have 2 classes and the model 3: their labels are taken for its first 2"
+    words = "the data have 2 classes and the model 3 outputs"
     assert words in run("evaluate", world.tied, "--data", data, "--workers", 0).stderr
     assert words not in run("evaluate", world.tied, "--data", world.data, "--workers", 0).stderr
     command = ("finetune", world.tied, "--data", data, "-o", tmp_path / "out.safetensors", *QUICK)

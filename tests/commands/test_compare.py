@@ -200,8 +200,8 @@ def test_what_is_printed(world: World) -> None:
     text = plain(result.stdout)
     assert text.splitlines()[1].split() == ["scheme", "60%", "20%"]
     assert "– from" in text
-    assert "at a size of its own" in text
-    assert "lors at 60%: as lors base_rank=0.5, which convert tries by itself." in text
+    assert "of fixed size" in text
+    assert "lors at 60%: as lors base_rank=0.5, chosen automatically." in text
     assert "--scheme auto --params" in result.stderr
     assert f"tiedconv plan {SPEC}" in result.stderr
     assert gc.isenabled()

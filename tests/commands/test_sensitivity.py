@@ -168,7 +168,7 @@ def test_what_is_printed_and_drawn(world: World, tmp_path: Path) -> None:
     result = run(*command, "--measure", "-o", picture)
     text = plain(result.stdout)
     assert "blocks.1.mlp.down" in text
-    assert "Cheapest for each parameter saved: " in text
+    assert "Least sensitive per parameter saved: " in text
     assert "rank correlation" in text
     assert "6 images" in text
     assert result.stderr.endswith(f"Drew {picture}\n")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
-from tiedconv.cli.progress import Bar
-from tiedconv.commands.bench import DENSE, Bench, Measured, Timing, draw, ratio_to_dense
-from tiedconv.commands.bench import bench as run
 from tiedconv.errors import UserError
-from tiedconv.utils.plotting import check_picture
+
+if TYPE_CHECKING:
+    from tiedconv.commands.bench import Bench, Measured, Timing
 
 
 def register(app: typer.Typer) -> None:
@@ -47,6 +46,11 @@ def bench(
     interleaved, so that background load affects all forms equally. A form that can't be measured is
     listed as left out; exit code 1 if nothing could be compared.
     """  # fmt: skip
+    from tiedconv.cli.progress import Bar
+    from tiedconv.commands.bench import bench as run
+    from tiedconv.commands.bench import draw
+    from tiedconv.utils.plotting import check_picture
+
     batches = _sizes(batch)
     names = [name.strip() for name in runtime.split(",") if name.strip()]
     if output is not None:
@@ -94,6 +98,8 @@ def _show(found: Bench) -> None:
 
 
 def _row(row: Measured, found: Bench) -> list[str]:
+    from tiedconv.commands.bench import DENSE, ratio_to_dense
+
     load = f"{row.load_seconds:.2f} s"
     memory = render.size(row.held_bytes)
     ratios = [ratio_to_dense(row, found, what) for what in ("load_seconds", "held_bytes")]

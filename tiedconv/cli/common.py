@@ -1,19 +1,25 @@
-"""What commands share: errors to exit codes, common options, JSON."""
+"""What commands share: errors to exit codes, common options, JSON.
+
+Nothing in this folder imports torch when it is imported: help, completion and a mistyped command
+need the signatures of the commands alone. What does the work is imported when a command runs.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import json
 import logging
-import math
+import pkgutil
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -22,44 +28,56 @@ from rich.text import Text
 
 from tiedconv.cli import render
 from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError
-from tiedconv.io.json_text import json_ready
-from tiedconv.sources import Preprocess, parse_model_args
-from tiedconv.training import rank_in_environment, sigterm_as_keyboard_interrupt
-
-P = ParamSpec("P")
 
 IMAGES = "Images"
-"""The part of a command's help that tells how images are chosen and prepared."""
+"""The part of a command's help on how images are chosen and prepared."""
 
 
-def option_in(panel: str, help: str, *names: str, metavar: str | None = None) -> Any:
-    """An option that stands in this part of the help; named after its variable if no name is."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+def option_in(
+    panel: str, help: str, *names: str, metavar: str | None = None, min: int | None = None
+) -> Any:
+    """An option in this part of the help; if no name is given, named after its variable."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, min=min)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON on standard output.")]
+def names_in(folder: str) -> list[str]:
+    """Names of the schemes or formats of a folder: one module each, and none is imported."""
+    path = Path(__file__).parents[1] / folder
+    modules = (m.name for m in pkgutil.iter_modules([str(path)]))
+    return sorted(name.replace("_", "-") for name in modules if not name.startswith("_"))
+
+
+CALIBRATION = "Calibration"
+"""The part of a command's help on the images that a model is calibrated on."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
-ForceAnew = Annotated[
+ForceRestart = Annotated[
     bool,
     typer.Option(
         "--force",
-        help="Replace the output if it exists, and begin anew where a run was interrupted.",
+        help="Replace the output if it exists, and discard the state of an interrupted run.",
     ),
 ]
 TrustCode = Annotated[
     bool,
     typer.Option(
-        "--trust-code", help="Let the file name a package.module:function that builds its model."
+        "--trust-code",
+        help="Allow a file to import and call the package.module:function that builds its model.",
     ),
+]
+AllGroups = Annotated[
+    bool,
+    typer.Option("--all-groups", help="One row per group, instead of one per kind of group."),
 ]
 Model = Annotated[
     str,
     typer.Argument(
-        help="resnet50, vit_b_16, ... of torchvision; timm:NAME; hf:NAME or hf:FOLDER; "
+        help="A torchvision model (resnet50, vit_b_16, ...); timm:NAME; hf:NAME or hf:FOLDER; "
         "package.module:function."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of random weights, and of which images are taken.")]
+Seed = Annotated[int, typer.Option(help="Seed of random weights and of the choice of images.")]
 ModelArg = Annotated[
     list[str] | None,
     typer.Option(
@@ -71,13 +89,14 @@ ModelArg = Annotated[
 Weights = Annotated[
     str,
     typer.Option(
-        help="[b]default[/b] (the published ones), [b]none[/b] (random), or a file: "
-        ".safetensors, .safetensors.index.json, or a .pth that holds tensors alone.",
+        help="[b]default[/b] (the published weights), [b]none[/b] (random), or a file: "
+        ".safetensors, .safetensors.index.json, or a .pth that contains only tensors.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Workers = Annotated[
-    int | None, typer.Option(help="DistContext that decode images; chosen if not given.", min=0)
+    int | None,
+    typer.Option(help="Processes that decode images; chosen automatically if not given.", min=0),
 ]
 Data = Annotated[
     str,
@@ -86,98 +105,114 @@ Data = Annotated[
         help="A folder with train/ and val/ (or test/) of class folders, or class folders "
         "directly; tar shards: a folder of them, or a pattern such as "
         "'train-{000000..000147}.tar'; or hf:NAME, hf:NAME:CONFIG or hf:FOLDER. For a detector: "
-        "a folder in COCO's form.",
+        "a folder in COCO format.",
     ),
 ]
-Calib = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="IMAGES",
-        help="A folder of images, with or without classes, or shards or hf:NAME as for finetune: "
-        "convert by what the model does to them. No label is looked at.",
-    ),
-]
-CalibImages = Annotated[
-    int, typer.Option("-n", "--calib-images", help="At most so many of them.", min=2)
-]
+CALIB_SOURCES = "A folder of images, with or without class folders, tar shards, or hf:NAME."
 Task = Annotated[
     str,
-    option_in(IMAGES, "classification, detection, or [b]auto[/b]: what the data are for."),
+    option_in(IMAGES, "classification, detection, or [b]auto[/b] (from the data's annotations)."),
 ]
 Limit = Annotated[
-    int | None, option_in(IMAGES, "At most so many images, spread evenly over the classes.")
+    int | None, option_in(IMAGES, "Maximum number of images, spread evenly over the classes.")
 ]
 Strict = Annotated[
     bool,
     typer.Option(
-        "--strict", help="A broken image is an error; else it is skipped, counted.",
+        "--strict", help="Stop at an unreadable image; by default it is skipped and counted.",
         rich_help_panel=IMAGES,
     ),
 ]  # fmt: skip
-ImageSize = Annotated[
-    int | None, typer.Option(help="Side of the input in pixels.", min=1, rich_help_panel=IMAGES)
-]
-Resize = Annotated[
-    int | None,
-    typer.Option(
-        help="Shorter side before the centre crop; 0 for no crop.", min=0, rich_help_panel=IMAGES
-    ),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        metavar="R,G,B", help="Mean of each channel, 0 to 1.", rich_help_panel=IMAGES
-    ),
-]  # fmt: skip
-Std = Annotated[
-    str | None,
-    typer.Option(
-        metavar="R,G,B", help="Standard deviation of each channel.", rich_help_panel=IMAGES
-    ),
-]  # fmt: skip
-Interpolation = Annotated[str | None, option_in(IMAGES, "bilinear or bicubic.")]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
-def guarded(function: Callable[P, None]) -> Callable[P, None]:
-    """A command whose known errors become one line on standard error and an exit code."""
+def guarded(function: Callable[..., None]) -> Callable[..., None]:
+    """A command as Typer is to see it.
+
+    Its known errors become one line on standard error and an exit code. Each parameter that is a
+    dataclass of options becomes one option for each field of it.
+    """
 
     @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(**options: Any) -> None:
+        # Imported within: torch takes seconds, in which Ctrl-C is to leave no traceback either.
         try:
-            with sigterm_as_keyboard_interrupt(), _heard():
-                function(*args, **kwargs)
+            from tiedconv.training import sigterm_as_keyboard_interrupt
+
+            with sigterm_as_keyboard_interrupt(), _log_as_hints():
+                function(**_grouped(groups, options))
         except TiedconvError as error:
-            # Of several processes all find what is wrong with a command, and one says it.
-            rank = rank_in_environment()
-            if rank == 0 or not isinstance(error, UserError | CheckpointError | OutputError):
-                who = f" (process {rank})" if rank else ""
-                # Through typer.echo rather than Rich: one line, neither wrapped nor marked up.
-                code = typer.style(f"[{error.code}]", dim=True)
-                typer.echo(f"error{who}: {error} {code}", err=True)
-            else:
-                time.sleep(2)  # a launcher ends all when one ends, so let the first say it
+            _print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as interrupt:
-            if rank_in_environment() == 0:
+            if _rank() == 0:
                 typer.echo("Interrupted. Nothing half-written was left behind.", err=True)
             raise typer.Exit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None
 
+    signature = inspect.signature(function, eval_str=True)
+    parameters = signature.parameters.values()
+    groups = {p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)}
+    flat = [option for p in parameters for option in _options_of(p)]
+    run.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in flat}
     return run
 
 
+def _options_of(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """The parameter, or one for each field of its dataclass, with the defaults given for it."""
+    kind = parameter.annotation
+    if not dataclasses.is_dataclass(kind):
+        return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+    hints, empty = get_type_hints(kind, include_extras=True), inspect.Parameter.empty
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(kind if parameter.default is empty else parameter.default, field.name),
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(kind)
+    ]
+
+
+def _grouped(groups: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a command, its dataclasses filled from Typer's options."""
+    for name, kind in groups.items():
+        values = {field.name: options.pop(field.name) for field in dataclasses.fields(kind)}
+        options[name] = kind(**values)
+    return options
+
+
+def _rank() -> int:
+    from tiedconv.training import rank_in_environment
+
+    return rank_in_environment()
+
+
+def _print_error(error: TiedconvError) -> None:
+    """One line with the error's code. Of several processes, the first one prints it."""
+    rank = _rank()
+    if rank == 0 or not isinstance(error, UserError | CheckpointError | OutputError):
+        who = f" (process {rank})" if rank else ""
+        # Through typer.echo rather than Rich: one line, neither wrapped nor marked up.
+        code = typer.style(f"[{error.code}]", dim=True)
+        typer.echo(f"error{who}: {error} {code}", err=True)
+    else:
+        time.sleep(2)  # a launcher ends all when one ends, so let the first print
+
+
 class _Hints(logging.Handler):
-    """Prints what the library has to say of its work."""
+    """Prints the library's log messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if rank_in_environment() == 0:
+        if _rank() == 0:
             hint(record.getMessage())
 
 
 @contextlib.contextmanager
-def _heard() -> Iterator[None]:
+def _log_as_hints() -> Iterator[None]:
     logger, handler = logging.getLogger("tiedconv"), _Hints()
     before = logger.level
     logger.setLevel(logging.INFO)
@@ -197,8 +232,9 @@ def refuse_without_images(context: typer.Context, *options: str) -> None:
         if source is not None and source.name == "COMMANDLINE":
             raise UserError(
                 f"{parameter.opts[-1]} was given without --calib",
-                "It says what is done with images, and there are none",
+                "It has no effect without calibration images",
                 "Add --calib IMAGES, or leave it out",
+                code="needs-calib",
             )
 
 
@@ -250,63 +286,14 @@ def show_groups(rows: Sequence[render.Row], title: str = "") -> None:
 
 
 def print_json(data: Any) -> None:
-    """Figures as JSON; dataclasses become objects, and what is no finite number null."""
+    """Figures as JSON; dataclasses become objects, NaN and infinities null."""
+    from tiedconv.io.json_text import json_ready
+
     typer.echo(json.dumps(json_ready(data), indent=2, allow_nan=False))
 
 
 def model_args(pairs: Sequence[str] | None) -> dict[str, Any]:
     """`["img_size=32"]` to `{"img_size": 32}`."""
+    from tiedconv.sources import parse_model_args
+
     return dict(parse_model_args(pairs or []))
-
-
-def preprocess_change(
-    image_size: int | None,
-    resize: int | None,
-    mean: str | None,
-    std: str | None,
-    interpolation: str | None,
-) -> Callable[[Preprocess], Preprocess] | None:
-    """What the image options change of a model's own preprocessing; None if nothing."""
-    if all(option is None for option in (image_size, resize, mean, std, interpolation)):
-        return None
-    means, stds = _numbers("--mean", mean), _numbers("--std", std)
-    if interpolation not in (None, "bilinear", "bicubic"):
-        raise UserError(
-            f"--interpolation {interpolation} is unknown", hint="Use bilinear or bicubic"
-        )
-
-    def change(own: Preprocess) -> Preprocess:
-        own = own.scaled_to(image_size)
-        mean_, std_ = means or own.mean, stds or own.std
-        channels = max(len(mean_), len(std_))  # one number stands for all channels
-        return Preprocess(
-            own.size,
-            own.resize if resize is None else (resize or None),
-            mean_ * channels if len(mean_) == 1 else mean_,
-            std_ * channels if len(std_) == 1 else std_,
-            interpolation or own.interpolation,
-        )
-
-    return change
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
-        raise UserError(
-            f"{option} {text!r} is not one number for each channel",
-            hint=f"Write it as {option} 0.485,0.456,0.406",
-        )
-    least = min(values)
-    if max(values) > 1 or least < 0 or (option == "--std" and least == 0):
-        raise UserError(
-            f"{option} {text} is not between 0 and 1",
-            "Pixels are numbers from 0 to 1",
-            "Divide figures that are meant for 0 to 255 by 255" if max(values) > 1 else "",
-        )
-    return values

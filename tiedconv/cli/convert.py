@@ -5,27 +5,31 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tiedconv.calibration import CalibConfig
 from tiedconv.cli import common, render
-from tiedconv.cli.common import hint, say
-from tiedconv.cli.progress import ConvertBar
-from tiedconv.commands.convert import Conversion, convert_file
-from tiedconv.commands.report import plan_report, report
-from tiedconv.conversion.calibrate import Calibration
+from tiedconv.cli.common import CALIBRATION, hint, option_in, say
+from tiedconv.cli.option_groups import CalibOptions, ImageOptions
 from tiedconv.errors import UserError
-from tiedconv.io.run_dir import RunDir
-from tiedconv.planning.recipe import Budget, Recipe, Rule
-from tiedconv.schemes import all_schemes
+
+if TYPE_CHECKING:
+    from tiedconv.commands.convert import Conversion
+    from tiedconv.commands.report import Report
+    from tiedconv.conversion.calibrate import Calibration
+    from tiedconv.planning.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(common.guarded(convert))
 
+
+BATCH_SIZE = 64
+"""The default of `CalibConfig`, which can't be imported without torch."""
+
+CALIB_OPTIONS = CalibOptions(calib_images=1024)
 
 FEW_IMAGES = 100
 """By benchmarks/calib_images.py: 128 are within half a point of 2,048, and 32 lose two or more."""
@@ -34,40 +38,39 @@ FEW_IMAGES = 100
 def convert(
     context: typer.Context,
     model: common.Model,
+    *,
     scheme: Annotated[
-        str | None, typer.Option(help=f"{', '.join(all_schemes())}; tied if not given.")
+        str | None, typer.Option(help=f"{', '.join(common.names_in('schemes'))}; default tied.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--output", help="The file to write; if not given, MODEL-SCHEME.safetensors."
-        ),
+        typer.Option("-o", "--output", help="The file to write; default MODEL-SCHEME.safetensors."),
     ] = None,
     params: Annotated[
         str | None,
-        typer.Option(metavar="BUDGET", help="Choose ranks to store 50% of the parameters, or 12M."),
+        typer.Option(metavar="BUDGET", help="Choose ranks to fit a parameter budget: 50% or 12M."),
     ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
-            help="Rank of the residuals (of lowrank: of the matrix): 16, or a share of its "
-            "parameters such as 0.2. --params chooses it."
+            help="Rank of the residuals (for lowrank: of the matrices): an integer such as 16, or "
+            "a fraction of each matrix's parameters such as 0.2. --params chooses it."
         ),
     ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="An option of the scheme, such as groups=all (docs/schemes.md). Repeatable.",
+            help="A scheme option, such as groups=all (see docs/schemes.md). Repeatable.",
         ),
     ] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Only tensors whose name matches. Repeatable."),
+        typer.Option(metavar="GLOB", help="Convert only tensors whose name matches. Repeatable."),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="No tensor whose name matches. Repeatable."),
+        typer.Option(metavar="GLOB", help="Convert no tensor whose name matches. Repeatable."),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE.toml", help="Rules and budget from a file.")
@@ -78,58 +81,58 @@ def convert(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the plan; needs no weights. Exact, but for what --params will choose.",
+            help="Print the plan without loading weights. Exact, except for the schemes and ranks "
+            "that --params will choose.",
         ),
     ] = False,
-    all_groups: Annotated[
-        bool, typer.Option("--all-groups", help="A line for each group, not for each kind.")
-    ] = False,
-    image_size: common.ImageSize = None,
-    resize: common.Resize = None,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    interpolation: common.Interpolation = None,
-    calib: common.Calib = None,
-    calib_images: common.CalibImages = 1024,
+    all_groups: common.AllGroups = False,
+    images: ImageOptions,
+    calib: Annotated[
+        Path | None,
+        option_in(
+            CALIBRATION,
+            f"{common.CALIB_SOURCES} Minimise the change of the outputs on them; labels are not "
+            "used.",
+            metavar="IMAGES",
+        ),
+    ] = None,
     effort: Annotated[
         str,
-        typer.Option(
-            help="What is done with the images. [b]fast[/b]: fit in the metric they give. "
-            "[b]normal[/b]: then fit block by block, and the whole. [b]thorough[/b]: longer."
+        option_in(
+            CALIBRATION,
+            "[b]fast[/b]: fit the weights in the error that the images define. [b]normal[/b]: "
+            "then train block by block, and end to end. [b]thorough[/b]: train longer.",
         ),
     ] = "normal",
     batch_size: Annotated[
-        int,
-        typer.Option(min=1, help="Images of [b]--calib[/b] at a time; fewer take less memory."),
-    ] = CalibConfig.batch_size,
+        int, option_in(CALIBRATION, "Images per calibration step; fewer take less memory.", min=1)
+    ] = BATCH_SIZE,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted calibration.")
+        bool, option_in(CALIBRATION, "Resume an interrupted calibration.", "--resume")
     ] = False,
-    strict: common.Strict = False,
-    device: common.Device = "auto",
-    workers: common.Workers = None,
-    seed: common.Seed = 0,
-    force: common.ForceAnew = False,
+    options: CalibOptions = CALIB_OPTIONS,
+    force: common.ForceRestart = False,
     json_: common.Json = False,
 ) -> None:
-    """Rewrite a pretrained model so that far fewer numbers are stored.
+    """Convert a pretrained model to a compact file that stores far fewer parameters.
 
-    It loads the model, plans what is shared, fits it to the weights, and writes one compact,
-    self-describing file. With [b]--calib[/b] the result works at once; without images it may
-    not. Heal it afterwards with [b]tiedconv finetune[/b].
+    Weights are shared between layers as the scheme describes, and fitted to the original ones.
+    With [b]--calib[/b] the result is usually accurate without training; without images it may
+    need [b]tiedconv finetune[/b] to be of use.
     """
+    from tiedconv.cli.progress import ConvertBar
+
     if calib is None:
         common.refuse_without_images(
             context, "calib_images", "effort", "batch_size", "resume", "strict"
         )
     wanted = make_recipe(scheme, params, rank, option, include, exclude, recipe)
-    change = common.preprocess_change(image_size, resize, mean, std, interpolation)
+    change = images.change()
     with ConvertBar("fitting") as bar:
         given: Calibration | None = None
         if calib is not None:
-            config = CalibConfig(effort=effort, batch_size=batch_size, seed=seed)
-            given = Calibration(
-                calib, calib_images, config, device, workers, strict, resume=resume, on_event=bar
+            given = options.calibration(
+                calib, bar, resume=resume, effort=effort, batch_size=batch_size
             )
         target = None if dry_run else (output or default_output(model, wanted))
         done = _interruptible(
@@ -140,7 +143,7 @@ def convert(
             model_args=common.model_args(model_arg),
             preprocess=change,
             force=force,
-            seed=seed,
+            seed=options.seed,
             command=common.command_line(),
             calib=given,
             on_group=bar.groups,
@@ -154,15 +157,18 @@ def convert(
 def _interruptible(
     model: str, recipe: Recipe, output: Path | None, calib: Calibration | None, **options: Any
 ) -> Conversion:  # fmt: skip
-    """`convert_file`, with word of what an interruption leaves behind and a resume finds."""
+    """`convert_file`, which also reports what an interruption keeps and a resume finds."""
+    from tiedconv.commands.convert import convert_file
+    from tiedconv.io.run_dir import RunDir
+
     kept = None if output is None else RunDir.beside(output)
     if kept is not None and calib is not None and calib.resume and not kept.kept():
-        hint(f"Nothing is kept in {kept.path}: the calibration begins anew.")
+        hint(f"No interrupted calibration in {kept.path}: starting from the beginning.")
     try:
         return convert_file(model, recipe, output, calib=calib, **options)
     except KeyboardInterrupt:
         if kept is not None and kept.kept():
-            hint("What is done is kept: the same command with --resume goes on.")
+            hint("Finished blocks are kept: run the same command with --resume to continue.")
         raise
 
 
@@ -184,13 +190,16 @@ def make_recipe(
     exclude: list[str] | None,
     file: Path | None,
 ) -> Recipe:
-    """The recipe that the options say; a budget may be added to a file's."""
+    """The recipe that the options describe; a budget may be added to that of a file."""
+    from tiedconv.planning.recipe import Budget, Recipe, Rule
+
     if file is not None:
         if scheme or rank or option or include or exclude:
             raise UserError(
                 "A recipe file and --scheme, --rank, --option, --include or --exclude were given",
                 "They would contradict each other",
                 "Write them into the file's rules",
+                code="recipe-and-options",
             )
         read = Recipe.from_toml(file)
         return read if params is None else Recipe(read.rules, Budget(params)).asked()
@@ -205,7 +214,9 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UserError(
-                f"--option {pair!r} has no value", hint="Write it as --option groups=all"
+                f"--option {pair!r} has no value",
+                hint="Write it as --option groups=all",
+                code="option-without-value",
             )
         options[name] = _value(value)
     return options
@@ -215,22 +226,29 @@ def _rank(text: str) -> Any:
     rank = _value(text)
     if isinstance(rank, float) and rank > 1:
         raise UserError(
-            f"--rank {text} is neither a whole number nor a share below 1",
-            hint="Write it as --rank 16, or as --rank 0.2 for a share of each matrix",
+            f"--rank {text} is neither an integer nor a fraction in (0, 1)",
+            hint="Write it as --rank 16, or as --rank 0.2 for a fraction of each matrix",
+            code="invalid-rank",
         )
     return rank
 
 
 def _value(text: str) -> Any:
-    """A number, truth or list where the text is one, else the text."""
+    """A JSON number, boolean or list, or else the text itself."""
     try:
         return json.loads(f"[{text}]" if "," in text and not text.startswith("[") else text)
     except json.JSONDecodeError:
         return text
 
 
+def _report(done: Conversion) -> Report:
+    from tiedconv.commands.report import plan_report, report
+
+    return report(done.path) if done.path else plan_report(done.plan, done.spec)
+
+
 def _figures(done: Conversion) -> dict[str, Any]:
-    figures = report(done.path) if done.path else plan_report(done.plan, done.spec)
+    figures = _report(done)
     return {
         "model": done.spec,
         "output": done.path,
@@ -246,7 +264,7 @@ def _figures(done: Conversion) -> dict[str, Any]:
 
 
 def _show(done: Conversion, *, each: bool, budget: bool) -> None:
-    figures = report(done.path) if done.path else plan_report(done.plan, done.spec)
+    figures = _report(done)
     rows = [*render.group_rows(figures, each=each), render.kept_row(figures)]
     common.show_groups([*rows, render.total_row(figures)])
     saved = 1 - figures.ratio
@@ -260,8 +278,8 @@ def _show(done: Conversion, *, each: bool, budget: bool) -> None:
     say(render.LEGEND)
     if budget and not done.path:
         say(
-            "This is a sketch: the budget holds, but schemes and ranks are chosen by the weights, "
-            "and by the images of --calib. Here each group has an even share."
+            "This is an estimate: the budget holds, but schemes and ranks depend on the weights, "
+            "and on the images of --calib. Here each group is given the same ratio."
         )
     if done.path:
         say(render.FIT_ERROR_ON_IMAGES if done.calibration else render.FIT_ERROR)
@@ -269,17 +287,17 @@ def _show(done: Conversion, *, each: bool, budget: bool) -> None:
         say(render.calibrated(done.calibration))
         if done.calibration["images"] < FEW_IMAGES:
             hint(
-                f"{render.counted(done.calibration['images'], 'image')}, which is few: --effort "
-                f"fast wants some {FEW_IMAGES}, normal ten times as many. They need no labels."
+                f"{render.counted(done.calibration['images'], 'image')} are few: use about "
+                f"{FEW_IMAGES} for --effort fast, 1,000 for normal. They need no labels."
             )
     if done.ways:
-        say("\nWhat would save more (the less is stored, the more healing it needs):")
+        say("\nSmaller options (need more fine-tuning):")
         for how, stored in done.ways:
             say(f"  {stored:>13,}  {render.percent(stored / figures.original):>6}  {how}")
         if any("lors" in how and stored < 0.5 * figures.original for how, stored in done.ways):
-            say("  Or let ranks fill a budget: --scheme lors --params 50%")
+            say("  Or choose ranks for a budget: --scheme lors --params 50%")
     if done.path:
         say(f"Wrote {done.path} ({render.size(done.size)}, fitted in {done.seconds:.1f} s).")
-        hint(f"Next: tiedconv finetune {done.path} --data IMAGES -o healed.safetensors")
+        hint(f"Next: tiedconv finetune {done.path} --data IMAGES -o finetuned.safetensors")
     else:
         hint("Nothing was written: this was a dry run.")

@@ -9,8 +9,6 @@ import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
-from tiedconv.cli.progress import Bar
-from tiedconv.commands.demo import run_demo
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +31,9 @@ def demo(
     Trains a small ViT and a small bottleneck ResNet, converts each with tied and lors, heals
     them with the dense model as teacher, and writes the files, a table and a picture.
     """
+    from tiedconv.cli.progress import Bar
+    from tiedconv.commands.demo import run_demo
+
     with Bar("demo") as bar:
 
         def on_stage(done: int, total: int, what: str) -> None:

@@ -9,8 +9,7 @@ import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import say
-from tiedconv.cli.progress import TrainingBar
-from tiedconv.commands.evaluate import evaluate as run
+from tiedconv.cli.option_groups import ImageOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -21,16 +20,13 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compact file, or a model such as resnet50.")],
     data: common.Data,
+    *,
     weights: common.Weights = "default",
     model_arg: common.ModelArg = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     task: common.Task = "auto",
     limit: common.Limit = None,
-    image_size: common.ImageSize = None,
-    resize: common.Resize = None,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    interpolation: common.Interpolation = None,
+    images: ImageOptions,
     device: common.Device = "auto",
     workers: common.Workers = None,
     strict: common.Strict = False,
@@ -38,7 +34,10 @@ def evaluate(
     json_: common.Json = False,
 ) -> None:
     """Measure top-1 and top-5 accuracy on labelled images, or a detector's average precision."""
-    change = common.preprocess_change(image_size, resize, mean, std, interpolation)
+    from tiedconv.cli.progress import TrainingBar
+    from tiedconv.commands.evaluate import evaluate as run
+
+    change = images.change()
     with TrainingBar("evaluating") as bar:
         done = run(
             model, data, weights=weights, model_args=common.model_args(model_arg),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import say
-from tiedconv.commands.export import Exported
-from tiedconv.commands.export import export as run
-from tiedconv.exporters import DTYPES, LOWERINGS, all_formats
+
+if TYPE_CHECKING:
+    from tiedconv.commands.export import Exported
 
 
 def register(app: typer.Typer) -> None:
@@ -27,15 +27,20 @@ def export(
     ],
     to: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(all_formats())}; by default, by the extension."),
+        typer.Option(
+            help=f"{', '.join(common.names_in('exporters'))}; by default, by the extension."
+        ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help=f"Dtype of stored matrices and kernels: {', '.join(DTYPES)}.")
+        str,
+        typer.Option(
+            help="Dtype of stored matrices and kernels: float32, float16, bfloat16, int8."
+        ),
     ] = "float32",
     lower: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(LOWERINGS)}: for ONNX, apply factors one by one where that is as "
+            help="auto, always, never: for ONNX, apply factors one by one where that is as "
             "fast, wherever possible (least memory), or nowhere."
         ),
     ] = "auto",
@@ -51,6 +56,8 @@ def export(
     the output says "Not checked" and why. The dense form is the plain state dict of the original
     class, at the original's size.
     """
+    from tiedconv.commands.export import export as run
+
     done = run(
         file, output, to, dtype=dtype, lower=lower, opset=opset, trust_code=trust_code, force=force
     )

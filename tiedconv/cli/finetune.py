@@ -6,33 +6,27 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiedconv.cli import common, render, training_logs
+from tiedconv.cli import common, render
 from tiedconv.cli.common import hint, say
-from tiedconv.cli.progress import TrainingBar
-from tiedconv.commands.finetune import Finetuned, FinetuneRequest, run
-from tiedconv.commands.finetune import dry_run as forecast
-from tiedconv.data import AUGMENTS
+from tiedconv.cli.option_groups import ImageOptions
 from tiedconv.errors import UserError
-from tiedconv.io.json_text import json_ready
-from tiedconv.io.run_dir import RunDir
-from tiedconv.training import (
-    METRIC_TITLES,
-    Event,
-    Forecast,
-    OnEvent,
-    TrainConfig,
-    rank_in_environment,
-)
+
+if TYPE_CHECKING:
+    from tiedconv.commands.finetune import Finetuned
+    from tiedconv.training import Event, Forecast, OnEvent, TrainConfig
+
+AUGMENTS = "none, flip, shift, crop, randaugment, trivialaugment"
 
 # Options by panel of the help.
 _schedule = functools.partial(common.option_in, "Schedule")
 _loss = functools.partial(common.option_in, "Loss")
 _augmentation = functools.partial(common.option_in, "Augmentation")
 _images = functools.partial(common.option_in, common.IMAGES)
+_logging = functools.partial(common.option_in, "Logging")
 
 
 def register(app: typer.Typer) -> None:
@@ -43,6 +37,7 @@ def register(app: typer.Typer) -> None:
 def finetune(
     file: Annotated[Path, typer.Argument(help="A compact file that tiedconv wrote.")],
     data: common.Data,
+    *,
     output: Annotated[Path, typer.Option("-o", "--output", help="The compact file to write.")],
     epochs: Annotated[
         float | None, _schedule("Passes over the training images; 1 if not given.")
@@ -98,7 +93,7 @@ def finetune(
         float, _loss("Weight of feature distillation (outputs of the blocks); 0 for none.")
     ] = 0.0,
     label_smoothing: Annotated[float, _loss("Label smoothing, 0 to 1.")] = 0.0,
-    augment: Annotated[str, _augmentation(f"{', '.join(AUGMENTS)}.")] = "crop",
+    augment: Annotated[str, _augmentation(f"{AUGMENTS}.")] = "crop",
     erasing: Annotated[float, _augmentation("Probability of random erasing, 0 to 1.")] = 0.0,
     mixup: Annotated[float, _augmentation("Alpha of MixUp, such as 0.8; 0 for none.")] = 0.0,
     cutmix: Annotated[float, _augmentation("Alpha of CutMix, such as 1; 0 for none.")] = 0.0,
@@ -113,11 +108,7 @@ def finetune(
             "--unlabelled", help="Ignore labels: with --distill 1, any folders of images will do."
         ),
     ] = False,
-    image_size: common.ImageSize = None,
-    resize: common.Resize = None,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    interpolation: common.Interpolation = None,
+    images: ImageOptions,
     accumulate: Annotated[
         int, typer.Option(help="Gradient-accumulation micro-batches per step.")
     ] = 1,
@@ -132,10 +123,22 @@ def finetune(
         float, typer.Option(help="Minutes between two checkpoints.")
     ] = 10.0,
     keep: Annotated[int, typer.Option(help="Number of checkpoints to keep.")] = 2,
-    log: training_logs.Log = None,
-    tensorboard: training_logs.Board = None,
-    picture: training_logs.Picture = None,
-    no_picture: training_logs.NoPicture = False,
+    log: Annotated[
+        Path | None,
+        _logging(
+            "A log to write: one JSON object per line. --resume appends to it.",
+            # torchrun takes --log, wherever it stands, for one of its own options, cut short.
+            "--log",
+            "--log-file",
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, _logging("A folder for TensorBoard.", metavar="DIR")
+    ] = None,
+    picture: Annotated[
+        Path | None, _logging("A plot of loss and accuracy; default OUTPUT.training.png.")
+    ] = None,
+    no_picture: Annotated[bool, _logging("Draw no plot.", "--no-picture")] = False,
     device: common.Device = "auto",
     workers: common.Workers = None,
     seed: Annotated[
@@ -150,7 +153,7 @@ def finetune(
     ] = False,
     strict: common.Strict = False,
     trust_code: common.TrustCode = False,
-    force: common.ForceAnew = False,
+    force: common.ForceRestart = False,
     json_: common.Json = False,
 ) -> None:
     """Fine-tune a compact model by distilling the original.
@@ -158,6 +161,13 @@ def finetune(
     Stored tensors are trained, so ties hold by construction. [b]--resume[/b] continues an
     interrupted run. On several GPUs: torchrun --nproc-per-node 8 -m tiedconv finetune ...
     """
+    from tiedconv.cli import training_logs
+    from tiedconv.cli.progress import TrainingBar
+    from tiedconv.commands.finetune import FinetuneRequest, run
+    from tiedconv.commands.finetune import dry_run as forecast
+    from tiedconv.io.run_dir import RunDir
+    from tiedconv.training import TrainConfig, rank_in_environment
+
     lengths = {"--epochs": epochs, "--steps": steps, "--time-budget": time_budget}
     given = [name for name, value in lengths.items() if value is not None]
     if len(given) > 1:
@@ -177,10 +187,9 @@ def finetune(
         accumulate=accumulate, amp=amp, sharding=sharding, compile=compile_,
         checkpoint_minutes=checkpoint_minutes, keep=keep,
     )  # fmt: skip
-    change = common.preprocess_change(image_size, resize, mean, std, interpolation)
     request = FinetuneRequest(
-        file, data, config, teacher, change, val_split, limit, unlabelled, task, device, strict,
-        trust_code,
+        file, data, config, teacher, images.change(), val_split, limit, unlabelled, task, device,
+        strict, trust_code,
     )  # fmt: skip
     if dry_run:
         found = forecast(request)
@@ -271,8 +280,12 @@ def show_forecast(found: Forecast, config: TrainConfig, *, json_: bool) -> None:
 def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: bool) -> None:
     """Print the result of a training."""
     if json_:
+        from tiedconv.io.json_text import json_ready
+
         common.print_json({**json_ready(done), **written})
         return
+    from tiedconv.training import METRIC_TITLES
+
     result = done.result
     names = [name for name in result.metrics if name in METRIC_TITLES]
     columns = ("", *(METRIC_TITLES[name] for name in names))

@@ -8,16 +8,18 @@ import gc
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiedconv.calibration import CalibConfig
 from tiedconv.cli import common, render
-from tiedconv.cli.common import hint, say
-from tiedconv.cli.progress import Bar
-from tiedconv.commands.compare import BUDGETS, Cell, Comparison, Fixed, Row, Way, compare
-from tiedconv.conversion.calibrate import Calibration, Event, Measuring
+from tiedconv.cli.common import CALIBRATION, hint, option_in, say
+from tiedconv.cli.option_groups import CalibOptions, ImageOptions
+
+if TYPE_CHECKING:
+    from tiedconv.commands.compare import Cell, Comparison, Fixed, Row, Way
+
+BUDGETS = "70%,50%,30%"
 
 
 def register(app: typer.Typer) -> None:
@@ -28,72 +30,62 @@ def register(app: typer.Typer) -> None:
 def plan(
     context: typer.Context,
     model: common.Model,
+    *,
     params: Annotated[
         str,
         typer.Option(metavar="BUDGETS", help="Budgets to compare, such as 70%,50%,30% or 40M,20M."),
-    ] = ",".join(BUDGETS),
+    ] = BUDGETS,
     calib: Annotated[
         Path | None,
-        typer.Option(
+        option_in(
+            CALIBRATION,
+            f"{common.CALIB_SOURCES} Estimate the KL divergence of the outputs for each scheme and "
+            "budget. Needs weights.",
             metavar="IMAGES",
-            help="A folder of images, with or without classes, or shards or hf:NAME: estimate by "
-            "them how far each cell's answers stray from the original's. Needs weights.",
         ),
     ] = None,
-    calib_images: common.CalibImages = 256,
     weights: common.Weights = "default",
     model_arg: common.ModelArg = None,
-    image_size: common.ImageSize = None,
-    resize: common.Resize = None,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    interpolation: common.Interpolation = None,
-    strict: common.Strict = False,
-    device: common.Device = "auto",
-    workers: common.Workers = None,
-    seed: common.Seed = 0,
+    images: ImageOptions,
+    options: CalibOptions,
     json_: common.Json = False,
 ) -> None:
-    """Compare what every scheme stores at each budget, before anything is converted.
+    """Compare the sizes that every scheme reaches at each budget, without converting anything.
 
-    It takes seconds and no weights. With [b]--calib[/b] each cell is fitted, and says how many
-    nats its answers would be from the original's, before healing.
+    Takes seconds and loads no weights. With [b]--calib[/b] every combination is fitted, and its
+    expected KL divergence from the original's outputs (in nats, before fine-tuning) is shown.
     """
+    from tiedconv.cli.progress import PlanBar
+    from tiedconv.commands.compare import compare
+
     if calib is None:
         common.refuse_without_images(context, "calib_images", "strict")
-    change = common.preprocess_change(image_size, resize, mean, std, interpolation)
+    change = images.change()
     quick = contextlib.nullcontext() if calib else _quick_start()
     with PlanBar("fitting") as bar, quick:
         given = None
         if calib is not None:
-            config = CalibConfig(effort="fast", seed=seed)
-            given = Calibration(calib, calib_images, config, device, workers, strict, on_event=bar)
+            given = options.calibration(calib, bar, effort="fast")
         found = compare(
             model, params.split(","), calib=given, weights=weights,
-            model_args=common.model_args(model_arg), preprocess=change, seed=seed, on_fit=bar.fit,
+            model_args=common.model_args(model_arg), preprocess=change, seed=options.seed,
+            on_fit=bar.fit,
         )  # fmt: skip
     if json_:
         common.print_json(found)
         return
     _show(found)
-    again = {
-        "--weights": None if weights == "default" else weights,
-        "--image-size": image_size,
-        "--resize": resize,
-        "--mean": mean,
-        "--std": std,
-        "--interpolation": interpolation,
-    }
-    words = [w for pair in model_arg or [] for w in ("--model-arg", pair)]
-    words += [w for o, v in again.items() if v is not None for w in (o, str(v))]
+    again = [("--model-arg", pair) for pair in model_arg or []]
+    again += [] if weights == "default" else [("--weights", weights)]
+    words = [word for pair in (*again, *images.given.items()) for word in pair]
     _show_next(found, words, calib)
 
 
 @contextlib.contextmanager
 def _quick_start() -> Iterator[None]:
-    """Within it, and when the program ends, no cycles are collected.
+    """Turns off garbage collection within it, and at the end of the program.
 
-    A model library makes a million objects that stay. To look at them again and again while it
+    A model library makes a million objects that stay alive. Scanning them again and again while it
     is imported, and once more at the end, took a quarter of the time of a plan.
     """
     atexit.register(gc.freeze)
@@ -104,24 +96,6 @@ def _quick_start() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-class PlanBar(Bar):
-    """A bar that listens to a comparison."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self._fits = (0, 0, "")
-
-    def fit(self, done: int, total: int, what: str) -> None:
-        """Fits done, and the next one."""
-        self._fits = (done, total, what)
-        self.update(done, total, what)
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Measuring):
-            done, total, what = self._fits
-            self.update(done, total, f"{what}: image {event.images:,} of {event.total:,}")
 
 
 def _show(found: Comparison) -> None:
@@ -135,7 +109,7 @@ def _show(found: Comparison) -> None:
         common.show_table(columns, rows, title)
     if found.fixed:
         say("")
-        columns = ["at a size of its own", "stored", "share"] + ["nats"] * costs
+        columns = ["of fixed size", "stored", "ratio"] + ["nats"] * costs
         common.show_table(columns, [_fixed(f, costs) for f in found.fixed])
     say("")
     for note in _notes(found):
@@ -173,17 +147,17 @@ def _notes(found: Comparison) -> list[str]:
         others = [c for c in row.cells if c.how is not None and c.how != row.way]
         for how in dict.fromkeys(c.how.name for c in others if c.how is not None):
             where = ", ".join(c.budget for c in others if c.how and c.how.name == how)
-            notes.append(f"{row.way.name} at {where}: as {how}, which convert tries by itself.")
+            notes.append(f"{row.way.name} at {where}: as {how}, chosen automatically.")
     if any(cell.stored is None for row in found.rows for cell in row.cells):
         notes.append("– from: the smallest size that the scheme can reach.")
     if found.unfit:
         notes.append(f"Nothing to convert in this model: {', '.join(found.unfit)}.")
     if found.images is not None:
         notes.append(
-            f"nats: estimated divergence of the answers from the original's for each image, from "
-            f"{found.images:,} images, before block-wise fitting and healing; * is the lowest at "
-            "its budget. It ranks rather than foretells: what is measured is often twice as much, "
-            "and far more where much is lost."
+            f"nats: expected KL divergence of the outputs from the original's per image, from "
+            f"{found.images:,} images, before block-wise calibration and fine-tuning; * is the "
+            "lowest at its budget. Use it to rank schemes: the measured divergence is often twice "
+            "as large, and much larger where it is large."
         )
     if found.skipped:
         notes.append(render.skipped(found.skipped))
@@ -200,7 +174,7 @@ def _show_next(found: Comparison, words: Sequence[str], calib: Path | None) -> N
         images = ["--calib", str(calib) if calib else "IMAGES"]
         hint(f"Next: {shlex.join(['tiedconv', 'convert', *model, *options, *images])}")
     if calib is None:
-        hint(f"What each would lose: {shlex.join(['tiedconv', 'plan', *model])} --calib IMAGES")
+        hint(f"Expected accuracy loss: {shlex.join(['tiedconv', 'plan', *model])} --calib IMAGES")
 
 
 def _columns(found: Comparison) -> list[list[Cell]]:
@@ -208,11 +182,11 @@ def _columns(found: Comparison) -> list[list[Cell]]:
 
 
 def _pick(column: Sequence[Cell]) -> Cell | None:
-    """The best of a budget; where nothing was measured, the first, which is `auto`'s."""
+    """The best of a budget; without images the first, which is that of `auto`."""
     feasible = [cell for cell in column if cell.stored is not None]
     return next((c for c in feasible if c.best), feasible[0] if feasible else None)
 
 
 def _asked(found: Comparison, cell: Cell) -> Way:
-    """The way as the user asks for it: what a budget adds to it comes by itself."""
+    """The scheme as the user types it; options that a budget adds are chosen automatically."""
     return next(row.way for row in found.rows if any(c is cell for c in row.cells))

@@ -1,4 +1,4 @@
-"""Progress bars on standard error; nothing is drawn where nobody looks."""
+"""Progress bars on a terminal's standard error; elsewhere a line a minute."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ class Bar:
             TextColumn("{task.fields[note]}"),
             console=err,
             transient=True,
-            # Of several processes only the first hears of anything.
+            # Of several processes only the first shows progress.
             disable=not err.is_terminal or rank_in_environment() > 0,
         )
         self._task: TaskID = self._progress.add_task(what, total=None, note="")
-        self._told = time.monotonic()
+        self._logged = time.monotonic()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -91,12 +91,12 @@ class Bar:
         """Print a line above the bar."""
         self._progress.console.print(Text(text), soft_wrap=True)
 
-    def tell_now_and_then(self, text: str) -> None:
-        """A line a minute where no bar is drawn, as in the log of a cluster's job."""
+    def log_line(self, text: str) -> None:
+        """At most one line a minute where no bar is drawn, as in the log of a batch job."""
         if err.is_terminal or rank_in_environment() > 0:
             return
-        if time.monotonic() - self._told >= LINE_SECONDS:
-            self._told = time.monotonic()
+        if time.monotonic() - self._logged >= LINE_SECONDS:
+            self._logged = time.monotonic()
             self.line(text)
 
 
@@ -121,36 +121,62 @@ class ConvertBar(Bar):
             case Joint(step, steps, loss):
                 self._show("whole model", step, steps, f"loss {loss:.4f}")
             case FoundFits(count):
-                self.line(f"resumed with {counted(count, 'fit')} that {_was(count)} kept")
+                self.line(f"resumed with {counted(count, 'saved fit')}")
             case Finalist(number, count, schemes):
                 self.line(f"fit {number} of {count} ({', '.join(schemes)}), block by block:")
             case Kept(number, divergences):
-                told = ", ".join(f"{nats:.3g}" for nats in divergences)
-                self.line(f"kept fit {number}: nats of each {told}")
+                nats = ", ".join(f"{each:.3g}" for each in divergences)
+                self.line(f"kept fit {number}: KL divergence of each {nats} nats")
 
     def _show(self, what: str, done: int, total: int, note: str) -> None:
         self.update(done, total, note, what)
-        self.tell_now_and_then(f"{what} {done:,}/{total:,}  {note}")
-
-
-def _was(count: int) -> str:
-    return "was" if count == 1 else "were"
+        self.log_line(f"{what} {done:,}/{total:,}  {note}")
 
 
 def _span(units: tuple[str, ...]) -> str:
-    """Modules that are fitted together, in few words."""
+    """A short name for the modules that are fitted together."""
     names = [name or "the whole model" for name in units]
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+class PlanBar(Bar):
+    """A bar for a comparison of schemes."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self._fits = (0, 0, "")
+
+    def fit(self, done: int, total: int, what: str) -> None:
+        """Fits done, and the next one."""
+        self._fits = (done, total, what)
+        self.update(done, total, what)
+
+    def __call__(self, event: CalibrationEvent) -> None:
+        if isinstance(event, Measuring):
+            done, total, what = self._fits
+            self.update(done, total, f"{what}: image {event.images:,} of {event.total:,}")
+
+
+class SensitivityBar(Bar):
+    """A bar for a sensitivity analysis: statistics of the images, then measured divergences."""
+
+    def __call__(self, event: CalibrationEvent) -> None:
+        if isinstance(event, Measuring):
+            self.update(event.images, event.total, "images", "statistics")
+
+    def measured(self, done: int, total: int) -> None:
+        """Images run through the model with each matrix replaced."""
+        self.update(done, total, "images", "measuring")
 
 
 class TrainingBar(Bar):
     """A bar that listens to training and evaluation."""
 
     def __init__(self, what: str = "training") -> None:
-        # Training tells the time left; the bar's own guess is upset by evaluations between.
+        # Training reports the time left; the bar's estimate is upset by evaluations in between.
         super().__init__(what, BarColumn(bar_width=_bar_width()), MofNCompleteColumn())
         self._total = self._epochs = 0
-        self._few_classes_told = False
+        self._few_classes_shown = False
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -172,23 +198,23 @@ class TrainingBar(Bar):
                     *([size(used)] if used is not None else []),
                 )  # fmt: skip
                 self.update(step, self._total, note, "training")
-                self.tell_now_and_then(f"step {step:,}/{self._total:,}  {note}")
+                self.log_line(f"step {step:,}/{self._total:,}  {note}")
             case EvalStep(images, total, speed):
                 left = (total - images) / max(speed, 1e-9)
                 note = f"{speed:,.0f} images/s  {duration(left)} left"
                 self.update(images, total, note, "evaluating")
-                self.tell_now_and_then(f"evaluating {images:,}/{total:,} images  {note}")
+                self.log_line(f"evaluating {images:,}/{total:,} images  {note}")
             case EpochEnd(epoch, loss, metrics, seconds):
                 score = f", {_score(metrics)}" if metrics else ""
                 self.line(f"epoch {epoch}: loss {loss:.3f}{score}, {seconds:.0f} s")
             case Skipped(count, example):
                 what = "image that can't be read:" if count == 1 else "images that can't be read,"
                 self.line(f"skipped {count} {what} {'' if count == 1 else 'such as '}{example}")
-            case FewClasses(classes, outputs) if not self._few_classes_told:
-                self._few_classes_told = True
+            case FewClasses(classes, outputs) if not self._few_classes_shown:
+                self._few_classes_shown = True
                 self.line(
-                    f"the data have {classes} classes and the model {outputs}: their labels are "
-                    f"taken for its first {classes}, in the order of their names"
+                    f"the data have {classes} classes and the model {outputs} outputs: labels are "
+                    f"matched to the first {classes} outputs, in the order of the class names"
                 )
             case Unlabelled(images):
                 self.line(f"{images:,} images have no labels: measuring agreement with the teacher")

@@ -9,13 +9,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tiedconv.commands.report import GroupReport, Report
+if TYPE_CHECKING:
+    from tiedconv.commands.report import GroupReport, Report
 
 Row = Sequence[str]
 
@@ -30,12 +31,13 @@ _LEAST_NEEDED = ("matrices", "computed", "views", "bytes", "scheme")
 _GAP = 2  # spaces between columns
 
 LEGEND = (
-    "Views are stored numbers seen in another shape, free at run time; computed weights take "
+    "Views are stored tensors read in another shape, free at run time; computed weights take "
     "arithmetic, which freeze() does once for inference."
 )
 FIT_ERROR = "The fit error is the relative distance from the original weights before fine-tuning."
 FIT_ERROR_ON_IMAGES = (
-    "The fit error is relative, in the measure that the images give: 0 changes no answer."
+    "The fit error is relative, weighted by its effect on the outputs for the images: at 0 no "
+    "output changes."
 )
 
 
@@ -45,7 +47,7 @@ def table(columns: Sequence[str], rows: Sequence[Row], text: int = 1, total: boo
     Args:
         columns: names.
         rows: cells.
-        text: so many columns are words, the others figures.
+        text: the number of columns of text; the others are figures.
         total: whether the last row is the sum of the others.
     """
     made = Table(
@@ -63,7 +65,7 @@ def table(columns: Sequence[str], rows: Sequence[Row], text: int = 1, total: boo
 def fitting(
     columns: Sequence[str], rows: Sequence[Row], room: int | None
 ) -> tuple[Sequence[str], Sequence[Row]]:
-    """The columns that say something, and of these as many as there is room for.
+    """The columns that are not empty, and of these as many as there is room for.
 
     Args:
         columns: names.
@@ -95,7 +97,7 @@ def as_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def exact_rows(report: Report) -> list[Sequence[object]]:
-    """What `group_rows`, `kept_row` and `total_row` say, as plain numbers for a program."""
+    """The rows of `group_rows`, `kept_row` and `total_row`, as plain numbers for a program."""
     rows: list[Sequence[object]] = [
         (g.name, g.scheme, g.rank, g.matrices, g.original, g.stored, g.ratio, g.size, g.error,
          g.views, g.computed)
@@ -178,14 +180,14 @@ def span(ends: Sequence[str]) -> str:
     return "-".join(dict.fromkeys(ends))
 
 
-def percent(share: float | None) -> str:
-    """A share of one as a percentage."""
-    return "" if share is None else f"{100 * share:.1f} %"
+def percent(fraction: float | None) -> str:
+    """A fraction as a percentage."""
+    return "" if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def accuracy(share: float | None) -> str:
+def accuracy(fraction: float | None) -> str:
     """An accuracy as a percentage with two decimals; a dash where none could be measured."""
-    return "-" if share is None or math.isnan(share) else f"{100 * share:.2f} %"
+    return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.2f} %"
 
 
 def counted(count: int, what: str) -> str:
@@ -229,22 +231,22 @@ def work(found: Report) -> str:
 
 
 def calibrated(figures: Mapping[str, Any]) -> str:
-    """What images showed of a conversion."""
+    """What a calibration measured."""
     before, after = (max(0.0, figures[key]) for key in ("kl_before", "kl_after"))
     text = (
         f"Calibrated on {counted(figures['images'], 'image')} without labels, effort "
         f"{figures['effort']}: "
-        f"divergence from the original's answers {before:.3g}"
+        f"KL divergence of the outputs {before:.3g}"
     )
     if after != before:
-        text += f", then {after:.3g}"
+        text += f" -> {after:.3g}"
     # A single image is fitted to and measured on.
-    text += " nats" + (", on images that no block was fitted to." if figures["images"] > 1 else ".")
+    text += " nats" + (", on held-out images." if figures["images"] > 1 else ".")
     return text + (f" {skipped(figures['skipped'])}" if figures["skipped"] else "")
 
 
 def history_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each thing that was done with a model."""
+    """One line for each step that a model went through."""
     return [_history_line(entry) for entry in history]
 
 
@@ -253,7 +255,10 @@ def _history_line(entry: Mapping[str, Any]) -> str:
         recipe = entry.get("recipe") or {}
         rules = "; ".join(
             " ".join(
-                [str(r.get("scheme")), *(f"{k}={v}" for k, v in r.items() if _says_something(k, v))]
+                [
+                    str(r.get("scheme")),
+                    *(f"{k}={v}" for k, v in r.items() if _differs_from_default(k, v)),
+                ]
             )
             for r in recipe.get("rules", [])
         )
@@ -267,8 +272,8 @@ def _history_line(entry: Mapping[str, Any]) -> str:
         unlabelled = entry.get("agreement") is not None
         name = "agreement" if unlabelled else "ap" if "ap" in entry else "top1"
         titles = {"agreement": "agreement with the teacher", "ap": "AP", "top1": "top-1"}
-        taught = entry.get(f"{name}_teacher")
-        goal = "" if taught is None else f" (the teacher's is {accuracy(taught)})"
+        teacher = entry.get(f"{name}_teacher")
+        goal = "" if teacher is None else f" (teacher: {accuracy(teacher)})"
         return (
             f"fine-tuned on {entry.get('data')} ({entry.get('train_images'):,} images"
             f"{' without labels' if unlabelled else ''}, "
@@ -283,5 +288,5 @@ def _history_line(entry: Mapping[str, Any]) -> str:
     return str(entry.get("step"))
 
 
-def _says_something(key: str, value: Any) -> bool:
+def _differs_from_default(key: str, value: Any) -> bool:
     return key != "scheme" and value not in ([], ["*"])

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import say
-from tiedconv.commands.report import Report
-from tiedconv.commands.report import report as run
+
+if TYPE_CHECKING:
+    from tiedconv.commands.report import Report
 
 T = TypeVar("T")
 
@@ -40,15 +41,15 @@ def report(
     format_: Annotated[
         Format, typer.Option("--format", help="Output format; csv lists every group.")
     ] = Format.TABLE,
-    all_groups: Annotated[
-        bool, typer.Option("--all-groups", help="One row per group, not per kind of group.")
-    ] = False,
+    all_groups: common.AllGroups = False,
     json_: common.Json = False,
 ) -> None:
     """Print a parameter and size report: by group and in total, and the history of the file.
 
     Only the header of a file is read. [b]tiedconv verify[/b] checks the bytes too.
     """
+    from tiedconv.commands.report import report as run
+
     reports = [run(file) for file in files]
     if json_ or format_ is Format.JSON:
         common.print_json(reports)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiedconv.calibration import CalibConfig
 from tiedconv.cli import common, render
-from tiedconv.cli.common import hint, say
-from tiedconv.cli.progress import Bar
-from tiedconv.commands.sensitivity import Sensed, Sensitivity, draw
-from tiedconv.commands.sensitivity import sensitivity as run
-from tiedconv.conversion.calibrate import Calibration, Event, Measuring
+from tiedconv.cli.common import CALIBRATION, hint, option_in, say
+from tiedconv.cli.option_groups import CalibOptions, ImageOptions
 from tiedconv.errors import UserError
-from tiedconv.utils.plotting import check_picture
+
+if TYPE_CHECKING:
+    from tiedconv.commands.sensitivity import Sensed, Sensitivity
 
 NAMED = 3  # matrices that the summary names at either end
 
@@ -29,61 +27,57 @@ def register(app: typer.Typer) -> None:
 
 def sensitivity(
     model: common.Model,
+    *,
     calib: Annotated[
         Path,
-        typer.Option(
-            metavar="IMAGES",
-            help="A folder of images, with or without classes, or shards or hf:NAME. No label is "
-            "looked at.",
-        ),
+        option_in(CALIBRATION, f"{common.CALIB_SOURCES} Labels are not used.", metavar="IMAGES"),
     ],
-    calib_images: common.CalibImages = 256,
     keep: Annotated[
-        str, typer.Option(metavar="SHARE", help="The share of its parameters a matrix keeps.")
+        str, typer.Option(metavar="FRACTION", help="Fraction of its parameters a matrix keeps.")
     ] = "50%",
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Also replace each matrix in turn and run the images."),
+        typer.Option(
+            "--measure", help="Also replace each matrix in turn and measure the divergence."
+        ),
     ] = False,
     sort: Annotated[
-        str, typer.Option(help="[b]order[/b] of the model, or [b]cost[/b]: the dearest first.")
+        str,
+        typer.Option(help="[b]order[/b] of the model, or [b]cost[/b]: most sensitive first."),
     ] = "order",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A picture to draw: .png, .svg or .pdf.")
+        Path | None, typer.Option("-o", "--output", help="Draw a plot: .png, .svg or .pdf.")
     ] = None,
     weights: common.Weights = "default",
     model_arg: common.ModelArg = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time with --measure.", min=1)] = 32,
-    image_size: common.ImageSize = None,
-    resize: common.Resize = None,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    interpolation: common.Interpolation = None,
-    strict: common.Strict = False,
-    device: common.Device = "auto",
-    workers: common.Workers = None,
-    seed: common.Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per batch with --measure.", min=1)] = 32,
+    images: ImageOptions,
+    options: CalibOptions,
     force: common.Force = False,
     json_: common.Json = False,
 ) -> None:
-    """Say which matrices of a model are cheap to store with fewer numbers, and which dear.
+    """Rank a model's matrices by their sensitivity to compression.
 
-    Each matrix alone is approximated by low rank as the images weigh it. What that leaves is told
-    in nats: how far the model's answers would stray from the original's.
+    Each matrix alone is replaced by its best low-rank approximation on the calibration images.
+    The cost is the expected KL divergence of the model's outputs from the original's, in nats.
     """
-    share = _share(keep)
+    from tiedconv.cli.progress import SensitivityBar
+    from tiedconv.commands.sensitivity import draw
+    from tiedconv.commands.sensitivity import sensitivity as run
+    from tiedconv.utils.plotting import check_picture
+
+    fraction = _fraction(keep)
     if sort not in ("order", "cost"):
-        raise UserError(f"--sort {sort} is unknown", hint="Use order or cost")
+        raise UserError(f"--sort {sort} is unknown", hint="Use order or cost", code="unknown-sort")
     if output is not None:
         check_picture(output, force=force)
-    change = common.preprocess_change(image_size, resize, mean, std, interpolation)
+    change = images.change()
     with SensitivityBar("reading") as bar:
-        config = CalibConfig(effort="fast", seed=seed)
-        given = Calibration(calib, calib_images, config, device, workers, strict, on_event=bar)
+        given = options.calibration(calib, bar, effort="fast")
         found = run(
-            model, given, keep=share, measure=measure, weights=weights,
+            model, given, keep=fraction, measure=measure, weights=weights,
             model_args=common.model_args(model_arg), preprocess=change, batch_size=batch_size,
-            seed=seed, on_measured=bar.measured,
+            seed=options.seed, on_measured=bar.measured,
         )  # fmt: skip
     shown = found
     if sort == "cost":
@@ -98,27 +92,16 @@ def sensitivity(
         hint(f"Drew {output}")
 
 
-class SensitivityBar(Bar):
-    """A bar that listens to the measuring of moments, then of answers."""
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Measuring):
-            self.update(event.images, event.total, "images", "moments")
-
-    def measured(self, done: int, total: int) -> None:
-        """Images run through the model with each matrix replaced."""
-        self.update(done, total, "images", "measuring")
-
-
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
-    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
-    if not 0 < share < 1:
+    fraction = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0 < fraction < 1:
         raise UserError(
-            f"--keep {text!r} is no share of a matrix",
-            hint="Write it as 50%, or as 0.5: above 0 and below all",
+            f"--keep {text!r} is not a fraction in (0, 1)",
+            hint="Write it as 50%, or as 0.5",
+            code="invalid-fraction",
         )
-    return share
+    return fraction
 
 
 def _show(found: Sensitivity) -> None:
@@ -158,12 +141,12 @@ def _summary(found: Sensitivity, measured: bool) -> list[str]:
     names = found.by_price
     count = min(NAMED, (len(names) + 1) // 2)
     lines = [
-        "nats: divergence of the answers from the original's, for each image."
-        + (" changed: images whose first answer is another." if measured else ""),
+        "nats: KL divergence of the outputs from the original's, per image."
+        + (" changed: images whose top-1 prediction changes." if measured else ""),
     ]
     if names:
-        lines.append(f"Cheapest for each parameter saved: {', '.join(names[:count])}.")
-        lines.append(f"Dearest: {', '.join(names[::-1][:count])}.")
+        lines.append(f"Least sensitive per parameter saved: {', '.join(names[:count])}.")
+        lines.append(f"Most sensitive: {', '.join(names[::-1][:count])}.")
     agreement, ratio = found.rank_correlation, found.measured_to_predicted
     if agreement is not None and ratio is not None:
         lines.append(

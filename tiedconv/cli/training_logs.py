@@ -8,11 +8,10 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
-from tiedconv.cli.common import option_in
 from tiedconv.commands.report import report
 from tiedconv.errors import MissingExtra, OutputError, TiedconvError, UserError
 from tiedconv.io.atomic import check_output
@@ -21,24 +20,6 @@ from tiedconv.loggers import Curve, JsonLog, TensorBoard, Watcher, Watchers, dra
 from tiedconv.training import TrainConfig, TrainResult
 from tiedconv.utils.plotting import check_picture, new_figure
 from tiedconv.version import __version__
-
-_option = functools.partial(option_in, "Watching")
-
-Log = Annotated[
-    Path | None,
-    _option(
-        "A log to write: one JSON object a line. --resume appends to it.",
-        # torchrun takes --log, wherever it stands, for one of its own options, cut short.
-        "--log",
-        "--log-file",
-    ),
-]
-Board = Annotated[Path | None, _option("A folder for TensorBoard.", metavar="DIR")]
-Picture = Annotated[
-    Path | None,
-    _option("Where to draw loss and accuracy; if not given, OUTPUT.training.png."),
-]
-NoPicture = Annotated[bool, _option("Draw no picture.", "--no-picture")]
 
 
 @dataclass

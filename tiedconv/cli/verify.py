@@ -10,7 +10,6 @@ from rich.text import Text
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import out
-from tiedconv.commands.verify import verify as run
 
 _MARKS = {True: ("ok ", "green"), None: ("-- ", "yellow")}
 
@@ -44,6 +43,8 @@ def verify(
     and gives the same logits. What could not be run is listed as "not checked". Exit code 0: no
     check failed; 1: a check failed; 2: the file is missing or damaged.
     """
+    from tiedconv.commands.verify import verify as run
+
     checks = run(file, against=against, images=images, count=count, trust_code=trust_code)
     not_checked = [check.name for check in checks if check.passed is None]
     if json_:
