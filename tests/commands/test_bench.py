@@ -113,7 +113,7 @@ def test_ratios_are_to_the_dense_form_in_the_same_runtime(tmp_path: Path) -> Non
 def test_without_its_dense_form_a_row_has_no_ratio(
     compact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiedconv.cli.bench.run", lambda *_, **__: made_up(dense=False))
+    monkeypatch.setattr("tiedconv.commands.bench.bench", lambda *_, **__: made_up(dense=False))
     line = next(n for n in run("bench", compact).stdout.splitlines() if " compact " in n)
     assert "500.0 ms" in line
     assert "500 B" in line
@@ -123,7 +123,7 @@ def test_without_its_dense_form_a_row_has_no_ratio(
 def test_the_table_says_what_the_figures_say(
     compact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("tiedconv.cli.bench.run", lambda *_, **__: made_up())
+    monkeypatch.setattr("tiedconv.commands.bench.bench", lambda *_, **__: made_up())
     shown = run("bench", compact, "-o", tmp_path / "b.png").stdout
     assert "500.0 ms (0.90, 0.80-1.20)" in shown
     assert "500 B (0.50)" in shown
