@@ -382,9 +382,17 @@ IN_THE_WHOLE = 99  # interrupted in the fit of the whole
 
 @pytest.mark.parametrize(
     ("name", "scheme", "stop"),
-    [("timm-vit", "tied", n) for n in (1, 3, IN_THE_WHOLE)]
-    + [("torchvision-resnet", "tied", n) for n in (1, IN_THE_WHOLE)]
-    + [("convmixer", "tied", n) for n in (0, IN_THE_WHOLE)],
+    [("timm-vit", "tied", 3), ("torchvision-resnet", "tied", IN_THE_WHOLE)]
+    + [("convmixer", "tied", 0)]
+    + [
+        pytest.param(name, "tied", n, marks=pytest.mark.slow)
+        for name, n in [
+            ("timm-vit", 1),
+            ("timm-vit", IN_THE_WHOLE),
+            ("torchvision-resnet", 1),
+            ("convmixer", IN_THE_WHOLE),
+        ]
+    ],
 )
 def test_a_resumed_calibration_ends_with_the_same_bits(
     name: str, scheme: str, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

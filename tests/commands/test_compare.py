@@ -185,6 +185,7 @@ def test_the_model_is_left_as_it_was(vit: nn.Module, priced: Comparison) -> None
     assert all(torch.equal(t, fresh[n]) for n, t in vit.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_convolutional_model_has_costs_too() -> None:
     found = compare(
         all_micros()["torchvision-resnet"].model(), ["60%"], calib=calibration(32, 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import MODEL_ARGS, SPEC, World, figures, plain, refused, run
+from covering import slow_unless
 from micro import all_micros
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ def answers(model: nn.Module, images: Tensor) -> Tensor:
         return logits_of(model.eval()(images)).double().log_softmax(-1)
 
 
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("name", slow_unless(SIDES, ("timm-vit", "torchvision-resnet")))
 def test_predictions_are_exact_and_measurements_true(name: str) -> None:
     model, images = all_micros()[name].model(), pixels(SIDES[name])
     before = copy.deepcopy(model.state_dict())

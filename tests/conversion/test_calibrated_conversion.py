@@ -66,7 +66,7 @@ each_case = pytest.mark.parametrize(
         ("timm-vit", "tied"),
         ("timm-vit", "basis"),
         ("torchvision-vit", "lors"),
-        ("torchvision-resnet", "auto"),
+        pytest.param("torchvision-resnet", "auto", marks=pytest.mark.slow),
         ("torchvision-resnet", "lowrank"),
     ],
 )
@@ -248,6 +248,7 @@ def best_cost(name: str, recipe: Recipe, x: Tensor) -> tuple[float, Recipe]:
     return min(costs, key=lambda pair: pair[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "params"), [("timm-vit", "40%"), ("torchvision-resnet", "70%")])
 def test_auto_costs_no_more_than_what_it_tries(name: str, params: str) -> None:
     x = images_of(name, 24)
@@ -261,6 +262,7 @@ def test_auto_costs_no_more_than_what_it_tries(name: str, params: str) -> None:
         assert auto <= other * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", ["30%", "50%", "90%"])
 def test_auto_costs_as_little_as_any_scheme_alone(params: str) -> None:
     x = images_of("timm-vit", 24)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import pickle
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from cli_helpers import (
     tiny_images,
     tiny_model,
 )
+from covering import covering, slow_unless
 from error_codes import raises
 from micro import all_micros, original_logits
 from safetensors.torch import load_file
@@ -205,8 +207,10 @@ def test_offsets_must_fit() -> None:
 # --- the original at one end, the compact model at the other -----------------------------------
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", MODELS)
+BLENDED = list(itertools.product(MODELS, RECIPES))
+
+
+@pytest.mark.parametrize(("name", "recipe"), slow_unless(BLENDED, covering(BLENDED, 2, 1)))
 def test_it_begins_at_the_original_and_ends_at_the_compact_model(name: str, recipe: str) -> None:
     micro = all_micros()[name]
     original, model = pair(name, recipe)
@@ -472,8 +476,10 @@ def test_the_offsets_are_gone_after_an_error() -> None:
 
 
 # After the first epoch the original is half there, after the second it is gone.
-@pytest.mark.parametrize("epoch", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "epoch"),
+    slow_unless(list(itertools.product(MODELS, [1, 2])), [(MODELS[0], 1), (MODELS[1], 2)]),
+)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: str, epoch: int) -> None:
     config = TrainConfig(
         epochs=3, batch_size=14, lr=1e-3, progressive=0.6, workers=0, bn_recalibrate=2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering, slow_unless
 from detectors import DETECTORS, SIDE
 from micro import all_detectors, settle
 from safetensors.torch import load_file
@@ -160,8 +162,10 @@ def test_a_dense_file_loads_into_the_original_class(root: Path, name: str, tmp_p
         assert torch.allclose(got, wanted, atol=1e-6)
 
 
-@each_detector
-@pytest.mark.parametrize("scheme", ["tied", "basis", "lowrank", "shared"])
+OTHERS = list(itertools.product(["tied", "basis", "lowrank", "shared"], DETECTORS))
+
+
+@pytest.mark.parametrize(("scheme", "name"), slow_unless(OTHERS, covering(OTHERS, 2, 1)))
 def test_other_schemes_convert_a_decoder_too(scheme: str, name: str) -> None:
     model = all_detectors()[name].model()
     tied = tiedconv.convert(model, scheme, include=DECODER)

@@ -18,6 +18,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from cli_helpers import figures, files_of, refused, run, write_images
+from covering import slow_unless
 from export_helpers import MODEL_ARGS, SPEC, with_image_size
 from micro import Micro, all_micros
 from torch import Tensor, nn
@@ -90,7 +91,10 @@ def trace_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_onnx_lower, "trace", traced)
 
 
-@pytest.mark.parametrize("way", IMAGES)
+FAST = ("tied", "basis, tied", "kernels low rank")
+
+
+@pytest.mark.parametrize("way", slow_unless(IMAGES, FAST))
 def test_onnx_holds_each_stored_tensor_once_and_gives_the_same_logits(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +141,7 @@ def test_with_factors_applied_nothing_is_left_for_onnx_runtime_to_double(
     assert sizes["never"] > 1.1 * stored
 
 
+@pytest.mark.slow
 def test_auto_applies_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {"tied": False, "lowrank": True, "lors": False, "kernels tied": False,
                 "kernels low rank": True}  # fmt: skip

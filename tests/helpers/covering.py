@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 import pytest
 
@@ -44,8 +44,11 @@ def covering(pairs: Iterable[Pair], per_first: int, per_second: int) -> frozense
     return frozenset(taken)
 
 
-def slow_unless(
-    cases: Sequence[tuple[object, ...]], fast: Collection[tuple[object, ...]]
-) -> list[object]:
+def slow_unless(cases: Iterable[object], fast: Collection[object]) -> list[object]:
     """The cases as parameters of a test; those not in `fast` are marked `slow`."""
-    return [c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in cases]
+    return [
+        case
+        if case in fast
+        else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow)
+        for case in cases
+    ]

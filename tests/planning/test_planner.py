@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering, slow_unless
 from micro import MEANT_FOR, all_micros, original_logits, schemes
 from torch import nn
 
@@ -345,7 +346,12 @@ BUDGETS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "scheme", "params"), BUDGETS)
+FAST = covering([(name, scheme) for name, scheme, _ in BUDGETS], 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "params"), slow_unless(BUDGETS, [b for b in BUDGETS if b[:2] in FAST])
+)
 def test_a_budget_is_never_exceeded_and_nearly_used(name: str, scheme: str, params: str) -> None:
     info = inspect_model(model(name))
     most = tiedconv.plan(model(name), scheme, rank=10**6)

@@ -148,7 +148,9 @@ def begun(code: str, arguments: list[str], folder: Path) -> subprocess.Popen[str
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> None:
     arguments = command(world, "--epochs", 2000)
     code = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering, slow_unless
 from error_codes import raises
 from hypothesis import given
 from hypothesis import strategies as st
@@ -531,8 +533,12 @@ def test_blocks_are_those_of_the_model() -> None:
     assert len(stages) == 5
 
 
-@pytest.mark.parametrize("scheme", ["tied", "lors", "basis", "lowrank", "shared"])
-@pytest.mark.parametrize("name", [*ViT, "torchvision-resnet"])
+RATED = list(
+    itertools.product([*ViT, "torchvision-resnet"], ["tied", "lors", "basis", "lowrank", "shared"])
+)
+
+
+@pytest.mark.parametrize(("name", "scheme"), slow_unless(RATED, covering(RATED, 1, 1)))
 def test_stored_tensors_have_the_rates_of_the_layers_that_use_them(name: str, scheme: str) -> None:
     """Compared with the plan, of which the training knows nothing."""
     try:
@@ -694,8 +700,15 @@ def interrupt_at_checkpoint(event: Event) -> None:
         raise Interruption
 
 
-@pytest.mark.parametrize("progressive", [0.0, 0.7])
-@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet"])
+@pytest.mark.parametrize(
+    ("name", "progressive"),
+    [
+        ("timm-vit", 0.7),
+        ("torchvision-resnet", 0.0),
+        pytest.param("timm-vit", 0.0, marks=pytest.mark.slow),
+        pytest.param("torchvision-resnet", 0.7, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(
     tmp_path: Path, name: str, progressive: float
 ) -> None:
