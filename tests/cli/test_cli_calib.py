@@ -91,7 +91,9 @@ def _signals_heeded() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_signals_heeded")
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_calibration_goes_on_to_the_same_file(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
 ) -> None:

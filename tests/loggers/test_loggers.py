@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_helpers import QUICK, World, figures, files_of, plain, refused, run
+from covering import slow_unless
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -329,8 +331,10 @@ def a_run(labelled: bool = True) -> Run:
     return Run("timm:$odd_name", "tied", 5_717_416, 3_060_712, {}, start)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 50, 100_000])
-@pytest.mark.parametrize("scored", [True, False])
+DRAWN = list(itertools.product([1, 3, 50, 100_000], [True, False]))
+
+
+@pytest.mark.parametrize(("steps", "scored"), slow_unless(DRAWN, [(1, True), (100_000, False)]))
 def test_few_and_many_points_are_drawn(steps: int, scored: bool, tmp_path: Path) -> None:
     course, epoch = Course(), -(-steps // 300)
     rng = np.random.default_rng(0)
