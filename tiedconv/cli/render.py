@@ -224,7 +224,7 @@ def work(found: Report) -> str:
     text = "FLOPs are unchanged: every weight keeps its shape when it is used."
     if found.factored_flops and abs(found.factored_flops - 1) > 0.05:
         text += (
-            f" Applied factor by factor, for the least memory, converted layers take "
+            f" Factored, for the least memory, converted layers take "
             f"{found.factored_flops:.2f} times as many multiplications."
         )
     return text
