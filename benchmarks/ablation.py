@@ -22,16 +22,18 @@ from typing import Any
 import torch
 from accuracy import load
 from models import Pixels, listed, normalised, read_pixels
-from torch import Tensor, nn
+from torch import nn
 
-from tiedconv.calibration import CalibConfig, fit_blocks, gather_statistics
+from tiedconv.calibration import CalibConfig, fit_blocks
+from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.candidates import memory_store, tie_fit
+from tiedconv.conversion.pipeline import plan_on
+from tiedconv.conversion.stages import align, fit, measure
+from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.data import TensorList
 from tiedconv.errors import BudgetError, NothingToConvert
-from tiedconv.families.inspect import inspect_model
 from tiedconv.numerics.kfac_metric import KfacMetric
-from tiedconv.planning.planner import fit_plan, make_plan, weights_of
 from tiedconv.planning.recipe import Recipe
-from tiedconv.runtime.tie import tie
 
 ROOMY = "85%"
 """Where three bases for four layers are stored, and residuals beside them."""
@@ -104,31 +106,26 @@ def settings(params: str) -> list[Setting]:
 
 def converted(model: nn.Module, row: Setting, data: TensorList) -> tuple[nn.Module, float]:
     """The compact model, and its stored share of the parameters."""
-    info = inspect_model(model)
-    recipe = Recipe.of(row.scheme, params=row.params, **row.options)
-    own = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    known: dict[str, KfacMetric] = {}
-
-    def measure(moved: Mapping[str, Tensor]) -> dict[str, KfacMetric]:
-        if row.metric != "none":
-            probe = copy.deepcopy(model)
-            probe.load_state_dict(moved, strict=False)
-            found = gather_statistics(probe, weights_of(info, recipe), data, workers=0)
-            for name, metric in found.metrics.items():
-                known[name] = KfacMetric(None, metric.right) if row.metric == "inputs" else metric
-        return known
-
+    planned = plan_on(model, Recipe.of(row.scheme, params=row.params, **row.options))
+    info, outlined = planned.info, planned.outlines[0]
+    workspace = align(outlined, memory_store(model, info))
     with torch.no_grad():
-        plan, moved = make_plan(info, recipe, {n: own[n] for n in info.shapes}, measure=measure)
-        plan, factors, _ = fit_plan(plan, moved, None, known)
+        statistics = measure(
+            outlined, workspace, StatisticsCache(model, Calibration(data, workers=0), data)
+        )
+        assert statistics is not None
+        chosen = {
+            "none": {},
+            "inputs": {n: KfacMetric(None, m.right) for n, m in statistics.metrics.items()},
+        }.get(row.metric, statistics.metrics)
+        fitted = fit(info, outlined, workspace, dataclasses.replace(statistics, metrics=chosen))
     compact = copy.deepcopy(model)
-    compact.load_state_dict(moved, strict=False)
-    tie(compact, plan, factors)
+    tie_fit(compact, fitted, {})
     config = CalibConfig(
         effort="normal", steps=None if row.blocks else 0, joint_steps=None if row.joint else 0
     )
     fit_blocks(compact, model, data, config, workers=0)
-    return compact.cpu().eval(), plan.stored / plan.original
+    return compact.cpu().eval(), fitted.plan.stored / fitted.plan.original
 
 
 @torch.no_grad()

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 
 from tiedconv.calibration import CalibConfig, Fitting, Joint, fit_blocks, gather_statistics
+from tiedconv.conversion.candidates import memory_store, tie_fit
+from tiedconv.conversion.pipeline import plan_on
+from tiedconv.conversion.stages import align, fit
 from tiedconv.data import TensorList
-from tiedconv.families.inspect import inspect_model
-from tiedconv.planning.planner import fit_plan, make_plan, weights_of
 from tiedconv.planning.recipe import Recipe
-from tiedconv.runtime.tie import tie
 from tiedconv.sources import open_source
 
 SAMPLED = 64
@@ -114,9 +114,8 @@ def main() -> None:
     model.eval()
     images = torch.randint(0, 256, (args.images, 3, 224, 224), dtype=torch.uint8)
     data = unlabelled(images)
-    info, recipe = inspect_model(model), Recipe.of("lowrank", params="50%")
-    own = {n: t.detach() for n, t in model.state_dict().items()}
-    tensors = {n: own[n] for n in info.shapes}
+    planned = plan_on(model, Recipe.of("lowrank", params="50%"))
+    info, outlined = planned.info, planned.outlines[0]
     parts = Parts(device)
 
     @torch.no_grad()
@@ -126,27 +125,23 @@ def main() -> None:
             placed(images[start : start + 32].to(device).float() / 255)
 
     parts.timed("forward", forward)
-    weights = weights_of(info, recipe)
+    weights = outlined.weights
     statistics = parts.timed(
         "statistics", lambda: gather_statistics(model, weights, data, device=device, workers=0)
     )
     model.cpu()
     with torch.no_grad():
-        plan, moved = parts.timed(
-            "plan", lambda: make_plan(info, recipe, tensors, measure=lambda _: statistics.metrics)
-        )
-        plan, factors, cost = parts.timed(
-            "fit", lambda: fit_plan(plan, moved, None, statistics.metrics)
-        )
+        workspace = parts.timed("align", lambda: align(outlined, memory_store(model, info)))
+        fitted = parts.timed("fit", lambda: fit(info, outlined, workspace, statistics))
     figures: dict[str, Any] = {}
     if args.effort == "normal":
         student = copy.deepcopy(model)
-        tie(student, plan, factors)
+        tie_fit(student, fitted, {})
         figures = blocks(parts, student, model, images, args.sample)
     forward_seconds = parts.figures["forward"]["seconds"]
-    fast = sum(parts.figures[name]["seconds"] for name in ("statistics", "plan", "fit"))
+    fast = sum(parts.figures[name]["seconds"] for name in ("statistics", "align", "fit"))
     figures |= {
-        "model": args.model, "images": args.images, "effort": args.effort, "cost": cost,
+        "model": args.model, "images": args.images, "effort": args.effort, "cost": fitted.cost,
         "ratio_fast": fast / forward_seconds, "parts": parts.figures,
         "threads": torch.get_num_threads(), "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),

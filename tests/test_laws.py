@@ -24,6 +24,7 @@ import pytest
 import torch
 from covering import covering, slow_unless
 from micro import MEANT_FOR, Micro, all_micros, original_logits, schemes, settle
+from planning_helpers import make_plan
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -32,7 +33,6 @@ import tiedconv
 from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.families import all_families, find_blocks
 from tiedconv.families.inspect import inspect_model
-from tiedconv.planning.planner import make_plan
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.runtime.flops import never_materialized
 from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of
@@ -98,10 +98,14 @@ def convert(model: nn.Module, scheme: str) -> nn.Module:
     return tiedconv.convert(model, of, **options)
 
 
+@functools.cache
+def _converted(name: str, scheme: str) -> nn.Module:
+    return convert(all_micros()[name].model(), scheme)
+
+
 def converted(name: str, scheme: str) -> tuple[Micro, nn.Module]:
     """The tiny model and a tied one of one's own."""
-    of, options = meaning(scheme)
-    return all_micros()[name], all_micros()[name].tied(of, **options)
+    return all_micros()[name], copy.deepcopy(_converted(name, scheme))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tiedconv.planning.recipe import Recipe
     from tiedconv.runtime.factored_linear import apply_factors
     from tiedconv.runtime.tie import freeze, tie, unfreeze, untie
-    from tiedconv.sources.load import load
+    from tiedconv.sources.models import load
     from tiedconv.training import TrainConfig
 
 _MODULES = {
@@ -52,7 +52,7 @@ _MODULES = {
     "finetune": "commands.finetune",
     "forecast": "commands.finetune",
     "freeze": "runtime.tie",
-    "load": "sources.load",
+    "load": "sources.models",
     "plan": "commands.convert",
     "report": "commands.report",
     "save": "io.checkpoint",

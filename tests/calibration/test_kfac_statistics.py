@@ -11,6 +11,7 @@ import pytest
 import torch
 from calibration_helpers import MICROS, Images, images_of
 from micro import settle
+from planning_helpers import weights_of
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax, pad, scaled_dot_product_attention
 from torch.nn.grad import conv2d_weight
@@ -22,7 +23,6 @@ from tiedconv.core.plan import Member
 from tiedconv.errors import DataError, TiedconvError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.numerics.kfac_metric import KfacMetric, shrinkage_estimate
-from tiedconv.planning.planner import weights_of
 from tiedconv.planning.rank_allocation import metrics_of
 from tiedconv.planning.recipe import Recipe
 

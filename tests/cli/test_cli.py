@@ -377,7 +377,7 @@ def test_finetune_takes_the_whole_recipe(
 
 def test_a_compact_teacher_has_images_prepared_as_it_wants(world: World, tmp_path: Path) -> None:
     from tiedconv.commands.evaluate import open_teacher
-    from tiedconv.sources.load import source_of
+    from tiedconv.sources.models import source_of
 
     other = tmp_path / "other.safetensors"
     run("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", other, "--mean", "0.1")

@@ -19,8 +19,11 @@ import tiedconv
 from tiedconv.calibration import CalibConfig, gather_statistics
 from tiedconv.commands.compare import Comparison, compare
 from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.cost_estimate import Sizes
 from tiedconv.data import TensorList
 from tiedconv.errors import NothingToConvert, RecipeError, UserError
+from tiedconv.families.inspect import inspect_model
+from tiedconv.planning.planner import outline
 from tiedconv.schemes import all_schemes
 
 FAST = CalibConfig(effort="fast")
@@ -85,26 +88,26 @@ def test_sizes_are_those_of_a_dry_run() -> None:
     met = missed = 0
     for row in found["rows"]:
         for cell in row["cells"]:
-            asked = ("convert", SPEC, *MODEL_ARGS, *row["way"]["flags"], "--dry-run",
+            asked = ("convert", SPEC, *MODEL_ARGS, *row["spec"]["flags"], "--dry-run",
                      "--params", cell["budget"])  # fmt: skip
             if cell["stored"] is None:
                 refused(*asked, words=["can't store less than"])
                 missed += 1
             else:
-                assert figures(*asked)["stored"] == cell["stored"], (row["way"], cell)
+                assert figures(*asked)["stored"] == cell["stored"], (row["spec"], cell)
                 assert cell["share"] == pytest.approx(cell["stored"] / found["original"])
                 assert cell["stored"] >= row["smallest"]
                 met += 1
     assert met >= 10
     assert missed >= 1
     for fixed in found["fixed"]:
-        asked = ("convert", SPEC, *MODEL_ARGS, *fixed["way"]["flags"], "--dry-run")
-        assert figures(*asked)["stored"] == fixed["stored"], fixed["way"]
+        asked = ("convert", SPEC, *MODEL_ARGS, *fixed["spec"]["flags"], "--dry-run")
+        assert figures(*asked)["stored"] == fixed["stored"], fixed["spec"]
 
 
 def test_the_smallest_size_is_the_one_that_an_error_names() -> None:
     rows = figures("plan", SPEC, *MODEL_ARGS, "--params", "7800")["rows"]
-    smallest = {row["way"]["name"]: row["smallest"] for row in rows}
+    smallest = {row["spec"]["name"]: row["smallest"] for row in rows}
     for scheme in ("lowrank", "basis"):
         refused(
             "convert", SPEC, *MODEL_ARGS, "--scheme", scheme, "--params", 7800, "--dry-run",
@@ -115,16 +118,16 @@ def test_the_smallest_size_is_the_one_that_an_error_names() -> None:
 def test_every_scheme_is_compared(vit: nn.Module) -> None:
     found = compare(vit)
     assert found.budgets == ("70%", "50%", "30%")
-    names = {row.way.scheme for row in found.rows} | {f.way.scheme for f in found.fixed}
+    names = {row.spec.scheme for row in found.rows} | {f.spec.scheme for f in found.fixed}
     assert names | set(found.unfit) == set(all_schemes())
     assert found.images is None
-    assert {"tied", "tied groups=all", "shared"} <= {f.way.name for f in found.fixed}
-    sizes = [(f.way.scheme, f.stored) for f in found.fixed]
+    assert {"tied", "tied groups=all", "shared"} <= {f.spec.name for f in found.fixed}
+    sizes = [(f.spec.scheme, f.stored) for f in found.fixed]
     assert len(set(sizes)) == len(sizes)
 
 
 def test_small_budgets_are_met_by_an_alternative(vit: nn.Module) -> None:
-    row = next(r for r in compare(vit, ["30%"]).rows if r.way.name == "lors")
+    row = next(r for r in compare(vit, ["30%"]).rows if r.spec.name == "lors")
     assert row.cells[0].how is not None
     assert row.cells[0].how.name == "lors base_rank=0.5"
 
@@ -132,7 +135,7 @@ def test_small_budgets_are_met_by_an_alternative(vit: nn.Module) -> None:
 def test_a_scheme_that_finds_nothing_is_named() -> None:
     found = compare(all_micros()["perceptron"].model(), ["80%"])
     assert "tied" in found.unfit
-    assert {row.way.scheme for row in found.rows} >= {"lowrank", "lors"}
+    assert {row.spec.scheme for row in found.rows} >= {"lowrank", "lors"}
 
 
 def test_a_model_in_which_nothing_is_found() -> None:
@@ -163,7 +166,7 @@ def test_less_room_costs_more(priced: Comparison) -> None:
 def test_a_cost_is_what_the_metric_says_of_the_converted_weights(
     vit: nn.Module, priced: Comparison
 ) -> None:
-    row = next(r for r in priced.rows if r.way.name == "lowrank")
+    row = next(r for r in priced.rows if r.spec.name == "lowrank")
     made = tiedconv.convert(vit, "lowrank", params="60%", calib=calibration())
     assert sum(p.numel() for p in made.parameters()) == row.cells[0].stored
     before, after = vit.state_dict(), tiedconv.untie(made).state_dict()
@@ -173,11 +176,14 @@ def test_a_cost_is_what_the_metric_says_of_the_converted_weights(
     assert row.cells[0].cost == pytest.approx(total, rel=1e-3)
 
 
-def test_moments_are_measured_once_for_each_alignment(work: Work) -> None:
-    seen = work.measured
-    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
-    assert work.fits[0] == "aligning"
-    assert len(work.fits) == len(set(work.fits)) > 2 * len(seen)
+def test_statistics_are_measured_once_for_each_alignment(work: Work, vit: nn.Module) -> None:
+    info = inspect_model(vit)
+    specs = [row.spec.recipe(cell.budget) for row in work.found.rows for cell in row.cells]
+    feasible = [r for recipe in specs for r in Sizes(info).feasible(recipe)]
+    recipes = [*feasible, *(f.spec.recipe() for f in work.found.fixed)]
+    alignments = {outline(info, recipe).alignment for recipe in recipes}
+    assert len(work.measured) == len(alignments)
+    assert len(work.fits) == len(set(work.fits)) > 2 * len(work.measured)
 
 
 def test_the_model_is_left_as_it_was(vit: nn.Module, priced: Comparison) -> None:

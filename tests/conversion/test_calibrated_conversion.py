@@ -15,18 +15,19 @@ import torch
 from calibration_helpers import Images, images_of
 from micro import all_micros
 from PIL import Image
+from planning_helpers import fit_plan, make_plan, weights_of
 from torch import Tensor, nn
 
 import tiedconv
 from tiedconv import Recipe
 from tiedconv.calibration import CalibConfig, Fitted, Joint, gather_statistics
 from tiedconv.cli.progress import ConvertBar
-from tiedconv.conversion.calibrate import Calibration, Finalist, Kept, Measuring
+from tiedconv.conversion.calibrate import Calibration, CandidateChosen, CandidateStarted, Measuring
 from tiedconv.errors import BudgetError, CheckpointError, DataError, UserError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.io.run_dir import CALIBRATION, FIT, RunDir
 from tiedconv.numerics.kfac_metric import KfacMetric
-from tiedconv.planning.planner import alternatives, fit_plan, make_plan, weights_of
+from tiedconv.planning.planner import alternatives
 from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of
 
 MICROS = all_micros()
@@ -283,7 +284,7 @@ def test_of_a_recipe_and_its_alternatives_the_cheapest_is_carried_out(scheme: st
 
 
 @pytest.fixture
-def _two_finalists(monkeypatch: pytest.MonkeyPatch) -> None:
+def _two_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiedconv.conversion.candidates.CLOSE", math.inf)
 
 
@@ -298,7 +299,7 @@ def interrupted_at(number: int, folder: Path) -> list[Path]:
     """Interrupt one before the blocks of this fit; what is kept, of files in the folder."""
 
     def interrupt(event: object) -> None:
-        if isinstance(event, Finalist) and event.number == number:
+        if isinstance(event, CandidateStarted) and event.number == number:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -309,19 +310,23 @@ def interrupted_at(number: int, folder: Path) -> list[Path]:
 FITS = [Path("0", FIT), Path("1", FIT)]
 
 
-@pytest.mark.usefixtures("_two_finalists")
+@pytest.mark.usefixtures("_two_candidates")
 def test_of_two_fits_the_second_is_gone_on_with(tmp_path: Path) -> None:
     whole = kept_in(tmp_path / "whole")
     cut = tmp_path / "cut"
     assert interrupted_at(2, cut) == [Path("0", CALIBRATION), *FITS]
     events: list[Any] = []
     resumed = kept_in(cut, resume=True, on_event=events.append)
-    first = [e for e in events[: events.index(Finalist(2, 2, ("lors",)))] if isinstance(e, Fitted)]
+    first = [
+        e
+        for e in events[: events.index(CandidateStarted(2, 2, ("lors",)))]
+        if isinstance(e, Fitted)
+    ]
     assert not first  # of the first fit no block was fitted again
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
-@pytest.mark.usefixtures("_two_finalists")
+@pytest.mark.usefixtures("_two_candidates")
 def test_what_was_measured_and_fitted_is_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,12 +334,12 @@ def test_what_was_measured_and_fitted_is_not_done_again(
     cut = tmp_path / "cut"
     assert interrupted_at(1, cut) == FITS
     monkeypatch.setattr(Calibration, "measure", None)
-    monkeypatch.setattr("tiedconv.conversion.candidates.fit_plan", None)
+    monkeypatch.setattr("tiedconv.conversion.candidates.fit_candidates", None)
     resumed = kept_in(cut, resume=True)
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
-@pytest.mark.usefixtures("_two_finalists")
+@pytest.mark.usefixtures("_two_candidates")
 def test_a_fit_of_another_calibration_is_refused(tmp_path: Path) -> None:
     kept = interrupted_at(1, tmp_path)
     anew = r"different calibration: .*{}.*--force, without --resume"
@@ -357,7 +362,7 @@ def test_a_fit_of_another_calibration_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "0" / CALIBRATION).exists()
 
 
-@pytest.mark.usefixtures("_two_finalists")
+@pytest.mark.usefixtures("_two_candidates")
 def test_a_damaged_fit_is_refused_and_a_missing_one_made_again(tmp_path: Path) -> None:
     whole = kept_in(tmp_path / "whole")
     cut = tmp_path / "cut"
@@ -380,10 +385,10 @@ def test_where_two_fits_are_near_each_other_it_is_told_which_is_kept(
     events: list[Any] = []
     calib = calib_for("timm-vit", on_event=events.append)
     made = tiedconv.convert(MICROS["timm-vit"].model(), "lors", params="60%", calib=calib)
-    told = [e for e in events if isinstance(e, Finalist | Kept)]
-    assert told[:2] == [Finalist(1, 2, ("lors",)), Finalist(2, 2, ("lors",))]
+    told = [e for e in events if isinstance(e, CandidateStarted | CandidateChosen)]
+    assert told[:2] == [CandidateStarted(1, 2, ("lors",)), CandidateStarted(2, 2, ("lors",))]
     kept = told[2]
-    assert isinstance(kept, Kept)
+    assert isinstance(kept, CandidateChosen)
     after = state_of(made).history[0]["calibration"]["kl_after"]
     assert kept.divergences[kept.number - 1] == min(kept.divergences) == after
     lines: list[str] = []

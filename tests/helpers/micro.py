@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from detectors import DETECTORS, SIDE
 from torch import Tensor, nn
 
-import tiedconv
 from tiedconv.schemes import all_schemes
 from tiedconv.sources.torchvision_compat import import_torchvision
 
@@ -60,10 +58,6 @@ class Micro:
         """A copy of one's own of the seeded model, in evaluation mode."""
         return copy.deepcopy(_built(self.name)).to(dtype)
 
-    def tied(self, scheme: str, **options: Any) -> nn.Module:
-        """A copy of one's own of the converted model; each conversion is made once a process."""
-        return copy.deepcopy(_tied(self.name, scheme, json.dumps(options, sort_keys=True)))
-
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The seeded example."""
         x = self.example(torch.Generator().manual_seed(1))
@@ -82,11 +76,6 @@ def _built(name: str) -> nn.Module:
         torch.manual_seed(0)
         model = every_micro()[name].build()
     return settle(model).eval()
-
-
-@functools.cache
-def _tied(name: str, scheme: str, options: str) -> nn.Module:
-    return tiedconv.convert(every_micro()[name].model(), scheme, **json.loads(options))
 
 
 @functools.cache

@@ -31,7 +31,7 @@ import tiedconv
 import tiedconv.io.checkpoint as checkpoint
 from tiedconv.errors import CheckpointError, OutputError, UserError
 from tiedconv.io.atomic import check_output, replacing
-from tiedconv.sources.load import is_compact
+from tiedconv.sources.models import is_compact
 
 NAME = "timm-vit"
 

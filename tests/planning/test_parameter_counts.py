@@ -6,12 +6,12 @@ import functools
 from typing import Any
 
 import pytest
+from planning_helpers import make_plan
 
 import tiedconv
 from tiedconv import sources
 from tiedconv.core.plan import Plan
 from tiedconv.families.inspect import ModelInfo, inspect_model
-from tiedconv.planning.planner import make_plan
 from tiedconv.planning.recipe import Recipe, Rule
 
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro import all_micros
+from planning_helpers import fit_plan, make_plan
 from torch import Tensor
 
 from tiedconv.core.plan import Block, Member
@@ -20,7 +21,7 @@ from tiedconv.families.inspect import inspect_model
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.linalg import spectrum
 from tiedconv.numerics.symmetries import WeightEditor
-from tiedconv.planning.planner import compile_plan, draft, fit_plan, make_plan
+from tiedconv.planning.planner import compile_plan, draft
 from tiedconv.planning.rank_allocation import (
     KfacMetrics,
     allocate,

@@ -242,9 +242,9 @@ def _value(text: str) -> Any:
 
 
 def _report(done: Conversion) -> Report:
-    from tiedconv.commands.report import plan_report, report
+    from tiedconv.commands.report import plan_report, report_of
 
-    return report(done.path) if done.path else plan_report(done.plan, done.spec)
+    return report_of(done.written) if done.written else plan_report(done.plan, done.spec)
 
 
 def _figures(done: Conversion) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _figures(done: Conversion) -> dict[str, Any]:
         "fit_seconds": round(done.seconds, 3),
         "calibration": done.calibration,
         "groups": list(figures.groups),
-        "smaller": [{"how": how, "stored": stored} for how, stored in done.ways],
+        "smaller": [{"how": how, "stored": stored} for how, stored in done.smaller],
     }
 
 
@@ -290,11 +290,11 @@ def _show(done: Conversion, *, each: bool, budget: bool) -> None:
                 f"{render.counted(done.calibration['images'], 'image')} are few: use about "
                 f"{FEW_IMAGES} for --effort fast, 1,000 for normal. They need no labels."
             )
-    if done.ways:
+    if done.smaller:
         say("\nSmaller options (need more fine-tuning):")
-        for how, stored in done.ways:
+        for how, stored in done.smaller:
             say(f"  {stored:>13,}  {render.percent(stored / figures.original):>6}  {how}")
-        if any("lors" in how and stored < 0.5 * figures.original for how, stored in done.ways):
+        if any("lors" in how and stored < 0.5 * figures.original for how, stored in done.smaller):
             say("  Or choose ranks for a budget: --scheme lors --params 50%")
     if done.path:
         say(f"Wrote {done.path} ({render.size(done.size)}, fitted in {done.seconds:.1f} s).")

@@ -17,7 +17,7 @@ from tiedconv.cli.common import CALIBRATION, hint, option_in, say
 from tiedconv.cli.option_groups import CalibOptions, ImageOptions
 
 if TYPE_CHECKING:
-    from tiedconv.commands.compare import Cell, Comparison, Fixed, Row, Way
+    from tiedconv.commands.compare import Cell, Comparison, Fixed, Row, SchemeSpec
 
 BUDGETS = "70%,50%,30%"
 
@@ -104,7 +104,7 @@ def _show(found: Comparison) -> None:
         columns = ["scheme"]
         for budget in found.budgets:
             columns += [budget, "nats"] if costs else [budget]
-        rows = [[row.way.name, *_cells(row, costs)] for row in found.rows]
+        rows = [[row.spec.name, *_cells(row, costs)] for row in found.rows]
         title = f"{found.model}, {found.original:,} parameters: stored at each budget"
         common.show_table(columns, rows, title)
     if found.fixed:
@@ -129,7 +129,7 @@ def _cells(row: Row, costs: bool) -> list[str]:
 
 
 def _fixed(f: Fixed, costs: bool) -> list[str]:
-    cells = [f.way.name, f"{f.stored:,}", render.percent(f.share)]
+    cells = [f.spec.name, f"{f.stored:,}", render.percent(f.share)]
     return cells + [_nats(f.cost)] * costs
 
 
@@ -144,10 +144,10 @@ def _nats(cost: float | None) -> str:
 def _notes(found: Comparison) -> list[str]:
     notes: list[str] = []
     for row in found.rows:
-        others = [c for c in row.cells if c.how is not None and c.how != row.way]
+        others = [c for c in row.cells if c.how is not None and c.how != row.spec]
         for how in dict.fromkeys(c.how.name for c in others if c.how is not None):
             where = ", ".join(c.budget for c in others if c.how and c.how.name == how)
-            notes.append(f"{row.way.name} at {where}: as {how}, chosen automatically.")
+            notes.append(f"{row.spec.name} at {where}: as {how}, chosen automatically.")
     if any(cell.stored is None for row in found.rows for cell in row.cells):
         notes.append("– from: the smallest size that the scheme can reach.")
     if found.unfit:
@@ -187,6 +187,6 @@ def _pick(column: Sequence[Cell]) -> Cell | None:
     return next((c for c in feasible if c.best), feasible[0] if feasible else None)
 
 
-def _asked(found: Comparison, cell: Cell) -> Way:
+def _asked(found: Comparison, cell: Cell) -> SchemeSpec:
     """The scheme as the user types it; options that a budget adds are chosen automatically."""
-    return next(row.way for row in found.rows if any(c is cell for c in row.cells))
+    return next(row.spec for row in found.rows if any(c is cell for c in row.cells))

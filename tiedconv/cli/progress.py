@@ -20,8 +20,8 @@ from rich.text import Text
 from tiedconv.calibration import Fitted, Fitting, Joint
 from tiedconv.cli.common import err
 from tiedconv.cli.render import accuracy, counted, duration, size
+from tiedconv.conversion.calibrate import CandidateChosen, CandidateStarted, Measuring, ResumedFits
 from tiedconv.conversion.calibrate import Event as CalibrationEvent
-from tiedconv.conversion.calibrate import Finalist, FoundFits, Kept, Measuring
 from tiedconv.loggers import memory_in_use
 from tiedconv.training import (
     METRIC_TITLES,
@@ -120,11 +120,11 @@ class ConvertBar(Bar):
                 self.line(f"{_span(units)}: relative error {before:.3f} -> {after:.3f}")
             case Joint(step, steps, loss):
                 self._show("whole model", step, steps, f"loss {loss:.4f}")
-            case FoundFits(count):
+            case ResumedFits(count):
                 self.line(f"resumed with {counted(count, 'saved fit')}")
-            case Finalist(number, count, schemes):
+            case CandidateStarted(number, count, schemes):
                 self.line(f"fit {number} of {count} ({', '.join(schemes)}), block by block:")
-            case Kept(number, divergences):
+            case CandidateChosen(number, divergences):
                 nats = ", ".join(f"{each:.3g}" for each in divergences)
                 self.line(f"kept fit {number}: KL divergence of each {nats} nats")
 

@@ -228,7 +228,7 @@ def make_runner(target: BenchTarget) -> Runner:
 def _torch(target: BenchTarget) -> Runner:
     from tiedconv.runtime.factored_linear import apply_factors
     from tiedconv.runtime.tie import freeze, untie
-    from tiedconv.sources.load import load
+    from tiedconv.sources.models import load
 
     model = load(target.file, trust_code=target.trust_code)
     if target.dense:

@@ -26,7 +26,7 @@ from tiedconv.errors import MissingExtra, RunError, UserError
 from tiedconv.exporters import all_formats
 from tiedconv.exporters.onnx import write_dense
 from tiedconv.runtime.tie import untie
-from tiedconv.sources.load import load
+from tiedconv.sources.models import load
 from tiedconv.utils.plotting import new_figure, write_figure
 
 DENSE = "dense"

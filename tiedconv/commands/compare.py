@@ -1,4 +1,4 @@
-"""The verb `plan`: what each scheme makes of a model at each budget, side by side.
+"""The verb `plan`: what each scheme stores of a model at each budget, side by side.
 
 Without images it takes no weights: sizes follow from shapes. With images each cell is fitted in
 the Fisher-weighted error (see `tiedconv.numerics.kfac_metric`), and the error of the fit estimates
@@ -20,25 +20,23 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-import tiedconv.sources as sources
 from tiedconv.conversion.calibrate import Calibration
-from tiedconv.conversion.cost_estimate import CostEstimator, Sizes, key_of
-from tiedconv.errors import NothingToConvert, RecipeError, UserError
+from tiedconv.conversion.cost_estimate import CostEstimator, Sizes
+from tiedconv.errors import NothingToConvert, RecipeError
 from tiedconv.families.inspect import inspect_model
-from tiedconv.planning.planner import alternatives, draft, make_plan
+from tiedconv.planning.planner import alternatives, draft, outline
 from tiedconv.planning.rank_allocation import has_rank_options, with_least
 from tiedconv.planning.recipe import Budget, Recipe, Rule
-from tiedconv.runtime.tie import is_tied
 from tiedconv.schemes import all_schemes, make_scheme
-from tiedconv.sources import Preprocess, Source
-from tiedconv.sources.load import check_preprocess, is_compact, with_preprocess
+from tiedconv.sources import Preprocess
+from tiedconv.sources.models import open_model
 
 BUDGETS = ("70%", "50%", "30%")
 OnFit = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Way:
+class SchemeSpec:
     """A scheme with the options that differ from its defaults."""
 
     scheme: str
@@ -67,37 +65,37 @@ class Way:
 
 @dataclass(frozen=True)
 class Cell:
-    """One way at one budget.
+    """One scheme at one budget.
 
     Args:
         budget: as it was asked for.
         stored: parameters, None if the budget can't be met.
-        share: of the original's parameters, 0 to 1.
-        how: the way taken, which for small budgets may have an option of its own.
-        cost: estimated divergence from the original's answers, in nats for each image.
-        best: whether no other way at this budget has a lower cost.
+        share: fraction of the original's parameters, 0 to 1.
+        how: the scheme taken, which for small budgets may have an option of its own.
+        cost: estimated KL divergence from the original's outputs, in nats for each image.
+        best: whether no other scheme at this budget has a lower cost.
     """
 
     budget: str
     stored: int | None = None
     share: float | None = None
-    how: Way | None = None
+    how: SchemeSpec | None = None
     cost: float | None = None
     best: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way at every budget.
+    """A scheme at every budget.
 
     Args:
-        way: as it was asked for.
+        spec: the scheme as it was asked for.
         smallest: the fewest parameters that it can store.
-        share: the same of the original's parameters.
+        share: the same as a fraction of the original's parameters.
         cells: one for each budget.
     """
 
-    way: Way
+    spec: SchemeSpec
     smallest: int
     share: float
     cells: tuple[Cell, ...]
@@ -105,9 +103,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A way that has one size, with no budget: parameters, their share, and the cost as `Cell`."""
+    """A scheme of one size, with no budget: parameters, their fraction, the cost as `Cell`."""
 
-    way: Way
+    spec: SchemeSpec
     stored: int
     share: float
     cost: float | None = None
@@ -121,8 +119,8 @@ class Comparison:
         model: its spec.
         original: its parameters.
         budgets: as they were asked for.
-        rows: ways that a budget can size.
-        fixed: ways that have one size.
+        rows: schemes that a budget can size.
+        fixed: schemes that have one size.
         unfit: schemes that find nothing to convert.
         images: that the costs were measured on, None without any.
         skipped: images that could not be read.
@@ -155,7 +153,7 @@ def compare(
 
     Args:
         model: a model, which is left as it is, or its spec, such as `resnet50`.
-        budgets: shares of the original such as `50%`, or numbers of parameters such as `12M`.
+        budgets: percentages of the original such as `50%`, or numbers of parameters such as `12M`.
         calib: images without labels to estimate costs by: a folder, a data set, or a
             `Calibration` that says how many.
         weights: for a spec with images: `default`, `none`, or a file.
@@ -174,17 +172,21 @@ def compare(
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
     spec = model if isinstance(model, str) else ""
-    network, source = opened(
-        model, weights if calib is not None else None, model_args, preprocess, seed
+    opened = open_model(
+        model,
+        weights=weights if calib is not None else None,
+        model_args=model_args,
+        preprocess=preprocess,
+        seed=seed,
     )
-    sizes = Sizes(inspect_model(network))
+    sizes = Sizes(inspect_model(opened.model))
     rows, fixed, unfit = _sizes(sizes, wanted)
     images, skipped = None, 0
     if calib is not None:
-        data = calib.open(source)
-        pricer = CostEstimator(network, sizes.info, calib, data)
-        rows, fixed = _priced(sizes, pricer, rows, fixed, on_fit)
-        images, skipped = pricer.images, pricer.skipped
+        data = calib.open(opened.source)
+        estimator = CostEstimator(opened.model, sizes.info, calib, data)
+        rows, fixed = _estimated(sizes, estimator, rows, fixed, on_fit)
+        images, skipped = estimator.images, estimator.skipped
     seconds = time.perf_counter() - start
     return Comparison(
         spec, sizes.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, skipped,
@@ -201,59 +203,23 @@ def _budgets(texts: Sequence[str]) -> list[Budget]:
     return found
 
 
-def opened(
-    model: str | nn.Module,
-    weights: str | Path | None,
-    model_args: Mapping[str, Any] | None,
-    preprocess: Callable[[Preprocess], Preprocess] | None,
-    seed: int,
-) -> tuple[nn.Module, Source]:
-    """An original model that was given or named, and where it comes from.
-
-    Args:
-        model: a model, or its spec.
-        weights: for a spec: `default`, `none` (random), a file; None to do without any.
-        model_args: arguments of the model's constructor.
-        preprocess: changes how images are prepared.
-        seed: of random weights.
-
-    Raises:
-        UserError: it is tied already, can't be had, or can't take images of the size asked for.
-    """
-    if isinstance(model, nn.Module):
-        if is_tied(model):
-            raise UserError("This model is tied already", hint="Call tiedconv.untie on it first")
-        return model, with_preprocess(Source("", weights="memory"), preprocess)
-    if is_compact(model):
-        raise UserError(
-            f"{model} is a compact file already",
-            "Only an original model can be looked at so",
-            f"See what it stores (tiedconv report {model}), or name the model it was made from",
-        )
-    if weights is None:
-        return sources.outline(model, model_args)
-    check_preprocess(model, model_args, preprocess)
-    network, source = sources.open_source(model, model_args, weights, seed=seed)
-    return network, with_preprocess(source, preprocess)
-
-
 def _sizes(
     sizes: Sizes, budgets: Sequence[Budget]
 ) -> tuple[tuple[Row, ...], tuple[Fixed, ...], tuple[str, ...]]:
-    """All ways, without weights."""
+    """All schemes, without weights."""
     rows: list[Row] = []
     fixed: list[Fixed] = []
     unfit: list[str] = []
     refused: NothingToConvert | None = None
     for scheme in all_schemes():
         try:
-            dialled, size = _nature(sizes, scheme)
+            sizable, size = _properties(sizes, scheme)
         except NothingToConvert as error:
             refused = error
             unfit.append(scheme)
             continue
-        if dialled:
-            rows.append(_row(sizes, Way(scheme), budgets))
+        if sizable:
+            rows.append(_row(sizes, SchemeSpec(scheme), budgets))
         if size:
             fixed += _fixed(sizes, scheme)
     if refused is not None and not rows and not fixed:
@@ -261,50 +227,50 @@ def _sizes(
     return tuple(rows), tuple(fixed), tuple(unfit)
 
 
-def _nature(sizes: Sizes, scheme: str) -> tuple[bool, bool]:
+def _properties(sizes: Sizes, scheme: str) -> tuple[bool, bool]:
     """Whether a budget can size a scheme, and whether it has a size of its own without one."""
     made = make_scheme(scheme, {})
     drafts = [d for task in draft(sizes.info, Recipe.of(scheme)) for d in task.drafts]
     is_open = len(made.candidates()) > 1
-    dialled = is_open or bool(made.alternatives()) or any(map(has_rank_options, drafts))
+    sizable = is_open or bool(made.alternatives()) or any(map(has_rank_options, drafts))
     if is_open:
-        return dialled, False
+        return sizable, False
     # Where the defaults spend nothing on ranks, what is stored is the scheme's own form.
     bare = [d.scheme.layout(d.shapes).factors for d in with_least(drafts)]
-    return dialled, bare == [d.scheme.layout(d.shapes).factors for d in drafts]
+    return sizable, bare == [d.scheme.layout(d.shapes).factors for d in drafts]
 
 
-def _row(sizes: Sizes, way: Way, budgets: Sequence[Budget]) -> Row:
+def _row(sizes: Sizes, spec: SchemeSpec, budgets: Sequence[Budget]) -> Row:
     cells: list[Cell] = []
     for budget in budgets:
-        feasible = sizes.feasible(way.recipe(budget.text))
+        feasible = sizes.feasible(spec.recipe(budget.text))
         if not feasible:
             cells.append(Cell(budget.text))
             continue
-        stored = make_plan(sizes.info, feasible[0])[0].stored
-        cells.append(Cell(budget.text, stored, stored / sizes.original, _way(feasible[0])))
-    tried = alternatives(way.recipe("100%"))
+        stored = outline(sizes.info, feasible[0]).plan.stored
+        cells.append(Cell(budget.text, stored, stored / sizes.original, _spec_of(feasible[0])))
+    tried = alternatives(spec.recipe("100%"))
     smallest = min(s for r in tried if (s := sizes.smallest(r)) is not None)
-    return Row(way, smallest, smallest / sizes.original, tuple(cells))
+    return Row(spec, smallest, smallest / sizes.original, tuple(cells))
 
 
 def _fixed(sizes: Sizes, scheme: str) -> list[Fixed]:
     """A scheme at its defaults and at what takes it further down, each size once."""
     found: dict[int, Fixed] = {}
     for options in ({}, *all_schemes()[scheme].smaller_options):
-        way = Way(scheme, options)
-        stored = make_plan(sizes.info, way.recipe())[0].stored
-        found.setdefault(stored, Fixed(way, stored, stored / sizes.original))
+        spec = SchemeSpec(scheme, options)
+        stored = outline(sizes.info, spec.recipe()).plan.stored
+        found.setdefault(stored, Fixed(spec, stored, stored / sizes.original))
     return list(found.values())
 
 
-def _way(recipe: Recipe) -> Way:
-    return Way(recipe.rules[0].scheme, recipe.rules[0].options)
+def _spec_of(recipe: Recipe) -> SchemeSpec:
+    return SchemeSpec(recipe.rules[0].scheme, recipe.rules[0].options)
 
 
-def _priced(
+def _estimated(
     sizes: Sizes,
-    pricer: CostEstimator,
+    estimator: CostEstimator,
     rows: Sequence[Row],
     fixed: Sequence[Fixed],
     on_fit: OnFit | None,
@@ -314,35 +280,30 @@ def _priced(
         recipe
         for row in rows
         for cell in row.cells
-        for recipe in sizes.feasible(row.way.recipe(cell.budget))
-    ] + [f.way.recipe() for f in fixed]
-    each = {key_of(recipe): recipe for recipe in wanted}
-    tell = on_fit or _ignore
-    tell(0, len(each), "aligning")
-    for done, recipe in enumerate(sorted(each.values(), key=pricer.alignment)):
+        for recipe in sizes.feasible(row.spec.recipe(cell.budget))
+    ] + [f.spec.recipe() for f in fixed]
+    each = estimator.in_order(wanted)
+    for done, recipe in enumerate(each):
         budget = f" at {recipe.budget.text}" if recipe.budget else ""
-        tell(done, len(each), _way(recipe).name + budget)
-        pricer.price(recipe)
-    costs = [pricer.price(f.way.recipe()).cost for f in fixed]
-    return tuple(_marked([_priced_row(sizes, pricer, row) for row in rows])), tuple(
+        if on_fit is not None:
+            on_fit(done, len(each), _spec_of(recipe).name + budget)
+        estimator.estimate(recipe)
+    costs = [estimator.estimate(f.spec.recipe()).cost for f in fixed]
+    return tuple(_marked([_estimated_row(sizes, estimator, row) for row in rows])), tuple(
         dataclasses.replace(f, cost=cost) for f, cost in zip(fixed, costs, strict=True)
     )
 
 
-def _priced_row(sizes: Sizes, pricer: CostEstimator, row: Row) -> Row:
+def _estimated_row(sizes: Sizes, estimator: CostEstimator, row: Row) -> Row:
     cells: list[Cell] = []
     for cell in row.cells:
-        prices = [pricer.price(r) for r in sizes.feasible(row.way.recipe(cell.budget))]
-        if prices:
-            best = min(prices, key=lambda p: p.cost)
-            share = best.stored / sizes.original
-            cell = Cell(cell.budget, best.stored, share, _way(best.recipe), best.cost)
+        found = [estimator.estimate(r) for r in sizes.feasible(row.spec.recipe(cell.budget))]
+        if found:
+            best = min(found, key=lambda e: e.cost)
+            fraction = best.stored / sizes.original
+            cell = Cell(cell.budget, best.stored, fraction, _spec_of(best.recipe), best.cost)
         cells.append(cell)
     return dataclasses.replace(row, cells=tuple(cells))
-
-
-def _ignore(done: int, total: int, what: str) -> None:
-    """The listener of those who don't listen."""
 
 
 def _marked(rows: Sequence[Row]) -> list[Row]:

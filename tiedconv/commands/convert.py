@@ -5,31 +5,32 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-import tiedconv.sources as sources
 from tiedconv.conversion.calibrate import Calibration
-from tiedconv.conversion.candidates import OnGroup, bind, calibrated, finalists, fit_all
-from tiedconv.conversion.streaming import streamed
+from tiedconv.conversion.fit import OnGroup
+from tiedconv.conversion.pipeline import (
+    Planned,
+    convert_in_memory,
+    fit_streamed,
+    history_entry,
+    plan_on,
+)
 from tiedconv.core.plan import Plan
-from tiedconv.errors import UserError
-from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.io.atomic import check_output
-from tiedconv.io.checkpoint import save, write_compact
+from tiedconv.io.checkpoint import Checkpoint, write_compact, write_model
 from tiedconv.io.run_dir import RunDir
-from tiedconv.planning.planner import first_plan, smaller_options
+from tiedconv.planning.planner import smaller_options
 from tiedconv.planning.recipe import Recipe
-from tiedconv.runtime.tie import is_tied, set_state, state_of
-from tiedconv.sources import LazyWeights, Preprocess, Source
-from tiedconv.sources.load import check_preprocess, is_compact, with_preprocess
-from tiedconv.version import __version__
+from tiedconv.runtime.tie import state_of
+from tiedconv.sources import Preprocess
+from tiedconv.sources.models import OpenedModel, PreprocessChange, open_model
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,30 @@ class Conversion:
     Args:
         spec: the model.
         plan: with the relative error of each group, if it was fitted.
-        preprocess: how the model wants its images, if known.
-        path: the file written, None for a dry run.
-        size: of the file, in bytes.
+        preprocess: how the model's images are prepared, if known.
+        written: the file as it was read back, None for a dry run.
         seconds: time of the fit.
-        ways: options and schemes that would store less, with their parameters.
-        calibration: what the images showed, if there were any; as in the file's history.
+        smaller: options and schemes that would store less, with their parameters.
+        calibration: the history's record of it, None without images.
     """
 
     spec: str
     plan: Plan
     preprocess: Preprocess | None
-    path: Path | None
-    size: int
-    seconds: float
-    ways: tuple[tuple[str, int], ...]
+    written: Checkpoint | None = None
+    seconds: float = 0.0
+    smaller: tuple[tuple[str, int], ...] = ()
     calibration: Mapping[str, Any] | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The file written, None for a dry run."""
+        return None if self.written is None else self.written.path
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes; 0 for a dry run."""
+        return 0 if self.written is None else self.written.size
 
 
 def plan(
@@ -77,9 +86,8 @@ def plan(
     Raises:
         UserError: unknown model or scheme, nothing to convert, a budget that can't be met.
     """
-    if isinstance(model, str):
-        model, _ = sources.outline(model, model_args)
-    return first_plan(inspect_model(model), recipe or Recipe.of(scheme, **options))
+    opened = open_model(model, weights=None, model_args=model_args)
+    return plan_on(opened.model, recipe or Recipe.of(scheme, **options)).sketch
 
 
 def convert(
@@ -95,7 +103,7 @@ def convert(
     on_group: OnGroup | None = None,
     **options: Any,
 ) -> nn.Module:
-    """The model with tied weights: the same class, far fewer numbers.
+    """The model with tied weights: the same class, far fewer stored parameters.
 
     Args:
         model: a model in memory, or a spec, such as `resnet50`.
@@ -111,22 +119,20 @@ def convert(
         options: `params`, `include`, `exclude`, and the scheme's options.
 
     Returns:
-        the tied model. `tiedconv.save` writes it, `tiedconv.report` tells of it.
+        the tied model. `tiedconv.save` writes it, `tiedconv.report` lists what it stores.
 
     Raises:
         UserError: unknown model or scheme, nothing to convert, a budget that can't be met.
     """
-    recipe = recipe or Recipe.of(scheme, **options)
-    if isinstance(model, str):
-        model, source = sources.open_source(model, model_args, weights, seed=seed)
-    else:
-        if is_tied(model):
-            raise UserError("This model is tied already", hint="Call tiedconv.untie on it first")
-        source = Source("", weights="memory")
-        model = model if inplace else copy.deepcopy(model)
+    opened = open_model(model, weights=weights, model_args=model_args, seed=seed)
+    network = opened.model
+    if network is model and not inplace:
+        network = copy.deepcopy(network)
+    planned = plan_on(network, recipe or Recipe.of(scheme, **options))
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib)
-    return _convert(model, source, recipe, None, on_group, calib)
+    convert_in_memory(network, opened.source, planned, calib, on_group=on_group)
+    return network
 
 
 def convert_file(
@@ -136,7 +142,7 @@ def convert_file(
     *,
     weights: str | Path = "default",
     model_args: Mapping[str, Any] | None = None,
-    preprocess: Callable[[Preprocess], Preprocess] | None = None,
+    preprocess: PreprocessChange | None = None,
     force: bool = False,
     seed: int = 0,
     command: str | None = None,
@@ -162,112 +168,93 @@ def convert_file(
             the folder is removed when the file is written.
         on_group: called with (groups fitted, groups in all).
     """
-    if is_compact(spec):
-        raise UserError(
-            f"{spec} is a compact file already",
-            "It was left as it is",
-            "Convert the original model with other options, or heal this one: tiedconv finetune",
-        )
-    check_preprocess(spec, model_args, preprocess)
-    if output is None:
-        skeleton, source = sources.outline(spec, model_args)
-        if calib is not None:
-            calib.open(with_preprocess(source, preprocess))  # or raises
-        info = inspect_model(skeleton)
-        planned = first_plan(info, recipe)
-        ways = _ways(info, recipe, planned)
-        return Conversion(spec, planned, source.preprocess, None, 0, 0.0, ways)
-    check_output(output, force=force)
-    folder = RunDir.beside(output)
-    if calib is not None and not (calib.resume or force):
+    folder = None
+    if output is not None:
+        check_output(output, force=force)
+        folder = RunDir.beside(output) if calib is not None else None
+    if folder is not None and calib is not None and not (calib.resume or force):
         folder.require_new()
-    lazy = sources.open_lazily(spec, model_args, weights) if calib is None else None
-    if lazy is not None:
-        model, source, tensors = lazy
-        source = with_preprocess(source, preprocess)
-        return _stream(spec, model, source, tensors, recipe, output, force, command, on_group)
-    if weights == "default":
-        # A plan that can't be is refused before weights are fetched.
-        first_plan(inspect_model(sources.outline(spec, model_args)[0]), recipe)
-    model, source = sources.open_source(spec, model_args, weights, seed=seed)
-    info = inspect_model(model)
-    source = with_preprocess(source, preprocess)
+    opened = open_model(
+        spec,
+        weights=None if output is None else weights,
+        model_args=model_args,
+        preprocess=preprocess,
+        seed=seed,
+        lazy=calib is None or weights == "default",
+    )
+    planned = plan_on(opened.model, recipe)
+    done = Conversion(spec, planned.sketch, opened.source.preprocess)
+    if output is None:
+        if calib is not None:
+            calib.open(opened.source)  # or raises
+    elif opened.tensors is not None and calib is None:
+        done = _stream(done, opened, planned, output, force, command, on_group)
+    else:
+        done = _load(done, opened, planned, output, force, command, on_group, calib, folder)
+    return dataclasses.replace(done, smaller=_smaller(planned, recipe, done.plan))
+
+
+def _stream(
+    todo: Conversion,
+    opened: OpenedModel,
+    planned: Planned,
+    output: Path,
+    force: bool,
+    command: str | None,
+    on_group: OnGroup | None,
+) -> Conversion:
+    """Convert weights that are read and written tensor by tensor."""
+    assert opened.tensors is not None
     start = time.perf_counter()
-    if calib is not None:
+    with fit_streamed(opened.model, planned, opened.tensors, output, on_group) as fitted:
+        seconds = time.perf_counter() - start
+        history = (history_entry(fitted, command),)
+        record, tensor = opened.source.to_json(), fitted.tensors.__getitem__
+        written = write_compact(output, fitted.plan, record, history, tensor, force=force)
+    return dataclasses.replace(todo, plan=fitted.plan, written=written, seconds=seconds)
+
+
+def _load(
+    todo: Conversion,
+    opened: OpenedModel,
+    planned: Planned,
+    output: Path,
+    force: bool,
+    command: str | None,
+    on_group: OnGroup | None,
+    calib: Calibration | None,
+    folder: RunDir | None,
+) -> Conversion:
+    """Convert weights in memory; `folder` is where an interrupted calibration is kept."""
+    opened = opened.load()
+    start = time.perf_counter()
+    if calib is not None and folder is not None:
         if not calib.resume:
             folder.clear()
         calib = dataclasses.replace(calib, run_dir=folder.path)
     try:
-        _convert(model, source, recipe, command, on_group, calib)
+        convert_in_memory(
+            opened.model, opened.source, planned, calib, command=command, on_group=on_group
+        )
     finally:
-        if calib is not None:
+        if folder is not None:
             folder.close()
     seconds = time.perf_counter() - start
-    size = save(model, output, force=force)
-    if calib is not None:
+    written = write_model(opened.model, output, force=force)
+    if folder is not None:
         folder.clear()
-    state = state_of(model)
-    ways = _ways(info, recipe, state.plan)
-    return Conversion(
-        spec, state.plan, source.preprocess, output, size, seconds, ways,
-        state.history[-1].get("calibration"),
-    )  # fmt: skip
+    state = state_of(opened.model)
+    return dataclasses.replace(
+        todo,
+        plan=state.plan,
+        written=written,
+        seconds=seconds,
+        calibration=state.history[-1].get("calibration"),
+    )
 
 
-def _stream(
-    spec: str, model: nn.Module, source: Source, tensors: LazyWeights, recipe: Recipe,
-    output: Path, force: bool, command: str | None, on_group: OnGroup | None,
-) -> Conversion:  # fmt: skip
-    """Convert weights that are read and written tensor by tensor."""
-    info = inspect_model(model)
-    start = time.perf_counter()
-    with streamed(model, info, tensors, recipe, output, on_group) as best:
-        seconds = time.perf_counter() - start
-        history = (_entry(best.recipe, best.plan, command),)
-        size = write_compact(
-            output, best.plan, source.to_json(), history, best.tensor, force=force
-        )  # fmt: skip
-    ways = _ways(info, recipe, best.plan)
-    return Conversion(spec, best.plan, source.preprocess, output, size, seconds, ways)
-
-
-def _convert(
-    model: nn.Module,
-    source: Source,
-    recipe: Recipe,
-    command: str | None,
-    on_group: OnGroup | None,
-    calib: Calibration | None = None,
-) -> nn.Module:
-    data = None if calib is None else calib.open(source)
-    record = source.to_json()
-    if calib is None or data is None:
-        fitted = fit_all(model, recipe, on_group)[0]
-        bind(model, fitted, record)
-        extra: dict[str, Any] = {}
-    else:
-        teacher = copy.deepcopy(model)  # before the fits, which may move the model's tensors
-        found = finalists(model, teacher, recipe, on_group, calib, data, record)
-        fitted, extra = calibrated(model, teacher, found, calib, data, record)
-    entry = _entry(fitted.recipe, fitted.plan, command)
-    set_state(model, history=({**entry, **extra},))
-    return model
-
-
-def _entry(recipe: Recipe, planned: Plan, command: str | None) -> dict[str, Any]:
-    """What a file's history says of a conversion."""
-    return {
-        "step": "convert",
-        "recipe": recipe.to_json(),
-        "command": command,
-        "original": planned.original,
-        "stored": planned.stored,
-        "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
-    }
-
-
-def _ways(info: ModelInfo, recipe: Recipe, planned: Plan) -> tuple[tuple[str, int], ...]:
-    """What would store less, said where the reader may have hoped for more."""
-    if recipe.budget is not None or planned.stored < 0.6 * planned.original:
+def _smaller(planned: Planned, recipe: Recipe, plan: Plan) -> tuple[tuple[str, int], ...]:
+    """What would store less, where the reader may have hoped for it."""
+    if recipe.budget is not None or plan.stored < 0.6 * plan.original:
         return ()
-    return tuple(smaller_options(info, recipe))
+    return tuple(smaller_options(planned.info, recipe))

@@ -13,9 +13,8 @@ import tiedconv.sources as sources
 from tiedconv.data import ImageList, eval_transform, open_images
 from tiedconv.detection import DetectionList, detects
 from tiedconv.errors import UserError
-from tiedconv.runtime.tie import state_of
 from tiedconv.sources import Preprocess, Source
-from tiedconv.sources.load import is_compact, load, source_of, with_preprocess
+from tiedconv.sources.models import is_compact, looks_like_file, open_model
 from tiedconv.training import EvalResult, OnEvent, evaluate_model, fit_inputs
 
 Change = Callable[[Preprocess], Preprocess]
@@ -83,15 +82,22 @@ def evaluate(
         UserError: a model, file or folder that can't be used.
     """
     images = open_images(data, limit=limit)
-    network, source = open_any(model, weights, model_args, trust_code=trust_code)
-    wanted = with_preprocess(source, preprocess).preprocess or Preprocess(224)
+    opened = open_model(
+        model,
+        weights=weights,
+        model_args=model_args,
+        preprocess=preprocess,
+        compact=True,
+        trust_code=trust_code,
+    )
+    wanted = opened.source.preprocess or Preprocess(224)
     listed = (
         DetectionList(images, wanted, strict=strict)
         if detects(task, images)
         else ImageList(images, eval_transform(wanted), strict=strict)
     )
     result = evaluate_model(
-        network,
+        opened.model,
         listed,
         batch_size=batch_size,
         device=device,
@@ -100,20 +106,6 @@ def evaluate(
     )
     classes = images.classes if images.objects is None else images.objects.names
     return Evaluation(str(model), result, wanted, len(classes))
-
-
-def open_any(
-    model: str | Path,
-    weights: str | Path = "default",
-    model_args: Mapping[str, Any] | None = None,
-    *,
-    trust_code: bool = False,
-) -> tuple[nn.Module, Source]:
-    """The model of a compact file or of a spec, with where it came from."""
-    if looks_like_file(model):
-        network = load(model, trust_code=trust_code)
-        return network, source_of(state_of(network).source)
-    return sources.open_source(str(model), model_args, weights)
 
 
 def open_teacher(
@@ -135,7 +127,7 @@ def open_teacher(
         return None, "none"
     if teacher == "auto":
         if source.weights == "default":
-            return sources.open_source(source.spec, source.kwargs, "default")[0], source.spec
+            return open_model(source.spec, model_args=source.kwargs).model, source.spec
         origin = source.weights_name or "a model in memory"
         raise UserError(
             f"The teacher should be the original model, whose weights came from {origin}",
@@ -145,23 +137,17 @@ def open_teacher(
         )
     if looks_like_file(teacher):
         if is_compact(teacher):
-            model = load(teacher, trust_code=trust_code)
-            _fit_inputs(model, source, source_of(state_of(model).source))
-            return model, Path(teacher).name
+            opened = open_model(teacher, compact=True, trust_code=trust_code)
+            _fit_inputs(opened.model, source, opened.source)
+            return opened.model, Path(teacher).name
         model = sources.skeleton(source, trust_code=trust_code)
         sources.load_into(model, sources.read_weights(Path(teacher)))
         return model.eval(), Path(teacher).name
-    model, own = sources.open_source(teacher)
-    _fit_inputs(model, source, own)
-    return model, teacher
+    opened = open_model(teacher)
+    _fit_inputs(opened.model, source, opened.source)
+    return opened.model, teacher
 
 
 def _fit_inputs(teacher: nn.Module, source: Source, own: Source) -> None:
     if source.preprocess is not None and own.preprocess is not None:
         fit_inputs(teacher, source.preprocess, own.preprocess)
-
-
-def looks_like_file(model: str | Path) -> bool:
-    """Whether a name is meant as a file rather than as a model spec."""
-    path = Path(model)
-    return path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".bin")

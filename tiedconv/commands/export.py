@@ -14,7 +14,7 @@ from tiedconv.errors import UserError, VerifyError
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.io.atomic import check_output, replacing_files
-from tiedconv.sources.load import load
+from tiedconv.sources.models import load
 
 GROWTH = 1.02
 """How many times the stored bytes the tensors of a compact format may take up."""

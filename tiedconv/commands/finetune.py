@@ -25,7 +25,7 @@ from tiedconv.io.checkpoint import save
 from tiedconv.io.run_dir import RunDir
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources import Preprocess, Source, sha256_of_file
-from tiedconv.sources.load import load, source_of, with_preprocess
+from tiedconv.sources.models import load, source_of, with_preprocess
 from tiedconv.training import (
     ACCURACY,
     FREE_TO_CHANGE,

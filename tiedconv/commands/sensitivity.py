@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.calibration import KfacStatistics
-from tiedconv.commands.compare import opened
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.core.plan import Member, Slot
 from tiedconv.data import Loader
@@ -36,6 +35,7 @@ from tiedconv.planning.rank_allocation import metrics_of
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.schemes._base import fuse
 from tiedconv.sources import Preprocess
+from tiedconv.sources.models import open_model
 from tiedconv.training import pick_device
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement
@@ -172,8 +172,10 @@ def sensitivity(
         )
     if not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
-    network, source = opened(model, weights, model_args, preprocess, seed)
-    data = calib.open(source)
+    opened = open_model(
+        model, weights=weights, model_args=model_args, preprocess=preprocess, seed=seed
+    )
+    network, data = opened.model, calib.open(opened.source)
     info = inspect_model(network)
     places = matrices_of(info)
     tensors = {n: t.detach() for n, t in network.state_dict(keep_vars=True).items()}

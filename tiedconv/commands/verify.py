@@ -18,7 +18,7 @@ from tiedconv.errors import CheckpointError, SourceError, UserError, VerifyError
 from tiedconv.io.checkpoint import Checkpoint, install, read
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.runtime.tie import freeze, state_of, untie
-from tiedconv.sources.load import skeleton_of, source_of, widened
+from tiedconv.sources.models import skeleton_of, source_of, widened
 from tiedconv.training import logits_of
 
 

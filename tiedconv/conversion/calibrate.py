@@ -37,20 +37,20 @@ class Measuring:
 
 
 @dataclass(frozen=True)
-class FoundFits:
-    """So many fits of an interrupted calibration are gone on with, and nothing is measured."""
+class ResumedFits:
+    """So many fits were restored from an interrupted run; nothing is measured."""
 
     count: int
 
 
 @dataclass(frozen=True)
-class Finalist:
-    """The blocks of one of several fits come next: their costs are too near to each other to tell.
+class CandidateStarted:
+    """The calibration of one of several fits starts; their predicted costs are nearly the same.
 
     Args:
         number: of this fit, from 1.
         count: of the fits.
-        schemes: that it is made of.
+        schemes: that it uses.
     """
 
     number: int
@@ -59,24 +59,24 @@ class Finalist:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The fit that was kept of several: the one that diverges least.
+class CandidateChosen:
+    """The best of several calibrated fits was chosen.
 
     Args:
         number: of that fit, from 1.
-        divergences: of each, in nats an image.
+        divergences: of each, KL divergence of the outputs in nats for each image.
     """
 
     number: int
     divergences: tuple[float, ...]
 
 
-Event = CalibEvent | Measuring | FoundFits | Finalist | Kept
+Event = CalibEvent | Measuring | ResumedFits | CandidateStarted | CandidateChosen
 OnCalibration = Callable[[Event], None]
 
 
 def _ignore(event: Event) -> None:
-    """The listener of those who don't listen."""
+    """No-op callback."""
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,28 @@
-"""What a recipe stores at least, and what its fit costs on images; each found once."""
+"""What a recipe stores at least, and the estimated cost of its fit; each computed once."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
-from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.candidates import by_alignment, memory_store
+from tiedconv.conversion.stages import carry_out
+from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.errors import NothingToConvert
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.planning.planner import (
-    align,
     alternatives,
     draft,
-    fit_plan,
     least_stored,
-    make_plan,
+    outline,
     parameters_of,
-    weights_of,
 )
-from tiedconv.planning.rank_allocation import KfacMetrics
 from tiedconv.planning.recipe import Recipe
 
 
@@ -77,7 +72,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What the fit of a recipe stores, and the cost that it leaves in nats for each image."""
+    """What the fit of a recipe stores, and its estimated cost: KL divergence in nats an image."""
 
     recipe: Recipe
     stored: int
@@ -85,74 +80,42 @@ class CostEstimate:
 
 
 class CostEstimator:
-    """Fits recipes to a model's weights in the metric of images.
+    """Fits recipes to a model's weights by statistics of images.
 
     Args:
-        model: which is left as it is.
+        model: plain; it is left as it is.
         info: of the model.
         calib: how the images are read.
         data: the images.
     """
 
     def __init__(
-        self, model: nn.Module, info: ModelInfo, calib: Calibration, data: Dataset[Any]
+        self, model: nn.Module, info: ModelInfo, calib: Calibration, data: Dataset[object]
     ) -> None:
-        own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
-        self._model, self._anatomy, self._calib, self._data = model, info, calib, data
-        self._tensors = {name: own[name] for name in info.shapes}
-        self._alignments: dict[str, str] = {}
-        self._measured: tuple[str, KfacStatistics] | None = None
-        self._prices: dict[str, CostEstimate] = {}
-        self.images = 0  # that were measured on
-        self.skipped = 0  # that could not be read
+        self._info = info
+        self._store = memory_store(model, info)
+        self._cache = StatisticsCache(model, calib, data)
+        self._found: dict[str, CostEstimate] = {}
 
-    @torch.no_grad()
-    def alignment(self, recipe: Recipe) -> str:
-        """The same for recipes that move the weights to the same place before they fit them.
+    @property
+    def images(self) -> int:
+        """Images that were measured on."""
+        return self._cache.images
 
-        Only the statistics of the last place are kept, as they may take more memory than the model:
-        ask for the prices of one place after the other.
-        """
-        key = key_of(dataclasses.replace(recipe, budget=None))
-        if key not in self._alignments:
-            digest = hashlib.sha256()
-            for name, tensor in align(self._anatomy, recipe, self._tensors).items():
-                if tensor is not self._tensors[name]:
-                    digest.update(name.encode())
-                    raw = tensor.cpu().contiguous().flatten().view(torch.uint8)
-                    digest.update(raw.numpy().data)
-            self._alignments[key] = digest.hexdigest()
-        return self._alignments[key]
+    @property
+    def skipped(self) -> int:
+        """Images that could not be read."""
+        return self._cache.skipped
 
-    def price(self, recipe: Recipe) -> CostEstimate:
-        """The price of a recipe; raises what `make_plan` raises."""
+    def in_order(self, recipes: Iterable[Recipe]) -> list[Recipe]:
+        """Each recipe once, those that align alike together: statistics are measured once."""
+        each = list({key_of(recipe): recipe for recipe in recipes}.values())
+        return [each[i] for i in by_alignment([outline(self._info, r) for r in each])]
+
+    def estimate(self, recipe: Recipe) -> CostEstimate:
+        """The estimate for a recipe; raises what `planning.planner.outline` raises."""
         key = key_of(recipe)
-        if key not in self._prices:
-            self._prices[key] = self._fit(recipe)
-        return self._prices[key]
-
-    def _fit(self, recipe: Recipe) -> CostEstimate:
-        metrics: KfacMetrics = {}
-
-        def measure(moved: Mapping[str, Tensor]) -> KfacMetrics:
-            nonlocal metrics
-            metrics = self._moments(recipe, moved).metrics
-            return metrics
-
-        with torch.no_grad():
-            planned, moved = make_plan(self._anatomy, recipe, self._tensors, measure=measure)
-            planned, _, cost = fit_plan(planned, moved, metrics=metrics)
-        return CostEstimate(recipe, planned.stored, cost)
-
-    def _moments(self, recipe: Recipe, moved: Mapping[str, Tensor]) -> KfacStatistics:
-        """What errors cost with the weights so moved."""
-        place = self.alignment(recipe)
-        if self._measured is not None and self._measured[0] == place:
-            return self._measured[1]
-        self._measured = None  # its memory is needed
-        statistics = self._calib.measure(
-            self._model, weights_of(self._anatomy, recipe), self._data, moved
-        )
-        self._measured = place, statistics
-        self.images, self.skipped = statistics.images, statistics.skipped
-        return statistics
+        if key not in self._found:
+            fitted = carry_out(self._info, outline(self._info, recipe), self._store, self._cache)
+            self._found[key] = CostEstimate(recipe, fitted.plan.stored, fitted.cost)
+        return self._found[key]

@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from tiedconv.calibration import CalibConfig
 from tiedconv.calibration.state import digest_of, foreign, settings_of
-from tiedconv.core.plan import Plan
+from tiedconv.conversion.fit import Fit
 from tiedconv.data import Loader
 from tiedconv.errors import CheckpointError
 from tiedconv.io.checkpoint import Checkpoint, read, write_compact
@@ -28,27 +27,6 @@ from tiedconv.planning.recipe import Recipe
 from tiedconv.training.state import prepare_folder, require_same, weights_digest
 
 _IMAGES = 16  # by which sets of images are told apart
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A recipe carried out on a model's weights, before the model is tied.
-
-    Args:
-        recipe: that was carried out.
-        plan: with the error of each group.
-        moved: tensors of the model, as they are with these factors.
-        factors: stored name to tensor.
-        cost: of all errors together.
-        ridge: the median of the metrics', None where nothing was measured.
-    """
-
-    recipe: Recipe
-    plan: Plan
-    moved: Mapping[str, Tensor]
-    factors: Mapping[str, Tensor]
-    cost: float
-    ridge: float | None
 
 
 def identity_of(
@@ -72,7 +50,7 @@ def identity_of(
     }
 
 
-def keep(
+def save_fits(
     folder: Path, fits: Sequence[Fit], source: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
     """Write the fits that a calibration goes on with.
@@ -89,7 +67,6 @@ def keep(
     for i, fit in enumerate(fits):
         part = RunDir(folder).part(i, len(fits))
         prepare_folder(part)
-        tensors = {**fit.moved, **fit.factors}
         entry = {
             "step": "fit",
             "recipe": fit.recipe.to_json(),
@@ -103,13 +80,13 @@ def keep(
             fit.plan,
             source,
             [entry],
-            lambda name, tensors=tensors: tensors[name].detach().cpu().contiguous(),  # type: ignore[misc]
+            lambda name, tensors=fit.tensors: tensors[name].detach().cpu().contiguous(),  # type: ignore[misc]
             force=True,
         )
 
 
-def kept(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, Any]) -> list[Fit]:
-    """The fits that `keep` wrote; none where it was not done with them.
+def load_fits(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, Any]) -> list[Fit]:
+    """The fits that `save_fits` wrote; none where it was not done with them.
 
     Args:
         folder: of the run.
@@ -131,11 +108,8 @@ def kept(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, Any]) -
             require_same(path, entry["identity"], identity, "calibration")
             count = int(entry["fits"])
             recipe = next(r for r in recipes if _same(r.to_json(), entry["recipe"]))
-            tensors = dict(file.tensors())
-            moved = {name: tensors[name] for name in file.plan.kept}
-            factors = {name: tensors[name] for name in file.plan.factors}
             cost, ridge = float(entry["cost"]), entry["ridge"]
-        found.append(Fit(recipe, file.plan, moved, factors, cost, ridge))
+            found.append(Fit(recipe, file.plan, cost, ridge, dict(file.tensors())))
     return found
 
 

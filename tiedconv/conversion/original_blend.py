@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedconv.conversion.tensor_store import MemoryStore
 from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError, UserError
 from tiedconv.families.inspect import inspect_model
-from tiedconv.planning.planner import KEPT, Task, align, draft
+from tiedconv.planning.planner import KEPT, Task, align_weights, draft
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.runtime.tie import (
     clear_offsets,
@@ -108,8 +109,10 @@ def moved_original(model: nn.Module, original: nn.Module | None) -> dict[str, Te
     except TiedconvError as error:
         raise _not_repeatable(f"it fails now ({error.what})", "conversion-fails") from error
     _same_groups(tasks, state.plan)
+    workspace = MemoryStore({n: own[n].detach().cpu() for n in info.shapes}).open()
     with torch.no_grad():
-        return align(info, recipe, {n: own[n].detach().cpu() for n in info.shapes})
+        align_weights(tasks, workspace.editor)
+    return {name: workspace.aligned(name) for name in info.shapes}
 
 
 def conversion_recipe(history: Sequence[Mapping[str, Any]]) -> Recipe:

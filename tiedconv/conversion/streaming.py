@@ -1,194 +1,122 @@
-"""Conversion of a model that need not fit into memory.
+"""Conversion of a model that need not fit into memory: the tensor store on disk.
 
-Weights are read from their files when they are asked for. What the moves before a fit change, and
-the factors that fits make, wait in a scratch file beside the output. In memory are the few
-matrices that are worked on, and the factors of one group. The arithmetic is that of `trials`, so
-the result is the same, byte for byte.
+Weights are read from their files when they are asked for. What aligning changes, and the factors
+that fits make, are kept in a scratch file beside the output. In memory are the few matrices that
+are worked on, and the factors of one group. The stages are those of every conversion
+(`conversion.pipeline`), so the file is the same, byte for byte.
 """
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from typing import overload
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tiedconv.conversion.candidates import OnGroup, tried
-from tiedconv.core.plan import Group, Member, Plan, Slot, Span
+from tiedconv.conversion.tensor_store import TensorStore, Workspace, widened, working
+from tiedconv.core.plan import Member, Plan, Slot, Span
 from tiedconv.errors import OutputError
-from tiedconv.families.inspect import ModelInfo
 from tiedconv.io.tensor_scratch import StoredTensor, TensorScratch
 from tiedconv.numerics.symmetries import WeightEditor
-from tiedconv.planning.planner import alternatives, fit_group, plan_on, widened, working
-from tiedconv.planning.recipe import Recipe
-from tiedconv.runtime.tie import tie
 from tiedconv.sources import LazyWeights
 
 RESIDENT = 64 * 2**20
 """Bytes of the matrices of one group up to which they stay in memory while it is fitted. Those of
-a larger group are read anew for each pass over them."""
+a larger group are read again for each pass over them."""
 _M_MMAP_THRESHOLD = -3  # as malloc.h numbers it
-LARGE = 2**30
-"""Bytes of weights from which on freed memory is given back at once."""
 
 
-@dataclass(frozen=True)
-class StreamedFit:
-    """A recipe carried out, its tensors on disk.
+class StreamedStore(TensorStore):
+    """Weights that stay in their files.
 
     Args:
-        recipe: which of the alternatives it is.
-        plan: with the relative error of each group.
-        cost: of all errors together.
-        moved: the kept tensors.
-        factors: stored factor name to its spot in `scratch`.
-        scratch: holds the factors, and what was moved.
+        tensors: the weights.
+        folder: on whose disk the scratch files lie; it needs space for the aligned weights and
+            the factors.
     """
 
-    recipe: Recipe
-    plan: Plan
-    cost: float
-    moved: _Moved
-    factors: Mapping[str, StoredTensor]
-    scratch: TensorScratch
+    def __init__(self, tensors: LazyWeights, folder: Path) -> None:
+        self._tensors, self._folder = tensors, folder
+
+    def open(self) -> Workspace:
+        return _OnDisk(self._tensors, TensorScratch(self._folder))
+
+
+class _OnDisk(Workspace):
+    """What aligning changed is read from the scratch file, the rest from the weights' files."""
+
+    def __init__(self, tensors: LazyWeights, scratch: TensorScratch) -> None:
+        self.dtypes = tensors.dtypes
+        self.editor = _DiskEditor(self)
+        self._tensors, self.scratch = tensors, scratch
+        self.edited: dict[str, StoredTensor] = {}
+        self._factors: dict[str, StoredTensor] = {}
+
+    def wide(self, name: str) -> Tensor:
+        """A tensor in the precision that weights are aligned in; not to be changed."""
+        place = self.edited.get(name)
+        return widened(self._tensors[name]) if place is None else self.scratch.read(place)
+
+    def aligned(self, name: str) -> Tensor:
+        return self.wide(name).to(self.dtypes[name])
+
+    def matrices(self, members: Sequence[Member]) -> Sequence[Tensor]:
+        return _Matrices(members, self.aligned, working)
+
+    def keep(self, name: str, factor: Tensor) -> None:
+        self._factors[name] = self.scratch.put(factor)
+
+    def fitted(self, plan: Plan) -> Mapping[str, Tensor]:
+        return _Fitted(self, plan)
 
     def tensor(self, name: str) -> Tensor:
         """A kept tensor, or a factor by its stored name."""
-        spot = self.factors.get(name)
-        return self.moved.final(name) if spot is None else self.scratch.read(spot)
+        place = self._factors.get(name)
+        return self.aligned(name) if place is None else self.scratch.read(place)
+
+    def close(self) -> None:
+        self.scratch.close()
 
 
-@contextmanager
-def streamed(
-    model: nn.Module,
-    info: ModelInfo,
-    tensors: LazyWeights,
-    recipe: Recipe,
-    output: Path,
-    on_group: OnGroup | None = None,
-) -> Iterator[StreamedFit]:
-    """The best fit of a recipe and of what its scheme wants tried beside it.
+class _Fitted(Mapping[str, Tensor]):
+    """Kept tensors and factors, each read when it is asked for."""
 
-    Args:
-        model: of the weights, as `sources.open_lazily` gives it; it is tied as a check.
-        info: of the model.
-        tensors: the weights.
-        recipe: what is wanted.
-        output: the file to be; beside it must be space for the moved weights and the factors.
-        on_group: called with (groups fitted, groups in all).
+    def __init__(self, workspace: _OnDisk, plan: Plan) -> None:
+        self._workspace, self._names = workspace, (*plan.kept, *plan.factors)
 
-    Raises:
-        NothingToConvert, BudgetError: no recipe can be carried out.
-        OutputError: there is no space.
-        WeightsError: the weights changed in the meantime.
-    """
-    if sum(math.prod(s) * tensors.dtypes[n].itemsize for n, s in info.shapes.items()) > LARGE:
-        _give_back_freed_memory()
-    best: StreamedFit | None = None
-    work = _Work(info, tensors, output, on_group)
-    try:
-        for found in tried(alternatives(recipe), work.fit):
-            if best is not None and best.cost <= found.cost:
-                found.scratch.close()
-                continue
-            if best is not None:
-                best.scratch.close()
-            best = found
-        assert best is not None
-        empty = {name: torch.empty(s, device="meta") for name, s in best.plan.factors.items()}
-        tie(model, best.plan, empty)  # refuses what can't be bound, as it would later
-        with _on_disk_of(output):
-            yield best
-    finally:
-        if best is not None:
-            best.scratch.close()
+    def __getitem__(self, name: str) -> Tensor:
+        return self._workspace.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What every recipe that is tried on a model has in common."""
+class _DiskEditor(WeightEditor):
+    """An editor whose tensors are on disk."""
 
-    info: ModelInfo
-    tensors: LazyWeights
-    output: Path
-    on_group: OnGroup | None
-
-    @torch.no_grad()
-    def fit(self, recipe: Recipe) -> StreamedFit:
-        """The recipe carried out; raises what the planner raises."""
-        with _on_disk_of(self.output), ExitStack() as opened:
-            found = self._fit(recipe, opened.enter_context(TensorScratch(self.output.parent)))
-            opened.pop_all()  # it stays open
-            return found
-
-    def _fit(self, recipe: Recipe, scratch: TensorScratch) -> StreamedFit:
-        moved = _Moved(self.tensors, scratch)
-        plan = plan_on(self.info, recipe, _StreamedEditor(moved))
-        factors: dict[str, StoredTensor] = {}
-        groups: list[Group] = []
-        cost = 0.0
-        for i, group in enumerate(plan.groups):
-            matrices = _Matrices(group.members, moved.final, working)
-            done, fitted, wrong = fit_group(group, matrices)
-            groups.append(done)
-            cost += wrong
-            dtype = self.tensors.dtypes[group.members[0].slot.tensor]
-            for name in list(fitted):  # each is freed once written: the next group needs the room
-                spot = scratch.put(fitted.pop(name).to(dtype))
-                factors[group.stored_name(name)] = spot
-            if self.on_group is not None:
-                self.on_group(i + 1, len(plan.groups))
-        plan = dataclasses.replace(plan, groups=tuple(groups))
-        return StreamedFit(recipe, plan, cost, moved, factors, scratch)
-
-
-@dataclass
-class _Moved:
-    """Weights as the moves left them: what was edited from the scratch, the rest from files."""
-
-    tensors: LazyWeights
-    scratch: TensorScratch
-    edited: dict[str, StoredTensor] = field(default_factory=dict)
-
-    def wide(self, name: str) -> Tensor:
-        """A tensor in the precision that moves are made in, to read."""
-        spot = self.edited.get(name)
-        return widened(self.tensors[name]) if spot is None else self.scratch.read(spot)
-
-    def final(self, name: str) -> Tensor:
-        """A tensor in the model's precision, to read."""
-        return self.wide(name).to(self.tensors.dtypes[name])
-
-    def writable(self, name: str) -> Tensor:
-        """A tensor in the precision that moves are made in; what is written to it stays."""
-        if name not in self.edited:
-            self.edited[name] = self.scratch.put(self.wide(name))
-        return self.scratch.writable(self.edited[name])
-
-
-class _StreamedEditor(WeightEditor):
-    """A workbench whose tensors are on disk."""
-
-    def __init__(self, moved: _Moved) -> None:
+    def __init__(self, workspace: _OnDisk) -> None:
         super().__init__({})
-        self._moved = moved
+        self._workspace = workspace
 
     def matrix(self, slot: Slot) -> Tensor:
-        return slot.matrix_of(self._moved.wide(slot.tensor))
+        return slot.matrix_of(self._workspace.wide(slot.tensor))
 
     def matrices(self, members: Sequence[Member]) -> Sequence[Tensor]:
-        return _Matrices(members, self._moved.wide, Tensor.float)
+        return _Matrices(members, self._workspace.wide, Tensor.float)
 
     def edit(self, place: Slot | Span) -> Tensor:
-        tensor = self._moved.writable(place.tensor)
+        name, space = place.tensor, self._workspace
+        if name not in space.edited:
+            space.edited[name] = space.scratch.put(space.wide(name))
+            self.edited.add(name)
+        tensor = space.scratch.writable(space.edited[name])
         return place.matrix_of(tensor) if isinstance(place, Slot) else place.of(tensor)
 
 
@@ -225,25 +153,27 @@ class _Matrices(Sequence[Tensor]):
         return self._kept[index]
 
 
-def _give_back_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Let the C library return each freed matrix to the system, for the rest of the process.
 
-    By default glibc keeps freed blocks of up to 32 MB for later. The factors that a fit makes one
-    after the other come to lie between them, and hundreds of MB are never given back. Asking the
-    system each time costs about a tenth of the time.
+    By default glibc keeps freed blocks of up to 32 MB. The factors that a fit makes one after the
+    other come to lie between them, and hundreds of MB are never returned. Asking the system each
+    time costs about a tenth of the time. It changes the whole process, so only the command line
+    calls it, never the library.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 @contextmanager
-def _on_disk_of(output: Path) -> Iterator[None]:
-    """Within it, a scratch file that can't be written is told as an output that can't."""
+def scratch_errors(output: Path) -> Iterator[None]:
+    """Within it, an OSError of a scratch file is reported as an output that can't be written."""
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"There is no room to work beside {output} ({error.strerror or error})",
+            f"There is no space for temporary files beside {output} ({error.strerror or error})",
             "A conversion keeps its intermediate results there",
-            "Free some space, about as much as the weights take, or choose another place with -o",
+            "Free some space, about as much as the weights take, or choose another path with -o",
+            code="scratch-full",
         ) from None

@@ -12,7 +12,7 @@ from tiedconv.errors import UserError
 from tiedconv.exporters._format import Format, Job, Written, is_weight
 from tiedconv.io.checkpoint import read, save
 from tiedconv.runtime.tie import set_state, state_of
-from tiedconv.sources.load import load
+from tiedconv.sources.models import load
 from tiedconv.training import logits_of
 
 

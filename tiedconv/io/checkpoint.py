@@ -14,6 +14,7 @@ show that a file is complete, not that it is honest: docs/format.md has all chec
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -102,10 +103,15 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
         OutputError: the file can't be written.
         PlanError: the file would be beyond the limits of what is read again.
     """
+    return write_model(model, Path(path), force=force).size
+
+
+def write_model(model: nn.Module, path: Path, *, force: bool = False) -> Checkpoint:
+    """As `save`; returns the file as it was read back."""
     state = state_of(model)
     own = model.state_dict()
     return write_compact(
-        Path(path),
+        path,
         state.plan,
         state.source,
         state.history,
@@ -122,7 +128,7 @@ def write_compact(
     tensor: Callable[[str], Tensor],
     *,
     force: bool = False,
-) -> int:
+) -> Checkpoint:
     """Write a compact file atomically, with one tensor in memory at a time.
 
     Args:
@@ -134,7 +140,7 @@ def write_compact(
             for its hash, which the header holds, and to write it.
 
     Returns:
-        the file's size in bytes.
+        the file as it was read back, closed.
 
     Raises:
         OutputError: the file can't be written.
@@ -156,14 +162,14 @@ def write_compact(
     metadata["digest"] = _digest(metadata)
     with replacing(path, force=force) as temp:
         write_tensors(temp, forms, tensor, metadata)
-        return _size_of_readable(temp, path)
+        return _read_back(temp, path)
 
 
-def _size_of_readable(temp: Path, path: Path) -> int:
-    """The size of a file that was just written, after a check that `read` accepts it."""
+def _read_back(temp: Path, path: Path) -> Checkpoint:
+    """A file that was just written, checked as any other that is read."""
     try:
         with contextlib.closing(read(temp)) as written:
-            return written.size
+            return dataclasses.replace(written, path=path)
     except CheckpointError as error:
         raise PlanError(
             f"{path} could not be read again: {error.what.removeprefix(f'{temp} ')}",

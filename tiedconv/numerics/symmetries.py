@@ -22,11 +22,15 @@ class WeightEditor:
     Args:
         tensors: name to tensor.
         in_place: edit contiguous tensors themselves instead of copies.
+
+    Attributes:
+        edited: names of the tensors that may have changed.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
         self.tensors: MutableMapping[str, Tensor] = dict(tensors)
         self._own = {n for n, t in tensors.items() if in_place and t.is_contiguous()}
+        self.edited: set[str] = set()
 
     def matrix(self, slot: Slot) -> Tensor:
         """The `(out, in)` matrix of a slot, to read."""
@@ -38,6 +42,7 @@ class WeightEditor:
 
     def edit(self, place: Slot | Span) -> Tensor:
         """A writable view: the `(out, in)` matrix of a slot, or the entries of a span."""
+        self.edited.add(place.tensor)
         if place.tensor not in self._own:
             self.tensors[place.tensor] = self.tensors[place.tensor].clone(
                 memory_format=torch.contiguous_format

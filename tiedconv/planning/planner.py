@@ -1,29 +1,24 @@
-"""From a recipe and a model's info to a plan, and from weights to a plan's factors."""
+"""From a recipe and a model's names and shapes to an outline, and with its weights to a plan."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from tiedconv.core.assemble import assemble, member_expr
 from tiedconv.core.expr import Expr
 from tiedconv.core.plan import Block, Group, Member, Plan, Slot, stored_name
-from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
+from tiedconv.errors import BudgetError, NothingToConvert, PlanError, RecipeError
 from tiedconv.families import all_families
 from tiedconv.families.inspect import ModelInfo
-from tiedconv.numerics.least_squares import improve, total_cost
 from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.planning.rank_allocation import (
     KfacMetrics,
     allocate,
     allocate_evenly,
-    metrics_of,
     with_least,
 )
 from tiedconv.planning.recipe import Budget, Recipe, Rule
@@ -43,76 +38,121 @@ class Task:
     drafts: tuple[Draft, ...]
 
 
-def make_plan(
-    info: ModelInfo,
-    recipe: Recipe,
-    tensors: Mapping[str, Tensor] | None = None,
-    *,
-    in_place: bool = False,
-    measure: Callable[[Mapping[str, Tensor]], KfacMetrics] | None = None,
-) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan for a model, and its weights moved to where the schemes fit best.
+@dataclass(frozen=True)
+class Outline:
+    """What a recipe makes of a model, from names and shapes alone.
 
     Args:
-        info: of the model.
-        recipe: what is wanted.
-        tensors: the weights; without them nothing is moved and a budget is spread evenly.
-        in_place: move the given tensors themselves, which saves their size in memory.
-        measure: from the moved weights, what errors cost; without it all count alike.
+        recipe: that was asked for.
+        tasks: one for each of its rules.
+        budget: parameters that may be stored; None without a budget.
+        plan: with each rank the same fraction of its matrix. `choose_ranks` replaces it by the plan
+            for the weights.
+    """
+
+    recipe: Recipe
+    tasks: tuple[Task, ...]
+    budget: int | None
+    plan: Plan
+
+    @property
+    def weights(self) -> dict[str, bool]:
+        """The weights that the recipe governs, and whether each is stored as `(in, out)`."""
+        slots = (s for task in self.tasks for block in task.blocks for s in block.slots.values())
+        return {slot.tensor: slot.transposed for slot in slots}
+
+    @property
+    def alignment(self) -> Hashable:
+        """Equal for outlines whose schemes align the weights in the same way."""
+        return tuple((t.scheme.alignment, tuple(b.name for b in t.blocks)) for t in self.tasks)
+
+
+def outline(info: ModelInfo, recipe: Recipe) -> Outline:
+    """What a recipe makes of a model; whatever can't be done is refused here, without weights.
 
     Raises:
         NothingToConvert: no tensor matches; the message lists what was looked for.
         BudgetError: the budget can't be met; the message names the smallest size that can.
     """
-    tasks, plan = _outline(info, recipe)
-    if tensors is None:
-        return plan, {}
-    editor = _aligned(tasks, _editor(tensors, in_place=in_place))
-    moved = {
-        n: t if editor.tensors[n] is t else editor.tensors[n].to(t.dtype)
-        for n, t in tensors.items()
-    }
-    metrics = measure(moved) if measure is not None else {}
-    return compile_plan(info, _within(recipe, info, tasks, editor, metrics)), moved
+    tasks = tuple(draft(info, recipe))
+    drafts = [d for task in tasks for d in task.drafts]
+    parts = parts_of(tasks)
+    is_open = any(len(part.candidates) > 1 for part in parts)
+    wanted = recipe.budget or (Budget(OPEN_BUDGET) if is_open else None)
+    if wanted is None:
+        return Outline(recipe, tasks, None, compile_plan(info, drafts))
+    original = parameters_of(info)
+    budget = wanted.resolve(original)
+    least = with_least(drafts)
+    stored = compile_plan(info, least).stored
+    smallest = least_stored(info, tasks) if is_open else stored
+    if smallest > budget:
+        raise _too_small(recipe, wanted, info, smallest, budget, original)
+    even = allocate_evenly(least, max(0, budget - stored))
+    return Outline(recipe, tasks, budget, compile_plan(info, even))
 
 
-def plan_on(info: ModelInfo, recipe: Recipe, editor: WeightEditor) -> Plan:
-    """The plan for weights on a workbench, moved there to where the schemes fit best.
+def outlines(info: ModelInfo, recipe: Recipe) -> tuple[Outline, ...]:
+    """The outlines of a recipe and of its alternatives, those that can be carried out.
+
+    Raises:
+        NothingToConvert, BudgetError: none can; of budgets, the error with the smallest size.
+    """
+    found: list[Outline] = []
+    refused: list[BudgetError] = []
+    for wanted in alternatives(recipe):
+        try:
+            found.append(outline(info, wanted))
+        except BudgetError as error:
+            refused.append(error)
+        except NothingToConvert:
+            if wanted is recipe:
+                raise
+    if not found:
+        raise min(refused, key=lambda error: error.smallest)
+    return tuple(found)
+
+
+def align_weights(tasks: Sequence[Task], editor: WeightEditor) -> None:
+    """Apply the function-preserving symmetries with which the schemes fit better, in the editor."""
+    for task in tasks:
+        task.scheme.align(task.blocks, editor)
+
+
+def choose_ranks(
+    info: ModelInfo, outlined: Outline, editor: WeightEditor, metrics: KfacMetrics
+) -> Plan:
+    """The plan whose schemes and ranks leave the least error at the budget, if there is one.
 
     Args:
         info: of the model.
-        recipe: what is wanted.
-        editor: the weights, each as `widened` gives it.
+        outlined: the recipe on it.
+        editor: the weights, aligned.
+        metrics: Fisher-weighted error of each weight; without any, all weights count alike.
 
     Raises:
-        NothingToConvert, BudgetError: as `make_plan`, before any weight is moved.
+        PlanError: more would be stored than was asked for (`budget-exceeded`), which is a bug.
     """
-    tasks, _ = _outline(info, recipe)
-    return compile_plan(info, _within(recipe, info, tasks, _aligned(tasks, editor), {}))
-
-
-def align(
-    info: ModelInfo, recipe: Recipe, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:  # fmt: skip
-    """The weights where a recipe's schemes fit best: the same function in other numbers."""
-    editor = _aligned(draft(info, recipe), _editor(tensors, in_place=False))
-    return {n: editor.tensors[n].to(t.dtype) for n, t in tensors.items()}
-
-
-def _outline(info: ModelInfo, recipe: Recipe) -> tuple[list[Task], Plan]:
-    """The tasks of a recipe, and its plan without weights: what can't be is refused here."""
-    tasks = draft(info, recipe)
-    return tasks, compile_plan(info, _within(recipe, info, tasks, None, {}))
-
-
-def _editor(tensors: Mapping[str, Tensor], *, in_place: bool) -> WeightEditor:
-    return WeightEditor({n: widened(t) for n, t in tensors.items()}, in_place=in_place)
-
-
-def _aligned(tasks: Sequence[Task], editor: WeightEditor) -> WeightEditor:
-    for task in tasks:
-        task.scheme.align(task.blocks, editor)
-    return editor
+    if outlined.budget is None:
+        return outlined.plan
+    drafts = [d for task in outlined.tasks for d in task.drafts]
+    parts = parts_of(outlined.tasks)
+    if any(len(part.candidates) > 1 for part in parts):
+        spare = outlined.budget - parameters_of(info) + parameters_in(parts)
+        chosen = choose(parts, spare, editor, metrics)
+    else:
+        least = with_least(drafts)
+        spare = outlined.budget - compile_plan(info, least).stored
+        chosen = allocate(least, spare, editor, metrics)
+    plan = compile_plan(info, chosen)
+    if plan.stored > outlined.budget:
+        raise PlanError(
+            f"The plan stores {plan.stored:,} parameters, and {outlined.budget:,} were asked for",
+            "Nothing was converted",
+            "Report this as a bug, with the model and the recipe",
+            code="budget-exceeded",
+        )
+    return plan
 
 
 def draft(info: ModelInfo, recipe: Recipe) -> list[Task]:
@@ -164,102 +204,6 @@ def compile_plan(info: ModelInfo, drafts: Sequence[Draft]) -> Plan:
     plan = Plan(weights, tuple(groups), kept, info.buffers, aliases)
     plan.validate()
     return plan
-
-
-def fit_plan(
-    plan: Plan,
-    tensors: Mapping[str, Tensor],
-    on_group: Callable[[int, int], None] | None = None,
-    metrics: KfacMetrics | None = None,
-) -> tuple[Plan, dict[str, Tensor], float]:
-    """The factors of every group, and the plan with the relative error of each fit.
-
-    Args:
-        plan: from `make_plan`.
-        tensors: the weights that `make_plan` returned.
-        on_group: called with (groups done, groups in all).
-        metrics: what errors cost; the fit is improved in this metric and its error told in it.
-
-    Returns:
-        the plan; stored factor name to tensor, in the dtype of the weights they stand for; and
-        the cost of all errors together.
-    """
-    factors: dict[str, Tensor] = {}
-    groups: list[Group] = []
-    cost = 0.0
-    for i, group in enumerate(plan.groups):
-        dtype = tensors[group.members[0].slot.tensor].dtype
-        matrices = [working(m.matrix_of(tensors[m.slot.tensor])) for m in group.members]
-        done, fitted, wrong = fit_group(group, matrices, metrics)
-        cost += wrong
-        groups.append(done)
-        for name, value in fitted.items():
-            # A factor has memory of its own: it is neither a weight itself nor part of one.
-            own = value.to(dtype).clone(memory_format=torch.contiguous_format)
-            factors[group.stored_name(name)] = own
-        if on_group is not None:
-            on_group(i + 1, len(plan.groups))
-    return dataclasses.replace(plan, groups=tuple(groups)), factors, cost
-
-
-def fit_group(
-    group: Group, matrices: Sequence[Tensor], metrics: KfacMetrics | None = None
-) -> tuple[Group, dict[str, Tensor], float]:
-    """The factors of one group.
-
-    Args:
-        group: of a plan.
-        matrices: of its members, each as `working` gives it.
-        metrics: what errors cost.
-
-    Returns:
-        the group with the relative error of its fit; local factor name to tensor, in the
-        precision of the matrices; and the cost of its errors.
-    """
-    if group.scheme == KEPT:
-        fitted, wrong, total = {next(iter(group.factors)): matrices[0]}, 0.0, 0.0
-    else:
-        scheme = make_scheme(group.scheme, group.options)
-        measures = metrics_of(group.members, metrics or {})
-        fitted = scheme.fit(matrices)
-        shapes = [m.shape for m in group.members]
-        weights = scheme.layout(shapes).weights
-        # Without images only a product that several matrices share is not at its best yet.
-        if scheme.base_shape(shapes) is not None or any(m.measured for m in measures):
-            fitted = improve(weights, fitted, matrices, measures)
-        wrong = max(0.0, total_cost(weights, fitted, matrices, measures))
-        total = sum(m.cost(w) for w, m in zip(matrices, measures, strict=True))
-    error = math.sqrt(wrong / total) if total > 0 else 0.0
-    return dataclasses.replace(group, error=error), fitted, wrong
-
-
-def first_plan(info: ModelInfo, recipe: Recipe) -> Plan:
-    """The plan of a recipe without weights: where there are alternatives, of the first that can be.
-
-    Raises:
-        NothingToConvert, BudgetError: as `make_plan`, for the recipe itself.
-    """
-    refused: list[BudgetError] = []
-    for wanted in alternatives(recipe):
-        try:
-            return make_plan(info, wanted)[0]
-        except BudgetError as error:
-            refused.append(error)
-        except NothingToConvert:
-            if wanted is recipe:
-                raise
-    raise min(refused, key=lambda error: error.smallest)
-
-
-def weights_of(info: ModelInfo, recipe: Recipe) -> dict[str, bool]:
-    """The weights that a recipe governs, and whether each is stored as `(in, out)`."""
-    slots = (
-        slot
-        for task in draft(info, recipe)
-        for block in task.blocks
-        for slot in block.slots.values()
-    )
-    return {slot.tensor: slot.transposed for slot in slots}
 
 
 def alternatives(recipe: Recipe) -> list[Recipe]:
@@ -323,34 +267,6 @@ def _governed(rule: Rule, blocks: Sequence[Block], taken: set[str]) -> list[Bloc
     return mine
 
 
-def _within(
-    recipe: Recipe,
-    info: ModelInfo,
-    tasks: Sequence[Task],
-    editor: WeightEditor | None,
-    metrics: KfacMetrics,
-) -> list[Draft]:
-    """The groups with schemes and ranks that fill the budget, if there is one, and keep to it."""
-    drafts = [d for task in tasks for d in task.drafts]
-    parts = parts_of(tasks)
-    is_open = any(len(part.candidates) > 1 for part in parts)
-    wanted = recipe.budget or (Budget(OPEN_BUDGET) if is_open else None)
-    if wanted is None:
-        return drafts
-    original = parameters_of(info)
-    budget = wanted.resolve(original)
-    least = with_least(drafts)
-    stored = compile_plan(info, least).stored
-    smallest = least_stored(info, tasks) if is_open else stored
-    if smallest > budget:
-        raise _too_small(recipe, wanted, info, smallest, budget, original)
-    if editor is None:
-        return allocate_evenly(least, max(0, budget - stored))
-    if is_open:
-        return choose(parts, budget - original + parameters_in(parts), editor, metrics)
-    return allocate(least, budget - stored, editor, metrics)
-
-
 def parts_of(tasks: Sequence[Task]) -> list[Part]:
     """What each task may choose from, for which blocks."""
     return [Part(task.scheme.candidates(), task.blocks) for task in tasks]
@@ -390,19 +306,6 @@ def _too_small(
 
 def _share(count: int, original: int) -> str:
     return f"{count:,} ({100 * count / original:.1f} %)"
-
-
-def working(matrix: Tensor) -> Tensor:
-    """A matrix in the precision that fits work in: float32, or float64 if it is that."""
-    matrix = matrix.detach()
-    # Contiguous, as a fit passes over it many times.
-    return (matrix if matrix.dtype == torch.float64 else matrix.float()).contiguous()
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """A tensor in the precision that moves are made in: float32 at least."""
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return tensor.detach().float() if half else tensor
 
 
 def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToConvert:

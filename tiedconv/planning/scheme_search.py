@@ -30,6 +30,9 @@ from tiedconv.planning.rank_allocation import (
 )
 from tiedconv.schemes import Draft, Scheme
 
+_LARGEST = 1e300  # multiplier that is tried
+_STEP = 2.0**20  # between multipliers, until one is too large and the next is not
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -163,14 +166,26 @@ def _stacks(blocks: Sequence[Block]) -> list[list[Block]]:
 
 
 def _lagrange_multiplier(chosen: Callable[[float], list[Curve]], budget: int) -> float:
-    """The lowest multiplier at which the choice is no larger than the budget."""
-    low, high = 1e-30, 1e6
+    """The lowest cost per parameter at which the choice is no larger than the budget.
+
+    Costs have the scale of the squared weights, so the search starts from no scale of its own.
+    """
+
+    def fits(multiplier: float) -> bool:
+        return sum(curve.at(multiplier)[1] for curve in chosen(multiplier)) <= budget
+
+    high = 1.0
+    while not fits(high) and high < _LARGEST:
+        high *= _STEP
+    low = high / _STEP
+    while fits(low) and low > 1 / _LARGEST:
+        high, low = low, low / _STEP
     for _ in range(60):
         middle = math.sqrt(low * high)
-        if sum(curve.at(middle)[1] for curve in chosen(middle)) > budget:
-            low = middle
-        else:
+        if fits(middle):
             high = middle
+        else:
+            low = middle
     return high
 
 

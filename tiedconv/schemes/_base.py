@@ -6,7 +6,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,6 +115,18 @@ class Scheme(ABC):
         """Apply function-preserving symmetries, after which this scheme fits better."""
         if self.fold:
             fold_norms(blocks, editor)
+
+    @property
+    def alignment(self) -> Hashable:
+        """Equal for schemes whose `align` does the same; ranks make no difference to it.
+
+        Conversions that try several schemes align and measure once for each. Two schemes that
+        align alike but differ in this cost time, never correctness.
+        """
+        if type(self).align is Scheme.align:
+            return ("fold", self.fold, "")
+        ranks = ("rank", "k", "base_rank")
+        return (self.name, *((k, v) for k, v in vars(self).items() if k not in ranks))
 
     def with_residual_ranks(self, ranks: Sequence[int]) -> Scheme:
         """The same scheme with one rank for each matrix."""

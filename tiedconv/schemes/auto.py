@@ -8,7 +8,7 @@ and so is keeping a block as it is. Without a budget it halves the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,6 +55,10 @@ class Auto(Scheme):
         super().align(blocks, editor)
         # The alignment for pairs; low rank and bases do not depend on a head's basis.
         Tied().align(blocks, editor)
+
+    @property
+    def alignment(self) -> Hashable:
+        return Tied(fold=self.fold).alignment
 
     def layout(self, shapes: Sequence[tuple[int, int]]) -> Layout:
         raise NotImplementedError("auto's groups have their candidates' schemes")

@@ -19,7 +19,7 @@ factors; an unmatched layer is then a low-rank base by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -151,6 +151,10 @@ class Lors(FactoredBase, Ranked):
                 total = Add(total, Mul(bases[k], coefficient(j, k)))
             mixed.append(total)
         return mixed
+
+    @property
+    def alignment(self) -> Hashable:
+        return ("layers" if self.match else "fold", self.fold, self.groups if self.match else "")
 
     def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
         super().align(blocks, editor)

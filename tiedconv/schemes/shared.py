@@ -6,7 +6,7 @@ As in Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +46,10 @@ class Shared(Scheme):
 
     def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
         return {"base": torch.stack(list(matrices)).mean(0)}
+
+    @property
+    def alignment(self) -> Hashable:
+        return ("layers" if self.match else "fold", self.fold, self.groups if self.match else "")
 
     def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
         super().align(blocks, editor)

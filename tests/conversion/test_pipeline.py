@@ -1,0 +1,171 @@
+"""The pipeline: each stage once, few calls deep, and never more stored than was asked for."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from calibration_helpers import Images, images_of
+from micro import all_micros
+from safetensors.torch import save_file
+
+import tiedconv
+from tiedconv.calibration import CalibConfig
+from tiedconv.commands.convert import convert_file
+from tiedconv.conversion import stages
+from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.candidates import by_alignment, fit_candidates, memory_store
+from tiedconv.conversion.pipeline import plan_on
+from tiedconv.conversion.statistics_cache import StatisticsCache
+from tiedconv.errors import PlanError
+from tiedconv.families.inspect import inspect_model
+from tiedconv.planning import planner
+from tiedconv.planning.planner import outlines
+from tiedconv.planning.recipe import Recipe
+from tiedconv.sources.models import open_model
+
+RESNET = "resnet50"
+STAGES = ("inspect.inspect_model", "planner.outlines", "stages.align", "stages.fit", "tie.tie")
+PACKAGE = str(Path(tiedconv.__file__).parent)
+
+
+@contextmanager
+def watched(names: tuple[str, ...]) -> Iterator[tuple[Counter[str], list[int]]]:
+    """Counts calls of the package's functions, and how many lie inside each other.
+
+    A function that calls itself, to walk an expression, counts once.
+    """
+    calls: Counter[str] = Counter()
+    deepest = [0]
+    stack: list[tuple[object, int]] = [(None, 0)]
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name[0] == "<":
+            return
+        if event == "call":
+            above, depth = stack[-1]
+            stack.append((frame.f_code, depth + (above is not frame.f_code)))
+            deepest[0] = max(deepest[0], stack[-1][1])
+            name = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
+            if name in names:
+                calls[name] += 1
+        elif event == "return" and len(stack) > 1:
+            stack.pop()
+
+    sys.setprofile(profile)
+    try:
+        yield calls, deepest
+    finally:
+        sys.setprofile(None)
+
+
+def weights_of_resnet(path: Path) -> Path:
+    model = open_model(RESNET, weights="none", model_args={"num_classes": 3}).model
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("weights", ["none", "file"])
+def test_a_conversion_to_a_file_runs_each_stage_once_and_few_calls_deep(
+    weights: str, tmp_path: Path
+) -> None:
+    given = "none" if weights == "none" else weights_of_resnet(tmp_path / "w.safetensors")
+    counted = (*STAGES, "checkpoint.read")
+    with watched(counted) as (calls, deepest):
+        done = convert_file(
+            RESNET, Recipe.of("tied"), tmp_path / "m.safetensors", weights=given,
+            model_args={"num_classes": 3},
+        )  # fmt: skip
+    assert {name: calls[name] for name in STAGES} == dict.fromkeys(STAGES, 1)
+    assert calls["checkpoint.read"] == 1  # the file's header, when it is read back
+    assert deepest[0] <= 15
+    assert done.written is not None
+    assert done.written.plan.stored == done.plan.stored
+
+
+def test_a_dry_run_plans_once_and_reads_no_weights(tmp_path: Path) -> None:
+    with watched((*STAGES, "__init__.open_source", "__init__.open_lazily")) as (calls, _):
+        convert_file(RESNET, Recipe.of("tied"), None, model_args={"num_classes": 3})
+    assert dict(calls) == {"inspect.inspect_model": 1, "planner.outlines": 1}
+
+
+@pytest.mark.parametrize("scale", [3e4, 1e-6])
+@pytest.mark.parametrize("scheme", ["auto", "lowrank", "lors", "basis"])
+def test_no_more_is_stored_than_was_asked_for_at_any_scale_of_weights(
+    scheme: str, scale: float
+) -> None:
+    model = all_micros()["timm-vit"].model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    planned = plan_on(model, Recipe.of(scheme, params="50%"))
+    (fitted,) = fit_candidates(planned.info, planned.outlines, memory_store(model, planned.info))
+    assert 0.4 * fitted.plan.original < fitted.plan.stored <= 0.5 * fitted.plan.original
+
+
+def test_a_plan_above_the_budget_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = all_micros()["timm-vit"].model()
+    planned = plan_on(model, Recipe.of("lowrank", params="50%"))
+    least = planner.allocate
+
+    def too_many(drafts: Any, spare: int, *rest: Any) -> Any:
+        return least(drafts, 100 * spare, *rest)
+
+    monkeypatch.setattr(planner, "allocate", too_many)
+    with pytest.raises(PlanError) as caught:
+        fit_candidates(planned.info, planned.outlines, memory_store(model, planned.info))
+    assert caught.value.code == "budget-exceeded"
+
+
+def test_statistics_are_measured_once_for_each_alignment_and_one_set_is_kept() -> None:
+    model = all_micros()["timm-vit"].model()
+    planned = plan_on(model, Recipe.of("auto", params="50%"))
+    sets: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class Watched(Calibration):
+        def measure(self, *given: Any, **options: Any) -> Any:
+            gc.collect()
+            alive.append(sum(known() is not None for known in sets))
+            found = super().measure(*given, **options)
+            sets.append(weakref.ref(found))
+            return found
+
+    data = Images(images_of("timm-vit", 8))
+    calib = Watched(data, config=CalibConfig(effort="fast"), device="cpu", workers=0)
+    store, cache = memory_store(model, planned.info), StatisticsCache(model, calib, data)
+    fit_candidates(planned.info, planned.outlines, store, cache, count=2)
+    alignments = {outlined.alignment for outlined in planned.outlines}
+    assert len(sets) == len(alignments) < len(planned.outlines)
+    assert alive == [0] * len(sets)  # the last set is freed before the next is measured
+
+
+def test_outlines_that_align_alike_follow_each_other() -> None:
+    info = inspect_model(all_micros()["timm-vit"].model())
+    recipes = outlines(info, Recipe.of("auto", params="50%"))
+    order = by_alignment(recipes)
+    assert sorted(order) == list(range(len(recipes)))
+    keys = [recipes[i].alignment for i in order]
+    assert [k for i, k in enumerate(keys) if i == 0 or keys[i - 1] != k] == list(
+        dict.fromkeys(keys)
+    )
+
+
+def test_equal_alignments_align_alike() -> None:
+    model = all_micros()["timm-vit"].model()
+    planned = plan_on(model, Recipe.of("auto", params="50%"))
+    digests: dict[Any, set[str]] = {}
+    for outlined in planned.outlines:
+        workspace = stages.align(outlined, memory_store(model, planned.info))
+        digests.setdefault(outlined.alignment, set()).add(workspace.digest())
+    assert all(len(found) == 1 for found in digests.values())
+    assert len(set.union(*digests.values())) == len(digests) > 1

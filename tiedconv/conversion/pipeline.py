@@ -1,0 +1,160 @@
+"""A conversion, stage by stage: inspect, plan, align, measure, fit, tie, calibrate, write.
+
+| stage | function | result |
+|---|---|---|
+| inspect | `families.inspect.inspect_model` | `ModelInfo`: names, shapes, facts about modules |
+| plan | `planning.planner.outlines` | `Outline`s: the recipe and its alternatives, their sizes |
+| align | `conversion.stages.align` | `Workspace`: the weights where the schemes fit best |
+| measure | `conversion.stages.measure` | `KfacStatistics` of activations and gradients, on images |
+| fit | `conversion.stages.fit` | `Fit`: ranks and factors; stored <= asked holds from here on |
+| tie | `runtime.tie.tie` | the model, its weights computed from the factors |
+| calibrate | `conversion.candidates.calibrate_shortlist` | reconstructed block by block |
+| write | `io.checkpoint` | one file, checked and read back before it gets its name |
+
+Align, measure and fit run once for each candidate; all else runs once. Weights in memory and
+weights on disk differ in their `TensorStore` alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.candidates import (
+    calibrate_shortlist,
+    fit_candidates,
+    memory_store,
+    shortlist,
+    tie_fit,
+)
+from tiedconv.conversion.fit import Fit, OnGroup
+from tiedconv.conversion.streaming import StreamedStore, scratch_errors
+from tiedconv.core.plan import Plan
+from tiedconv.families.inspect import ModelInfo, inspect_model
+from tiedconv.planning.planner import Outline, outlines
+from tiedconv.planning.recipe import Recipe
+from tiedconv.runtime.tie import set_state, tie
+from tiedconv.sources import LazyWeights, Source
+from tiedconv.version import __version__
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model that was inspected, and a recipe that was planned on it.
+
+    Args:
+        info: names, shapes and facts about modules.
+        outlines: the recipe and its alternatives, those that can be carried out.
+    """
+
+    info: ModelInfo
+    outlines: tuple[Outline, ...]
+
+    @property
+    def sketch(self) -> Plan:
+        """The plan without weights: exact, but for what a budget leaves to the weights."""
+        return self.outlines[0].plan
+
+
+def plan_on(model: nn.Module, recipe: Recipe) -> Planned:
+    """Inspect a model and plan a recipe on it; what can't be done is refused here.
+
+    Args:
+        model: plain; its parameters may be on the meta device.
+        recipe: what is wanted.
+
+    Raises:
+        NothingToConvert, BudgetError: the recipe can't be carried out.
+    """
+    info = inspect_model(model)
+    return Planned(info, outlines(info, recipe))
+
+
+def convert_in_memory(
+    model: nn.Module,
+    source: Source,
+    planned: Planned,
+    calib: Calibration | None = None,
+    *,
+    command: str | None = None,
+    on_group: OnGroup | None = None,
+) -> None:
+    """Convert a model whose weights are in memory, in place.
+
+    Args:
+        model: of `planned`, with its weights.
+        source: where it came from.
+        planned: from `plan_on`.
+        calib: images, if there are any.
+        command: the command line, for the file's history.
+        on_group: called with (groups fitted, groups in all).
+
+    Raises:
+        DataError: no image could be read.
+        UserError: an interrupted run that is resumed is of another calibration.
+    """
+    info, candidates, record = planned.info, planned.outlines, source.to_json()
+    extra: Mapping[str, Any] = {}
+    if calib is None:
+        store = memory_store(model, info, in_place=len(candidates) == 1)
+        (fitted,) = fit_candidates(info, candidates, store, on_group=on_group)
+        tie_fit(model, fitted, record)
+    else:
+        data: Dataset[Any] = calib.open(source)
+        original = copy.deepcopy(model)  # before aligning, which may change the model's tensors
+        found = shortlist(model, original, info, candidates, calib, data, record, on_group)
+        fitted, extra = calibrate_shortlist(model, original, found, calib, data, record)
+    set_state(model, history=({**history_entry(fitted, command), **extra},))
+
+
+@contextmanager
+def fit_streamed(
+    model: nn.Module,
+    planned: Planned,
+    tensors: LazyWeights,
+    output: Path,
+    on_group: OnGroup | None = None,
+) -> Iterator[Fit]:
+    """The best fit of weights that are read tensor by tensor; its tensors are on disk.
+
+    Args:
+        model: of `planned`, its parameters on the meta device; it is tied as a check.
+        planned: from `plan_on`.
+        tensors: the weights.
+        output: the file to write; beside it there must be space for scratch files.
+        on_group: called with (groups fitted, groups in all).
+
+    Raises:
+        OutputError: there is no space (`scratch-full`).
+        WeightsError: the weights' files changed meanwhile.
+    """
+    store = StreamedStore(tensors, output.parent)
+    with scratch_errors(output):
+        (fitted,) = fit_candidates(planned.info, planned.outlines, store, on_group=on_group)
+        try:
+            empty = {n: torch.empty(s, device="meta") for n, s in fitted.plan.factors.items()}
+            tie(model, fitted.plan, empty)  # refuses now what could not be tied when it is loaded
+            yield fitted
+        finally:
+            fitted.close()
+
+
+def history_entry(fitted: Fit, command: str | None) -> dict[str, Any]:
+    """The history's record of a conversion."""
+    return {
+        "step": "convert",
+        "recipe": fitted.recipe.to_json(),
+        "command": command,
+        "original": fitted.plan.original,
+        "stored": fitted.plan.stored,
+        "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
+    }

@@ -1,0 +1,53 @@
+"""Activation and gradient statistics of a model, kept for the last alignment of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from tiedconv.calibration import KfacStatistics
+from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.tensor_store import Workspace
+
+
+class StatisticsCache:
+    """Measures statistics, and keeps one set of them.
+
+    A set may take more memory than the model (about 1.3 GB for ViT-B/16), so only that of the last
+    alignment is kept: recipes that align alike should follow each other (`by_alignment`). Whether
+    two align alike is decided by the aligned weights themselves.
+
+    Args:
+        model: plain; it is left as it is.
+        calib: how images are read.
+        data: the images.
+    """
+
+    def __init__(self, model: nn.Module, calib: Calibration, data: Dataset[object]) -> None:
+        self._model, self._calib, self._data = model, calib, data
+        self._last: tuple[object, KfacStatistics] | None = None
+        self.images = 0
+        """Images that the last set was measured on."""
+        self.skipped = 0
+        """Images that could not be read."""
+
+    def of(self, weights: Mapping[str, bool], workspace: Workspace) -> KfacStatistics:
+        """The statistics of some weights.
+
+        Args:
+            weights: tensor names, and whether each is stored as `(in, out)`.
+            workspace: with the weights as aligned.
+
+        Raises:
+            DataError: no image could be read.
+        """
+        key = (workspace.digest(), tuple(sorted(weights.items())))
+        if self._last is None or self._last[0] != key:
+            self._last = None  # before the next set is measured: its memory is needed
+            aligned = {name: workspace.aligned(name) for name in workspace.dtypes}
+            found = self._calib.measure(self._model, weights, self._data, aligned)
+            self.images, self.skipped = found.images, found.skipped
+            self._last = key, found
+        return self._last[1]
