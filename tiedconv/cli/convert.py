@@ -165,7 +165,7 @@ def _interruptible(
     if kept is not None and calib is not None and calib.resume and not kept.kept():
         hint(f"No interrupted calibration in {kept.path}: starting from the beginning.")
     try:
-        return convert_file(model, recipe, output, calib=calib, **options)
+        return convert_file(model, recipe, output, calib=calib, own_process=True, **options)
     except KeyboardInterrupt:
         if kept is not None and kept.kept():
             hint("Finished blocks are kept: run the same command with --resume to continue.")

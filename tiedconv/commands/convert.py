@@ -148,6 +148,7 @@ def convert_file(
     command: str | None = None,
     calib: Calibration | None = None,
     on_group: OnGroup | None = None,
+    own_process: bool = False,
 ) -> Conversion:
     """Convert a model and write the compact file; with no output, a dry run without weights.
 
@@ -167,6 +168,8 @@ def convert_file(
         calib: images to convert by; while it runs, `<output>.run/` holds what is done, and
             the folder is removed when the file is written.
         on_group: called with (groups fitted, groups in all).
+        own_process: whether the memory allocator of the process may be changed for good, as the
+            command line does, so that weights above 1 GiB take less memory.
     """
     folder = None
     if output is not None:
@@ -188,7 +191,7 @@ def convert_file(
         if calib is not None:
             calib.open(opened.source)  # or raises
     elif opened.tensors is not None and calib is None:
-        done = _stream(done, opened, planned, output, force, command, on_group)
+        done = _stream(done, opened, planned, output, force, command, on_group, own_process)
     else:
         done = _load(done, opened, planned, output, force, command, on_group, calib, folder)
     return dataclasses.replace(done, smaller=_smaller(planned, recipe, done.plan))
@@ -202,11 +205,14 @@ def _stream(
     force: bool,
     command: str | None,
     on_group: OnGroup | None,
+    own_process: bool,
 ) -> Conversion:
     """Convert weights that are read and written tensor by tensor."""
     assert opened.tensors is not None
     start = time.perf_counter()
-    with fit_streamed(opened.model, planned, opened.tensors, output, on_group) as fitted:
+    with fit_streamed(
+        opened.model, planned, opened.tensors, output, on_group, own_process=own_process
+    ) as fitted:
         seconds = time.perf_counter() - start
         history = (history_entry(fitted, command),)
         record, tensor = opened.source.to_json(), fitted.tensors.__getitem__

@@ -18,6 +18,7 @@ weights on disk differ in their `TensorStore` alone.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,12 @@ from tiedconv.conversion.candidates import (
     tie_fit,
 )
 from tiedconv.conversion.fit import Fit, OnGroup
-from tiedconv.conversion.streaming import StreamedStore, scratch_errors
+from tiedconv.conversion.streaming import (
+    LARGE,
+    StreamedStore,
+    return_freed_memory,
+    scratch_errors,
+)
 from tiedconv.core.plan import Plan
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.planning.planner import Outline, outlines
@@ -123,6 +129,8 @@ def fit_streamed(
     tensors: LazyWeights,
     output: Path,
     on_group: OnGroup | None = None,
+    *,
+    own_process: bool = False,
 ) -> Iterator[Fit]:
     """The best fit of weights that are read tensor by tensor; its tensors are on disk.
 
@@ -132,11 +140,17 @@ def fit_streamed(
         tensors: the weights.
         output: the file to write; beside it there must be space for scratch files.
         on_group: called with (groups fitted, groups in all).
+        own_process: whether the memory allocator of the process may be changed for good, so that
+            large weights take less memory.
 
     Raises:
         OutputError: there is no space (`scratch-full`).
         WeightsError: the weights' files changed meanwhile.
     """
+    shapes = planned.info.shapes
+    size = sum(math.prod(shapes[name]) * dtype.itemsize for name, dtype in tensors.dtypes.items())
+    if own_process and size > LARGE:
+        return_freed_memory()
     store = StreamedStore(tensors, output.parent)
     with scratch_errors(output):
         (fitted,) = fit_candidates(planned.info, planned.outlines, store, on_group=on_group)

@@ -24,6 +24,8 @@ from tiedconv.io.tensor_scratch import StoredTensor, TensorScratch
 from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.sources import LazyWeights
 
+LARGE = 2**30
+"""Bytes of weights from which `return_freed_memory` is worth its time."""
 RESIDENT = 64 * 2**20
 """Bytes of the matrices of one group up to which they stay in memory while it is fitted. Those of
 a larger group are read again for each pass over them."""
