@@ -63,7 +63,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Each worker of pytest-xdist reports how many tests it was told to leave out."""
+    """Each worker of pytest-xdist reports how many tests it left out on request."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["deselected"] = session.config.stash.get(_DESELECTED, 0)

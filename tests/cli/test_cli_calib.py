@@ -61,10 +61,10 @@ def test_the_file_and_the_words_tell_of_the_calibration(world: World, tmp_path: 
 
 def test_json_has_the_same_figures(world: World, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
-    told = figures(*convert(world, output, "--effort", "fast"))["calibration"]
-    assert told == dict(tiedconv.report(output).history[0]["calibration"])
-    assert told["blocks"] == []
-    assert f"calibrated on {told['images']} images (fast)" in plain(run("report", output).stdout)
+    shown = figures(*convert(world, output, "--effort", "fast"))["calibration"]
+    assert shown == dict(tiedconv.report(output).history[0]["calibration"])
+    assert shown["blocks"] == []
+    assert f"calibrated on {shown['images']} images (fast)" in plain(run("report", output).stdout)
 
 
 def test_auto_takes_images_that_lie_in_no_class(world: World, tmp_path: Path) -> None:
@@ -74,12 +74,12 @@ def test_auto_takes_images_that_lie_in_no_class(world: World, tmp_path: Path) ->
     for i, path in enumerate((tmp_path / "classes").rglob("*.png")):
         path.rename(flat / f"{i}.png")
     output = tmp_path / "auto.safetensors"
-    told = figures(
+    shown = figures(
         "convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "--calib", flat,
         "--scheme", "auto", "--params", "60%", "--effort", "fast", "-o", output, *HERE,
     )  # fmt: skip
-    assert told["ratio"] <= 0.6
-    assert "auto" not in {group["scheme"] for group in told["groups"]}
+    assert shown["ratio"] <= 0.6
+    assert "auto" not in {group["scheme"] for group in shown["groups"]}
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     assert not cut.exists()
     kept = files_of(tmp_path / "cut.safetensors.run")
     assert kept
-    # Begun anew without a word, it would lose what is done.
+    # Restarted without a warning, it would lose what is done.
     refused(*convert(world, cut, "--scheme", "lowrank"), words=["--resume", "--force"])
     assert files_of(tmp_path / "cut.safetensors.run") == kept
     result = run(*convert(world, cut, "--scheme", "lowrank", "--resume"))
@@ -130,12 +130,12 @@ def test_where_no_bar_is_drawn_it_is_told_now_and_then_how_far_it_is(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
-    told = run(*convert(world, tmp_path / "c.safetensors", "--batch-size", 4)).stderr
+    shown = run(*convert(world, tmp_path / "c.safetensors", "--batch-size", 4)).stderr
     for what in ("measuring ", "fitting ", "blocks ", "whole model "):
-        assert re.search(rf"^{what}\d+/\d+  ", told, re.MULTILINE), what
+        assert re.search(rf"^{what}\d+/\d+  ", shown, re.MULTILINE), what
     monkeypatch.setattr(progress, "LINE_SECONDS", 60.0)
-    told = run(*convert(world, tmp_path / "d.safetensors")).stderr
-    assert "measuring" not in told
+    shown = run(*convert(world, tmp_path / "d.safetensors")).stderr
+    assert "measuring" not in shown
 
 
 def tensors_of(path: Path) -> dict[str, bytes]:

@@ -26,7 +26,7 @@ def check(name: str, text: str) -> None:
     assert text == path.read_text("utf-8")
 
 
-def told(*arguments: object) -> str:
+def output_of(*arguments: object) -> str:
     """Standard output without what differs from machine to machine."""
     text = plain(run(*arguments).stdout)
     text = re.sub(r"(- made with ).*", r"\1...", text)
@@ -44,7 +44,7 @@ def tables(text: str) -> list[str]:
 
 @pytest.mark.parametrize("model", ["resnet50", "vit_b_16"])
 def test_dry_run(model: str) -> None:
-    text = told("convert", model, "--dry-run")
+    text = output_of("convert", model, "--dry-run")
     assert max(map(len, tables(text))) <= WIDEST
     check(f"dry-run-{model}.txt", text)
 
@@ -52,7 +52,7 @@ def test_dry_run(model: str) -> None:
 def test_dry_run_with_a_budget() -> None:
     check(
         "dry-run-lors.txt",
-        told("convert", "timm:deit_tiny_patch16_224", "--scheme", "lors", "--params", "50%",
+        output_of("convert", "timm:deit_tiny_patch16_224", "--scheme", "lors", "--params", "50%",
              "--dry-run"),
     )  # fmt: skip
 
@@ -60,15 +60,17 @@ def test_dry_run_with_a_budget() -> None:
 def test_dry_run_as_json() -> None:
     check(
         "dry-run-tiny.json",
-        told("convert", SPEC, *MODEL_ARGS, "--scheme", "tied", "--rank", 2, "--dry-run", "--json"),
+        output_of(
+            "convert", SPEC, *MODEL_ARGS, "--scheme", "tied", "--rank", 2, "--dry-run", "--json"
+        ),
     )
 
 
 def test_report(world: World) -> None:
-    text = told("report", world.tied)
+    text = output_of("report", world.tied)
     assert max(map(len, tables(text))) <= WIDEST
     check("report-tiny.txt", text)
 
 
 def test_report_as_markdown(world: World) -> None:
-    check("report-tiny.md", told("report", world.tied, "--format", "md", "--all-groups"))
+    check("report-tiny.md", output_of("report", world.tied, "--format", "md", "--all-groups"))

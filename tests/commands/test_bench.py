@@ -26,7 +26,7 @@ from tiedconv.sources import Source
 
 @pytest.fixture(scope="module")
 def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A compact file of some megabytes, so that its memory can be told from noise."""
+    """A compact file of some megabytes, so that its memory stands out of noise."""
     path = tmp_path_factory.mktemp("bench") / "m.safetensors"
     arguments = {**MODEL_ARGS, "embed_dim": 384, "num_heads": 6}
     model = tiedconv.convert(SPEC, "lowrank", params="40%", model_args=arguments, weights="none")

@@ -209,16 +209,16 @@ def test_without_matplotlib_the_table_still_prints(
 
 
 def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
-    def told(*options: object, words: list[str]) -> None:
+    def is_refused(*options: object, words: list[str]) -> None:
         refused("sensitivity", SPEC, *MODEL_ARGS, "--weights", "none", *options, words=words)
 
     data = ("--calib", world.data, *HERE)
-    told(*data, "--keep", "150%", words=["150%", "50%"])
-    told(*data, "--keep", "half", words=["'half'"])
-    told(*data, "--sort", "name", words=["order or cost"])
-    told(*data, "-o", tmp_path / "costs.txt", words=["no kind of picture", ".png"])
-    told(*data, "-o", tmp_path / "no" / "costs.png", words=["does not exist"])
-    told("--calib", tmp_path / "missing", *HERE, words=["missing"])
+    is_refused(*data, "--keep", "150%", words=["150%", "50%"])
+    is_refused(*data, "--keep", "half", words=["'half'"])
+    is_refused(*data, "--sort", "name", words=["order or cost"])
+    is_refused(*data, "-o", tmp_path / "costs.txt", words=["no kind of picture", ".png"])
+    is_refused(*data, "-o", tmp_path / "no" / "costs.png", words=["does not exist"])
+    is_refused("--calib", tmp_path / "missing", *HERE, words=["missing"])
     refused("sensitivity", "resnet5000", *data, words=["resnet5000"])
     refused("sensitivity", world.tied, *data, words=["compact file already"])
 

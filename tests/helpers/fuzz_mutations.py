@@ -2,7 +2,7 @@
 
 A mutation is a function of a random generator and a sound file that returns the bytes of another.
 `DAMAGE` changes bytes and no hash, as a bad disk or a cut transfer does. `FORGERIES` change what
-the file says and hash it anew, as a forger does: only the checks behind the hashes can stop them.
+the file says and hash it again, as a forger does: only the checks behind the hashes can stop them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass
 class Parts:
-    """A file taken apart; `pack` puts it together, with hashes that fit unless told otherwise."""
+    """A file taken apart; `pack` puts it together, with hashes that fit unless given others."""
 
     entries: list[Entry]
     record: Any
@@ -87,9 +87,9 @@ def pack(
     record = parts.record
     if rehash and isinstance(record, dict) and "sha256" in record:
         record = {**record, "sha256": {e.name: hash_of(e) for e in parts.entries}}
-    told, source = text(json.dumps(record)), json.dumps(parts.source)
-    digest = hashlib.sha256(f"{told}\n{source}".encode(errors="replace")).hexdigest()
-    metadata = {"tiedconv": told, "source": source, "digest": digest, **parts.extra}
+    body, source = text(json.dumps(record)), json.dumps(parts.source)
+    digest = hashlib.sha256(f"{body}\n{source}".encode(errors="replace")).hexdigest()
+    metadata = {"tiedconv": body, "source": source, "digest": digest, **parts.extra}
     made: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for e in parts.entries:
@@ -490,17 +490,17 @@ def trick_json(rng: Random, parts: Parts) -> bytes:
          "[" + "[]," * 300_000 + "[]]", "[" + "0," * 600_000 + "0]", "\ufeff1", "'a'", "/*c*/1"]
     )  # fmt: skip
 
-    def text(told: str) -> str:
+    def text(body: str) -> str:
         how = rng.randrange(3)
         if how == 0:  # any key a second time
             key = rng.choice(["format", "plan", "history", "sha256"])
-            return told[:-1] + f', "{key}": {trick}' + "}"
+            return body[:-1] + f', "{key}": {trick}' + "}"
         if how == 1:
-            return told.replace('"error": null', f'"error": {trick}', 1).replace(
+            return body.replace('"error": null', f'"error": {trick}', 1).replace(
                 '"history": [', f'"history": [{{"step": "x", "top2": {trick}}}, ', 1
             )
-        at = rng.choice([i for i, c in enumerate(told) if c in "[,:"])
-        return told[: at + 1] + trick + ("," if told[at] == "[" else "") + told[at + 1 :]
+        at = rng.choice([i for i, c in enumerate(body) if c in "[,:"])
+        return body[: at + 1] + trick + ("," if body[at] == "[" else "") + body[at + 1 :]
 
     return pack(parts, text=text)
 

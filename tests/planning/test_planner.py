@@ -298,9 +298,9 @@ def test_with_a_core_a_layer_without_an_equal_is_of_low_rank() -> None:
     name = "torchvision-resnet"
     for core, options in itertools.product((0, 2), ({"rank": 1}, {"rank": 1, "k": [1, 2]})):
         plan = tiedconv.plan(model(name), "lors", base_rank=core, include="layer1*", **options)
-        lone = [g for g in plan.groups if len(g.members) == 1]
-        assert bool(lone) == bool(core)
-        assert all(set(g.factors) == {"base_left", "base_right"} for g in lone)
+        unmatched = [g for g in plan.groups if len(g.members) == 1]
+        assert bool(unmatched) == bool(core)
+        assert all(set(g.factors) == {"base_left", "base_right"} for g in unmatched)
         assert any(len(g.members) > 1 and "B0" in g.factors for g in plan.groups)
     # So a budget reaches what residuals beside whole layers can't.
     whole = tiedconv.plan(model(name), "lors", rank=0)
@@ -508,8 +508,8 @@ def test_every_scheme_alone_finds_only_what_the_families_found(name: str) -> Non
     shapes = inspect_model(model(name)).shapes
     for scheme in all_schemes():
         try:
-            told = OPTIONS.get(scheme, {}) if MEANT_FOR.get(scheme, (name,))[0] == name else {}
-            plan = tiedconv.plan(model(name), scheme, **told)
+            extra = OPTIONS.get(scheme, {}) if MEANT_FOR.get(scheme, (name,))[0] == name else {}
+            plan = tiedconv.plan(model(name), scheme, **extra)
         except NothingToConvert:
             continue
         assert {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}} == shapes

@@ -1,4 +1,4 @@
-"""A model that rejects images is told from one with a bug, and from memory that ran out."""
+"""A model that rejects images differs from one with a bug, and from memory that ran out."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fitting:
-    """A span is being fitted; told at most ten times a second.
+    """A span is being fitted; reported at most ten times a second.
 
     Attributes:
         units: names of the span's modules; "" is the whole model.

@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Watch the main job offline, on scikit-learn's handwritten digits.
 
-    Trains a small ViT and a small bottleneck ResNet, converts each with tied and lors, heals
+    Trains a small ViT and a small bottleneck ResNet, converts each with tied and lors, fine-tunes
     them with the dense model as teacher, and writes the files, a table and a picture.
     """
     from tiedconv.cli.progress import Bar

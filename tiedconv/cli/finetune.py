@@ -201,9 +201,9 @@ def finetune(
     )
     noted = {"data": data, "teacher": teacher, "device": device, "command": common.command_line()}
     kept = RunDir.beside(output)
-    anew = resume and not kept.kept()
+    restarts = resume and not kept.kept()
     with TrainingBar() as bar, files.watchers(file, config, bar.line, noted) as watch:
-        if anew and rank_in_environment() == 0:
+        if restarts and rank_in_environment() == 0:
             hint(f"There is no checkpoint in {kept.path}: the training starts from the beginning.")
         try:
             done = run(

@@ -2,7 +2,7 @@
 
 scikit-learn's 1,797 handwritten digits are written as images; a small ViT and a small bottleneck
 ResNet, of torchvision's own classes, are trained on them; each is converted by what it does to
-training images, healed with the dense model as teacher, and measured, by the same verbs that a
+training images, fine-tuned with the dense model as teacher, and measured, by the same verbs that a
 user calls.
 """
 
@@ -32,7 +32,7 @@ from tiedconv.sources.torchvision_compat import import_torchvision
 from tiedconv.training import TrainConfig, train
 
 PREPROCESS = Preprocess(32, None, (0.5,) * 3, (0.5,) * 3)
-EPOCHS = {"vit": (14, 5), "resnet": (6, 3)}  # of dense training, of healing
+EPOCHS = {"vit": (14, 5), "resnet": (6, 3)}  # of dense training, of fine-tuning
 CALIB_IMAGES = 512
 
 OnStage = Callable[[int, int, str], Any]
@@ -121,7 +121,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Recipe]]] = {
 def run_demo(
     output: Path, *, seed: int = 0, quick: bool = False, on_stage: OnStage | None = None
 ) -> Demo:
-    """Train, convert, heal and measure; files are written to `output`.
+    """Train, convert, fine-tune and measure; files are written to `output`.
 
     Args:
         output: a folder, made if it is not there; its files of a demo before are replaced.
@@ -154,12 +154,12 @@ def run_demo(
     for name, (build, spec, recipes) in MODELS.items():
         stage(f"training a dense {name}")
         dense = output / f"{name}-dense.safetensors"
-        training, healing = (epochs * factor for epochs in EPOCHS[name])
+        training, finetuning = (epochs * factor for epochs in EPOCHS[name])
         rows.append(_train_dense(name, build, data, dense, training, seed))
         for scheme, recipe in recipes.items():
-            stage(f"{name}: converting with {scheme} by its images, then healing")
+            stage(f"{name}: converting with {scheme} by its images, then fine-tuning")
             config = TrainConfig(
-                epochs=healing, seed=seed, lr=1e-3, workers=0, augment="none"
+                epochs=finetuning, seed=seed, lr=1e-3, workers=0, augment="none"
             )  # fmt: skip
             label = f"{name}-{scheme}"
             rows.append(_compact(label, spec, recipe, data, dense, config, calib))
@@ -229,16 +229,16 @@ def _compact(
     config: TrainConfig,
     calib: Calibration,
 ) -> Row:
-    """The dense model converted and healed."""
+    """The dense model converted and fine-tuned."""
     raw = dense.with_name(f"{name}-converted.safetensors")
-    healed = dense.with_name(f"{name}.safetensors")
+    finetuned = dense.with_name(f"{name}.safetensors")
     done = convert_file(spec, recipe, raw, weights=dense, calib=calib, force=True)
     result = finetune(
-        raw, data, healed, config, teacher=str(dense), device="cpu", force=True
+        raw, data, finetuned, config, teacher=str(dense), device="cpu", force=True
     )  # fmt: skip
     return Row(
         name.replace("-", ", "),
-        healed,
+        finetuned,
         done.plan.stored,
         done.plan.stored / done.plan.original,
         result.size,
@@ -248,7 +248,7 @@ def _compact(
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A picture: parameters stored, and accuracy after conversion and after healing."""
+    """A picture: parameters stored, and accuracy after conversion and after fine-tuning."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -272,7 +272,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for marker, colour, label in (
         ("D", "#4b5563", "dense"),
         ("o", "#f59e0b", "converted by images, without labels or training"),
-        ("D", "#0f766e", "healed"),
+        ("D", "#0f766e", "fine-tuned"),
     ):
         right.scatter([], [], marker=marker, color=colour, label=label)
     right.set_xlabel("top-1 on test digits, %")

@@ -12,7 +12,7 @@ class Names(Sequence[str]):
     """File names, in about their own bytes and eight more each.
 
     A million of them as Python's strings would take a hundred megabytes, in each reading process
-    anew. Names that are not valid text, which file systems allow, are kept as they are.
+    again. Names that are not valid text, which file systems allow, are kept as they are.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:

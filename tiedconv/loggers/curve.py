@@ -85,7 +85,7 @@ class Course:
         self.points[-1] = Point(new.step, loss, new.lr, count)
 
     def losses(self) -> list[Point]:
-        """The points, and the means of epochs of which no step was told."""
+        """The points, and the means of epochs of which no step was reported."""
         known = {point.step for point in self.points}
         means, done = [], 0
         for _, step, loss in self.epochs:

@@ -90,7 +90,7 @@ def _losses(axis: Any, course: Course) -> None:
 def _rates(axis: Any, points: Sequence[Point]) -> None:
     """The learning rate, faint and without a scale of its own: its shape and its highest value."""
     known = [p for p in points if math.isfinite(p.lr)]
-    # It is told once for several steps, and is that of the last of them.
+    # It is reported once for several steps, and is that of the last of them.
     points = known[:1] + [p for p, q in pairwise([*known, None]) if p and (not q or p.lr != q.lr)]
     rates = [p.lr for p in points]
     highest = max(rates, default=0)

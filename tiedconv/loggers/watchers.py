@@ -72,7 +72,7 @@ class Watcher:
 
 
 class Watchers:
-    """Passes events on to watchers; one that fails is told of once and then left out.
+    """Passes events on to watchers; one that fails is reported once and then left out.
 
     Whether a run goes on from a checkpoint is known only after its first event, so they begin
     with the second.

@@ -92,7 +92,7 @@ class Rule:
         )
 
     def chosen_by_a_budget(self) -> list[str]:
-        """The options that are given here and that a budget would choose anew."""
+        """The options that are given here and that a budget would choose instead."""
         scheme = make_scheme(self.scheme, self.options)
         given, chosen = scheme.to_json(), scheme.with_residual_ranks((0,)).to_json()
         return [name for name in self.options if chosen[name] != given[name]]
@@ -172,7 +172,7 @@ class Recipe:
         """The recipe, as someone asks for it now; histories hold older ones.
 
         Raises:
-            RecipeError: it gives a rank that its budget would choose anew.
+            RecipeError: it gives a rank that its budget would choose instead.
         """
         for rule in self.rules if self.budget else ():
             if given := " and ".join(rule.chosen_by_a_budget()):

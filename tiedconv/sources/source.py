@@ -141,8 +141,8 @@ class Source:
         }
         for key, sound in checks.items():
             if not sound:
-                told = reprlib.repr(items[key])
-                raise CheckpointError(f"The model source has a malformed {key!r}: {told}")
+                shown = reprlib.repr(items[key])
+                raise CheckpointError(f"The model source has a malformed {key!r}: {shown}")
         if preprocess is not None:
             try:
                 items["preprocess"] = Preprocess.from_json(preprocess)

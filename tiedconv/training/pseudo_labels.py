@@ -63,7 +63,7 @@ def with_teacher_labels(
     Args:
         data: images (C, H, W), without augmentation.
         teacher: gives logits (B, classes).
-        student: likewise; asked once, so that other classes are told before any work.
+        student: likewise; asked once, so that other classes are reported before any work.
         config: batch size, precision and workers.
         device: as for `train`.
 

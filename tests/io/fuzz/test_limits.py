@@ -493,8 +493,8 @@ def test_no_path_in_a_file_is_followed(
     place = tmp_path / PLACE
     place.mkdir()
     (place / "config.json").write_text('{"architecture": "resnet18", "model_type": "vit"}')
-    told = json.dumps({**parts.source, **source}).replace("{place}", str(place))
-    parts.source = json.loads(told)
+    changed = json.dumps({**parts.source, **source}).replace("{place}", str(place))
+    parts.source = json.loads(changed)
     write(path, parts)
     _OPENED.clear()
     for reader in (tiedconv.report, tiedconv.load, tiedconv.verify):
