@@ -72,7 +72,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     count = getattr(node, "workeroutput", {}).get("deselected", 0)
-    node.config.stash[_DESELECTED] = count  # every worker collects the same tests
+    # Every worker collects the same tests.
+    node.config.stash[_DESELECTED] = max(count, node.config.stash.get(_DESELECTED, 0))
 
 
 def pytest_terminal_summary(
