@@ -417,7 +417,7 @@ def test_an_interrupted_run_goes_on(
     assert files_of(tmp_path) == {
         whole.name,
         f"{parts.name}.run",
-        f"{parts.name}.run/step-000000003.pt",
+        f"{parts.name}.run/step-000000003.safetensors",
     }
     monkeypatch.undo()
     resumed = run(*command(parts), "--resume")

@@ -396,7 +396,7 @@ def test_resuming_another_run(
     run(*command, code=130)
     monkeypatch.undo()
     folder = tmp_path / "out.safetensors.run"
-    kept = (folder / "step-000000003.pt").read_bytes()
+    kept = (folder / "step-000000003.safetensors").read_bytes()
     other = tmp_path / "other"
     shutil.copytree(world.data, other)
     for image in (other / "train").rglob("*.*"):
@@ -408,18 +408,18 @@ def test_resuming_another_run(
         (("--data", other), "training data "),
     ):
         line = refused(*command, *changed, "--resume", words=[words])
-        assert "Going on would mix the two" in line
+        assert "Resuming would mix the two" in line
     renamed = tmp_path / "model.safetensors"
     run("convert", SPEC, *MODEL_ARGS, "--weights", "none", "--seed", "3", "-o", renamed)
     refused("finetune", renamed, *command[2:], "--resume", words=["model "])
     # A new run does not take the place of the old one, unless it is told to.
     refused(*command, words=["step-000000003", "--resume", "--force"])
-    assert (folder / "step-000000003.pt").read_bytes() == kept
+    assert (folder / "step-000000003.safetensors").read_bytes() == kept
     (folder / "notes.md").write_text("mine")
     monkeypatch.setattr(engine._Run, "take", interrupted)
     run(*command, "--force", "--lr", "0.01", code=130)
     monkeypatch.undo()
-    assert (folder / "step-000000003.pt").read_bytes() != kept
+    assert (folder / "step-000000003.safetensors").read_bytes() != kept
     run(*command, "--resume", "--lr", "0.01")
     # Only what is of the run goes with it.
     assert files_of(folder) == {"notes.md"}

@@ -12,7 +12,15 @@ from tiedconv.errors import UserError
 from tiedconv.io.atomic import replacing
 from tiedconv.io.run_dir import CALIBRATION, CURVE, FIT, RunDir
 
-OWN = ["step-000000012.pt", CURVE, CALIBRATION, f"1/{CALIBRATION}", FIT, f"0/{FIT}"]
+OWN = [
+    "step-000000012.safetensors",
+    "step-000000012.pt",
+    CURVE,
+    CALIBRATION,
+    f"1/{CALIBRATION}",
+    FIT,
+    f"0/{FIT}",
+]
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ import pytest
 import torch
 from cli_helpers import World
 
+from tiedconv.io.run_state import read_state
+
 HERE = Path(__file__).parents[1] / "helpers"
 WORKER = HERE / "training_worker.py"
 ENVIRONMENT = {
@@ -169,8 +171,8 @@ def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> 
     assert "--resume" in told
     assert "Interrupted" in told
     newest = sorted(run.iterdir())[-1]
-    state = torch.load(newest, weights_only=True)
-    assert newest.name == f"step-{state['progress']['step']:09d}.pt"
+    state = read_state(newest, "training")
+    assert newest.name == f"step-{state['progress']['step']:09d}.safetensors"
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -21,6 +21,8 @@ from training_helpers import QUICK, Flawed, TiedNet, assert_same, make_data, mak
 
 from tiedconv.data import Loader, TensorList
 from tiedconv.errors import CheckpointError, DataError, OutputError, TrainingError, UserError
+from tiedconv.io import run_state
+from tiedconv.io.run_state import read_state
 from tiedconv.training import (
     Baseline,
     Checkpointed,
@@ -250,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, clip: float) ->
         TrainingError, "loss-not-finite", "step 8 of 18", "step-000000006", "(step 6)", "0.01"
     ):
         run(Fragile(), replace(QUICK, clip=clip), checkpoint_dir=tmp_path)
-    state = torch.load(tmp_path / "step-000000006.pt", weights_only=True)
+    state = read_state(tmp_path / "step-000000006.safetensors", "training")
     assert state["progress"]["step"] == 6
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
 
@@ -377,9 +379,11 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, interrupt: Any) -
 def test_the_checkpoint_is_plain_data_and_nothing_else_is_left(tmp_path: Path) -> None:
     run(make_net(), checkpoint_dir=tmp_path / "new" / "folder")
     files = sorted((tmp_path / "new" / "folder").iterdir())
-    assert [file.name for file in files] == ["step-000000012.pt", "step-000000018.pt"]
+    assert [file.name for file in files] == [
+        "step-000000012.safetensors", "step-000000018.safetensors"
+    ]  # fmt: skip
     path = files[-1]
-    state = torch.load(path, weights_only=True)
+    state = read_state(path, "training")
     assert {"model", "optimizer", "progress", "history", "identity"} <= set(state)
     assert "tied/head/base" in state["model"]
 
@@ -414,22 +418,20 @@ def test_a_disk_that_fills_up_leaves_the_last_state_whole(
 ) -> None:
     whole = make_net()
     run(whole, checkpoint_dir=tmp_path / "whole")
-    write, written = torch.save, []
+    write, written = run_state.save_tensors, []
 
-    def full(state: Any, file: Any) -> None:
-        written.append(file.name)
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        written.append(path)
         if len(written) == 2:
-            file.write(b"half of it")
+            path.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(state, file)
+        write(tensors, path, metadata)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(run_state, "save_tensors", full)
     folder = tmp_path / "parts"
-    with pytest.raises(
-        OutputError, match=r"No space left.*last one is whole.*step-000000006.*Free"
-    ):
+    with pytest.raises(OutputError, match=r"No space left.*step-000000006.*Free"):
         run(make_net(), checkpoint_dir=folder)
-    assert [file.name for file in folder.iterdir()] == ["step-000000006.pt"]
+    assert [file.name for file in folder.iterdir()] == ["step-000000006.safetensors"]
     monkeypatch.undo()
     resumed = make_net()
     run(resumed, checkpoint_dir=folder, resume=True)
@@ -449,14 +451,18 @@ def test_in_float16_a_resumed_run_has_the_scale_that_it_had(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         run(parts, config, checkpoint_dir=folder, on_event=stop)
     scales = []
-    for path in (folder / "step-000000006.pt", tmp_path / "whole" / "step-000000018.pt"):
-        scales.append(torch.load(path, weights_only=True)["scaler"]["scale"])
+    for path in (
+        folder / "step-000000006.safetensors",
+        tmp_path / "whole" / "step-000000018.safetensors",
+    ):
+        scales.append(read_state(path, "training")["scaler"]["scale"])
     assert all(scale > 1 for scale in scales)
     resumed = make_net()
     run(resumed, config, checkpoint_dir=folder, resume=True)
     assert_same(whole, resumed)
-    end = torch.load(folder / "step-000000018.pt", weights_only=True)["scaler"]
-    assert end == torch.load(tmp_path / "whole" / "step-000000018.pt", weights_only=True)["scaler"]
+    last = "step-000000018.safetensors"
+    end = read_state(folder / last, "training")["scaler"]
+    assert end == read_state(tmp_path / "whole" / last, "training")["scaler"]
 
 
 # --- batch norm --------------------------------------------------------------------------------

@@ -36,10 +36,11 @@ from tiedconv.calibration.fitting import FitState, Schedule, mean_error, minimis
 from tiedconv.calibration.objectives import JointObjective, SpanObjective, seen
 from tiedconv.calibration.output_metric import OutputMetric, measure_lenses
 from tiedconv.calibration.spans import Span
-from tiedconv.calibration.state import checkpoint_path, foreign, identity_of, load_state, save_state
+from tiedconv.calibration.state import KIND, checkpoint_path, identity_of, load_state, save_state
 from tiedconv.calibration.teacher_student import Pair
 from tiedconv.data import Loader
 from tiedconv.errors import UserError
+from tiedconv.io.run_state import foreign
 from tiedconv.runtime.tie import state_of, unfreeze
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
@@ -151,7 +152,7 @@ class _Progress:
             at = None if midway is None else FitState(**{**midway, "tensors": tensors})
             return cls(**saved, midway=at)
         except TypeError as error:
-            raise foreign(path) from error
+            raise foreign(path, KIND) from error
 
     def split(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain data and tensors, from which `of` makes it again."""

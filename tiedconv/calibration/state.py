@@ -1,4 +1,4 @@
-"""The file from which an interrupted calibration goes on: tensors, and plain data as metadata.
+"""The checkpoint from which an interrupted calibration resumes.
 
 All randomness is derived from (seed, pass, span), so no generator's state needs to be kept.
 """
@@ -13,24 +13,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.core.plan import Plan
-from tiedconv.errors import CheckpointError
-from tiedconv.io.atomic import replacing
-from tiedconv.io.checkpoint import tensor_hash
 from tiedconv.io.run_dir import CALIBRATION
-from tiedconv.io.safetensors_file import save_tensors
-from tiedconv.training.state import prepare_folder, require_same, weights_digest
+from tiedconv.io.run_state import (
+    foreign,
+    prepare_folder,
+    read_state,
+    require_same,
+    tensor_digest,
+    weights_digest,
+    write_state,
+)
 
-FORMAT = "tiedconv-calibration-3"
-
-_PIXELS = 64  # of each image, at least, by which images are told apart
-
-_OTHERS = "midway/"  # no module has a slash in its name but those of factors: tied/
+KIND = "calibration"
 
 # This changes where things are kept, not what is computed.
 _FREE_TO_CHANGE = ("cache_bytes",)
@@ -49,7 +47,7 @@ def checkpoint_path(folder: Path) -> Path:
 def identity_of(
     config: CalibConfig, plan: Plan, teacher: nn.Module, images: Tensor
 ) -> dict[str, Any]:
-    """What must be the same for a calibration to be continued.
+    """What must be the same for a calibration to be resumed.
 
     The errors of the fits are not: their last digits depend on the number of threads.
     """
@@ -57,27 +55,16 @@ def identity_of(
     text = json.dumps(dataclasses.replace(plan, groups=tuple(groups)).to_json(), sort_keys=True)
     return {
         **settings_of(config),
-        "plan": _short(text.encode()),
+        "plan": hashlib.sha256(text.encode()).hexdigest()[:12],
         "weights": weights_digest(teacher),
         "number of images": len(images),
-        "images": digest_of(images),
+        "images": tensor_digest(images),
     }
 
 
 def settings_of(config: CalibConfig) -> dict[str, Any]:
     """The options that change what is computed."""
     return {name: value for name, value in asdict(config).items() if name not in _FREE_TO_CHANGE}
-
-
-def digest_of(images: Tensor) -> str:
-    """Of a few numbers of each image: it tells sets of images apart, and takes no time."""
-    pixels = images.flatten(1)
-    some = pixels[:, :: max(1, pixels.shape[1] // _PIXELS)].contiguous()
-    return _short(some.cpu().numpy().tobytes())
-
-
-def _short(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def save_state(
@@ -87,24 +74,17 @@ def save_state(
     progress: dict[str, Any],
     others: Mapping[str, Tensor],
 ) -> None:
-    """Writes the model's tensors, others and the progress; the file is replaced as a whole.
+    """Writes the model's tensors, others and the progress atomically.
 
     Raises:
-        OutputError: the disk is full or not writable; the previous file stays.
+        OutputError: the disk is full or not writable; the previous file is unchanged.
     """
-    # Each a copy: safetensors refuses tensors that share memory.
-    found = {**model.state_dict(), **{_OTHERS + name: tensor for name, tensor in others.items()}}
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in found.items()
-        if isinstance(tensor, Tensor)
-    }
-    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
-    text = json.dumps({"identity": identity, "progress": progress, "sha256": hashes})
-    with replacing(path, force=True) as part:
-        save_tensors(
-            tensors, part, {"format": FORMAT, "state": text, "digest": _short(text.encode())}
-        )
+    tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    write_state(
+        path,
+        KIND,
+        {"identity": identity, "progress": progress, "model": tensors, "others": dict(others)},
+    )
 
 
 def load_state(
@@ -113,36 +93,13 @@ def load_state(
     """Loads the model's tensors; returns the progress, and the other tensors by name.
 
     Raises:
-        CheckpointError: a damaged file, or one of something else.
+        CheckpointError: a damaged file, or not of such a calibration.
         UserError: it was made with other options, another model or other images.
     """
+    state = read_state(path, KIND)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state = json.loads(metadata["state"])
-        saved, progress = dict(state["identity"]), dict(state["progress"])
-        whole = metadata["digest"] == _short(metadata["state"].encode()) and state["sha256"] == {
-            name: tensor_hash(tensor) for name, tensor in tensors.items()
-        }
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise foreign(path) from error
-    if metadata.get("format") != FORMAT or not whole:
-        raise foreign(path)
-    require_same(path, saved, identity, "calibration")
-    others = [name for name in tensors if name.startswith(_OTHERS)]
-    found = {name.removeprefix(_OTHERS): tensors.pop(name) for name in others}
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise foreign(path) from error
-    return progress, found
-
-
-def foreign(path: Path) -> CheckpointError:
-    """The error for a file that is no such checkpoint."""
-    return CheckpointError(
-        f"{path} is damaged, or not a calibration checkpoint of this model",
-        "The calibration can't go on from it",
-        "Begin anew: --force, without --resume",
-    )
+        require_same(path, state["identity"], identity, KIND)
+        model.load_state_dict(state["model"])
+        return dict(state["progress"]), dict(state["others"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise foreign(path, KIND) from error

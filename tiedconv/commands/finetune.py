@@ -23,6 +23,7 @@ from tiedconv.errors import DataError, UserError
 from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import save
 from tiedconv.io.run_dir import RunDir
+from tiedconv.io.run_state import weights_digest
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources import Preprocess, Source, sha256_of_file
 from tiedconv.sources.models import load, source_of, with_preprocess
@@ -40,7 +41,6 @@ from tiedconv.training import (
     with_teacher_labels,
 )
 from tiedconv.training import forecast as training_forecast
-from tiedconv.training.state import weights_digest
 from tiedconv.version import __version__
 
 

@@ -1,53 +1,84 @@
-"""A recipe carried out on weights, and what is kept of it until the blocks are fitted too.
+"""A recipe carried out on weights, and its files until the blocks are fitted too.
 
-What is kept is a compact file like any other, whose history says what it was made of. A calibration
-that was interrupted goes on from it, without measuring and fitting again.
+Each is a compact file, whose history records what it was made from. An interrupted calibration
+resumes from it, without measuring and fitting again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from tiedconv.calibration import CalibConfig
-from tiedconv.calibration.state import digest_of, foreign, settings_of
+from tiedconv.calibration.state import KIND, settings_of
 from tiedconv.conversion.fit import Fit
-from tiedconv.data import Loader
+from tiedconv.data import ImageList, Loader
 from tiedconv.errors import CheckpointError
 from tiedconv.io.checkpoint import Checkpoint, read, write_compact
 from tiedconv.io.run_dir import FIT, RunDir
+from tiedconv.io.run_state import (
+    foreign,
+    prepare_folder,
+    require_same,
+    tensor_digest,
+    weights_digest,
+)
 from tiedconv.planning.recipe import Recipe
-from tiedconv.training.state import prepare_folder, require_same, weights_digest
 
-_IMAGES = 16  # by which sets of images are told apart
+_AT_ONCE = 16  # images
 
 
 def identity_of(
     config: CalibConfig, recipe: Recipe, original: nn.Module, data: Dataset[Any]
 ) -> dict[str, Any]:
-    """What must be the same for a calibration to go on from a fit that was kept.
+    """What must be the same for a calibration to resume from saved fits.
 
     Raises:
         DataError: what the data set raises when it is read.
     """
-    count = len(data)  # type: ignore[arg-type]
-    few = Subset(data, range(0, count, -(-count // _IMAGES)))
-    with contextlib.closing(Loader(few, _IMAGES, workers=0)) as loader:
-        images = [batch.images for batch in loader.epoch() if len(batch.images)]
     return {
         **settings_of(config),
         "recipe": json.dumps(recipe.to_json()),
         "weights": weights_digest(original),
-        "number of images": count,
-        "images": digest_of(torch.cat(images)) if images else "none",
+        "number of images": len(data),  # type: ignore[arg-type]
+        "images": _digest_of_images(data),
     }
+
+
+def _digest_of_images(data: Dataset[Any]) -> str:
+    """Of all contents: the encoded bytes of images in files, the tensors of others.
+
+    Of images in files the first are decoded as well, which shows how images are prepared.
+    """
+    digest = hashlib.sha256()
+    decoded = data
+    if isinstance(data, ImageList):
+        for i in range(len(data)):
+            digest.update(_encoded(data, i))
+        decoded = Subset(data, range(min(_AT_ONCE, len(data))))
+    with contextlib.closing(Loader(decoded, _AT_ONCE, workers=0)) as loader:
+        for batch in loader.epoch():
+            digest.update(tensor_digest(batch.images).encode())
+    return digest.hexdigest()[:12]
+
+
+def _encoded(data: ImageList, index: int) -> bytes:
+    """SHA-256 of an image's bytes; of its name where it can't be read, as it is skipped later."""
+    try:
+        opened = data.images.open(index)
+        if isinstance(opened, str | Path):
+            return hashlib.sha256(Path(opened).read_bytes()).digest()
+        with opened:
+            return hashlib.sha256(opened.read()).digest()
+    except OSError:
+        return hashlib.sha256(data.images.name(index).encode()).digest()
 
 
 def save_fits(
@@ -105,7 +136,7 @@ def load_fits(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, An
             return []
         with _opened(path) as file:
             entry = file.history[0]
-            require_same(path, entry["identity"], identity, "calibration")
+            require_same(path, entry["identity"], identity, KIND)
             count = int(entry["fits"])
             recipe = next(r for r in recipes if _same(r.to_json(), entry["recipe"]))
             cost, ridge = float(entry["cost"]), entry["ridge"]
@@ -115,15 +146,15 @@ def load_fits(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, An
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Checkpoint]:
-    """A compact file of ours; whatever else it is, it is no fit to go on from."""
+    """A compact file; any error means that it is not a saved fit."""
     try:
         file = read(path)
         with contextlib.closing(file.file):
             yield file
     except (CheckpointError, KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
-        raise foreign(path) from error
+        raise foreign(path, KIND) from error
 
 
 def _same(ours: Mapping[str, Any], written: Mapping[str, Any]) -> bool:
-    """As plain data: a file knows no tuples."""
+    """Compared as JSON, which has no tuples."""
     return bool(json.loads(json.dumps(ours)) == dict(written))

@@ -1,7 +1,6 @@
-"""The folder beside an output where an interrupted run keeps what it can go on from.
+"""The folder beside an output from which an interrupted run can resume.
 
-Each file is written beside its place and then renamed, so it is whole or not there; what a process
-that was killed was writing then goes with the rest.
+Each file is written atomically; temporary files of killed processes are removed with the rest.
 """
 
 from __future__ import annotations
@@ -13,72 +12,86 @@ from pathlib import Path
 from tiedconv.errors import UserError
 from tiedconv.io.atomic import stale_temp_files
 
-STATES = "step-*.pt"
+STATES = "step-*.safetensors"
 """Names of the states of a training."""
+OLD_STATES = "step-*.pt"
+"""Names of the states that versions before 0.2 wrote, which are pickles and are not read."""
 FIT = "fit.safetensors"
-"""Name of the compact file that a calibration begins with, here or in a numbered folder for each
+"""Name of the compact file that a calibration starts from, here or in a numbered folder for each
 of several."""
 CALIBRATION = "calibration.safetensors"
-"""Name of what a calibration has fitted of it, beside it."""
+"""Name of the state of that calibration, beside it."""
 CURVE = "curve.json"
-"""What those who watch a training keep beside its states."""
+"""Name of the points of the training's plot, beside its states."""
 
-_KEPT = (STATES, FIT, f"*/{FIT}", CALIBRATION, f"*/{CALIBRATION}")
+_KEPT = (STATES, OLD_STATES, FIT, f"*/{FIT}", CALIBRATION, f"*/{CALIBRATION}")
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Such a folder, be it there or not; files of others in it are never touched."""
+    """Such a folder, whether it exists or not; other files in it are never touched."""
 
     path: Path
 
     @classmethod
     def beside(cls, output: Path) -> RunDir:
-        """The one of the run that makes this file."""
+        """The folder of the run that writes this file."""
         return cls(output.with_name(output.name + ".run"))
 
     def kept(self) -> list[Path]:
-        """What a run can go on from, oldest state first."""
+        """The files that a run can resume from, oldest state first."""
         return sorted(file for pattern in _KEPT for file in self.path.glob(pattern))
 
     def require_new(self) -> None:
-        """Raises UserError where a run has left something: what is kept of two must not mix."""
+        """Raises UserError where an interrupted run left files: two runs must not mix."""
         if kept := self.kept():
             raise UserError(
                 f"{self.path} holds an interrupted run ({kept[-1].relative_to(self.path)})",
-                "A new one would take its place",
-                "Go on with it by --resume, or begin anew with --force",
+                "A new run would overwrite it",
+                "Pass --resume to continue or --force to restart",
+                code="run-interrupted",
+            )
+
+    def require_readable(self) -> None:
+        """Raises UserError for states of an older version: they are pickles, which are not read."""
+        if old := sorted(self.path.glob(OLD_STATES)):
+            raise UserError(
+                f"{old[-1]} was written by an older tiedconv",
+                "It can't be resumed from, and states of two versions must not mix",
+                "Start again with --force, or resume with the version that wrote it",
+                code="state-of-older-version",
             )
 
     def part(self, index: int, count: int) -> Path:
-        """Where one of several fits has its files; a single one has them here."""
+        """The folder of one of several fits; that of a single one is this folder."""
         return self.path if count == 1 else self.path / str(index)
 
     def require_fits(self, count: int) -> None:
-        """Raises UserError where what is kept is not of a calibration of so many fits."""
+        """Raises UserError where the files are not of a calibration of this number of fits."""
         parts = [self.part(i, count) for i in range(count)]
         wanted = {part / name for part in parts for name in (FIT, CALIBRATION)}
         if odd := [file for file in self.kept() if file not in wanted]:
             raise UserError(
                 f"{odd[0]} is of a different calibration, of other schemes or options",
-                "Going on would leave it behind",
-                "Use the same model, options and images, or begin anew: --force, without --resume",
+                "Resuming would leave it behind",
+                "Use the same model, options and images, or restart by --force without --resume",
+                code="state-of-other-run",
             )
 
     def tidy(self) -> None:
-        """Remove what processes that were killed were writing; no other may run by now."""
+        """Remove temporary files of killed processes; no other may be running."""
         for pattern in (*_KEPT, CURVE):
             for file in stale_temp_files(self.path, pattern):
                 file.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what runs keep, and the folder if nothing else is in it."""
+        """Remove the files of runs, and the folder if nothing else is in it."""
         for file in [*self.kept(), self.path / CURVE]:
             file.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
-        """Remove the folder if nothing is in it, as where nothing was worth keeping yet."""
+        """Remove the folder if it is empty, as before the first state."""
         self.tidy()
         with contextlib.suppress(OSError):  # not empty
             for folder in self.path.glob("[0-9]*"):

@@ -25,7 +25,7 @@ from tiedconv.sources.arguments import JSON, is_json, parse_model_args
 from tiedconv.sources.init import seeded, skip_init, skip_memory
 from tiedconv.sources.lazy import LazyWeights, loads_plainly
 from tiedconv.sources.provider import Provider
-from tiedconv.sources.sharded_safetensors import DTYPES, places, weights_file
+from tiedconv.sources.sharded_safetensors import places, weights_file
 from tiedconv.sources.source import Preprocess, Source
 from tiedconv.sources.weights import (
     fit_to,
@@ -145,7 +145,7 @@ def open_lazily(
             model = provider.build()
     except SourceError:  # a constructor may need its parameters' numbers
         return None
-    if not loads_plainly(model) or any(place.dtype not in DTYPES for place in found.values()):
+    if not loads_plainly(model):
         return None
     try:
         tensors = LazyWeights(model, found)

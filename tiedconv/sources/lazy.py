@@ -1,4 +1,4 @@
-"""Weights of a model that are read one tensor at a time, when they are asked for."""
+"""Weights of a model that are read one tensor at a time, on demand."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tiedconv.sources.sharded_safetensors import DTYPES, Place
+from tiedconv.sources.sharded_safetensors import Place
 from tiedconv.sources.state_dict import fit_to
 
-# Modules whose loaders may put new names for old ones, but copy what has the right name.
+# Modules whose loaders may rename old names, but copy what has the right name.
 _COPIES = (
     "torch.nn.",
     "torchvision.models.vision_transformer",
@@ -20,9 +20,9 @@ _COPIES = (
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """What a model's tensors would be after loading a file, without loading it.
+    """A model's tensors as loading a file would set them, without loading it.
 
-    Each is read anew whenever it is asked for, and belongs to who asked.
+    Each access reads the tensor from the file again, into memory that nothing else uses.
 
     Args:
         model: for names, shapes and types; its parameters may be on the meta device.
@@ -34,7 +34,7 @@ class LazyWeights(Mapping[str, Tensor]):
 
     def __init__(self, model: nn.Module, found: Mapping[str, Place]) -> None:
         stand_ins = {
-            name: torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
+            name: torch.empty(place.shape, dtype=place.dtype, device="meta")
             for name, place in found.items()
         }
         place_of = {id(stand_ins[name]): place for name, place in found.items()}
@@ -64,8 +64,8 @@ class LazyWeights(Mapping[str, Tensor]):
 def loads_plainly(model: nn.Module) -> bool:
     """Whether loading a state dict into a model copies each tensor, and does nothing else.
 
-    Some modules change what they are given, or lay it out in another way, or share memory; then
-    only loading itself tells what the weights will be.
+    Some modules change or lay out differently what they load, or share memory; then only loading
+    itself shows what the weights will be.
     """
     tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}
     if not all(isinstance(t, Tensor) and t.is_contiguous() for t in tensors.values()):

@@ -1,89 +1,64 @@
-"""Weights in safetensors files, whole or in shards: where each tensor lies, and reading one alone.
+"""Plain weights in safetensors files, single or sharded: where each tensor lies.
 
 Large models come as several files and an index, `model.safetensors.index.json`, whose
-`weight_map` says which file holds which tensor. Here is all that reads such a head; the numbers
-themselves are read one tensor at a time, into memory of their own.
+`weight_map` maps each tensor to its file. Tensors are read one at a time.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tiedconv.errors import WeightsError
+from tiedconv.errors import CheckpointError, WeightsError
 from tiedconv.io.json_text import strict_json
+from tiedconv.io.safetensors_file import DTYPES, FOREIGN, SafetensorsFile
 
 NOT_WEIGHTS = "Give a .safetensors file or a state dict that torch.save wrote"
 _AGAIN = "Copy or download the folder again"
 _INDEX = "*.safetensors.index.json"
-_WHOLE = "model.safetensors"
-
-# Types by the names that safetensors has for them. A file with another one is read whole.
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies.
+    """A tensor in a safetensors file.
 
     Args:
-        file: that holds it.
-        dtype: as safetensors names it.
-        shape: of the tensor.
-        start: of its first byte in the file.
-        stop: one past its last byte.
+        file: that holds it, open: another file that replaces it is not read.
+        name: of the tensor in the file.
     """
 
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+    file: SafetensorsFile
+    name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor."""
+        return DTYPES[self.file.dtypes[self.name]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.file.shapes[self.name]
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own.
-
-        It is read, not mapped: pages of a mapped file count as the process's memory.
+        """The tensor, read into memory rather than mapped.
 
         Raises:
-            WeightsError: the file is gone, or shorter than it was.
+            WeightsError: the file is shorter than it was.
         """
-        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        rest = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.start)
-                while rest:
-                    count = file.readinto(rest)
-                    if not count:
-                        raise OSError("it has become shorter")
-                    rest = rest[count:]
-        except OSError as error:
-            raise damaged(self.file, error) from error
-        return tensor
+            return self.file.tensor(self.name)
+        except CheckpointError as error:
+            raise _not_read(self.file.path, error) from error
 
 
 def weights_file(path: str | Path) -> Path:
-    """The file that a path given for weights means: of a folder, its one file or its index.
+    """The weights file of a path: the path itself, or the single file or index of a folder.
 
     Raises:
         WeightsError: it is a folder without `model.safetensors` or an index, or with several
@@ -92,7 +67,7 @@ def weights_file(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if not path.is_dir():
         return path
-    found = sorted(path.glob(_WHOLE)) or sorted(path.glob(_INDEX))
+    found = sorted(path.glob(_SINGLE)) or sorted(path.glob(_INDEX))
     if len(found) == 1:
         return found[0]
     if found:
@@ -100,10 +75,12 @@ def weights_file(path: str | Path) -> Path:
             f"The folder {path} holds {len(found)} indices of weights",
             "It is not clear which one is meant",
             f"Name one of them, such as {found[0]}",
+            code="weights-ambiguous",
         )
     raise WeightsError(
-        f"The folder {path} can't be read as weights: it holds no {_WHOLE} and no {_INDEX}",
+        f"The folder {path} can't be read as weights: it holds no {_SINGLE} and no {_INDEX}",
         hint="Name the weights file itself",
+        code="weights-not-found",
     )
 
 
@@ -134,10 +111,14 @@ def shards(index: Path) -> dict[str, list[str]]:
         raise WeightsError(
             f"The index {index} can't be read ({error.strerror or error})",
             hint="Give the path of a readable file",
+            code="weights-unreadable",
         ) from error
     except ValueError as error:
         raise WeightsError(
-            f"The index {index} is malformed ({error})", "No weights were read", _AGAIN
+            f"The index {index} is malformed ({error})",
+            "No weights were read",
+            _AGAIN,
+            code="index-malformed",
         ) from error
     match data:
         case {"weight_map": dict(weight_map)} if weight_map and all(
@@ -146,66 +127,65 @@ def shards(index: Path) -> dict[str, list[str]]:
             pass
         case _:
             raise WeightsError(
-                f"{index} is no index of shards: it has no weight_map from tensors to files",
+                f"{index} is not an index of shards: it has no weight_map from tensors to files",
                 "No weights were read",
                 NOT_WEIGHTS,
+                code="index-malformed",
             )
     found: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
         if not _is_inside(shard):
             raise WeightsError(
                 f"The index {index} names the file {shard!r}, which is not in its folder",
-                "No path in a file is forward_with_grad out of the file's folder",
+                "Paths in a file are not followed out of its folder",
                 "If you trust it, put the shards beside the index and correct the names",
+                code="shard-outside-folder",
             )
         found.setdefault(shard, []).append(tensor)
     return found
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, its head checked: the one that plain weights lie in.
+def opened(path: Path) -> SafetensorsFile:
+    """A safetensors file of plain weights, its header checked.
 
     Raises:
         WeightsError: it is missing, damaged, or a compact file of tiedconv.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            if "tiedconv" in (file.metadata() or {}):
-                raise WeightsError(
-                    f"{path} is a compact file of tiedconv, not the weights of a plain model",
-                    "Its tensors have other names and shapes",
-                    "Pass it as the model, or expand it first with: tiedconv export --to dense",
-                )
-            yield file
-    except (SafetensorError, ValueError, OSError) as error:
-        raise damaged(path, error) from error
+        file = SafetensorsFile(path, FOREIGN)
+        _ = file.shapes  # the checks of the tensors' places
+    except CheckpointError as error:
+        raise _not_read(path, error) from error
+    if "tiedconv" in file.metadata:
+        raise WeightsError(
+            f"{path} is a compact file of tiedconv, not the weights of a plain model",
+            "Its tensors have other names and shapes",
+            "Pass it as the model, or expand it first with: tiedconv export --to dense",
+            code="weights-are-compact",
+        )
+    return file
+
+
+def _not_read(path: Path, error: CheckpointError) -> WeightsError:
+    reason = error.what.removeprefix(f"{path}").removeprefix(": ")
+    return damaged(path, ValueError(reason.strip()))
 
 
 def damaged(path: Path, error: Exception) -> WeightsError:
     """The error for a file that can't be read as weights."""
-    told = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-    reason = (told.strip().splitlines() or [type(error).__name__])[0]
+    message = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    reason = (message.strip().splitlines() or [type(error).__name__])[0]
     return WeightsError(
-        f"{path} is damaged, cut short or not a weights file ({reason[:120]})",
+        f"{path} is damaged, truncated or not a weights file ({reason[:120]})",
         "No weights were read",
         "Copy or download it again. " + NOT_WEIGHTS,
+        code="weights-damaged",
     )
 
 
 def _of_file(path: Path) -> dict[str, Place]:
-    with opened(path), path.open("rb") as file:
-        # Opening it has checked that the head is sound: offsets follow on each other and end
-        # where the file does.
-        length = int.from_bytes(file.read(8), "little")
-        head = json.loads(file.read(length))
-    head.pop("__metadata__", None)
-    first = 8 + length
-    found: dict[str, Place] = {}
-    for name, entry in head.items():
-        start, stop = (first + offset for offset in entry["data_offsets"])
-        found[name] = Place(path, entry["dtype"], tuple(entry["shape"]), start, stop)
-    return found
+    file = opened(path)
+    return {name: Place(file, name) for name in file.shapes}
 
 
 def _of_shards(index: Path) -> dict[str, Place]:
@@ -214,8 +194,9 @@ def _of_shards(index: Path) -> dict[str, Place]:
     if missing:
         raise WeightsError(
             f"{index.parent} lacks {_some(missing)}, which the index {index.name} names",
-            "The model is not whole",
+            "The model is incomplete",
             _AGAIN,
+            code="shard-missing",
         )
     found: dict[str, Place] = {}
     held: dict[str, str] = {}
@@ -226,6 +207,7 @@ def _of_shards(index: Path) -> dict[str, Place]:
                 f"{twice[0]} is in two shards of {index}: {held[twice[0]]} and {shard}",
                 "It is not clear which one is meant",
                 _AGAIN,
+                code="shards-inconsistent",
             )
         held |= dict.fromkeys(there, shard)
         if absent := [name for name in wanted if name not in there]:
@@ -233,13 +215,14 @@ def _of_shards(index: Path) -> dict[str, Place]:
                 f"{index.parent / shard} lacks {_some(absent)}, which the index says it holds",
                 "The index and its shards don't belong together",
                 _AGAIN,
+                code="shards-inconsistent",
             )
         found |= {name: there[name] for name in wanted}
     return found
 
 
 def _is_inside(shard: str) -> bool:
-    """Whether a relative path goes down only, whichever system reads it.
+    """Whether a relative path stays in its folder, on any operating system.
 
     Links are not resolved: a cache may keep its files elsewhere, and an index can't make links.
     """

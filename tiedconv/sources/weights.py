@@ -18,7 +18,6 @@ from tiedconv.sources.sharded_safetensors import (
     NOT_WEIGHTS,
     damaged,
     is_index,
-    opened,
     places,
     shards,
     weights_file,
@@ -27,7 +26,7 @@ from tiedconv.sources.state_dict import fit_to, load_into
 
 __all__ = ["fit_to", "load_into", "read_weights", "sha256_of_file", "sha256_of_weights"]
 
-# Where training programs put the weights inside what they save, in the order of preference.
+# Keys under which training programs save the weights, in the order of preference.
 _CONTAINERS = (
     "state_dict",
     "model",
@@ -46,8 +45,8 @@ _CONTAINERS = (
     "student",
     "backbone",
 )
-# How torch says that a pickle asks for a class or function, or for instructions that torch.save
-# never writes.
+# In torch's errors for a pickle that names a class or function, or has instructions that
+# torch.save never writes.
 _MORE_THAN_TENSORS = ("GLOBAL", "Unsupported operand", "Unsupported class")
 
 
@@ -55,7 +54,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Reads the tensors of a safetensors file or of a PyTorch pickle, on the CPU.
 
     Args:
-        path: the file; what it is shows in its content, not in its name. Or an index of shards
+        path: the file, whose format is recognised by its content; or an index of shards
             (`.json`), or a folder that holds one of these.
 
     Returns:
@@ -63,11 +62,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         `model` are unwrapped.
 
     Raises:
-        WeightsError: the file is missing, damaged, no weights file, or has code in it.
+        WeightsError: the file is missing, damaged, not a weights file, or contains code.
     """
     path = weights_file(path)
     if is_index(path):
-        return _read_shards(path)
+        return _read_safetensors(path)
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -75,12 +74,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"The weights file {path} can't be read ({error.strerror or error})",
             hint="Give the path of a readable file",
+            code="weights-unreadable",
         ) from error
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _read_pickle(path)
     if head[8:] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path)
-    raise WeightsError(f"{path} is not a weights file", hint=NOT_WEIGHTS)
+    raise WeightsError(
+        f"{path} is not a weights file", hint=NOT_WEIGHTS, code="weights-format-unknown"
+    )
 
 
 def is_safetensors(path: Path) -> bool:
@@ -95,24 +97,13 @@ def is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    places(index)  # the checks
-    tensors: dict[str, Tensor] = {}
-    for shard, names in shards(index).items():
-        with opened(index.parent / shard) as file:
-            tensors |= {name: file.get_tensor(name) for name in names}
-    return tensors
+    return {name: place.read() for name, place in places(path).items()}
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        # Many training programs put their parsed arguments beside the weights; as a plain bag of
-        # values they do no harm.
-        # torch warns of a foreign pickle before it refuses it, which the error says better.
+        # Many training programs store their parsed arguments beside the weights, which are
+        # harmless. torch warns of a foreign pickle before it refuses it; the error says enough.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(
@@ -125,12 +116,15 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} was refused, as it is a pickle with more in it than tensors",
             "Loading it would run code that the file names",
             "Save the weights alone: safetensors, or torch.save(model.state_dict(), path)",
+            code="weights-contain-code",
         ) from error
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise damaged(path, error) from error
     tensors = _unwrap(content)
     if not tensors:
-        raise WeightsError(f"There are no named tensors in {path}", hint=NOT_WEIGHTS)
+        raise WeightsError(
+            f"There are no named tensors in {path}", hint=NOT_WEIGHTS, code="weights-empty"
+        )
     return tensors
 
 
