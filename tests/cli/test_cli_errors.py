@@ -430,7 +430,7 @@ def test_resuming_what_was_never_begun(world: World, tmp_path: Path) -> None:
         "finetune", world.tied, "--data", world.data, "-o", tmp_path / "out.safetensors", *QUICK,
         "--teacher", "none", "--no-picture", "--resume",
     )  # fmt: skip
-    assert "no state" in result.stderr
+    assert "no checkpoint" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -540,12 +540,10 @@ def test_a_full_disk_leaves_what_was_there(
 def test_a_disk_that_fills_while_safetensors_writes(
     world: World, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors import SafetensorError
-
     def full(*_: Any, **__: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tiedconv.io.safetensors_file.save_file", full)
+    monkeypatch.setattr("tiedconv.io.safetensors_file.write_all", full)
     for command in _writers(world, "out.safetensors")[::2]:
         refused(*command, words=["No space left on device", "Free some space"])
 
@@ -557,7 +555,7 @@ def test_an_interruption_leaves_nothing_half_written(
         raise KeyboardInterrupt
 
     convert, finetune, export = _writers(world, "out.safetensors")
-    monkeypatch.setattr("tiedconv.io.safetensors_file.save_file", interrupted)
+    monkeypatch.setattr("tiedconv.io.safetensors_file.write_all", interrupted)
     for command in (convert, export):
         assert run(*command, code=130).stderr.startswith("Interrupted")
     monkeypatch.setattr(planner, "total_cost", interrupted)

@@ -181,9 +181,9 @@ def test_where_the_first_cannot_write_it_alone_says_so(world: World, tmp_path: P
     """Its disk is full; the other process must not die of it with words of its own."""
     script = tmp_path / "full.py"
     script.write_text(
-        "import torch\n"
+        "from tiedconv.io import run_state\n"
         "def full(*a): raise OSError(28, 'No space left on device')\n"
-        "torch.save = full\n"
+        "run_state.save_tensors = full\n"
         "from tiedconv.cli import main\n"
         "main()\n"
     )
@@ -203,9 +203,10 @@ def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
     """Even where the first can't be forward_with_grad, as a disk does not answer."""
     arguments = command(world, "--epochs", 2000)
     code = (
-        "import sys, time, torch; save = torch.save\n"
+        "import sys, time\n"
+        "from tiedconv.io import run_state; save = run_state.save_tensors\n"
         "def slow(*a): save(*a); print('saving', flush=True); time.sleep(600)\n"
-        "torch.save = slow\n"
+        "run_state.save_tensors = slow\n"
         "from tiedconv.cli import main; sys.argv[0] = 'tiedconv'; main()"
     )
     with begun(code, arguments, tmp_path) as process:
