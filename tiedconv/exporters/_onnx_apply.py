@@ -1,8 +1,8 @@
-"""The operations of `tiedconv.applied` as nodes of an ONNX graph, for linear layers and kernels.
+"""The operations of `runtime.factored` as nodes of an ONNX graph, for linear layers and kernels.
 
-Only standard operators are used, and none that a runtime could fold with a constant: a matrix read
-both ways is given to `MatMul` and to `Gemm` with `transB`, a kernel read both ways to `Conv` and to
-`ConvTranspose`. A graph with `Transpose(W)` would be doubled in memory by ONNX Runtime.
+Only standard operators are used, and none that a runtime could fold with a constant: a matrix that
+is also read transposed goes to `MatMul` and to `Gemm` with `transB`, such a kernel to `Conv` and to
+`ConvTranspose`. ONNX Runtime would hold both `W` and a folded `Transpose(W)` in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tiedconv.core.expr import Expr, Ref, Reshape, Shape
-from tiedconv.exporters._onnx_factors import Factors, emit, kernel_use, numbers
+from tiedconv.exporters._onnx_factors import Factors, emit, int_constant, kernel_use
 from tiedconv.runtime.factored import NotFactorableError
 from tiedconv.runtime.generator import Generated
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 class NoteLinear:
-    """Tells the factors what `OnnxLinear` will ask of them. Features are a mere marker."""
+    """Notes the uses of factors that `OnnxLinear` will make. Features are a placeholder, None."""
 
     def __init__(self, factors: Factors) -> None:
         self.factors = factors
 
     def product(self, x: None, matrix: Expr, transpose: bool) -> None:
-        """`x M^T`, or `x M` if transpose."""
+        """`x M^T`, or `x M` if `transpose`."""
         for name in matrix.refs:
             plain = isinstance(matrix, Ref)
             self.factors.note(name, ("along" if transpose else "across") if plain else "whole")
 
     def scale(self, x: None, vector: Expr) -> None:
-        """Each feature times its number."""
+        """Each feature times its value."""
         for name in vector.refs:
             self.factors.note(name, "vector" if isinstance(vector, Ref) else "whole")
 
@@ -45,7 +45,7 @@ class NoteLinear:
         """Nothing to note."""
 
     def split(self, x: None, sizes: Sequence[int]) -> list[None]:
-        """Features in groups."""
+        """The features, split into groups."""
         return [None] * len(sizes)
 
     def generated(self, x: None, parts: Generated) -> None:
@@ -63,10 +63,10 @@ class OnnxLinear:
         self.factors, self.tape, self.rank = factors, tape, rank
 
     def product(self, x: ir.Value, matrix: Expr, transpose: bool) -> ir.Value:
-        """`x M^T`, or `x M` if transpose."""
+        """`x M^T`, or `x M` if `transpose`."""
         if not isinstance(matrix, Ref):
-            whole = emit(matrix, self.factors, self.tape)
-            return self._along(x, whole) if transpose else self._across(x, whole, matrix.shape)
+            value = emit(matrix, self.factors, self.tape)
+            return self._along(x, value) if transpose else self._across(x, value, matrix.shape)
         if transpose:
             return self._along(x, self.factors.whole(matrix.name))
         if self.factors.is_stored_across(matrix.name):
@@ -79,12 +79,12 @@ class OnnxLinear:
     def _across(self, x: ir.Value, matrix: ir.Value, shape: Shape) -> ir.Value:
         if self.rank == 2:
             return self.tape.op("Gemm", [x, matrix], {"transB": 1})
-        rows = self._shaped(x, [-1, shape[1]])
-        made = self.tape.op("Gemm", [rows, matrix], {"transB": 1})
-        return self._led(made, x, shape[0])
+        rows = self._reshaped(x, [-1, shape[1]])
+        product = self.tape.op("Gemm", [rows, matrix], {"transB": 1})
+        return self._with_leading(product, x, shape[0])
 
     def scale(self, x: ir.Value, vector: Expr) -> ir.Value:
-        """Each feature times its number."""
+        """Each feature times its value."""
         return self.tape.op("Mul", [x, self.vector(vector)])
 
     def vector(self, vector: Expr) -> ir.Value:
@@ -94,19 +94,19 @@ class OnnxLinear:
             if stored is not None:
                 return stored
         whole = emit(vector, self.factors, self.tape)
-        return self.tape.op("Reshape", [whole, numbers(self.tape, [-1])])
+        return self.tape.op("Reshape", [whole, int_constant(self.tape, [-1])])
 
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """The sum."""
         return self.tape.op("Add", [a, b])
 
     def concat(self, parts: Sequence[ir.Value]) -> ir.Value:
-        """Features one after another."""
+        """The features of all parts, concatenated."""
         return self.tape.op("Concat", list(parts), {"axis": self.axis})
 
     def split(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
-        """Features in groups."""
-        split = numbers(self.tape, list(sizes))
+        """The features, split into groups."""
+        split = int_constant(self.tape, list(sizes))
         return list(
             self.tape.op_multi_out("Split", [x, split], {"axis": self.axis}, num_outputs=len(sizes))
         )
@@ -116,34 +116,34 @@ class OnnxLinear:
         terms, r, s = parts.inner
         groups, inputs = parts.left.shape[0], parts.right.shape[-1]
         left, right = (emit(part, self.factors, self.tape) for part in (parts.left, parts.right))
-        rows = self._shaped(x, [1, -1, terms, r, s])
+        rows = self._reshaped(x, [1, -1, terms, r, s])
         inner = self.tape.op("MatMul", [rows, right])
-        inner = self._shaped(inner, [groups, -1, terms * r, inputs])
-        made = self.tape.op("MatMul", [left, inner])
-        made = self.tape.op("Transpose", [made], {"perm": [1, 0, 2, 3]})
-        made = self._shaped(made, [-1, parts.outputs])
-        return made if self.rank == 2 else self._led(made, x, parts.outputs)
+        inner = self._reshaped(inner, [groups, -1, terms * r, inputs])
+        product = self.tape.op("MatMul", [left, inner])
+        product = self.tape.op("Transpose", [product], {"perm": [1, 0, 2, 3]})
+        product = self._reshaped(product, [-1, parts.outputs])
+        return product if self.rank == 2 else self._with_leading(product, x, parts.outputs)
 
-    def _shaped(self, x: ir.Value, shape: list[int]) -> ir.Value:
-        return self.tape.op("Reshape", [x, numbers(self.tape, shape)])
+    def _reshaped(self, x: ir.Value, shape: list[int]) -> ir.Value:
+        return self.tape.op("Reshape", [x, int_constant(self.tape, shape)])
 
-    def _led(self, rows: ir.Value, like: ir.Value, features: int) -> ir.Value:
-        """Rows of features in the leading dimensions of another value."""
+    def _with_leading(self, rows: ir.Value, like: ir.Value, features: int) -> ir.Value:
+        """Rows of features, reshaped to the leading dimensions of another value."""
         lead = self.tape.op("Shape", [like], {"end": -1})
-        whole = self.tape.op("Concat", [lead, numbers(self.tape, [features])], {"axis": 0})
+        whole = self.tape.op("Concat", [lead, int_constant(self.tape, [features])], {"axis": 0})
         return self.tape.op("Reshape", [rows, whole])
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a convolution reads its input: kernel `(kh, kw)` and the node's own attributes."""
+    """How a convolution reads its input: kernel size `(kh, kw)` and attributes of the node."""
 
     size: Shape
     attributes: dict[str, object]
 
     @property
     def is_point(self) -> bool:
-        """Whether each output reads one pixel, and each pixel one output."""
+        """Whether it is 1 x 1 with stride 1 and no padding: a product at each pixel."""
         plain = all(s == 1 for s in self.attributes.get("strides", (1, 1)))  # type: ignore[attr-defined]
         pads = all(p == 0 for p in self.attributes.get("pads", (0,)))  # type: ignore[attr-defined]
         named = self.attributes.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
@@ -152,20 +152,20 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Features of an image; the first product with them reads as the kernel does."""
+    """Features of an image; `fresh` until the first product, which has the kernel's size."""
 
     value: ir.Value | None
     fresh: bool
 
 
 class NoteKernel:
-    """Tells the factors what `OnnxKernel` will ask of them."""
+    """Notes the uses of factors that `OnnxKernel` will make."""
 
     def __init__(self, factors: Factors, kernel: Kernel) -> None:
         self.factors, self.kernel = factors, kernel
 
     def product(self, x: Pixels, matrix: Expr, transpose: bool) -> Pixels:
-        """`x M^T`, or `x M` if transpose."""
+        """`x M^T`, or `x M` if `transpose`."""
         is_point = not x.fresh or self.kernel.is_point
         if not isinstance(matrix, Ref) or (transpose and not is_point):
             raise NotFactorableError
@@ -174,7 +174,7 @@ class NoteKernel:
         return Pixels(None, fresh=False)
 
     def scale(self, x: Pixels, vector: Expr) -> Pixels:
-        """Each feature times its number."""
+        """Each feature times its value."""
         self._check(x)
         NoteLinear(self.factors).scale(None, vector)
         return x
@@ -185,25 +185,25 @@ class NoteKernel:
         return a
 
     def concat(self, parts: Sequence[Pixels]) -> Pixels:
-        """Features one after another."""
+        """The features of all parts, concatenated."""
         return parts[0]
 
     def split(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
-        """Features in groups."""
+        """The features, split into groups."""
         self._check(x)
         return [x] * len(sizes)
 
     def generated(self, x: Pixels, parts: Generated) -> Pixels:
-        """Features of pixels are no matrices: what generates kernels is made."""
+        """Not supported: generated kernels are materialised."""
         raise NotFactorableError
 
     def _check(self, x: Pixels) -> None:
         if x.fresh and not self.kernel.is_point:
-            raise NotFactorableError  # the features are patches, which nothing holds
+            raise NotFactorableError  # the features are patches, which are not in memory
 
 
 class OnnxKernel:
-    """Products with features in the channels of an image; what `NoteKernel` lets through."""
+    """Products with features in the channels of an image, of what `NoteKernel` accepts."""
 
     def __init__(self, factors: Factors, tape: Tape, kernel: Kernel) -> None:
         self.kernel, self.tape, self.factors = kernel, tape, factors
@@ -211,7 +211,7 @@ class OnnxKernel:
         self.linear.axis = 1
 
     def product(self, x: Pixels, matrix: Expr, transpose: bool) -> Pixels:
-        """`x M^T`, or `x M` if transpose."""
+        """`x M^T`, or `x M` if `transpose`."""
         assert isinstance(matrix, Ref)
         size = self.kernel.size if x.fresh else (1, 1)
         shape = (matrix.shape[0], matrix.shape[1] // (size[0] * size[1]), *size)
@@ -219,19 +219,19 @@ class OnnxKernel:
         if stored is None:
             stored = emit(Reshape(matrix, shape), self.factors, self.tape)
         if transpose:
-            return self._made("ConvTranspose", [x.value, stored], {"kernel_shape": [1, 1]})
+            return self._node("ConvTranspose", [x.value, stored], {"kernel_shape": [1, 1]})
         own = self.kernel.attributes if x.fresh else {}
-        return self._made("Conv", [x.value, stored], {**own, "kernel_shape": list(size)})
+        return self._node("Conv", [x.value, stored], {**own, "kernel_shape": list(size)})
 
-    def _made(
+    def _node(
         self, op: str, inputs: list[ir.Value | None], attributes: dict[str, object]
     ) -> Pixels:  # fmt: skip
         return Pixels(self.tape.op(op, inputs, attributes), fresh=False)
 
     def scale(self, x: Pixels, vector: Expr) -> Pixels:
-        """Each feature times its number."""
+        """Each feature times its value."""
         scale = self.linear.vector(vector)
-        size = numbers(self.tape, [1, -1, 1, 1])
+        size = int_constant(self.tape, [1, -1, 1, 1])
         scale = self.tape.op("Reshape", [scale, size])
         return Pixels(self.tape.op("Mul", [x.value, scale]), x.fresh)
 
@@ -240,18 +240,18 @@ class OnnxKernel:
         return Pixels(self.tape.op("Add", [a.value, b.value]), fresh=False)
 
     def concat(self, parts: Sequence[Pixels]) -> Pixels:
-        """Features one after another."""
-        return Pixels(self.linear.concat([_of(p) for p in parts]), fresh=False)
+        """The features of all parts, concatenated."""
+        return Pixels(self.linear.concat([_value_of(p) for p in parts]), fresh=False)
 
     def split(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
-        """Features in groups."""
-        return [Pixels(v, x.fresh) for v in self.linear.split(_of(x), sizes)]
+        """The features, split into groups."""
+        return [Pixels(v, x.fresh) for v in self.linear.split(_value_of(x), sizes)]
 
     def generated(self, x: Pixels, parts: Generated) -> Pixels:
-        """Not let through by `NoteKernel`."""
+        """Not accepted by `NoteKernel`."""
         raise NotFactorableError
 
 
-def _of(x: Pixels) -> ir.Value:
+def _value_of(x: Pixels) -> ir.Value:
     assert x.value is not None
     return x.value

@@ -1,4 +1,4 @@
-"""Stored tensors as initializers: each once, in the shape that most of its uses want."""
+"""Stored tensors as initializers: each once, in the layout that its uses need."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from onnx_ir.tape import Tape
 
 Make = Callable[[str, Tensor], "ir.Value"]
-"""Registers an initializer by name and gives its value."""
+"""Registers an initializer by name and returns its value."""
 
 
 @dataclass
 class Factors:
     """The stored tensors of a graph, and how they are read.
 
-    Uses are first noted, for all of the graph, and then made: a matrix that is only ever read
-    transposed is stored transposed, one that is only a kernel is stored as one.
+    All uses in the graph are noted before the first initializer is created: a matrix that is only
+    read transposed is stored transposed, one that is only read as a kernel is stored as a kernel.
 
     Args:
         tensors: stored name to tensor.
@@ -34,52 +34,52 @@ class Factors:
 
     tensors: dict[str, Tensor]
     make: Make
-    wanted: dict[str, set[str]] = field(default_factory=dict)
-    made: dict[str, ir.Value] = field(default_factory=dict)
+    uses: dict[str, set[str]] = field(default_factory=dict)
+    values: dict[str, ir.Value] = field(default_factory=dict)
 
     def note(self, name: str, use: str) -> None:
-        """A use to come: `across` (x M^T), `along` (x M), `vector`, `kernel...`, or `whole`."""
-        self.wanted.setdefault(name, set()).add(use)
+        """Note a use: `across` (x M^T), `along` (x M), `vector`, `kernel...`, or `whole`."""
+        self.uses.setdefault(name, set()).add(use)
 
     def whole(self, name: str) -> ir.Value:
         """The tensor in its own shape."""
-        if name not in self.made:
-            self.made[name] = self.make(name, self.tensors[name])
-        return self.made[name]
+        if name not in self.values:
+            self.values[name] = self.make(name, self.tensors[name])
+        return self.values[name]
 
     def is_stored_across(self, name: str) -> bool:
-        """Whether `across` hands out the transpose itself."""
-        return self.wanted[name] == {"across"}
+        """Whether the initializer is the transpose, which `across` returns."""
+        return self.uses[name] == {"across"}
 
     def across(self, name: str) -> ir.Value:
-        """The transpose of a matrix that is read in no other way."""
+        """The transpose of a matrix that has no other use."""
         return self._in_shape(name, lambda t: t.t())
 
     def vector(self, name: str) -> ir.Value | None:
-        """A scale as `(n,)`, if it is read as nothing else."""
-        if self.wanted[name] != {"vector"}:
+        """A scale as `(n,)`; None if it has another use."""
+        if self.uses[name] != {"vector"}:
             return None
         return self._in_shape(name, lambda t: t.reshape(-1))
 
     def kernel(self, name: str, shape: tuple[int, ...]) -> ir.Value | None:
-        """A matrix as a kernel `(out, in, kh, kw)`, if it is read as nothing else."""
-        if self.wanted[name] != {kernel_use(shape)}:
+        """A matrix as a kernel `(out, in, kh, kw)`; None if it has another use."""
+        if self.uses[name] != {kernel_use(shape)}:
             return None
         return self._in_shape(name, lambda t: t.reshape(shape))
 
     def _in_shape(self, name: str, change: Callable[[Tensor], Tensor]) -> ir.Value:
-        if name not in self.made:
-            self.made[name] = self.make(name, change(self.tensors[name]))
-        return self.made[name]
+        if name not in self.values:
+            self.values[name] = self.make(name, change(self.tensors[name]))
+        return self.values[name]
 
 
 def kernel_use(shape: tuple[int, ...]) -> str:
-    """How `Factors.note` calls the use as a kernel of this shape."""
+    """The name for `Factors.note` of the use as a kernel of this shape."""
     return f"kernel{shape[2:]}"
 
 
 def emit(expr: Expr, factors: Factors, tape: Tape) -> ir.Value:
-    """Nodes that compute an expression; gives its value."""
+    """Add the nodes that compute an expression; returns its value."""
     from tiedconv.core import expr as e
 
     if isinstance(expr, Ref):
@@ -89,9 +89,9 @@ def emit(expr: Expr, factors: Factors, tape: Tape) -> ir.Value:
         case e.Permute(dims=dims):
             return tape.op("Transpose", inputs, {"perm": list(dims)})
         case e.Reshape(to=to):
-            return tape.op("Reshape", [*inputs, numbers(tape, to)])
+            return tape.op("Reshape", [*inputs, int_constant(tape, to)])
         case e.Slice(dim=dim, start=start, stop=stop):
-            ends = [numbers(tape, [n]) for n in (start, stop, dim)]
+            ends = [int_constant(tape, [n]) for n in (start, stop, dim)]
             return tape.op("Slice", [*inputs, *ends])
         case e.Cat(dim=dim):
             return tape.op("Concat", inputs, {"axis": dim})
@@ -104,8 +104,8 @@ def emit(expr: Expr, factors: Factors, tape: Tape) -> ir.Value:
     raise AssertionError(expr)
 
 
-def numbers(tape: Tape, values: object) -> ir.Value:
-    """A constant of whole numbers."""
+def int_constant(tape: Tape, values: object) -> ir.Value:
+    """A constant of integers."""
     import onnx_ir as ir
 
     tensor = ir.Tensor(np.array(values, dtype=np.int64))
@@ -113,10 +113,22 @@ def numbers(tape: Tape, values: object) -> ir.Value:
 
 
 def array_of(tensor: Tensor) -> np.ndarray:
-    """A tensor's numbers, contiguous; numpy has no bfloat16, so ml_dtypes' stands in."""
+    """A tensor as a contiguous array; bfloat16 is that of ml_dtypes, as numpy has none."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes
 
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer of a graph."""
+    import onnx_ir as ir
+
+    stored = ir.Tensor(array, name=name)
+    value = ir.Value(
+        name=name, type=ir.TensorType(stored.dtype), shape=stored.shape, const_value=stored
+    )
+    graph.register_initializer(value)
+    return value

@@ -1,8 +1,8 @@
-"""A model's ONNX graph with the plan's factors in place of its weights.
+"""The ONNX graph of a plain model, and where it uses its weights.
 
-The graph is traced from the plain model, so nothing of a tie disturbs the exporter. Then every
-use of a converted weight is replaced: by its factors applied one by one, or by the expression
-that gives the weight. Either way each stored tensor is one initializer.
+The graph is traced from the plain model, so that the exporter meets no tied class. Then
+`_onnx_lower` replaces every use of a converted weight: by its factors applied one by one, or by the
+expression of the weight. Either way each stored tensor is one initializer.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ IMAGES, LOGITS = "images", "logits"
 
 @dataclass(frozen=True)
 class Site:
-    """A place of the graph where a weight is used.
+    """One use of a weight in the graph.
 
     Args:
-        kind: `linear` (`x W^T`), `turned` (`x W`), `conv`, or `other`.
-        node: that makes the result; its outputs are to be given by something else.
-        x: what the weight is applied to, None if `other`.
+        kind: `linear` (`x W^T`), `transposed` (`x W`), `conv`, or `other`.
+        node: the node of the result, which is to be replaced.
+        x: the features that the weight is applied to, None if `other`.
         bias: added to the result, or None.
         weight: the weight's value.
     """
@@ -45,7 +45,7 @@ class Site:
 
 
 class Logits(nn.Module):
-    """A model from images to logits, whatever it wraps them in."""
+    """A model from images to logits, taken out of its output object."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -61,15 +61,15 @@ def trace(model: nn.Module, images: Tensor, opset: int | None = None) -> ir.Mode
 
     Args:
         model: in evaluation mode.
-        images: an example `(2 or more, C, H, W)`; any number of images can be given later.
-        opset: of ONNX; None for the exporter's own choice.
+        images: an example `(2 or more, C, H, W)`; the batch size is dynamic.
+        opset: ONNX opset; None for the exporter's default.
 
     Raises:
         UserError: torch can't export this model.
     """
     wrapped = Logits(model).eval()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
         try:
             program = torch.onnx.export(
                 wrapped, (images,), dynamo=True, optimize=False, opset_version=opset,
@@ -94,7 +94,7 @@ def trace(model: nn.Module, images: Tensor, opset: int | None = None) -> ir.Mode
 
 
 def sites_of(weight: ir.Value) -> list[Site]:
-    """Where a weight is used; one of `other` uses makes all of them `other`."""
+    """Every use of a weight; `_onnx_lower` applies no factors if one of them is `other`."""
     found: list[Site] = []
     for node, index in list(weight.uses()):
         found += _sites(weight, node, index)
@@ -111,11 +111,11 @@ def _sites(weight: ir.Value, node: ir.Node, index: int) -> list[Site]:
     if index != 1:
         return other
     if node.op_type == "MatMul":
-        return [Site("turned", node, node.inputs[0], None, weight)]
+        return [Site("transposed", node, node.inputs[0], None, weight)]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     bias = None if bias is None or _is_zero(bias) else bias
     if node.op_type == "Gemm" and _plain_gemm(node):
-        kind = "linear" if _int(node, "transB", 0) else "turned"
+        kind = "linear" if _int(node, "transB", 0) else "transposed"
         return [Site(kind, node, node.inputs[0], bias, weight)]
     if node.op_type == "Conv" and _int(node, "group", 1) == 1:
         return [Site("conv", node, node.inputs[0], bias, weight)]
@@ -123,7 +123,7 @@ def _sites(weight: ir.Value, node: ir.Node, index: int) -> list[Site]:
 
 
 def _is_zero(value: ir.Value) -> bool:
-    """Whether a value is nothing but zeros: the bias that the exporter gives to each Conv."""
+    """Whether a value is all zeros: the bias that the exporter gives to each Conv."""
     from onnx_ir.convenience import get_const_tensor
 
     stored = get_const_tensor(value)
@@ -139,7 +139,7 @@ def _is_zero(value: ir.Value) -> bool:
 
 
 def drop_zero_biases(graph: ir.Graph) -> None:
-    """Let a Conv that has no bias have none."""
+    """Remove the zero bias of a Conv."""
     for node in graph:
         bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) > 2 else None
         if bias is not None and _is_zero(bias):
@@ -160,5 +160,5 @@ def _ints(node: ir.Node, name: str) -> list[int] | None:
 
 
 def attributes_of(node: ir.Node) -> Mapping[str, Any]:
-    """A node's attributes, to make another node like it."""
+    """The attributes of a node, for another node like it."""
     return {name: attribute.value for name, attribute in node.attributes.items()}

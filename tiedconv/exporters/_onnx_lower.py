@@ -1,10 +1,11 @@
-"""Lowering: a plan's factors in an ONNX graph, so that neither file nor runtime doubles them.
+"""Lowering: a plan's factors in an ONNX graph, so that neither file nor runtime holds them twice.
 
-`auto` applies factors where that takes fewer products than the weight itself: time and memory are
-won. So it does for a generator (see `tiedconv.generated`), for memory alone. A tied matrix takes as
-many; applied it costs up to a tenth more time, and wins memory only where the runtime is told not
-to pack matrices. A kernel read both ways needs ConvTranspose, which took 1.2 times the time of
-Conv, and ONNX Runtime copies kernels into a layout of its own anyway.
+`auto` applies factors where that takes fewer multiplications than the weight itself, which saves
+time and memory, and for generators (see `runtime.generator`), where it saves memory. A tied matrix
+takes as many multiplications either way; applied it costs up to a tenth more time, and saves memory
+only if the runtime is told not to pack matrices. A kernel that is also read transposed needs
+ConvTranspose, which took 1.2 times the time of Conv, and ONNX Runtime copies kernels into a layout
+of its own anyway.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from tiedconv.exporters._onnx_apply import (
     OnnxLinear,
     Pixels,
 )
-from tiedconv.exporters._onnx_factors import Factors, array_of, emit, numbers
+from tiedconv.exporters._onnx_factors import (
+    Factors,
+    array_of,
+    emit,
+    initializer,
+    int_constant,
+)
 from tiedconv.exporters._onnx_graph import (
     Site,
     attributes_of,
@@ -49,7 +56,7 @@ if TYPE_CHECKING:
     from onnx_ir.tape import Tape
 
 CHEAPER = 0.95
-"""With `auto`, factors are applied where they take at most so many times the weight's products."""
+"""With `auto`, factors are applied if they take at most this ratio of the multiplications."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ class Lowered:
     Args:
         factored: weights whose factors are applied one by one.
         materialized: weights that the graph computes from factors, once, as it is loaded.
-        one_copy: whether a runtime must be told not to pack matrices to hold each once: one is
-            read both ways.
+        one_copy: whether a matrix is also read transposed, so that a runtime holds it once only if
+            it is told not to pack matrices.
     """
 
     factored: tuple[str, ...]
@@ -71,14 +78,14 @@ class Lowered:
 def onnx_graph(
     model: nn.Module, images: Tensor, *, lower: str = "auto", opset: int | None = None
 ) -> tuple[ir.Model, Lowered]:
-    """The graph of a tied model, each stored tensor in it once.
+    """The graph of a tied model, which holds each stored tensor once.
 
     Args:
         model: tied; it is untied here, so give a copy.
         images: an example `(n, C, H, W)`, n at least 2.
-        lower: where factors are applied rather than joined to weights: `auto`, `always` where
-            that can be done, or `never`.
-        opset: of ONNX, None to choose.
+        lower: where factors are applied instead of materialising weights: `auto`, `always`
+            (wherever possible), or `never`.
+        opset: ONNX opset, None to choose.
 
     Raises:
         UserError: the model can't be exported.
@@ -90,7 +97,7 @@ def onnx_graph(
 
 
 def _disambiguated(model: nn.Module, plan: Plan) -> nn.Module:
-    """A plain model whose converted weights all differ: the exporter joins those that are equal."""
+    """A plain model whose converted weights all differ: the exporter merges equal ones."""
     generator = torch.Generator().manual_seed(0)
     for name in plan.weights:
         parameter = model.get_parameter(name)
@@ -100,7 +107,7 @@ def _disambiguated(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def dense_graph(model: nn.Module, images: Tensor) -> ir.Model:
-    """The graph of a plain model, cleaned in the same way."""
+    """The graph of a plain model, simplified in the same way."""
     graph = _traced(model, images, None)
     _clean(graph, frozenset())
     return graph
@@ -119,10 +126,10 @@ def put_factors(
     """Replace every converted weight of a graph by its factors, in place.
 
     Raises:
-        UserError: a converted weight is not to be found in the graph.
+        UserError: a converted weight is not in the graph.
     """
     graph = model.graph
-    factors = Factors(dict(tensors), lambda name, t: _initializer(graph, name, t))
+    factors = Factors(dict(tensors), lambda name, t: initializer(graph, name, array_of(t)))
     sites: dict[str, list[Site]] = {}
     values: dict[str, ir.Value] = {}
     for name in plan.weights:
@@ -130,28 +137,29 @@ def put_factors(
         if not known:
             raise UserError(
                 f"The exported graph has no weight {name}",
-                "Its factors have no place to go: the model computes without it",
+                "Its factors can't be inserted: the model computes without it",
                 "Export with --to pt2 or --to dense, and report this with the model's name",
+                code="weight-not-in-graph",
             )
         values[name] = graph.initializers[known[0]]
         sites[name] = sites_of(values[name])
-    applied = _factored(plan, sites, lower)
+    factored = _factored(plan, sites, lower)
     for name, expr in plan.weights.items():
-        if name in applied:
+        if name in factored:
             for site in sites[name]:
                 _note(expr, site, factors)
         else:
             for factor in expr.refs:
                 factors.note(factor, "whole")
     for name, expr in plan.weights.items():
-        if name in applied:
+        if name in factored:
             for site in sites[name]:
                 _apply(expr, site, factors)
         else:
-            _make(expr, values[name], factors, graph)
+            _materialize(expr, values[name], factors, graph)
     _clean(model, {str(value.name) for value in values.values()})
-    both = any({"along", "across"} <= uses for uses in factors.wanted.values())
-    return Lowered(tuple(sorted(applied)), tuple(sorted(plan.weights.keys() - applied)), both)
+    both = any({"along", "across"} <= uses for uses in factors.uses.values())
+    return Lowered(tuple(sorted(factored)), tuple(sorted(plan.weights.keys() - factored)), both)
 
 
 def _clean(model: ir.Model, replaced: Collection[str]) -> None:
@@ -178,8 +186,8 @@ def _factored(plan: Plan, sites: Mapping[str, list[Site]], lower: str) -> set[st
     if lower == "always":
         return able
     kernels = {n for n in able if any(site.kind == "conv" for site in sites[n])}
-    # A kernel read both ways is materialised, and so is any weight that shares its factor:
-    # ConvTranspose is slow.
+    # A kernel that is also read transposed is materialised, and so is any weight that shares its
+    # factor: ConvTranspose is slow.
     transposed = [plan.weights[n] for n in kernels if reads_transposed(plan.weights[n])]
     slow = {ref for expr in transposed for ref in expr.refs}
 
@@ -213,7 +221,7 @@ def _note(expr: Expr, site: Site, factors: Factors) -> None:
     if site.kind == "conv":
         apply(matrix_of(expr), Pixels(None, fresh=True), NoteKernel(factors, _kernel(expr, site)))
     else:
-        apply(matrix_of(expr), None, NoteLinear(factors), transpose=site.kind == "turned")
+        apply(matrix_of(expr), None, NoteLinear(factors), transpose=site.kind == "transposed")
 
 
 def _apply(expr: Expr, site: Site, factors: Factors) -> None:
@@ -227,29 +235,29 @@ def _apply(expr: Expr, site: Site, factors: Factors) -> None:
     else:
         assert site.x.shape is not None
         linear = OnnxLinear(factors, tape, len(site.x.shape))
-        found = apply(matrix_of(expr), site.x, linear, transpose=site.kind == "turned")
+        found = apply(matrix_of(expr), site.x, linear, transpose=site.kind == "transposed")
     assert found is not None
     if site.bias is not None:
         found = _biased(found, site, tape)
     _replace(site.node, found, tape)
 
 
-def _biased(made: ir.Value, site: Site, tape: Tape) -> ir.Value:
-    """A result with the bias added, by the node that makes it if that can."""
+def _biased(result: ir.Value, site: Site, tape: Tape) -> ir.Value:
+    """A result with the bias added, by its own node if that has a bias input."""
     assert site.bias is not None
-    last = made.producer()
+    last = result.producer()
     if last is not None and last.op_type in ("Conv", "ConvTranspose", "Gemm"):
         last.resize_inputs(3)
         last.replace_input_with(2, site.bias)
-        return made
+        return result
     bias = site.bias
     if site.kind == "conv":
-        bias = tape.op("Reshape", [bias, numbers(tape, [1, -1, 1, 1])])
-    return tape.op("Add", [made, bias])
+        bias = tape.op("Reshape", [bias, int_constant(tape, [1, -1, 1, 1])])
+    return tape.op("Add", [result, bias])
 
 
 def _replace(node: ir.Node, by: ir.Value, tape: Tape) -> None:
-    """Let nodes stand for one node."""
+    """Replace a node by the nodes of a tape."""
     import onnx_ir as ir
 
     graph = node.graph
@@ -261,32 +269,21 @@ def _replace(node: ir.Node, by: ir.Value, tape: Tape) -> None:
     graph.remove(node, safe=True)
 
 
-def _make(expr: Expr, weight: ir.Value, factors: Factors, graph: ir.Graph) -> None:
-    """Compute a weight from its factors at the head of the graph."""
+def _materialize(expr: Expr, weight: ir.Value, factors: Factors, graph: ir.Graph) -> None:
+    """Compute a weight from its factors at the start of the graph."""
     import onnx_ir as ir
     from onnx_ir.tape import Tape
 
     tape = Tape()
-    made = emit(expr, factors, tape)
+    value = emit(expr, factors, tape)
     if tape.nodes:
         graph.insert_before(graph[0], tape.nodes)
-    ir.convenience.replace_all_uses_with(weight, made)
+    ir.convenience.replace_all_uses_with(weight, value)
     del graph.initializers[weight.name]
 
 
-def _initializer(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
-    import onnx_ir as ir
-
-    stored = ir.Tensor(array_of(tensor), name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(stored.dtype), shape=stored.shape, const_value=stored
-    )
-    graph.register_initializer(value)
-    return value
-
-
 def _store_transposed(graph: ir.Graph, replaced: Collection[str]) -> None:
-    """Matrices that are only read transposed are stored so: a runtime need not do it."""
+    """Store matrices that are only read transposed in that layout: the runtime need not do it."""
     import onnx_ir as ir
 
     for name, value in list(graph.initializers.items()):
@@ -298,8 +295,8 @@ def _store_transposed(graph: ir.Graph, replaced: Collection[str]) -> None:
         stored = value.const_value
         if not nodes or stored is None or len(stored.shape) != 2:
             continue
-        turns = all(n.op_type == "Transpose" for n in nodes)
-        if not turns or value in graph.outputs:
+        is_transposed = all(n.op_type == "Transpose" for n in nodes)
+        if not is_transposed or value in graph.outputs:
             continue
         array = stored.numpy().T.copy()
         value.const_value = ir.Tensor(array, name=name)
@@ -310,7 +307,7 @@ def _store_transposed(graph: ir.Graph, replaced: Collection[str]) -> None:
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold what the exporter left unfolded, but nothing that reads a stored tensor."""
+    """Fold constants that the exporter left, except of nodes that read a stored tensor."""
     from onnxscript import optimizer
 
     def should_fold(node: ir.Node) -> bool | None:

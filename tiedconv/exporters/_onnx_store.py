@@ -8,6 +8,7 @@ import numpy as np
 
 from tiedconv.errors import MissingExtra, UserError
 from tiedconv.exporters._format import is_weight
+from tiedconv.exporters._onnx_factors import initializer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,22 +66,14 @@ def _widen(
     graph: ir.Graph, value: ir.Value, arrays: list[np.ndarray], op: str, how: dict[str, int]
 ) -> None:
     """Replace an initializer by a node over narrower ones."""
-    import onnx_ir as ir
     from onnx_ir.tape import Tape
 
     name = value.name
     assert name is not None
     uses = list(value.uses())
     del graph.initializers[name]
-    inputs = []
-    for suffix, array in zip(("", "/scale"), arrays, strict=False):
-        stored = ir.Tensor(array, name=name + suffix)
-        made = ir.Value(
-            name=name + suffix, type=ir.TensorType(stored.dtype), shape=stored.shape,
-            const_value=stored,
-        )  # fmt: skip
-        graph.register_initializer(made)
-        inputs.append(made)
+    names = (name, f"{name}/scale")
+    inputs = [initializer(graph, n, array) for n, array in zip(names, arrays, strict=False)]
     tape = Tape()
     wide = tape.op(op, inputs, how)
     wide.type, wide.shape = value.type, value.shape
