@@ -161,9 +161,9 @@ class Bench:
         model = copy.deepcopy(self.start)
         # What it evaluates before and after is not asked for: a few images will do.
         few = listed(self.train.take(torch.arange(8)))
-        fading = OriginalBlend(model, self.dense) if config.progressive else None
+        blend = OriginalBlend(model, self.dense) if config.progressive else None
         train(
-            model, shown, few, config, teacher=teacher, fading=fading, device=self.args.device
+            model, shown, few, config, teacher=teacher, blend=blend, device=self.args.device
         )  # fmt: skip
         return model
 

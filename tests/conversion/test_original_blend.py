@@ -55,8 +55,8 @@ from tiedconv.training import (
     EpochEnd,
     Event,
     TrainConfig,
+    blend_weight,
     evaluate_model,
-    share_left,
     train,
 )
 
@@ -218,18 +218,18 @@ def test_it_begins_at_the_original_and_ends_at_the_compact_model(name: str, reci
     expected = original_logits(name, torch.float64)
     assert not torch.allclose(compact, expected, atol=1e-3)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    fading = OriginalBlend(model, original)
+    blend = OriginalBlend(model, original)
     torch.testing.assert_close(micro.logits(model), compact)
-    fading.begin()
+    blend.begin()
     # The moves themselves are made with SVDs and square roots, hence not to the last bit.
     torch.testing.assert_close(micro.logits(model), expected, atol=1e-6, rtol=1e-6)
-    with fading.left_out():
+    with blend.left_out():
         assert torch.equal(micro.logits(model), compact)
-    fading.set(0.5)
+    blend.set(0.5)
     half = micro.logits(model)
     assert not torch.allclose(half, expected, atol=1e-3)
     assert not torch.allclose(half, compact, atol=1e-3)
-    fading.set(0.0)
+    blend.set(0.0)
     assert torch.equal(micro.logits(model), compact)
     assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
     # The original is left as it was.
@@ -338,15 +338,15 @@ def test_other_options_of_a_rule_are_no_recipe_either() -> None:
 
 
 def test_the_share_that_is_left() -> None:
-    shares = [share_left(step, 10, 0.5) for step in range(10)]
+    shares = [blend_weight(step, 10, 0.5) for step in range(10)]
     assert shares[0] == 1
     assert shares == sorted(shares, reverse=True)
     assert shares[4] > 0
     assert shares[5:] == [0] * 5
-    assert share_left(2, 8, 0.5) == pytest.approx(0.5)
-    assert [share_left(step, 4, 0.0) for step in range(4)] == [0] * 4
-    assert [share_left(step, 3, 0.01) for step in range(3)] == [1, 0, 0]
-    assert share_left(9, 10, 1.0) > 0
+    assert blend_weight(2, 8, 0.5) == pytest.approx(0.5)
+    assert [blend_weight(step, 4, 0.0) for step in range(4)] == [0] * 4
+    assert [blend_weight(step, 3, 0.01) for step in range(3)] == [1, 0, 0]
+    assert blend_weight(9, 10, 1.0) > 0
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
@@ -401,7 +401,7 @@ CONFIG = TrainConfig(
 
 def test_training_fades_and_evaluates_the_compact_model() -> None:
     original, model = pair("timm-vit", "tied", torch.float32)
-    fading = Watched(model, original)
+    blend = Watched(model, original)
     val = images(28, 1)
     compact = evaluate_model(copy.deepcopy(model), val, device="cpu")
     told: list[Event] = []
@@ -416,13 +416,13 @@ def test_training_fades_and_evaluates_the_compact_model() -> None:
             assert again.metrics == event.metrics
             assert has_offsets(model) == (event.epoch < 3)
 
-    options: dict[str, Any] = {"teacher": original, "fading": fading, "device": "cpu"}
+    options: dict[str, Any] = {"teacher": original, "blend": blend, "device": "cpu"}
     result = train(model, images(42, augment="crop"), val, CONFIG, on_event=listen, **options)
     baseline = next(event for event in told if isinstance(event, Baseline))
     assert baseline == Baseline(compact.metrics, pytest.approx(compact.loss))
     steps = result.steps
-    assert fading.shares == [share_left(step, steps, 0.8) for step in range(steps)] + [0.0]
-    assert fading.said == ["begin", *["out", "in"] * 3]
+    assert blend.shares == [blend_weight(step, steps, 0.8) for step in range(steps)] + [0.0]
+    assert blend.said == ["begin", *["out", "in"] * 3]
     assert not has_offsets(model)
     assert evaluate_model(model, val, device="cpu").top1 == result.top1
 
@@ -452,8 +452,8 @@ def test_the_first_step_is_that_of_the_original() -> None:
     losses = []
     for share in (1.0, 0.0):
         original, model = pair("timm-vit", "tied", torch.float32)
-        fading = OriginalBlend(model, original)
-        options: dict[str, Any] = {"teacher": original, "fading": fading, "device": "cpu"}
+        blend = OriginalBlend(model, original)
+        options: dict[str, Any] = {"teacher": original, "blend": blend, "device": "cpu"}
         config = TrainConfig(
             steps=1, batch_size=14, progressive=share, distill_weight=1.0, workers=0
         )
@@ -469,9 +469,9 @@ def test_the_offsets_are_gone_after_an_error() -> None:
             raise KeyboardInterrupt
 
     options: dict[str, Any] = {"teacher": original, "device": "cpu", "on_event": listen}
-    fading = OriginalBlend(model, original)
+    blend = OriginalBlend(model, original)
     with pytest.raises(KeyboardInterrupt):
-        train(model, images(14), images(14, 1), CONFIG, fading=fading, **options)
+        train(model, images(14), images(14, 1), CONFIG, blend=blend, **options)
     assert not has_offsets(model)
 
 
@@ -489,8 +489,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: str, epoch:
 
     def go(**options: Any) -> nn.Module:
         original, model = pair(name, "tied", torch.float32)
-        fading = OriginalBlend(model, original)
-        train(model, *data, config, teacher=original, fading=fading, device="cpu", **options)
+        blend = OriginalBlend(model, original)
+        train(model, *data, config, teacher=original, blend=blend, device="cpu", **options)
         return model
 
     def interrupt(event: Event) -> None:

@@ -30,16 +30,16 @@ from tiedconv.detection import (
     DetectionList,
     DetectionObjective,
     Detections,
-    answer_distance,
-    answer_loss,
     average_precision,
     class_map,
+    detection_distillation_loss,
     detections_of,
     divergence,
     drawn_loss,
-    first_answers,
     for_detector,
     generalised_iou,
+    output_distance,
+    top_predictions,
 )
 from tiedconv.detection.objective import some_labels
 from tiedconv.errors import DataError, MissingExtra, UserError
@@ -355,14 +355,14 @@ def test_a_teachers_own_answer_costs_nothing_in_any_order(labels: int) -> None:
     model, taught = model_with(num_labels=labels), answer(1)
     order = torch.randperm(QUERIES)
     same = SimpleNamespace(logits=taught.logits[:, order], pred_boxes=taught.pred_boxes[:, order])
-    assert float(answer_loss(same, taught, model)) == pytest.approx(0, abs=1e-4)
-    assert float(answer_loss(answer(2), taught, model)) > 0.1
-    assert answer_distance(same, taught, model) == answer_loss(same, taught, model)
+    assert float(detection_distillation_loss(same, taught, model)) == pytest.approx(0, abs=1e-4)
+    assert float(detection_distillation_loss(answer(2), taught, model)) > 0.1
+    assert output_distance(same, taught, model) == detection_distillation_loss(same, taught, model)
 
 
 def test_an_answer_of_other_queries_is_refused() -> None:
     with raises(UserError, "teacher-mismatch"):
-        answer_loss(answer(1, classes=3), answer(1), model_with(num_labels=2))
+        detection_distillation_loss(answer(1, classes=3), answer(1), model_with(num_labels=2))
 
 
 @pytest.mark.parametrize("labels", [2, 1])
@@ -412,8 +412,8 @@ def test_the_divergence_of_a_small_change_is_what_fisher_says(labels: int) -> No
 def test_the_first_answer_of_a_detector_is_one_class_for_an_image() -> None:
     logits = torch.tensor([[[0.0, 1.0], [3.0, 0.0]], [[0.0, 5.0], [3.0, 0.0]]])
     found_ = SimpleNamespace(logits=logits, pred_boxes=torch.rand(2, 2, 4))
-    assert first_answers(found_, model_with(num_labels=2)).tolist() == [0, 1]
-    assert first_answers(logits[0], model_with()).tolist() == [1, 0]
+    assert top_predictions(found_, model_with(num_labels=2)).tolist() == [0, 1]
+    assert top_predictions(logits[0], model_with()).tolist() == [1, 0]
 
 
 def objective(
@@ -633,7 +633,7 @@ def test_calibration_takes_the_boxes_into_account(
         expected = original(images)
         for file in (files[1], output):
             found = tiedconv.load(file, trust_code=True)(images)
-            losses.append(float(answer_loss(found, expected, original)))
+            losses.append(float(detection_distillation_loss(found, expected, original)))
             box_errors.append(float((found.pred_boxes - expected.pred_boxes).abs().mean()))
     # Measured: 0.58 and 0.52; 0.69 and 0.70 where the statistics and the fit ignore boxes.
     assert losses[1] < 0.64 * losses[0]

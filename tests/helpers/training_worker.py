@@ -16,7 +16,14 @@ from torch import nn
 
 import tiedconv
 from tiedconv.data import TensorList
-from tiedconv.training import DistContext, Interrupted, NotCompiled, TrainConfig, joined, train
+from tiedconv.training import (
+    DistContext,
+    Interrupted,
+    NotCompiled,
+    TrainConfig,
+    init_distributed,
+    train,
+)
 from tiedconv.training.losses import LossMeter
 from tiedconv.training.train_step import TrainStep
 from tiedconv.training.wrappers import TrainWrapper
@@ -31,7 +38,7 @@ RECIPE: dict[str, Any] = {
 def curves(folder: Path) -> None:
     """Each scheme, replicated and sharded; the first process writes the losses of all steps."""
     found: dict[str, Any] = {}
-    with joined("cpu") as (processes, _):
+    with init_distributed("cpu") as (processes, _):
         kinds = ["ddp", "fsdp"] if processes.several else ["alone"]
         for scheme in ("tied", "lors"):
             for kind in kinds:
@@ -147,7 +154,7 @@ def one_is_full(folder: Path) -> None:
     """Batch sizes and a compilation where one of the processes fails."""
     data = images(1024, 0), images(33, 1)
     found: dict[str, Any] = {}
-    with joined("cpu") as (processes, _):
+    with init_distributed("cpu") as (processes, _):
         for sharding in ("ddp", "fsdp"):
             config = TrainConfig(steps=2, batch_size=0, sharding=sharding, eval_every_epoch=False)
             model = Full(8 if processes.rank == 1 else 10**9)

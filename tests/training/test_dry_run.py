@@ -95,12 +95,12 @@ def test_a_forecast_of_few_images_takes_them_again_and_again() -> None:
 @pytest.mark.parametrize("every", [True, False])
 def test_steps_within_a_time(every: bool) -> None:
     config = replace(CONFIG, eval_every_epoch=every)
-    pace = Throughput(step_seconds=0.5, images_per_second=1, eval_seconds=4.0, memory=0)
-    steps = pace.steps_within(1000, per_epoch=20, config=config)
+    throughput = Throughput(step_seconds=0.5, images_per_second=1, eval_seconds=4.0, memory=0)
+    steps = throughput.steps_within(1000, per_epoch=20, config=config)
     # The evaluation before the training is done when the time is asked for.
-    assert 0.9 * 1000 < pace.seconds_of(steps, 20, config) - 4.0 <= 1000
-    assert pace.steps_within(1, 20, config) < 1
-    slower = replace(pace, norm_seconds=2.0)
+    assert 0.9 * 1000 < throughput.seconds_of(steps, 20, config) - 4.0 <= 1000
+    assert throughput.steps_within(1, 20, config) < 1
+    slower = replace(throughput, norm_seconds=2.0)
     steps = slower.steps_within(1000, per_epoch=20, config=config)
     assert 0.9 * 1000 < slower.seconds_of(steps, 20, config) - 4.0 <= 1000
 

@@ -97,8 +97,8 @@ def test_mixing_keeps_the_mean_image_and_the_mean_label(
     before = pixels.clone()
     mix = Mix.draw(0 if cuts else alpha, alpha if cuts else 0, pixels.shape, seed)
     mixed, shares = mix.images(pixels), mix.labels(labels, 4)
-    assert 0 <= mix.share <= 1
-    assert sorted(mix.partners) == list(range(count))
+    assert 0 <= mix.lam <= 1
+    assert sorted(mix.perm) == list(range(count))
     torch.testing.assert_close(mixed.mean(0), pixels.mean(0))
     torch.testing.assert_close(shares.mean(0), F.one_hot(labels, 4).float().mean(0))
     torch.testing.assert_close(shares.sum(1), torch.ones(count))
@@ -114,14 +114,14 @@ def test_mixup_is_a_blend_and_cutmix_a_patch(alpha: float, seed: int) -> None:
     shape = pixels.shape
     blend, cut = Mix.draw(alpha, 0, shape, seed), Mix.draw(0, alpha, shape, seed)
     for i, (image, out) in enumerate(zip(pixels, blend.images(pixels), strict=True)):
-        partner = pixels[blend.partners[i]]
-        torch.testing.assert_close(out, blend.share * image + (1 - blend.share) * partner)
+        partner = pixels[blend.perm[i]]
+        torch.testing.assert_close(out, blend.lam * image + (1 - blend.lam) * partner)
     own = torch.arange(5.0).reshape(5, 1, 1, 1).expand(shape)
     came = cut.images(own)  # whose pixel is where
     for i, out in enumerate(came):
-        if cut.partners[i] != i:
-            assert (out == i).double().mean().item() == pytest.approx(cut.share)
-    moved = [i for i in range(5) if cut.partners[i] != i]
+        if cut.perm[i] != i:
+            assert (out == i).double().mean().item() == pytest.approx(cut.lam)
+    moved = [i for i in range(5) if cut.perm[i] != i]
     patches = [(came[i] != i) for i in moved]
     assert all(torch.equal(patch, patches[0]) for patch in patches)
 
@@ -129,12 +129,12 @@ def test_mixup_is_a_blend_and_cutmix_a_patch(alpha: float, seed: int) -> None:
 def test_the_share_follows_alpha_and_both_kinds_take_turns() -> None:
     shape = torch.Size((4, 3, 32, 32))
     drawn = [Mix.draw(0.8, 1.0, shape, seed) for seed in range(400)]
-    blended = [mix.share for mix in drawn if mix.box is None]
+    blended = [mix.lam for mix in drawn if mix.box is None]
     assert 160 < len(blended) < 240
     # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4).
     assert np.mean(blended) == pytest.approx(0.5, abs=0.06)
     assert np.var(blended) == pytest.approx(1 / (8 * 0.8 + 4), rel=0.25)
-    assert len({mix.partners for mix in drawn}) == math.factorial(4)
+    assert len({mix.perm for mix in drawn}) == math.factorial(4)
 
 
 def test_seeds_of_steps_are_not_those_of_epochs() -> None:
@@ -213,7 +213,7 @@ def test_smoothed_mixed_labels_are_the_textbooks(share: float, smooth: float, se
     mix = Mix((3, 4, 5, 0, 1, 2), share)
     config = TrainConfig(label_smoothing=smooth)
     loss = training_loss(logits, mix.labels(labels, 5), None, config)
-    own, other = F.one_hot(labels, 5), F.one_hot(labels[list(mix.partners)], 5)
+    own, other = F.one_hot(labels, 5), F.one_hot(labels[list(mix.perm)], 5)
     wanted = (1 - smooth) * (share * own + (1 - share) * other) + smooth / 5
     torch.testing.assert_close(loss, -(wanted * logits.log_softmax(1)).sum(1).mean())
 
@@ -688,7 +688,7 @@ def test_each_step_mixes_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None
     # Each run begins with a trial, which mixes as well.
     first, again, other = drawn[1:7], drawn[8:14], drawn[15:]
     assert first == again
-    assert len({mix.share for mix in first + other}) == 12
+    assert len({mix.lam for mix in first + other}) == 12
 
 
 class Interruption(KeyboardInterrupt):
@@ -721,9 +721,9 @@ def test_a_resumed_run_ends_with_the_same_bits(
         return tiedconv.convert(all_micros()[name].model(), "tied")
 
     def trained(model: nn.Module, **more: Any) -> TrainResult:
-        fading = OriginalBlend(model, original) if progressive else None
+        blend = OriginalBlend(model, original) if progressive else None
         data = images(augment="crop")
-        return run(model, config, teacher=original, train_data=data, fading=fading, **more)
+        return run(model, config, teacher=original, train_data=data, blend=blend, **more)
 
     whole, parted, resumed, third = (fresh() for _ in range(4))
     expected = trained(whole)

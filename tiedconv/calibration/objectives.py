@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tiedconv.calibration.activation_cache import Stream, chunks, run_tapped, take
 from tiedconv.calibration.output_metric import OutputMetric
 from tiedconv.calibration.probing import Call
-from tiedconv.detection import answer_distance
+from tiedconv.detection import output_distance
 from tiedconv.training.device import Placement
 
 Outputs = Callable[[list[Tensor]], list[Tensor]]
@@ -145,7 +145,7 @@ class JointObjective:
         with torch.no_grad():
             targets, wanted = self._tapped(self.teacher, self.teacher_units if taps else (), index)
         outputs, given = self._tapped(self.model, self.units if taps else (), index)
-        loss = answer_distance(given, wanted, self.model)
+        loss = output_distance(given, wanted, self.model)
         if taps:
             loss = loss + torch.stack(relative_errors(outputs, targets, self.energies)).mean()
         return loss
@@ -154,7 +154,7 @@ class JointObjective:
         """The distance of these images' answers alone."""
         _, wanted = self._tapped(self.teacher, (), index)
         _, given = self._tapped(self.model, (), index)
-        return float(answer_distance(given, wanted, self.model))
+        return float(output_distance(given, wanted, self.model))
 
     def run(self, index: Tensor) -> None:
         """Runs the student."""

@@ -36,7 +36,7 @@ from tiedconv.training import (
     TrainConfig,
     TrainResult,
     Unlabelled,
-    joined,
+    init_distributed,
     train,
     with_teacher_labels,
 )
@@ -215,8 +215,8 @@ def run(
         folder.require_new()
     work = _open(request)
     model, split = work.model, work.split
-    fading = OriginalBlend(model, work.teacher) if work.config.progressive > 0 else None
-    with joined(request.device) as (processes, place):
+    blend = OriginalBlend(model, work.teacher) if work.config.progressive > 0 else None
+    with init_distributed(request.device) as (processes, place):
         if on_event is not None and processes.first:
             _announce(work, on_event)
         val_data = work.val_data
@@ -228,7 +228,7 @@ def run(
             folder.clear()
         try:
             result = train(
-                model, work.train_data, val_data, work.config, teacher=work.teacher, fading=fading,
+                model, work.train_data, val_data, work.config, teacher=work.teacher, blend=blend,
                 device=place, checkpoint_dir=folder.path, resume=resume,
                 made_of=_made_of(work, request.file), begun=begun, on_event=on_event,
             )  # fmt: skip

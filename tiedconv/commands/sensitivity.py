@@ -26,7 +26,7 @@ from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.core.plan import Member, Slot
 from tiedconv.data import Loader
-from tiedconv.detection import divergence, first_answers
+from tiedconv.detection import divergence, top_predictions
 from tiedconv.errors import NothingToConvert, UserError
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
@@ -303,7 +303,7 @@ class _Meter:
             with self._replaced(slot, self._thin[i]):
                 wrong = self._model(images)
             found[i, 0] = divergence(wrong, right, self._model)
-            first, other = (first_answers(each, self._model) for each in (right, wrong))
+            first, other = (top_predictions(each, self._model) for each in (right, wrong))
             found[i, 1] = (first != other).sum()
         return found
 

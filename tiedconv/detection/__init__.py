@@ -1,4 +1,4 @@
-"""Detectors: what they give and lose, how they are taught, and COCO's average precision.
+"""Object detectors: outputs, losses, training, and COCO's average precision.
 
 A detector here is a module that takes images (B, 3, H, W) and returns an object with `logits`
 (B, Q, classes) and `pred_boxes` (B, Q, 4), centre and size relative to the image, as those of
@@ -10,11 +10,11 @@ from __future__ import annotations
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.lists import DetectionList
 from tiedconv.detection.losses import (
-    answer_distance,
-    answer_loss,
+    detection_distillation_loss,
     divergence,
     drawn_loss,
-    first_answers,
+    output_distance,
+    top_predictions,
 )
 from tiedconv.detection.objective import DetectionObjective
 from tiedconv.detection.outputs import (
@@ -38,16 +38,16 @@ __all__ = [
     "DetectionList",
     "DetectionObjective",
     "Detections",
-    "answer_distance",
-    "answer_loss",
     "average_precision",
     "class_map",
+    "detection_distillation_loss",
     "detections_of",
     "detects",
     "divergence",
     "drawn_loss",
-    "first_answers",
     "for_detector",
     "generalised_iou",
+    "output_distance",
     "tensor_in",
+    "top_predictions",
 ]

@@ -1,4 +1,4 @@
-"""Which of a model's classes each class of a data set is."""
+"""Mapping of the classes of a data set to a model's classes."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def class_map(model: nn.Module, objects: Objects, outputs: int) -> tuple[int, ..
         return numbers
     spelled = {_plain(name) for name in known.values()}
     missing = [name for name in objects.names if _plain(name) not in spelled]
-    unlike = f"it knows no {missing[0]!r}" if missing else "some have the same name"
+    unlike = f"it has no class {missing[0]!r}" if missing else "some have the same name"
     raise DataError(
         f"The data have {len(objects.names)} classes, the model {count}, and {unlike}",
-        "Its detections can't be compared with the data",
+        "Its detections can't be evaluated on the data",
         "Use data with the classes that the model was made for",
         code="classes-mismatch",
     )

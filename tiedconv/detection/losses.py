@@ -1,4 +1,4 @@
-"""How far one detector's answer is from another's."""
+"""Distances between the outputs of two detectors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ L1, GIOU = 5.0, 2.0
 """Weights of the parts of the distance between boxes, as in DETR (arXiv 2005.12872)."""
 
 
-def answer_loss(output: Any, answer: Any, model: nn.Module) -> Tensor:
-    """How far a detector's answer is from a teacher's.
+def detection_distillation_loss(output: Any, answer: Any, model: nn.Module) -> Tensor:
+    """Distillation loss of a detector.
 
     Each query of the teacher is matched with one of the student by the Hungarian method, as
-    queries that are chosen from the image may come in another order. Classes by the divergence
+    queries that are chosen from the image may come in another order. Classes are compared by
     KL(teacher || student), boxes by L1 and GIoU, weighted by the teacher's confidence; all
-    divided by the sum of that, about the number of objects that the teacher sees. It is 0 for the
-    teacher's own answer.
+    divided by the sum of the confidences, about the number of objects that the teacher detects.
+    It is 0 for the teacher's own output.
 
     Args:
         output: of the student.
@@ -46,7 +46,7 @@ def answer_loss(output: Any, answer: Any, model: nn.Module) -> Tensor:
     if logits.shape != taught.shape:
         raise UserError(
             f"The teacher gives logits {tuple(taught.shape)} and the model {tuple(logits.shape)}",
-            "The one can't teach the other",
+            "It can't be distilled",
             "Choose a teacher with the same queries and classes, such as --teacher auto",
             code="teacher-mismatch",
         )
@@ -64,27 +64,27 @@ def answer_loss(output: Any, answer: Any, model: nn.Module) -> Tensor:
         classes = crossed(logits, wanted, reduction="sum") - crossed(
             taught, wanted, reduction="sum"
         )
-    apart = L1 * (boxes - aims).abs().sum(-1)
-    apart = apart + GIOU * (1 - generalised_iou(corners(boxes), corners(aims)))
-    total: Tensor = (classes + (weight * apart).sum()) / weight.sum().clamp(min=1.0)
+    box_distance = L1 * (boxes - aims).abs().sum(-1)
+    box_distance = box_distance + GIOU * (1 - generalised_iou(corners(boxes), corners(aims)))
+    total: Tensor = (classes + (weight * box_distance).sum()) / weight.sum().clamp(min=1.0)
     return total
 
 
 @torch.no_grad()
 def _matched(found: Tensor, boxes: Tensor, wanted: Tensor, aims: Tensor) -> Tensor:
-    """For each query of the teacher, the student's that stands for it, (B, Q)."""
+    """For each query of the teacher, the index of the student's matching query, (B, Q)."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise MissingExtra.of("scipy", "detection", "Teaching a detector") from error
+        raise MissingExtra.of("scipy", "detection", "Distilling a detector") from error
     costs = L1 * torch.cdist(aims, boxes, p=1) + torch.cdist(wanted, found)
-    costs = costs.double().nan_to_num()  # of no numbers any pairing will do: so is the loss none
+    costs = costs.double().nan_to_num()  # with NaN any matching will do: the loss is NaN too
     rows = [linear_sum_assignment(cost)[1] for cost in costs.cpu().numpy()]
     return torch.stack([torch.from_numpy(row) for row in rows]).to(boxes.device)
 
 
-def answer_distance(output: Any, answer: Any, model: nn.Module) -> Tensor:
-    """What a student is to lose for its answer: a detector's `answer_loss`, else the divergence.
+def output_distance(output: Any, answer: Any, model: nn.Module) -> Tensor:
+    """The distillation loss: `detection_distillation_loss` of a detector, else KL divergence.
 
     Args:
         output: of the student.
@@ -92,37 +92,36 @@ def answer_distance(output: Any, answer: Any, model: nn.Module) -> Tensor:
         model: the student.
     """
     if tensor_in(output, "pred_boxes") is not None:
-        return answer_loss(output, answer, model)
+        return detection_distillation_loss(output, answer, model)
     return distillation_loss(logits_of(output), logits_of(answer), 1.0)
 
 
 def drawn_loss(output: Any, model: nn.Module, generator: torch.Generator) -> Tensor:
-    """Minus the log-likelihood of an answer drawn from what the model believes, summed.
+    """Negative log-likelihood of outputs sampled from the predicted distribution, summed.
 
-    Its gradients have the Fisher matrix as their second moment: what a change of the answer costs.
-    A classifier's classes are drawn from its softmax; a detector's one by one where it has
-    sigmoids, and its boxes from a Laplace distribution, whose likelihood falls as L1 does in
-    `answer_loss`.
+    The second moment of its gradients is the Fisher matrix. A classifier's classes are sampled
+    from its softmax; a detector's independently where it has sigmoids, and its boxes from a
+    Laplace distribution, whose likelihood falls as L1 does in `detection_distillation_loss`.
 
     Args:
         output: of the model.
         model: the model.
-        generator: what is drawn, on the CPU.
+        generator: of the samples, on the CPU.
     """
     boxes = tensor_in(output, "pred_boxes")
     if boxes is None:
         return _drawn_class(logits_of(output), generator)
     logits = logits_of(output)
     labels = label_count(model, logits.shape[-1])
-    believed = probabilities(logits.detach(), labels)
+    probs = probabilities(logits.detach(), labels)
     if has_no_object(logits, labels):
         classes = _drawn_class(logits, generator)
     else:
-        drawn = torch.rand(logits.shape, generator=generator).to(logits.device) < believed
+        drawn = torch.rand(logits.shape, generator=generator).to(logits.device) < probs
         classes = F.binary_cross_entropy_with_logits(logits, drawn.float(), reduction="sum")
     signs = torch.randint(2, boxes.shape, generator=generator).to(boxes.device) * 2.0 - 1
-    sure = believed.max(dim=-1, keepdim=True).values
-    total: Tensor = classes + L1 * (sure * signs * boxes.float()).sum()
+    confidence = probs.max(dim=-1, keepdim=True).values
+    total: Tensor = classes + L1 * (confidence * signs * boxes.float()).sum()
     return total
 
 
@@ -140,19 +139,19 @@ def divergence(output: Any, answer: Any, model: nn.Module) -> Tensor:
         return _softmax_divergence(found, known)
     boxes, aims = (parts_of(part)[1].cpu().double() for part in (output, answer))
     labels = label_count(model, known.shape[-1])
-    believed = probabilities(known, labels)
+    probs = probabilities(known, labels)
     if has_no_object(known, labels):
         classes = _softmax_divergence(found, known)
     else:
         yes = F.logsigmoid(known) - F.logsigmoid(found)
         no = F.logsigmoid(-known) - F.logsigmoid(-found)
-        classes = (believed * yes + (1 - believed) * no).sum()
-    apart = L1 * believed.max(dim=-1, keepdim=True).values * (boxes - aims).abs()
-    return classes + (apart + torch.expm1(-apart)).sum()
+        classes = (probs * yes + (1 - probs) * no).sum()
+    box_distance = L1 * probs.max(dim=-1, keepdim=True).values * (boxes - aims).abs()
+    return classes + (box_distance + torch.expm1(-box_distance)).sum()
 
 
-def first_answers(output: Any, model: nn.Module) -> Tensor:
-    """The class of each image, (B,); of a detector that of its surest detection."""
+def top_predictions(output: Any, model: nn.Module) -> Tensor:
+    """The predicted class of each image, (B,); of a detector that of its most confident box."""
     logits = logits_of(output)
     if tensor_in(output, "pred_boxes") is None:
         return logits.argmax(-1).cpu()
@@ -166,6 +165,6 @@ def _softmax_divergence(found: Tensor, known: Tensor) -> Tensor:
 
 
 def _drawn_class(logits: Tensor, generator: torch.Generator) -> Tensor:
-    shares = logits.detach().softmax(-1).cpu().double().flatten(0, -2)
-    drawn = torch.multinomial(shares, 1, generator=generator).to(logits.device)
+    probs = logits.detach().softmax(-1).cpu().double().flatten(0, -2)
+    drawn = torch.multinomial(probs, 1, generator=generator).to(logits.device)
     return -logits.log_softmax(-1).flatten(0, -2).gather(-1, drawn).sum()

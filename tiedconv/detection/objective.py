@@ -1,4 +1,4 @@
-"""What a detector in training minimises: its own loss, and the distance to a teacher's answer."""
+"""The training loss of a detector: its own loss, and the distillation of a teacher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tiedconv.data import Objects
 from tiedconv.detection.classes import class_map
-from tiedconv.detection.losses import answer_loss
+from tiedconv.detection.losses import detection_distillation_loss
 from tiedconv.detection.outputs import num_labels_from_config, parts_of, tensor_in
 from tiedconv.errors import UserError
 from tiedconv.training.batchnorm import norms_of
@@ -24,11 +24,11 @@ from tiedconv.training.objective import Outcome, check_teacher, common_blocks, o
 class DetectionObjective:
     """The loss of a detector on a batch, made once for a training.
 
-    Norms with running statistics stay as they are: batches of a detector are too small for them.
+    Norms with running statistics stay in evaluation mode: a detector's batches are too small.
 
     Args:
-        config: the options; `distill_weight` is the teacher's share, and from 1 on labels are not
-            looked at. Any `augment` but "none" mirrors half of the images.
+        config: the options; at `distill_weight` 1 labels are ignored. Any `augment` but "none"
+            mirrors half of the images.
         forward: runs the model on images and, if it is given them, `labels`.
         student: the model itself, on its device.
         teacher: in evaluation mode and on the same device, or None.
@@ -88,7 +88,7 @@ class DetectionObjective:
     def _taught(
         self, images: Tensor, output: Any, own: dict[str, Tensor], share: float
     ) -> Tensor | float:  # fmt: skip
-        """What is lost for being apart from the teacher."""
+        """The loss against the teacher."""
         if self._teacher is None or not (share > 0 or self._blocks):
             return 0.0
         with (
@@ -99,7 +99,7 @@ class DetectionObjective:
             answer = self._teacher(images)
         loss: Tensor | float = 0.0
         if share > 0:
-            loss = loss + share * answer_loss(output, answer, self._student)
+            loss = loss + share * detection_distillation_loss(output, answer, self._student)
         if self._blocks:
             loss = loss + self.config.features * feature_loss(own, aims)
         return loss
@@ -119,14 +119,14 @@ class DetectionObjective:
             return output
 
     def _check_classes(self, outputs: int) -> None:
-        """That labels are the classes for which the model is scored."""
+        """Checks that the labels are the classes that the model is evaluated on."""
         if self._checked:
             return
         scored = class_map(self._student, self._objects, outputs)
         if self._classes is None or self._classes.tolist() != list(scored):
             raise UserError(
-                f"The model has {outputs} outputs and doesn't tell how many classes it knows",
-                "It would be taught other classes than it is scored for",
+                f"The model has {outputs} outputs and no num_labels",
+                "It would be trained on other classes than it is evaluated on",
                 "Give the model num_labels",
                 code="classes-unknown",
             )
@@ -139,10 +139,8 @@ class DetectionObjective:
 
     def _labels(self, images: Tensor, mirrored: Tensor) -> list[dict[str, Tensor]]:
         if self._classes is None:
-            told = num_labels_from_config(
-                self._student
-            )  # not the data's: they may leave classes out
-            outputs = len(self._objects.names) if told is None else told
+            count = num_labels_from_config(self._student)  # the data may lack some classes
+            outputs = len(self._objects.names) if count is None else count
             classes = class_map(self._student, self._objects, outputs)
             self._classes = torch.tensor(classes, dtype=torch.int64)
         found = some_labels(self._objects, images, self._classes)
@@ -154,9 +152,9 @@ class DetectionObjective:
 
 
 def some_labels(objects: Objects, images: Tensor, classes: Tensor) -> list[dict[str, Tensor]]:
-    """What stands in some images, as detectors of transformers want it.
+    """The labels of some images, as detectors of transformers take them.
 
-    Crowds are left out, and what is nothing within the image; boxes end at its border.
+    Crowds are left out, and boxes outside of the image; the others are clipped to it.
 
     Args:
         objects: of the data.
@@ -164,7 +162,7 @@ def some_labels(objects: Objects, images: Tensor, classes: Tensor) -> list[dict[
         classes: the model's class for each class of the data.
 
     Returns:
-        for each image `class_labels` (n,) and `boxes` (n, 4): centre and size, as shares.
+        for each image `class_labels` (n,) and `boxes` (n, 4): centre and size, as fractions.
     """
     found: list[dict[str, Tensor]] = []
     for image in images.tolist():

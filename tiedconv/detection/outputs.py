@@ -1,4 +1,4 @@
-"""From what a detector returns to boxes with classes and scores."""
+"""From a detector's output to boxes with classes and scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tiedconv.errors import UserError
 
 MOST = 100
-"""Detections that COCO's score looks at, for each image."""
+"""Detections per image that COCO's average precision counts."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Detections:
     Attributes:
         scores: shape (K,), 0 to 1.
         labels: the model's classes, shape (K,).
-        boxes: centre x and y, width and height, as shares of the image, shape (K, 4).
+        boxes: centre x and y, width and height, as fractions of the image, shape (K, 4).
     """
 
     scores: Tensor
@@ -39,7 +39,7 @@ def parts_of(output: Any) -> tuple[Tensor, Tensor]:
     if logits is None or boxes is None:
         raise UserError(
             f"The model returns {type(output).__name__}, in which no boxes are found",
-            "It can't be scored or taught as a detector",
+            "It can't be evaluated or trained as a detector",
             "Use a model that returns .logits and .pred_boxes, as transformers' detectors do",
             code="no-boxes-returned",
         )
@@ -47,7 +47,7 @@ def parts_of(output: Any) -> tuple[Tensor, Tensor]:
 
 
 def tensor_in(output: Any, name: str) -> Tensor | None:
-    """What a model returned under a name; None if that is no tensor."""
+    """The tensor of this name in a model's output; None if there is none."""
     found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
     return found if isinstance(found, Tensor) else None
 
@@ -64,7 +64,7 @@ def label_count(model: nn.Module, outputs: int) -> int:
 
 
 def num_labels_from_config(model: nn.Module) -> int | None:
-    """The model's classes as it tells them itself; None if it doesn't."""
+    """The number of classes in the model's `config` or `num_labels`; None without one."""
     config = getattr(model, "config", None)
     count = getattr(config, "num_labels", None) or getattr(model, "num_labels", None)
     return int(count) if isinstance(count, int) else None
@@ -91,7 +91,7 @@ def detections_of(output: Any, model: nn.Module, most: int = MOST) -> list[Detec
     Args:
         output: what the model returned.
         model: the detector.
-        most: at most so many for each image.
+        most: maximum number per image.
     """
     logits, boxes = parts_of(output)
     labels = label_count(model, logits.shape[-1])

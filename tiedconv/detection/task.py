@@ -1,4 +1,4 @@
-"""Whether a model detects objects, and what training and evaluation then do differently."""
+"""Object detection as a task: what training and evaluation do differently."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TASKS = ("auto", "classification", "detection")
 
 
 def detects(task: str, images: Images) -> bool:
-    """Whether it is a detector's task: by the user's word, or by what stands beside the images.
+    """Whether the task is detection: as the user asks, or by the data.
 
     Raises:
         UserError: there is no such task.
@@ -40,7 +40,7 @@ def detects(task: str, images: Images) -> bool:
     if task == "classification" and found:
         raise DataError(
             "The data have boxes, and no class for a whole image",
-            "A classifier can't be scored or taught with them",
+            "A classifier can't be evaluated or trained with them",
             "Give class folders, or leave --task out",
             code="task-mismatch",
         )
@@ -70,8 +70,7 @@ def for_detector(config: TrainConfig) -> TrainConfig:
         if getattr(config, option) != usual:
             raise UserError(
                 f"{option}={getattr(config, option)} is for classifiers",
-                "A detector's own loss, and its distance to the teacher's answer, have no place "
-                "for it",
+                "A detector's losses have no such option",
                 f"Leave --{option.replace('_', '-')} out",
                 code="option-for-classifiers",
             )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from tiedconv.training.batching import find_batch_size
 from tiedconv.training.batchnorm import has_batchnorm, recalibrate_batchnorm
-from tiedconv.training.blend import Blend, share_left
+from tiedconv.training.blend import Blend, blend_weight
 from tiedconv.training.blocks import Blocks
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import pick_device
-from tiedconv.training.distributed import DistContext, joined, rank_in_environment
+from tiedconv.training.distributed import DistContext, init_distributed, rank_in_environment
 from tiedconv.training.dry_run import Forecast, forecast
 from tiedconv.training.ema import Ema
 from tiedconv.training.engine import train
@@ -93,6 +93,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Unlabelled",
+    "blend_weight",
     "distillation_loss",
     "evaluate_model",
     "feature_loss",
@@ -101,7 +102,7 @@ __all__ = [
     "forecast",
     "hard_distillation_loss",
     "has_batchnorm",
-    "joined",
+    "init_distributed",
     "learning_rate",
     "logits_of",
     "metric_names",
@@ -110,7 +111,6 @@ __all__ = [
     "primary",
     "rank_in_environment",
     "recalibrate_batchnorm",
-    "share_left",
     "sigterm_as_keyboard_interrupt",
     "train",
     "with_teacher_labels",

@@ -16,8 +16,8 @@ from tiedconv.errors import UserError
 from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
-from tiedconv.training.distributed import joined
-from tiedconv.training.throughput import probes, undone
+from tiedconv.training.distributed import init_distributed
+from tiedconv.training.throughput import rolled_back, warmup_batches
 from tiedconv.training.trainer import TrainerSetup
 
 LARGEST = 1024
@@ -61,13 +61,13 @@ def find_batch_size(
     Raises:
         UserError: not even 8 images fit.
     """
-    with joined(device) as (processes, place), seeds_apart(place):
+    with init_distributed(device) as (processes, place), seeds_apart(place):
         first = 8 * processes.count
         small = replace(config, batch_size=first)
         setup = TrainerSetup(model, train_data, val_data, small, teacher, place, processes)
-        with setup.opened(), undone(setup.updater):
+        with setup.opened(), rolled_back(setup.updater):
             setup.dry_step()
-            batch = next(probes(setup.loader))
+            batch = next(warmup_batches(setup.loader))
             most = max(first, min(LARGEST, setup.loader.images // 16))
             best, fastest = 0, 0.0
             for size in _doubled(first, most):

@@ -1,6 +1,6 @@
-"""Training that begins with another model than it ends with, and goes from one to the other.
+"""Annealing from the original to the compact weights during training.
 
-Training only keeps the time; what is faded, and how, is the affair of whoever makes a `Blend`.
+Training sets the schedule; what is blended, and how, is up to the `Blend`.
 """
 
 from __future__ import annotations
@@ -14,37 +14,38 @@ from tiedconv.training.optim import half_cosine
 
 
 class Blend(Protocol):
-    """Adds something to a model that is to be gone when the training ends."""
+    """Adds a residual to a model that is annealed to zero during training."""
 
     def begin(self) -> None:
-        """Adds it whole. Called once, with the model on its device, before the first step.
+        """Adds the residual at weight 1.
+
+        Called once, with the model on its device, before the first step.
 
         A resumed run calls it before it loads its state, so it must not depend on that.
         """
 
-    def set(self, share: float) -> None:
-        """Sets how much of it is left, from 1 to 0; at 0 it may be dropped for good."""
+    def set(self, weight: float) -> None:
+        """Sets the weight of the residual, from 1 to 0; at 0 it may be dropped for good."""
 
     def left_out(self) -> AbstractContextManager[None]:
-        """A context in which none of it is there, for evaluations."""
+        """A context without the residual: evaluations measure the compact model, as it is saved."""
 
 
-def share_left(step: int, steps: int, share: float) -> float:
-    """How much is left in `step`, counted from 0, out of `steps`: 1 in step 0.
+def blend_weight(step: int, steps: int, fraction: float) -> float:
+    """The weight of the original in `step`, counted from 0, out of `steps`: 1 in step 0.
 
-    Falls along half a cosine over the first `share` of the steps, at least one; then 0.
+    Falls along half a cosine over the first `fraction` of the steps, at least one; then 0.
     """
-    fading = max(1, round(share * steps)) if share > 0 else 0
-    return half_cosine(step / fading) if step < fading else 0.0
+    duration = max(1, round(fraction * steps)) if fraction > 0 else 0
+    return half_cosine(step / duration) if step < duration else 0.0
 
 
-def check_fading(config: TrainConfig, fading: Blend | None) -> None:
-    """Raises UserError when the options ask for a fading and there is none."""
-    if config.progressive > 0 and fading is None:
+def check_blend(config: TrainConfig, blend: Blend | None) -> None:
+    """Raises UserError when `progressive` is set without a blend."""
+    if config.progressive > 0 and blend is None:
         raise UserError(
-            f"The training option progressive is {config.progressive:g}, but nothing to fade is "
-            "given",
+            f"The training option progressive is {config.progressive:g}, but no blend is given",
             "The model would be trained without it",
-            "Pass fading=, or use tiedconv.finetune, which fades the original model",
+            "Pass blend=, or use tiedconv.finetune, which makes one from the original",
             code="blend-missing",
         )

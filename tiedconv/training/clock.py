@@ -31,7 +31,7 @@ class Clock:
         self.read = time.perf_counter()
 
     def steps_within(self, seconds: float, step: int) -> int:
-        """How many steps a time has room for, after `step`, at the pace so far."""
+        """How many steps a time has room for, after `step`, at the throughput so far."""
         return int(seconds * (step - self.first_step) / max(self.read - self.start, 1e-9))
 
     def told(self, step: int, steps: int) -> tuple[float, float]:

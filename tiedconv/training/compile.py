@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiedconv.data import Loader
 from tiedconv.errors import first_line
-from tiedconv.training.throughput import probes, undone
+from tiedconv.training.throughput import rolled_back, warmup_batches
 from tiedconv.training.train_step import TrainStep
 
 
@@ -45,8 +45,8 @@ def compile_if_possible(call: CompiledOrEager, updater: TrainStep, loader: Loade
     call.current = torch.compile(call.eager)
     reason: str | None = None
     try:
-        with undone(updater):
-            batch = next(probes(loader))
+        with rolled_back(updater):
+            batch = next(warmup_batches(loader))
             # Without exchange: where one process fails, the others must not wait for its gradients.
             float(updater.backward(batch.images, batch.labels, 0, 1.0, exchange=False))
     except (RuntimeError, ImportError, OSError) as error:  # of torch, triton, a C++ compiler

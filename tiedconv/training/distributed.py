@@ -1,4 +1,4 @@
-"""Training by several processes: each reads a part of every batch, all end with one model.
+"""Distributed training: each process reads a part of every batch, all end with the same model.
 
 `torchrun` and `accelerate launch` start a program once for each device and tell each copy, in its
 environment, which it is. All else is torch's own. Accelerate itself is not used: it adds nothing
@@ -38,12 +38,12 @@ class DistContext:
 
     @property
     def first(self) -> bool:
-        """Whether it is this one that writes and tells."""
+        """Whether this process writes and reports."""
         return self.rank == 0
 
     @property
     def several(self) -> bool:
-        """Whether there are others."""
+        """Whether there is more than one process."""
         return self.count > 1
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -91,14 +91,14 @@ class DistContext:
         if problem is not None:
             raise problem
         if failed:
-            raise OutputError("The first process could not write; it says why", code="rank0-failed")
+            raise OutputError("The first process could not write; see there", code="rank0-failed")
 
 
 ALONE = DistContext()
 
 
 class PaddingImage:
-    """An image to go on with where a process has none in a batch and the others have.
+    """A stand-in image for a process that has none in a batch while the others have.
 
     What is computed from it counts for nothing, but all processes must call the model equally
     often: in a sharded one they wait for each other.
@@ -156,7 +156,7 @@ def rank_in_environment() -> int:
 
 
 @contextlib.contextmanager
-def joined(device: str | torch.device) -> Iterator[tuple[DistContext, torch.device]]:
+def init_distributed(device: str | torch.device) -> Iterator[tuple[DistContext, torch.device]]:
     """Within it, the launched processes know each other.
 
     Args:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from tiedconv.training.batching import with_batch_size
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
-from tiedconv.training.distributed import joined
+from tiedconv.training.distributed import init_distributed
 from tiedconv.training.optim import trained_only
 from tiedconv.training.throughput import Throughput, measure_throughput, require_time
 from tiedconv.training.trainer import TrainerSetup
@@ -30,8 +30,8 @@ class Forecast:
         images: in the training set.
         val_images: in the validation set.
         trained: numbers that are trained.
-        pace: as measured in a few steps.
-        seconds: that all steps and evaluations take at this pace.
+        pace: the throughput, measured in a few steps.
+        seconds: that all steps and evaluations take at this throughput.
         processes: that share the work.
         device: its name.
         not_compiled: why the model can't be compiled; None if it is, or if nobody asked.
@@ -66,7 +66,7 @@ def forecast(
     """
     config = config or TrainConfig()
     with (
-        joined(device) as (processes, place),
+        init_distributed(device) as (processes, place),
         seeds_apart(place),
         trained_only(model, config.only),
     ):
@@ -80,16 +80,18 @@ def forecast(
 
 def _forecast(setup: TrainerSetup, reason: str | None) -> Forecast:
     config, per_epoch = setup.config, len(setup.loader)
-    examiner = setup.examiner
-    scored = examiner.estimated_seconds()
-    pace = measure_throughput(setup.updater, setup.loader, scored, examiner.norm_seconds(scored))
+    evaluator = setup.evaluator
+    scored = evaluator.estimated_seconds()
+    throughput = measure_throughput(
+        setup.updater, setup.loader, scored, evaluator.norm_seconds(scored)
+    )
     # The teacher sees the validation images once: to be scored, or to label them.
-    taught = 0.0 if setup.teacher is None else examiner.estimated_seconds(setup.teacher)
+    taught = 0.0 if setup.teacher is None else evaluator.estimated_seconds(setup.teacher)
     steps = config.total_steps(per_epoch)
     if config.time_budget is not None:
-        left = config.time_budget - pace.eval_seconds - taught
-        steps = setup.processes.broadcast_int(pace.steps_within(left, per_epoch, config))
-        require_time(steps, config.time_budget, pace)
+        left = config.time_budget - throughput.eval_seconds - taught
+        steps = setup.processes.broadcast_int(throughput.steps_within(left, per_epoch, config))
+        require_time(steps, config.time_budget, throughput)
     device = setup.placement.device
     return Forecast(
         steps=steps,
@@ -99,8 +101,8 @@ def _forecast(setup: TrainerSetup, reason: str | None) -> Forecast:
         images=setup.loader.images,
         val_images=setup.val_loader.images,
         trained=sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
-        pace=pace,
-        seconds=taught + pace.seconds_of(steps, per_epoch, config),
+        pace=throughput,
+        seconds=taught + throughput.seconds_of(steps, per_epoch, config),
         processes=setup.processes.count,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         not_compiled=reason,

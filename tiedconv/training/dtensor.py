@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor put together of all parts. All processes must call it."""
     sharded: Any = tensor
     full: Tensor = sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor

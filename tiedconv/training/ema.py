@@ -1,8 +1,9 @@
-"""The moving average of a model's weights, each stored tensor averaged once.
+"""Exponential moving average (EMA) of a model's weights; each stored tensor is averaged once.
 
-The weights of a training's end wander about a good place; their average lies nearer to it (Polyak
-and Juditsky, 1992). A tied model's weights are computed from stored tensors, so averages are
-kept of these alone, and what is computed from them holds its ties.
+Averaging the iterates reduces the noise of the last steps (Polyak and Juditsky, 1992). torch's
+AveragedModel is not used: it copies the whole model, keeps half precision, has no warm-up of the
+decay and can't be swapped in for an evaluation. A tied model's weights are computed from stored
+tensors, so averages are kept of these alone, and the ties hold.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.training.dtensor import local_tensor, shard_like, whole
+from tiedconv.training.dtensor import full_tensor, local_tensor, shard_like
 
 
 class Ema:
@@ -27,7 +28,7 @@ class Ema:
 
     Args:
         model: its parameters are read at each update; no copy of the model is made.
-        decay: share of the old average in the new one, from 0 to less than 1.
+        decay: weight of the old average in the new one, from 0 to less than 1.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -85,7 +86,7 @@ class Ema:
         """Plain data from which `load_state_dict` goes on. All processes must call it."""
         return {
             "updates": self.updates,
-            "averages": {name: whole(tensor) for name, tensor in self._averages.items()},
+            "averages": {name: full_tensor(tensor) for name, tensor in self._averages.items()},
             "buffers": dict(self._buffers),
         }
 

@@ -1,7 +1,7 @@
-"""The training loop: over unique parameters, with the original model as teacher.
+"""The training loop.
 
-A model is any `nn.Module` that gives logits. Some of its weights may be computed from others, so
-the loop only ever looks at `parameters()`, `state_dict()` and the modules' types.
+A model is any `nn.Module` that returns logits. Some of its weights may be computed from others, so
+the loop only uses `parameters()`, `state_dict()` and the modules' types.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.utils.data import Dataset
 from tiedconv.data import Batch
 from tiedconv.errors import TrainingError, UserError
 from tiedconv.training.batching import with_batch_size
-from tiedconv.training.blend import Blend, check_fading, share_left
+from tiedconv.training.blend import Blend, blend_weight, check_blend
 from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
-from tiedconv.training.distributed import PaddingImage, joined
+from tiedconv.training.distributed import PaddingImage, init_distributed
 from tiedconv.training.ema import Ema
 from tiedconv.training.evaluation import (
     EVENT_SECONDS,
@@ -65,7 +65,7 @@ READ_SECONDS = 0.5
 """The longest time that a loss stays unread on the device, if steps are slow."""
 
 LOOK_SECONDS = 2.0
-"""About the time after which several processes ask each other whether one was told to stop."""
+"""Approximate interval at which processes exchange whether one was asked to stop."""
 
 
 def train(
@@ -75,7 +75,7 @@ def train(
     config: TrainConfig | None = None,
     *,
     teacher: nn.Module | None = None,
-    fading: Blend | None = None,
+    blend: Blend | None = None,
     device: str | torch.device = "auto",
     checkpoint_dir: Path | None = None,
     resume: bool = False,
@@ -87,30 +87,30 @@ def train(
 
     On the CPU a run that was interrupted and resumed ends with the same bits as one that was
     not, wherever it was interrupted. torch's global generators are left as they were. Started by
-    `torchrun`, the processes share each batch; only the first of them tells and writes.
+    `torchrun`, the processes share each batch; only the first reports and writes.
 
     Args:
         model: returns logits (B, classes) in any form that `logits_of` knows.
         train_data: gives (image, label); its transform does the augmentation.
         val_data: likewise, without augmentation.
         config: the options; the defaults if None.
-        teacher: a model with the same classes, whose outputs the model learns to give.
-        fading: what is there at the start and faded out over the first `config.progressive` of
-            the steps; evaluations are made without it.
+        teacher: a model with the same classes, to be distilled.
+        blend: a residual that is annealed to zero over the first `config.progressive` of the
+            steps; evaluations leave it out.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         checkpoint_dir: where to keep the newest states, written after each epoch, before long
             evaluations, every `config.checkpoint_minutes`, and when SIGINT or SIGTERM asks the
-            run to stop. If it holds states, they must be gone on with or removed.
-        resume: go on from the newest of them; where there is none, start at the beginning.
+            run to stop. If it holds some, `resume` must be set or they must be removed.
+        resume: continue from the newest; where there is none, start at the beginning.
         made_of: names and values of what else must be the same when the run is resumed, such as
             digests of the model, the teacher and the data.
-        begun: when the time budget began to run, as `time.monotonic` tells; None for now.
+        begun: start of the time budget, by `time.monotonic`; None for now.
         on_event: called with each event.
 
     Raises:
         UserError: options, device or checkpoint that don't fit.
         DataError: no image can be read, or labels that the model has no output for.
-        TrainingError: the loss is no longer a finite number.
+        TrainingError: the loss is not finite.
         Interrupted: a signal asked for it; the state was saved if there is a checkpoint_dir.
     """
     if resume and checkpoint_dir is None:
@@ -121,10 +121,10 @@ def train(
         )
     config = config or TrainConfig()
     begun = time.monotonic() if begun is None else begun
-    check_fading(config, fading)
+    check_blend(config, blend)
     folder = StateFolder(Path(checkpoint_dir), config.keep) if checkpoint_dir is not None else None
     with (
-        joined(device) as (processes, place),
+        init_distributed(device) as (processes, place),
         seeds_apart(place),
         trained_only(model, config.only),
     ):
@@ -134,9 +134,9 @@ def train(
         )
         run = _Run(TrainerSetup(model, train_data, val_data, config, teacher, place, processes))
         run.listener = on_event if on_event is not None and processes.first else ignore
-        run.fading = fading if config.progressive > 0 else None
+        run.blend = blend if config.progressive > 0 else None
         run.folder, run.made_of, run.begun = folder, dict(made_of or {}), begun
-        return run.whole(resume)
+        return run.run(resume)
 
 
 class _Run:
@@ -148,7 +148,7 @@ class _Run:
         self.model, self.placement = setup.model, setup.placement
         self.steps = self.config.total_steps(len(self.loader))
         self.listener: OnEvent = ignore
-        self.fading: Blend | None = None
+        self.blend: Blend | None = None
         self.ema: Ema | None = None
         self.metrics = metric_names(setup.val_data)
         self.folder: StateFolder | None = None
@@ -160,20 +160,20 @@ class _Run:
         self.made_of: Mapping[str, str] = {}
         self.begun = self.saved = time.monotonic()
 
-    def whole(self, resume: bool) -> TrainResult:
+    def run(self, resume: bool) -> TrainResult:
         """Trains to the end, and leaves the model as its caller may expect it."""
         if self.folder is not None and self.processes.first:
             self.folder.prepare(resume=resume)
         with self.setup.opened(), self.interrupts:
             try:
-                result = self.go(resume)
+                result = self._train(resume)
                 self.learner.finish()
                 return result
             finally:
-                if self.fading is not None:
-                    self.fading.set(0.0)
+                if self.blend is not None:
+                    self.blend.set(0.0)
 
-    def go(self, resume: bool) -> TrainResult:
+    def _train(self, resume: bool) -> TrainResult:
         """Trains from the beginning or from the checkpoint to the end."""
         found = self.folder.load(self.identity()) if resume and self.folder is not None else None
         self.setup.dry_step()
@@ -181,23 +181,23 @@ class _Run:
         if reason is not None:
             self.emit(NotCompiled(reason))
         if found is not None:
-            if self.fading is not None:
-                self.fading.begin()
+            if self.blend is not None:
+                self.blend.begin()
             self.begin_average()
             self.load(*found)
-            self.tell_start()
+            self.emit_start()
             self.emit(Resumed(len(self.history), self.at.step))
         else:
             if self.config.time_budget is None:
-                self.tell_start()
+                self.emit_start()
             before = self.evaluate()
             taught = self.evaluate_teacher()
-            # Only now: a fading may change tensors, and the baseline is the model as it came.
-            if self.fading is not None:
-                self.fading.begin()
+            # After the baseline, which is of the model as given: the blend may change tensors.
+            if self.blend is not None:
+                self.blend.begin()
             if self.config.time_budget is not None:  # only now is known how many steps there are
                 self.fit_to(self.config.time_budget)
-                self.tell_start()
+                self.emit_start()
             self.at = replace(self.at, before=before.metrics)
             self.emit(Baseline(before.metrics, before.loss))
             if taught is not None:
@@ -211,22 +211,22 @@ class _Run:
             self.ema.settle()
         return self.result()
 
-    def tell_start(self) -> None:
-        """Tells how long the training is."""
+    def emit_start(self) -> None:
+        """Reports how long the training is."""
         epochs = -(-self.steps // len(self.loader))
         self.emit(Start(self.steps, epochs, self.loader.images, self.metrics))
 
     def fit_to(self, seconds: float) -> None:
-        """Settles how many steps a time has room for; the first process decides."""
-        examiner = self.setup.examiner
-        norms = examiner.norm_seconds(examiner.seconds)
-        pace = measure_throughput(self.updater, self.loader, examiner.seconds, norms)
+        """Sets the number of steps that fit into a time; the first process decides."""
+        evaluator = self.setup.evaluator
+        norms = evaluator.norm_seconds(evaluator.seconds)
+        throughput = measure_throughput(self.updater, self.loader, evaluator.seconds, norms)
         left = seconds - (time.monotonic() - self.begun)
-        steps = pace.steps_within(left, len(self.loader), self.config)
-        self.steps = require_time(self.processes.broadcast_int(steps), seconds, pace)
+        steps = throughput.steps_within(left, len(self.loader), self.config)
+        self.steps = require_time(self.processes.broadcast_int(steps), seconds, throughput)
 
     def begin_average(self) -> None:
-        """Begins to average, if that is wanted; after a fading's beginning."""
+        """Starts the EMA, if it is on; after the blend has begun."""
         if self.config.ema > 0:
             self.ema = Ema(self.model, self.config.ema)
 
@@ -238,7 +238,7 @@ class _Run:
         try:
             loss = self.train_epoch()
             due = self.config.eval_every_epoch or self.at.step >= self.steps
-            if due and self.setup.examiner.seconds > LONG_EVALUATION:
+            if due and self.setup.evaluator.seconds > LONG_EVALUATION:
                 self.save()
             evaluation = self.evaluate_trained() if due else None
         except Interrupted:
@@ -268,7 +268,7 @@ class _Run:
                 if self.at.step >= self.steps:
                     break
         self.read(meter, clock)
-        self.look_around()
+        self.check_signals()
         require_some(self.at.losses, self.broken)
         if len(self.broken) > known_broken:
             self.emit(Skipped(len(self.broken), next(iter(self.broken))))
@@ -283,8 +283,8 @@ class _Run:
         if images is None:
             return
         lr = learning_rate(self.at.step, self.steps, self.config)
-        if self.fading is not None:
-            self.fading.set(share_left(self.at.step, self.steps, self.config.progressive))
+        if self.blend is not None:
+            self.blend.set(blend_weight(self.at.step, self.steps, self.config.progressive))
         weight = self.processes.count * len(batch.images) / self.loader.size(index)
         weight = weight if self.processes.several else 1.0
         labels = batch.labels if len(batch.labels) else torch.zeros(len(images), dtype=torch.int64)
@@ -299,13 +299,13 @@ class _Run:
         asked = self.interrupts.asked is not None
         if meter.full or (alone and (asked or clock.unread >= READ_SECONDS)):
             self.read(meter, clock)
-            self.look_around()
+            self.check_signals()
             if not alone:
                 within = clock.steps_within(LOOK_SECONDS, self.at.step)
                 meter.due = self.processes.broadcast_int(max(1, within))
 
     def read(self, meter: LossMeter, clock: Clock) -> None:
-        """Looks at the losses since the last time, and tells of them now and then."""
+        """Reads the losses since the last time, and reports them at intervals."""
         first = self.at.step - meter.unread + 1
         losses = meter.read(self.processes)
         clock.read_now()
@@ -316,10 +316,10 @@ class _Run:
         if losses and (self.at.step >= self.steps or clock.untold >= EVENT_SECONDS):
             lr = learning_rate(self.at.step - 1, self.steps, self.config)
             speed, left = clock.told(self.at.step, self.steps)
-            left += self.setup.examiner.seconds_left(self.steps - self.at.step)
+            left += self.setup.evaluator.seconds_left(self.steps - self.at.step)
             self.emit(Step(self.at.epoch, self.at.step, tuple(losses), lr, speed, left))
 
-    def look_around(self) -> None:
+    def check_signals(self) -> None:
         """Stops if a signal asked for it; saves if it is time."""
         minutes = (time.monotonic() - self.saved) / 60
         stop, save = self.processes.any(
@@ -334,16 +334,16 @@ class _Run:
     def diverged(self, step: int) -> TrainingError:
         """The error for a loss that is not finite."""
         files = self.folder.files() if self.folder is not None else []
-        saved = "There is no checkpoint to go back to"
+        saved = "There is no checkpoint"
         if files:
             saved = f"The last good checkpoint is {files[-1]} (step {int(files[-1].stem[5:])})"
         return diverged(step, self.steps, self.config.lr, saved)
 
     def evaluate_trained(self) -> EvalResult:
-        """Evaluates after training, with fresh batch norm statistics, without what is faded."""
+        """Evaluates the compact model, by its EMA weights, with re-estimated BatchNorm statistics."""
         averaged = self.ema.swapped() if self.ema is not None else nullcontext()
-        with averaged, self.fading.left_out() if self.fading is not None else nullcontext():
-            self.setup.examiner.recalibrate()
+        with averaged, self.blend.left_out() if self.blend is not None else nullcontext():
+            self.setup.evaluator.recalibrate()
             evaluation = self.evaluate()
         # The last update of an epoch has no later loss that would show its damage.
         if not math.isfinite(evaluation.loss):
@@ -352,21 +352,21 @@ class _Run:
 
     def evaluate(self) -> EvalResult:
         """Evaluates the model as it is now."""
-        result = self.setup.examiner.evaluate(self.emit)
+        result = self.setup.evaluator.evaluate(self.emit)
         if result.skipped > self.at.val_skipped:
             self.at = replace(self.at, val_skipped=result.skipped)
             self.emit(Skipped(result.skipped, result.example_of_skipped or ""))
         return result
 
     def evaluate_teacher(self) -> EvalResult | None:
-        """Evaluates the teacher, where there is one and labels to score it by."""
+        """Evaluates the teacher, where there is one and the images have labels."""
         teacher = self.setup.teacher
         if teacher is None or not self.labelled or self.setup.other_classes:
             return None
-        return self.setup.examiner.evaluate(self.emit, teacher)
+        return self.setup.evaluator.evaluate(self.emit, teacher)
 
     def emit(self, event: Event) -> None:
-        """Tells; and stops a long evaluation that is asked to."""
+        """Reports an event; interrupts a long evaluation on a signal."""
         alone = not self.processes.several
         if isinstance(event, EvalStep) and self.interrupts.asked is not None and alone:
             raise Interrupted(self.interrupts.asked)
@@ -385,7 +385,7 @@ class _Run:
         )  # fmt: skip
 
     def save(self) -> None:
-        """Writes a checkpoint, if there is a place for it."""
+        """Writes a checkpoint, if there is a folder."""
         if self.folder is None:
             return
         state = {
@@ -415,7 +415,7 @@ class _Run:
             raise UserError(
                 f"The checkpoint {path} is of a different model",
                 "Its tensors don't fit",
-                "Use the model it was made with, or begin anew: --force, without --resume",
+                "Use the same model, or pass --force without --resume to restart",
                 code="checkpoint-mismatch",
             ) from error
         self.updater.scaler.load_state_dict(state["scaler"])

@@ -94,7 +94,7 @@ class Evaluator:
         return count * (self.seconds + self.norm_seconds(self.seconds))
 
     def recalibrate(self) -> None:
-        """Estimates the statistics of batch norms anew, if there are any and it is wanted."""
+        """Re-estimates BatchNorm statistics, if there are any and it is asked for."""
         if self.batches:
             batches = itertools.islice(self.loader.epoch(RECALIBRATION_EPOCH), self.batches)
             recalibrate_batchnorm(self.learner.model, batches, self.placement, self.processes)

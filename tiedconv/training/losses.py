@@ -1,4 +1,4 @@
-"""The training loss, and how seldom it is read from the device."""
+"""Training losses, and a meter that reads them from the device in groups."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def rows_of(output: Any) -> Tensor:
     logits = logits_of(output)
     if logits.ndim != 2:
         raise UserError(
-            f"The model gives logits {tuple(logits.shape)}, not one row for each image",
-            "It can't be scored as a classifier",
+            f"The model returns logits {tuple(logits.shape)}, not one row for each image",
+            "It can't be evaluated as a classifier",
             "Use a classifier; for a detector, give a folder in COCO's form",
             code="not-a-classifier",
         )
@@ -80,7 +80,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 
 def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy with the class that the teacher names (Touvron et al., arXiv 2012.12877).
+    """Cross-entropy with the class that the teacher predicts (Touvron et al., arXiv 2012.12877).
 
     Args:
         student: logits (B, classes).
@@ -97,14 +97,14 @@ def _same_classes(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise UserError(
             f"The teacher has {teacher.shape[-1]} outputs and the model {student.shape[-1]}",
-            "The one can't teach the other",
+            "It can't be distilled",
             "Choose a teacher with the same classes, or --teacher none",
             code="teacher-mismatch",
         )
 
 
 def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """How far the outputs of blocks are from the teacher's, relative to the teacher's size.
+    """Distance of the outputs of blocks to the teacher's, relative to the teacher's norm.
 
     `sum (s - t)^2 / sum t^2` for each block, mean over the blocks: blocks with large outputs
     count no more than others (after FitNets, Romero et al., arXiv 1412.6550).
@@ -121,7 +121,7 @@ def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -
         aim = teacher[name]
         if own.shape != aim.shape:
             raise UserError(
-                f"Block {name} gives {tuple(own.shape)}, and that of the teacher "
+                f"Block {name} returns {tuple(own.shape)}, and that of the teacher "
                 f"{tuple(aim.shape)}",
                 "The features of the one can't be compared with those of the other",
                 "Choose a teacher of the same widths, such as --teacher auto, or leave "
@@ -140,9 +140,9 @@ def training_loss(
 
     Args:
         logits: of the model, (B, classes).
-        labels: classes (B,), or shares of the classes (B, classes) whose rows sum to 1.
+        labels: classes (B,), or class probabilities (B, classes).
         target: logits of the teacher, (B, classes), or None.
-        config: which distillation, its share, and the label smoothing.
+        config: kind and weight of the distillation, label smoothing.
 
     Raises:
         UserError: student and teacher have different classes.
@@ -151,14 +151,14 @@ def training_loss(
     if target is None:
         return loss
     if config.distillation == "hard":
-        taught = hard_distillation_loss(logits, target)
+        distilled = hard_distillation_loss(logits, target)
     else:
-        taught = distillation_loss(logits, target, config.temperature)
-    return (1 - config.distill_weight) * loss + config.distill_weight * taught
+        distilled = distillation_loss(logits, target, config.temperature)
+    return (1 - config.distill_weight) * loss + config.distill_weight * distilled
 
 
 def diverged(step: int, steps: int, lr: float, saved: str) -> TrainingError:
-    """The error for a loss that is not finite; `saved` says what can be gone back to."""
+    """The error for a loss that is not finite; `saved` names the last checkpoint."""
     return TrainingError(
         f"The loss or its gradient became NaN or infinite in step {step} of {steps}",
         saved,

@@ -1,8 +1,10 @@
-"""MixUp and CutMix: a batch mixed with itself in another order.
+"""MixUp and CutMix: a batch mixed with a permutation of itself.
 
 MixUp (Zhang et al., arXiv 1710.09412) blends pairs of images; CutMix (Yun et al., arXiv
-1905.04899) puts a rectangle of one into the other. The labels are mixed in the same shares. The
-choices depend on a seed alone, not on any generator, and the images never leave their device.
+1905.04899) puts a rectangle of one into the other. The labels are mixed likewise. The
+draws depend on a seed alone, so that a resumed run repeats them. torchvision's v2.MixUp and CutMix
+are not used: they need the number of classes before the forward pass, draw from the global
+generator, and always pair an image with the one before it in the batch.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ Box = tuple[int, int, int, int]
 class Mix:
     """How one batch is mixed.
 
-    As all images of a batch have one share, and each is a partner once, the mean image and the
+    As all images of a batch have one lam, and each is a partner once, the mean image and the
     mean label stay what they are.
 
     Args:
-        partners: for each image, the place in the batch of the one mixed into it.
-        share: how much of an image, and of its label, stays its own.
+        perm: for each image, the place in the batch of the one mixed into it.
+        lam: how much of an image, and of its label, stays its own.
         box: the part that comes from the partner; None where the two are blended.
     """
 
-    partners: tuple[int, ...]
-    share: float
+    perm: tuple[int, ...]
+    lam: float
     box: Box | None = None
 
     @classmethod
@@ -40,7 +42,7 @@ class Mix:
         """The mix of a batch.
 
         Args:
-            mixup: alpha of MixUp's Beta(alpha, alpha), from which the share comes; 0 for none.
+            mixup: alpha of MixUp's Beta(alpha, alpha), from which the lam comes; 0 for none.
             cutmix: alpha of CutMix; 0 for none. Given both, either is taken half of the time.
             shape: of the images, (B, C, H, W).
             seed: decides all of it.
@@ -49,19 +51,19 @@ class Mix:
         draws = np.random.default_rng(seed)
         cuts = cutmix > 0 and (mixup <= 0 or draws.random() < 0.5)
         alpha = cutmix if cuts else mixup
-        share = float(draws.beta(alpha, alpha))
-        partners = tuple(draws.permutation(count).tolist())
+        lam = float(draws.beta(alpha, alpha))
+        perm = tuple(draws.permutation(count).tolist())
         if not cuts:
-            return cls(partners, share)
-        box = _box(height, width, 1 - share, draws)
+            return cls(perm, lam)
+        box = _box(height, width, 1 - lam, draws)
         cut = (box[2] - box[0]) * (box[3] - box[1])
-        return cls(partners, 1 - cut / (height * width), box)
+        return cls(perm, 1 - cut / (height * width), box)
 
     def images(self, images: Tensor) -> Tensor:
         """The mixed images, of the same shape (B, C, H, W); the given ones stay as they are."""
-        others = images[torch.tensor(self.partners, device=images.device)]
+        others = images[torch.tensor(self.perm, device=images.device)]
         if self.box is None:
-            return torch.lerp(others, images, self.share)
+            return torch.lerp(others, images, self.lam)
         top, left, bottom, right = self.box
         mixed = images.clone()
         mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
@@ -70,13 +72,13 @@ class Mix:
     def labels(self, labels: Tensor, classes: int) -> Tensor:
         """Labels (B,) as mixed shares of the classes, (B, classes), float32; rows sum to 1."""
         one_hot = F.one_hot(labels, classes).float()
-        others = one_hot[torch.tensor(self.partners, device=labels.device)]
-        return torch.lerp(others, one_hot, self.share)
+        others = one_hot[torch.tensor(self.perm, device=labels.device)]
+        return torch.lerp(others, one_hot, self.lam)
 
 
-def _box(height: int, width: int, share: float, draws: np.random.Generator) -> Box:
-    """A rectangle of this share of the image around a random point, cut off at the border."""
-    rows, columns = round(height * share**0.5), round(width * share**0.5)
+def _box(height: int, width: int, lam: float, draws: np.random.Generator) -> Box:
+    """A rectangle of this lam of the image around a random point, cut off at the border."""
+    rows, columns = round(height * lam**0.5), round(width * lam**0.5)
     top = int(draws.integers(height)) - rows // 2
     left = int(draws.integers(width)) - columns // 2
     return max(0, top), max(0, left), min(height, top + rows), min(width, left + columns)

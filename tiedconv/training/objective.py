@@ -1,4 +1,4 @@
-"""What one step minimises: mixed images, the model's answer, and what a teacher says to them."""
+"""The training loss of a classifier: mixed images, labels and distillation."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def common_blocks(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
     own, others = Blocks.of(student).names, Blocks.of(teacher).names
     if not own:
         raise UserError(
-            "Features are to be distilled, but the model has no numbered blocks",
+            "Features are distilled, but the model has no numbered blocks",
             "There is nothing to compare with the teacher",
             "Leave --features out",
             code="no-numbered-blocks",
@@ -137,7 +137,7 @@ def common_blocks(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
     if set(own) != set(others):
         odd = next(n for n in (*own, *others) if (n in own) != (n in others))
         raise UserError(
-            f"Features are to be distilled, but the model has {len(own)} blocks, the teacher "
+            f"Features are distilled, but the model has {len(own)} blocks, the teacher "
             f"{len(others)}, and only one of them has {odd}",
             "There is nothing to compare it with",
             "Choose a teacher of the same architecture, such as --teacher auto, or leave "
@@ -158,7 +158,7 @@ def check_teacher(config: TrainConfig, teacher: nn.Module | None) -> None:
     if option:
         raise UserError(
             f"The training option {option}, but there is no teacher",
-            "There is nobody to learn from",
+            "There is nothing to distil",
             "Give a teacher, or leave the option out",
             code="teacher-missing",
         )

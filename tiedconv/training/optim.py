@@ -47,7 +47,7 @@ def trained_only(model: nn.Module, patterns: Sequence[str]) -> Iterator[None]:
         patterns: as a shell has them, such as `*decoder*`; empty for all.
 
     Raises:
-        UserError: a pattern that is no parameter's.
+        UserError: a pattern that matches no parameter.
     """
     frozen: list[nn.Parameter] = []
     named = dict(model.named_parameters())
@@ -123,7 +123,7 @@ def _scales(model: nn.Module, layer_decay: float) -> dict[int, float]:
         raise UserError(
             f"The training option layer_decay is {layer_decay:g}, but the model has no numbered "
             "blocks",
-            "There is no order of layers to go by",
+            "Without blocks there is no order of layers",
             "Leave it at 1",
             code="no-numbered-blocks",
         )
@@ -150,7 +150,7 @@ def _can_fuse(parameters: list[nn.Parameter]) -> bool | None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives each group its share of the learning rate."""
+    """Sets the scaled learning rate of each group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get(SCALE, 1.0)
 

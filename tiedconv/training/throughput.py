@@ -1,4 +1,4 @@
-"""How long steps take and what memory they need, measured by taking a few and undoing them."""
+"""Time and memory of training steps, measured by a few steps that are rolled back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiedconv.training.train_step import TrainStep
 from tiedconv.utils.memory import peak_rss
 
 PROBE_EPOCH = -2
-"""The "epoch" whose images are used for steps that do not count."""
+"""The "epoch" whose images are used for steps that are rolled back."""
 
 _WARM_UP = 2  # steps in which memory is first allocated and kernels are chosen
 _STEPS = 8
@@ -28,7 +28,7 @@ _MARGIN = 0.97  # of a time budget: the rest is for writing the result
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a training takes.
+    """Measured time and memory of a training.
 
     Attributes:
         step_seconds: of one step, with the reading of its images.
@@ -81,10 +81,10 @@ def measure_throughput(
     device = updater.placement.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with undone(updater):
+    with rolled_back(updater):
         start = begun = time.perf_counter()
         steps = images = 0
-        for i, batch in enumerate(itertools.islice(probes(loader), _WARM_UP + _STEPS)):
+        for i, batch in enumerate(itertools.islice(warmup_batches(loader), _WARM_UP + _STEPS)):
             # Read back, as the loop does now and then: it waits for the device.
             float(updater.step(batch.images, batch.labels, updater.config.lr, i, 1.0))
             steps, images = steps + 1, images + len(batch.images)
@@ -97,25 +97,25 @@ def measure_throughput(
     return Throughput(passed / steps, speed, eval_seconds, peak_memory(device), norm_seconds)
 
 
-def require_time(steps: int, seconds: float, pace: Throughput) -> int:
+def require_time(steps: int, seconds: float, throughput: Throughput) -> int:
     """The steps that a time budget has room for.
 
     Raises:
         UserError: none.
     """
     if steps < 1:
-        scored = pace.eval_seconds + pace.norm_seconds
+        scored = throughput.eval_seconds + throughput.norm_seconds
         raise UserError(
-            f"The time budget of {seconds:g} s has no room for a training",
-            f"An evaluation takes about {scored:.1f} s, a step {pace.step_seconds:.2f} s",
+            f"The time budget of {seconds:g} s is too short for a training",
+            f"An evaluation takes about {scored:.1f} s, a step {throughput.step_seconds:.2f} s",
             "Give it more time, or fewer validation images (--limit, --val-split)",
             code="time-budget-too-small",
         )
     return steps
 
 
-def probes(loader: Loader) -> Iterator[Batch]:
-    """Batches that have images, epoch after epoch, for steps that do not count.
+def warmup_batches(loader: Loader) -> Iterator[Batch]:
+    """Batches that have images, epoch after epoch, for steps that are rolled back.
 
     Raises:
         DataError: no image at all can be read.
@@ -131,7 +131,7 @@ def probes(loader: Loader) -> Iterator[Batch]:
 
 
 @contextmanager
-def undone(updater: TrainStep) -> Iterator[None]:
+def rolled_back(updater: TrainStep) -> Iterator[None]:
     """A context after which model and optimiser are what they were before."""
     model, optimizer = updater.learner.model, updater.optimizer
     before = {n: t.detach().clone() for n, t in model.state_dict().items()}

@@ -71,7 +71,7 @@ class TrainerSetup:
         self.updater = TrainStep(
             self.learner, self.optimizer, objective, config, self.placement, processes
         )  # fmt: skip
-        self.examiner = Evaluator(
+        self.evaluator = Evaluator(
             self.learner, self.loader, self.val_loader, scorer_of(val_data), config,
             self.placement, processes,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tiedconv.errors import UserError
 from tiedconv.training.distributed import DistContext
-from tiedconv.training.dtensor import whole
+from tiedconv.training.dtensor import full_tensor
 
 
 class TrainWrapper:
@@ -101,7 +101,7 @@ class Sharded(TrainWrapper):
         self._sharded.reshard()  # it stays put together until a backward pass
 
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-        return whole(super().clip(parameters, most))
+        return full_tensor(super().clip(parameters, most))
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -119,7 +119,7 @@ class Sharded(TrainWrapper):
 
     def finish(self) -> None:
         state = self.model.state_dict()
-        self._given.load_state_dict({name: whole(tensor) for name, tensor in state.items()})
+        self._given.load_state_dict({name: full_tensor(tensor) for name, tensor in state.items()})
 
 
 def make_learner(
