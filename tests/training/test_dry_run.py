@@ -6,6 +6,7 @@ import copy
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tiedconv.training import (
     Start,
     Throughput,
     TrainConfig,
+    batching,
     find_batch_size,
     forecast,
 )
@@ -140,19 +142,29 @@ def test_a_resumed_run_keeps_the_steps_of_its_budget(tmp_path: Path) -> None:
     assert again.steps == first.steps
 
 
-def test_batches_grow_while_they_fit_and_pay() -> None:
+def test_batches_grow_while_they_fit_and_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[float] = []
+    clock = SimpleNamespace(perf_counter=lambda: sum(ticks))  # no load of the machine moves it
+    monkeypatch.setattr(batching, "time", clock)
+
+    def timed(broken_for: int = 10**9) -> Slow:
+        """All sizes take the same time, so the largest is fastest."""
+        model = Slow(0, broken_for)
+        model.net.register_forward_hook(lambda *_: ticks.append(0.02))
+        return model
+
     data = make_data(96 * 16)
-    quick = Slow(0.02, broken_for=50)  # all sizes take the same time, so the largest is fastest
+    quick = timed(broken_for=50)
     options: dict[str, Any] = {"device": "cpu", "train_data": data, "val_data": make_data(48, 1)}
     before = copy.deepcopy(quick)
     assert find_batch_size(quick, config=CONFIG, **options) == 32
     assert_same(before, quick)
     assert max(quick.sizes) == 64
     # Sixteen steps are left in an epoch.
-    assert find_batch_size(Slow(0.02), config=CONFIG, **options) == 64
+    assert find_batch_size(timed(), config=CONFIG, **options) == 64
     with raises(UserError, "out-of-memory"):
         find_batch_size(Slow(0, broken_for=4), config=CONFIG, **options)
-    result = train_net(Slow(0.02, broken_for=50), replace(CONFIG, batch_size=0), train_data=data)
+    result = train_net(timed(broken_for=50), replace(CONFIG, batch_size=0), train_data=data)
     assert (result.batch_size, result.steps) == (32, 3 * 48)
 
 

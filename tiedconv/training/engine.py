@@ -340,7 +340,7 @@ class _Run:
         return diverged(step, self.steps, self.config.lr, saved)
 
     def evaluate_trained(self) -> EvalResult:
-        """Evaluates the compact model, by its EMA weights, with re-estimated BatchNorm statistics."""
+        """Evaluates the compact model, by its EMA weights, with fresh BatchNorm statistics."""
         averaged = self.ema.swapped() if self.ema is not None else nullcontext()
         with averaged, self.blend.left_out() if self.blend is not None else nullcontext():
             self.setup.evaluator.recalibrate()
