@@ -289,6 +289,21 @@ def test_hub_name_without_a_network() -> None:
     assert constants.HF_HUB_OFFLINE is before
 
 
+def test_threads_that_overlap_leave_the_hub_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from tiedconv.sources.hub import hub_offline
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    first, second = hub_offline(), hub_offline()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # the first to begin ends first
+    assert constants.HF_HUB_OFFLINE is True
+    second.__exit__(None, None, None)
+    assert constants.HF_HUB_OFFLINE is False
+
+
 def test_published_weights_that_do_not_allow_an_argument() -> None:
     with pytest.raises(SourceError, match=r"don't allow these arguments.*num_classes"):
         open_source("resnet18", {"num_classes": 4})

@@ -112,8 +112,8 @@ class HfModel:
         except WeightsError as error:
             try:
                 named, info = self._with_weights(None, state_dict=dict(tensors))
-            except Exception:  # whatever went wrong, the first message says more
-                raise error from None
+            except Exception as second:  # the library raises many types; the first error says more
+                raise error from second
             if info["missing_keys"] or info["unexpected_keys"]:
                 raise
             _refuse_gaps(named, info, "The weights")
@@ -166,7 +166,7 @@ class HfModel:
             if what == "weights" and is_download_error(error):
                 raise not_downloaded(self._spec, error) from error
             raise SourceError(
-                f"The {what} of {self._spec} can't be had ({first_line(error)})",
+                f"The {what} of {self._spec} could not be loaded ({first_line(error)})",
                 hint="Check the name and the network, or give the path of a local copy",
             ) from error
 

@@ -1,29 +1,46 @@
-"""The Hugging Face hub: kept out where it must not be asked, given up at once if not there.
+"""The Hugging Face hub: not contacted where it must not be, nor if it is unreachable.
 
-Both transformers and timm ask it. Without a network they try again for most of a minute before
+Both transformers and timm contact it. Without a network they retry for most of a minute before
 they look into the local cache or fail.
 """
 
 from __future__ import annotations
 
 import socket
+import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_lock = threading.Lock()
+_users: list[object] = []
+_before = False
+
 
 @contextmanager
 def hub_offline() -> Iterator[None]:
-    """Within it, the hub's client answers from the local cache only, in all threads."""
+    """Within it, the hub's client uses the local cache only, in all threads.
+
+    The client has no setting for one call or thread. So the first of several threads sets it and
+    the last restores it, in whatever order they end.
+    """
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
+    global _before
+    with _lock:
+        if not _users:
+            _before = constants.HF_HUB_OFFLINE
+        user = object()
+        _users.append(user)
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        with _lock:
+            _users.remove(user)
+            if not _users:
+                constants.HF_HUB_OFFLINE = _before
 
 
 @contextmanager
