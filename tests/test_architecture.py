@@ -43,7 +43,7 @@ IMPORTS: dict[str, str] = {
     "detection": "data errors training",
     "calibration": "core data detection errors io numerics runtime training",
     "conversion": "calibration core data errors families io numerics planning runtime schemes"
-    " sources training version",
+    " sources version",
     "exporters": "core errors io runtime sources training version",
     "commands": "calibration conversion core data detection errors exporters families io"
     " numerics planning runtime schemes sources training utils version",

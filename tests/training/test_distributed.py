@@ -21,7 +21,7 @@ from tiedconv.io.run_state import read_state
 HERE = Path(__file__).parents[1] / "helpers"
 WORKER = HERE / "training_worker.py"
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}",
+    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}:{HERE.parents[1]}",
 }  # fmt: skip
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
