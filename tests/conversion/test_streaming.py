@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import tiedconv
 import tiedconv.sources as sources
 from tiedconv.commands.convert import convert_file
-from tiedconv.conversion import streaming
+from tiedconv.conversion import pipeline, streaming
+from tiedconv.conversion.streaming import StreamedStore
 from tiedconv.errors import TiedconvError, WeightsError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.io.safetensors_file import write_tensors
@@ -113,7 +114,7 @@ def both_ways(
     for how in ("streamed", "whole"):
         if how == "whole":
             monkeypatch.setattr(sources, "open_lazily", lambda *_: None)
-            monkeypatch.setattr(streaming, "streamed", None)
+            monkeypatch.setattr(pipeline, "StreamedStore", None)
         else:
             assert open_lazily(spec, model_args, weights) is not None
         output = folder / f"{how}.safetensors"
@@ -191,9 +192,9 @@ def test_a_streamed_file_is_good_and_tells_where_it_came_from(
 
     def noted(*arguments: Any, **options: Any) -> Any:
         calls.append("streamed")
-        return streaming.streamed(*arguments, **options)
+        return StreamedStore(*arguments, **options)
 
-    monkeypatch.setattr(sys.modules["tiedconv.commands.convert"], "streamed", noted)
+    monkeypatch.setattr(pipeline, "StreamedStore", noted)
     output = tmp_path / "out.safetensors"
     run("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", output)
     assert calls == ["streamed"]
