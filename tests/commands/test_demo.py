@@ -14,13 +14,14 @@ pytest.importorskip("matplotlib", reason="the demo needs the extra demo")
 
 
 @pytest.mark.slow
-def test_the_demo_trains_converts_heals_and_reports(tmp_path: Path) -> None:
-    stages: list[str] = []
-    done = run_demo(
-        tmp_path / "out", quick=True, on_stage=lambda i, total, what: stages.append(what)
-    )
+def test_the_demo_trains_converts_finetunes_and_reports(tmp_path: Path) -> None:
+    progress: list[tuple[float, float, str]] = []
+    done = run_demo(tmp_path / "out", quick=True, on_stage=lambda *what: progress.append(what))
     assert len(done.rows) == sum(1 + len(recipes) for _, _, recipes in MODELS.values())
-    assert len(stages) == 1 + len(done.rows)
+    assert len({what for _, _, what in progress}) == len(done.stages) == 2 + len(done.rows)
+    assert [work for work, _, _ in progress] == sorted(work for work, _, _ in progress)
+    assert progress[-1][0] == pytest.approx(progress[-1][1])
+    assert "vit at 25 %" in done.title
     assert done.test_images == 355
     assert done.picture.read_bytes().startswith(b"\x89PNG")
     for row in done.rows:
