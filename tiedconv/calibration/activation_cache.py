@@ -94,6 +94,7 @@ class Cache:
                 f"({error.strerror})",
                 "The calibration can't go on",
                 "Free some space, set TMPDIR to another folder, or use fewer images",
+                code="disk-full",
             ) from None
         return path
 

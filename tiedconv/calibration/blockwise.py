@@ -90,12 +90,17 @@ def fit_blocks(
     config = config or CalibConfig()
     state_of(student)  # raises if it isn't tied
     if resume and checkpoint_dir is None:
-        raise UserError("Nothing to resume from", hint="Give the checkpoint folder as well")
+        raise UserError(
+            "Nothing to resume from",
+            hint="Give the checkpoint folder as well",
+            code="nothing-to-resume",
+        )
     if teacher is student:
         raise UserError(
             "Teacher and student are the same model",
             "There is nothing to learn from",
             "Convert a copy, as tiedconv.convert does without inplace",
+            code="teacher-is-student",
         )
     path = None if checkpoint_dir is None else checkpoint_path(Path(checkpoint_dir))
     unfreeze(student)

@@ -121,6 +121,7 @@ def minimise(
             "The model's outputs are NaN or infinite before any fit",
             "There is nothing to fit",
             "Check the original model and the images; with bfloat16, choose --amp off",
+            code="outputs-not-finite",
         )
     norms = norms_of(*objective.modules) if midway is None or midway.norms else []
     if norms and midway is None:

@@ -200,4 +200,5 @@ def _require(model: nn.Module, name: str) -> None:
             f"The teacher has no module {name}",
             "It is not the original of this model",
             "Give the model that was converted",
+            code="teacher-differs",
         ) from None

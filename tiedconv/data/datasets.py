@@ -79,6 +79,7 @@ class ImageList(Dataset[Sample | Broken]):
                     f"The image {name} can't be read: {reason}",
                     "Strict reading was asked for",
                     "Repair or remove the image, or leave --strict out to skip it",
+                    code="image-unreadable",
                 ) from error
             return Broken(name, reason)
         return self.transform(image), self.label(index)
@@ -173,6 +174,7 @@ class TensorList(Dataset[Sample]):
             raise UserError(
                 f"{name} works on image files, not on tensors",
                 hint="Choose none, flip, shift or crop",
+                code="augmentation-needs-files",
             )
         self.images = images
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -181,6 +183,7 @@ class TensorList(Dataset[Sample]):
                 f"Images of shape {tuple(images.shape)} with labels of shape "
                 f"{tuple(self.labels.shape)} don't belong together",
                 hint="Give images of shape (N, C, H, W) and labels of shape (N,)",
+                code="shapes-differ",
             )
         self.normalisation = Normalization(
             None if mean is None else tuple(mean), None if std is None else tuple(std)

@@ -79,7 +79,9 @@ class Loader:
     ) -> None:
         count = len(data)  # type: ignore[arg-type]
         if count == 0:
-            raise DataError("The data set is empty", hint="Give at least one image")
+            raise DataError(
+                "The data set is empty", hint="Give at least one image", code="no-images"
+            )
         self.images = count
         self._sampler = _EpochBatches(count, batch_size, shuffle, seed, part)
         # A data set with few batches has no use for more readers than batches.

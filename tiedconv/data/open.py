@@ -68,7 +68,9 @@ def open_split(
     """
     if not 0 < val_fraction < 1:
         raise UserError(
-            f"The held-out share is {val_fraction}", hint="Choose a number between 0 and 1"
+            f"The held-out share is {val_fraction}",
+            hint="Choose a number between 0 and 1",
+            code="invalid-val-fraction",
         )
     _check_limit(limit)
     layout, parts = _parts(spec, labels)
@@ -78,6 +80,7 @@ def open_split(
             f"{spec} has a part to evaluate on but none to train on",
             "There is nothing to train on",
             layout.expected,
+            code="no-training-part",
         )
     train = first()
     if parts.val is None:
@@ -110,6 +113,7 @@ def open_images(spec: str | Path, *, seed: int = 0, limit: int | None = None) ->
             f"{spec} has a part to train on (train) but no val or test",
             "There is nothing to evaluate on",
             f"Pass {parts.train_spec} to evaluate on the training images",
+            code="no-validation-part",
         )
     images = part()
     _check_labels(images, spec, layout, "needed")
@@ -133,7 +137,11 @@ def open_unlabelled(spec: str | Path, *, count: int, seed: int = 0) -> Images:
         UserError: `count` below 2.
     """
     if count < 2:
-        raise UserError(f"{count} calibration images were asked for", hint="Use 2 or more")
+        raise UserError(
+            f"{count} calibration images were asked for",
+            hint="Use 2 or more",
+            code="too-few-images",
+        )
     _, parts = _parts(spec, "ignored")
     part = parts.whole or parts.train or parts.val
     assert part is not None  # a data set has at least one part
@@ -147,7 +155,9 @@ def _parts(spec: str | Path, labels: Labels) -> tuple[Layout, Parts]:
 
 def _check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
-        raise UserError(f"The limit is {limit} images", hint="Choose 1 or more")
+        raise UserError(
+            f"The limit is {limit} images", hint="Choose 1 or more", code="invalid-limit"
+        )
 
 
 def _check_labels(images: Images, spec: str | Path, layout: Layout, labels: Labels) -> None:
@@ -156,6 +166,7 @@ def _check_labels(images: Images, spec: str | Path, layout: Layout, labels: Labe
             f"The images of {spec} have no labels (no {layout.labels_from})",
             "Nothing says what they show",
             f"{layout.expected}. To learn from a teacher alone, give one and use --distill 1",
+            code="no-labels",
         )
 
 
@@ -175,6 +186,7 @@ def _matched(train: Images, val: Images) -> tuple[Images, Images]:
                 f"{listed(f'{number} ({name})' for number, name in odd)}",
                 "The model would be scored for other classes than it is taught",
                 "Give both JSON files the same list of categories",
+                code="classes-differ",
             )
     if train.labels is None or val.labels is None:
         return train.unlabelled(), val.unlabelled()
@@ -195,6 +207,7 @@ def _matched(train: Images, val: Images) -> tuple[Images, Images]:
         f"Training and validation classes differ: {'; '.join(parts)}",
         "Their labels would not mean the same",
         "Give both parts the same classes (an empty class folder will do in validation)",
+        code="classes-differ",
     )
 
 

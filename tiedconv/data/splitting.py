@@ -26,6 +26,7 @@ def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images
             "Every class has one image only" if images.labels is not None else "There is one image",
             "No image can be held out for evaluation",
             "Add images, or a validation part, such as a val/ folder beside train/",
+            code="nothing-to-hold-out",
         )
     return images.take(~held), images.take(held)
 

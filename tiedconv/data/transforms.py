@@ -56,7 +56,9 @@ def check_augment(augment: str) -> None:
     """Raises UserError for an unknown augmentation."""
     if augment not in AUGMENTS:
         raise UserError(
-            f"Unknown augmentation {augment!r}", hint=f"Choose one of {', '.join(AUGMENTS)}"
+            f"Unknown augmentation {augment!r}",
+            hint=f"Choose one of {', '.join(AUGMENTS)}",
+            code="unknown-augmentation",
         )
 
 
@@ -66,6 +68,7 @@ def check_erasing(erasing: float) -> None:
         raise UserError(
             f"The probability of random erasing is {erasing}",
             hint="Choose 0 or more and at most 1",
+            code="invalid-erasing",
         )
 
 
@@ -194,5 +197,7 @@ def _interpolation(name: str) -> Any:
         return InterpolationMode[name.upper()]
     except KeyError:
         raise UserError(
-            f"Unknown interpolation {name!r}", hint="Choose bilinear or bicubic"
+            f"Unknown interpolation {name!r}",
+            hint="Choose bilinear or bicubic",
+            code="unknown-interpolation",
         ) from None

@@ -68,12 +68,14 @@ class JsonLog(Watcher):
                 f"The log {self.path} can't be written to ({error.strerror})",
                 "Nothing was done",
                 "Choose another with --log, or change its permissions",
+                code="log-not-writable",
             ) from None
         if first and _object(first).get("output") != self.output:
             raise OutputError(
                 f"{self.path} is not the log of a training of {self.output}",
                 "It was left as it is",
                 "Choose another with --log, or pass --force to replace it",
+                code="log-of-another-run",
             )
 
     def begin(self, run: Run) -> None:

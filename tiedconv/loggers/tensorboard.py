@@ -43,12 +43,14 @@ class TensorBoard(Watcher):
                 f"The folder {self.folder} can't be written to",
                 "TensorBoard would find nothing there",
                 "Choose another with --tensorboard",
+                code="log-not-writable",
             )
         if not (force or resume) and any(self.folder.glob("events.out.tfevents.*")):
             raise OutputError(
                 f"{self.folder} holds a run already",
                 "TensorBoard would draw the two as one",
                 "Name a folder for each run, or pass --force to hide the former",
+                code="log-of-another-run",
             )
 
     def begin(self, run: Run) -> None:

@@ -14,7 +14,10 @@ def check_picture(path: Path, *, force: bool = False, option: str = "-o") -> Non
     """Raise OutputError, before any work, if no picture can be written to `path`."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise OutputError(
-            f"{path} names no kind of picture", "Nothing was drawn", "Use .png, .svg or .pdf"
+            f"{path} names no kind of picture",
+            "Nothing was drawn",
+            "Use .png, .svg or .pdf",
+            code="unknown-picture-format",
         )
     check_output(path, force=force, option=option)
 

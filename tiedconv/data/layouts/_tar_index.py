@@ -87,11 +87,12 @@ def _read(paths: Sequence[str], labels: bool, expected: str) -> Ints:
                     "the samples before it",
                     "Labels are either for all or for none",
                     "Add KEY.cls to every sample, or leave the sample out",
+                    code="mixed-labels",
                 )
             for column, value in zip(columns, (number, start, size, label), strict=True):
                 column.append(value)
     if not known:
-        raise DataError(f"The shard {paths[0]} holds no samples", "", expected)
+        raise DataError(f"The shard {paths[0]} holds no samples", "", expected, code="no-images")
     return np.array(columns, np.int64)
 
 
@@ -109,6 +110,7 @@ def _samples(path: str, labels: bool, expected: str) -> Iterator[tuple[str, int,
                         f"The key {key} comes again later in {path}",
                         "Files of one sample must lie together, and keys must differ",
                         "Write the shard anew, its files sorted by name (tar --sort=name)",
+                        code="duplicate-key",
                     )
                 seen.add(key)
                 start, size = _image_of(path, key, sample, expected)
@@ -121,6 +123,7 @@ def _samples(path: str, labels: bool, expected: str) -> Iterator[tuple[str, int,
             f"The file {what} is in {path} twice",
             "One of the two would be left out",
             "Write the shard anew with different keys",
+            code="duplicate-key",
         ) from error
     except (tarfile.TarError, OSError, EOFError) as error:
         raise _damaged(path, str(error)) from error
@@ -206,6 +209,7 @@ def _image_of(path: str, key: str, sample: Mapping[str, Any], expected: str) -> 
             f"The sample {key} of {path} has {what}: its files end in {listed(kinds or others)}",
             "A key ends at the first dot of a file's name",
             expected,
+            code="invalid-sample",
         )
     start, size = sample[kinds[0]]
     return start, size
@@ -234,6 +238,7 @@ def _label_of(path: str, tar: tarfile.TarFile, sample: Mapping[str, Any]) -> int
         f"The label of the sample {sample['__key__']} of {path} is {found!r}",
         "It is no class number",
         f"Write labels as whole numbers from 0 to {MAX_CLASSES - 1:,}",
+        code="invalid-label",
     )
 
 
@@ -247,4 +252,5 @@ def _damaged(path: str, reason: str) -> DataError:
         f"The shard {path} can't be read: {reason}",
         "It is damaged or was cut short",
         "Copy or write it again, as a plain .tar",
+        code="shard-damaged",
     )

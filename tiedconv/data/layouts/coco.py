@@ -95,6 +95,7 @@ def _read(root: Path, file: Path) -> Images:
         raise DataError(
             f"{file} can't be read ({error.strerror or error})",
             hint="Change its permissions, or copy it to a place of your own",
+            code="data-unreadable",
         ) from error
     except _NO_FORM as error:
         raise DataError(
@@ -102,9 +103,10 @@ def _read(root: Path, file: Path) -> Images:
             "Nothing says what its photos show",
             "It needs images (id, file_name, width, height), categories (id, name) and "
             "annotations (image_id, category_id, bbox)",
+            code="invalid-coco-file",
         ) from error
     if not names:
-        raise DataError(f"{file} lists no images", hint="Give at least one")
+        raise DataError(f"{file} lists no images", hint="Give at least one", code="no-images")
     store = _Photos(str(_folder(root, file, names)), names)
     return Images.all_of(store, len(names), None, (), objects)
 
@@ -219,4 +221,5 @@ def _folder(root: Path, file: Path, names: tuple[str, ...]) -> Path:
         f"{file} lists {names[0]}, which is in none of {', '.join(str(p) for p in places)}",
         "The photos can't be found",
         LAYOUT.expected,
+        code="photos-missing",
     )

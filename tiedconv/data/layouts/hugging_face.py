@@ -47,7 +47,10 @@ class HuggingFace(Layout):
         for option in ("train", "val"):
             if (named := wanted.options.get(option)) and named not in splits:
                 raise DataError(
-                    f"{wanted.place} has no split {named}", "", f"It has {listed(splits)}"
+                    f"{wanted.place} has no split {named}",
+                    "",
+                    f"It has {listed(splits)}",
+                    code="unknown-split",
                 )
 
         def list_of(name: str) -> partial[Images]:
@@ -61,6 +64,7 @@ class HuggingFace(Layout):
                     f"{wanted.place} has the splits {listed(splits)}",
                     "None of them is called train",
                     f"Name them, as in {spec}{'&' if wanted.options else '?'}train=SPLIT",
+                    code="no-train-split",
                 )
             return Parts(whole=list_of(next(iter(splits))))
         return Parts(
@@ -99,6 +103,7 @@ class _Wanted:
                 f"{spec!r} names no data set: there is {what}",
                 "",
                 f"Write hf:NAME:CONFIG?image=COLUMN&label=COLUMN; options: {', '.join(_OPTIONS)}",
+                code="invalid-data-spec",
             )
         folder = Path(os.path.expanduser(place))
         if os.path.isdir(folder):
@@ -183,7 +188,10 @@ def _unreadable(wanted: _Wanted, error: Exception) -> DataError:
     text = str(error).strip()
     reason = " ".join(text.splitlines()[:1]) or type(error).__name__
     return DataError(
-        f"The data set {wanted.place} can't be opened: {reason}", "", HuggingFace.expected
+        f"The data set {wanted.place} can't be opened: {reason}",
+        "",
+        HuggingFace.expected,
+        code="data-unreadable",
     )
 
 
@@ -196,7 +204,9 @@ def _listed(rows: Any, split: str, wanted: _Wanted, labels: bool) -> Images:
     """All images of one split."""
     title = f"{wanted.place} ({split})"
     if not len(rows):
-        raise DataError(f"{title} is empty", "", "Choose another split with ?train= or ?val=")
+        raise DataError(
+            f"{title} is empty", "", "Choose another split with ?train= or ?val=", code="no-images"
+        )
     image = _column(rows, "image", wanted, [k for k, v in rows.features.items() if _is_image(v)])
     assert image is not None
     store = _Rows(rows.select_columns([image]), image, title)
@@ -234,6 +244,7 @@ def _label_column(rows: Any, wanted: _Wanted) -> str | None:
             f"The column {label} of {wanted.place} holds {kinds[label]}, no whole numbers",
             "Its values can't be labels",
             "Make it a ClassLabel: `class_encode_column` of the package does",
+            code="invalid-label-column",
         )
     return label
 
@@ -255,6 +266,7 @@ def _column(rows: Any, role: str, wanted: _Wanted, fitting: list[str]) -> str | 
         f"{wanted.place} has {what}",
         f"Its columns are {listed(rows.features, 12)}",
         f"Name the one to use: hf:{wanted.place}?{role}=COLUMN",
+        code="column-unclear",
     )
 
 
@@ -263,4 +275,5 @@ def _unlabelled(title: str, label: str, what: str) -> DataError:
         f"Some labels of {title}, column {label}, {what}",
         "Not all images have a class",
         "Use another split, or --unlabelled with --distill 1",
+        code="labels-missing",
     )

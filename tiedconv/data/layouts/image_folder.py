@@ -98,7 +98,9 @@ def _classes(root: Path, *, complete: bool = False) -> Images:
     if not classes and any(_is_image(entry.name) for entry in _entries(root)):
         return _flat(root)
     if not classes:
-        raise DataError(f"{root} has no class folders and no images", "", LAYOUT.expected)
+        raise DataError(
+            f"{root} has no class folders and no images", "", LAYOUT.expected, code="no-images"
+        )
     counts = np.zeros(len(classes), np.int64)
 
     def every() -> Iterator[str]:
@@ -109,7 +111,9 @@ def _classes(root: Path, *, complete: bool = False) -> Images:
 
     names = Names(every())
     if not len(names):
-        raise DataError(f"The class folders of {root} hold no images", "", LAYOUT.expected)
+        raise DataError(
+            f"The class folders of {root} hold no images", "", LAYOUT.expected, code="no-images"
+        )
     if complete and not counts.all():
         empty = [classes[label] for label in np.flatnonzero(counts == 0)]
         raise DataError(
@@ -117,6 +121,7 @@ def _classes(root: Path, *, complete: bool = False) -> Images:
             f"{'are' if len(empty) > 1 else 'is'} without images",
             "A class can't be learned from nothing",
             "Add images to it or remove the folder",
+            code="empty-class",
         )
     labels: Ints = np.repeat(np.arange(len(classes)), counts)
     return Images.all_of(Files(str(root), names), len(names), labels, classes)
@@ -126,11 +131,7 @@ def _flat(root: Path) -> Images:
     """All images below a folder, without labels."""
     names = Names(_images_below(root, ""))
     if not len(names):
-        raise DataError(
-            f"There are no images in {root}",
-            "",
-            _ANY_FOLDER,
-        )
+        raise DataError(f"There are no images in {root}", "", _ANY_FOLDER, code="no-images")
     return Images.all_of(Files(str(root), names), len(names), None, ())
 
 
@@ -138,7 +139,7 @@ def _existing(spec: str, expected: str) -> Path:
     folder = Path(spec)
     if not os.path.isdir(folder):
         what = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
-        raise DataError(f"The data folder {folder} {what}", "", expected)
+        raise DataError(f"The data folder {folder} {what}", "", expected, code="no-data-folder")
     return folder
 
 
@@ -149,6 +150,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(
             f"The data folder {folder} can't be read ({error.strerror or error})",
             hint="Change its permissions, or copy it to a place of your own",
+            code="data-unreadable",
         ) from error
 
 

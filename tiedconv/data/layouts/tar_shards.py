@@ -157,10 +157,14 @@ def _expanded(spec: str) -> list[str]:
             f"The shards {spec} are compressed",
             "Their images can't be reached one by one",
             "Decompress them to .tar; images are compressed already",
+            code="shards-compressed",
         )
     if "://" in spec or spec.startswith("pipe:"):
         raise DataError(
-            f"The shards {spec} are not files", "", "Copy them to a disk, and give the path"
+            f"The shards {spec} are not files",
+            "",
+            "Copy them to a disk, and give the path",
+            code="shards-not-files",
         )
     if "{" in spec:
         _webdataset()
@@ -173,6 +177,7 @@ def _expanded(spec: str) -> list[str]:
                 f"The pattern {spec} can't be expanded: {error}",
                 "It names no shards",
                 "Write it as in train-{000000..000147}.tar",
+                code="invalid-shard-pattern",
             ) from error
     else:
         names = [spec]
@@ -183,6 +188,7 @@ def _expanded(spec: str) -> list[str]:
             f"There is no shard {listed(missing)}",
             f"{len(missing):,} of {len(paths):,} are missing" if len(paths) > 1 else "",
             LAYOUT.expected,
+            code="shards-missing",
         )
     return paths
 
@@ -211,6 +217,7 @@ def _class_names(shard: str, count: int) -> tuple[str, ...]:
                 f"{file} names {len(names)} classes, and the shards have labels up to {count - 1}",
                 "Some classes would have no name",
                 "Put one name in each line, or remove the file",
+                code="too-few-class-names",
             )
         return names
     return tuple(map(str, range(count)))

@@ -58,6 +58,7 @@ def _annotated(root: Path, classes: tuple[str, ...] | None) -> Images:
             f"{table} has classes that {root / 'train'} has not: {listed(unknown)}",
             "The model would be scored for other classes than it is taught",
             "Add their folders, or remove their lines",
+            code="classes-differ",
         )
     labels = np.array([label_of[name] for _, name in rows], np.int64)
     store = Files(str(table.parent / "images"), Names(file for file, _ in rows))
@@ -70,7 +71,9 @@ def _rows(table: Path) -> list[tuple[str, str]]:
         lines = table.read_text("utf-8").splitlines()
     except (OSError, UnicodeError) as error:
         raise DataError(
-            f"{table} can't be read ({error})", "Nothing says what the images show"
+            f"{table} can't be read ({error})",
+            "Nothing says what the images show",
+            code="data-unreadable",
         ) from error
     rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
     for number, row in rows:
@@ -79,7 +82,8 @@ def _rows(table: Path) -> list[tuple[str, str]]:
                 f"Line {number} of {table} is not FILE, tab, CLASS: {lines[number - 1][:60]!r}",
                 "Nothing says what its image shows",
                 "Take the file as it was distributed",
+                code="invalid-class-table",
             )
     if not rows:
-        raise DataError(f"{table} is empty", "Nothing says what the images show")
+        raise DataError(f"{table} is empty", "Nothing says what the images show", code="no-images")
     return sorted((row[0], row[1]) for _, row in rows)
