@@ -216,7 +216,7 @@ def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
     is_refused(*data, "--keep", "150%", words=["150%", "50%"])
     is_refused(*data, "--keep", "half", words=["'half'"])
     is_refused(*data, "--sort", "name", words=["order or cost"])
-    is_refused(*data, "-o", tmp_path / "costs.txt", words=["no kind of picture", ".png"])
+    is_refused(*data, "-o", tmp_path / "costs.txt", words=["costs.txt", ".png"])
     is_refused(*data, "-o", tmp_path / "no" / "costs.png", words=["does not exist"])
     is_refused("--calib", tmp_path / "missing", *HERE, words=["missing"])
     refused("sensitivity", "resnet5000", *data, words=["resnet5000"])

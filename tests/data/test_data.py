@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from errors_helpers import failing
 from PIL import Image
 
 from tiedconv.data import (
@@ -119,7 +120,7 @@ def test_train_alone_is_split_too(tmp_path: Path) -> None:
     split = open_split(tmp_path, val_fraction=0.25)
     assert split.classes == ("a", "b")
     assert (len(split.train), len(split.val)) == (6, 2)
-    with pytest.raises(DataError, match=r"no val or test.*Pass .*train"):
+    with failing(DataError, "no-validation-part", str(tmp_path / "train")):
         open_images(tmp_path)
 
 
@@ -144,35 +145,36 @@ def _differing(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("build", "code", "names"),
     [
-        (lambda root: None, "no class folders.*Expected ROOT/train"),
-        (lambda root: (root / "a").mkdir(), "hold no images.*Expected ROOT/train"),
-        (lambda root: make_image(root / "x.png"), "no class folders"),
-        (lambda root: make_folder(root, {"a": 2, "b": 0}), "class b .*without images"),
-        (lambda root: make_folder(root, {"a": 1, "b": 1}), "one image only.*val/ folder"),
+        (lambda root: None, "no-images", "ROOT/train"),
+        (lambda root: (root / "a").mkdir(), "no-images", "ROOT/train"),
+        (lambda root: make_image(root / "x.png"), "no-labels", "ROOT/train"),
+        (lambda root: make_folder(root, {"a": 2, "b": 0}), "empty-class", "class b "),
+        (lambda root: make_folder(root, {"a": 1, "b": 1}), "nothing-to-hold-out", "val/"),
         (
             lambda root: make_folder(root / "val", {"a": 1, "b": 1}),
-            "evaluate on but none to train on",
+            "no-training-part",
+            "ROOT/train",
         ),
-        (_differing, "training part has the class b; only the validation part has the class c"),
+        (_differing, "classes-differ", "the class b; only the validation part has the class c"),
     ],
     ids=["empty", "no images", "no folders", "empty class", "one each", "val only", "differ"],
 )
 def test_folders_that_will_not_do(
-    tmp_path: Path, build: Callable[[Path], object], message: str
+    tmp_path: Path, build: Callable[[Path], object], code: str, names: str
 ) -> None:
     build(tmp_path)
-    with pytest.raises(DataError, match=message):
+    with failing(DataError, code, names):
         open_split(tmp_path)
 
 
 def test_missing_folder_and_bad_options(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
+    with failing(DataError, "no-data-folder", "nowhere"):
         open_split(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with failing(UserError, "invalid-val-fraction", "1.5"):
         open_split(tmp_path, val_fraction=1.5)
-    with pytest.raises(UserError, match="1 or more"):
+    with failing(UserError, "invalid-limit", "0"):
         open_split(tmp_path, limit=0)
 
 
@@ -214,9 +216,9 @@ def test_augmentations_give_the_right_shape(augment: str, size: int) -> None:
 def test_transforms_are_small_to_send_and_checked_early() -> None:
     transform = train_transform(Preprocess(), "crop")
     assert pickle.loads(pickle.dumps(transform)) == transform
-    with pytest.raises(UserError, match=r"mixup.*Choose one of none"):
+    with failing(UserError, "unknown-augmentation", "mixup", "none, "):
         train_transform(Preprocess(), "mixup")
-    with pytest.raises(UserError, match="interpolation 'magic'"):
+    with failing(UserError, "unknown-interpolation", "magic"):
         eval_transform(Preprocess(interpolation="magic"))(Image.new("RGB", (8, 8)))
 
 
@@ -256,9 +258,8 @@ def test_a_batch_of_broken_images_is_empty(tmp_path: Path) -> None:
 def test_strict_reading_names_the_broken_file(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 3, "b": 3})
     break_images(tmp_path)
-    with pytest.raises(DataError, match=r"nothing\.png can't be read") as caught:
+    with failing(DataError, "image-unreadable", "nothing.png"):
         batches_of(Loader(listed(tmp_path, strict=True), 4, workers=0))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16", "CMYK", "LA"])
@@ -307,7 +308,7 @@ def test_augmentation_in_memory_shifts_and_mirrors() -> None:
         assert all(any(row) for row in seen)  # nothing else comes out
         counts = np.array(seen).sum(axis=0)
         assert counts.min() > 0.4 * 400 / len(allowed)  # and each about equally often
-    with pytest.raises(UserError, match="RandAugment"):
+    with failing(UserError, "augmentation-needs-files", "RandAugment"):
         TensorList(image, labels, augment="randaugment")
 
 
@@ -325,9 +326,9 @@ def test_no_black_border_is_moved_in() -> None:
 
 
 def test_labels_must_belong_to_the_images() -> None:
-    with pytest.raises(DataError, match="don't belong together"):
+    with failing(DataError, "shapes-differ", "(3, 1, 2, 2)", "(2,)"):
         TensorList(torch.zeros(3, 1, 2, 2), [0, 1])
-    with pytest.raises(DataError, match="empty"):
+    with failing(DataError, "no-images"):
         Loader(TensorList(torch.zeros(0, 1, 2, 2), []), 4)
 
 
@@ -461,9 +462,8 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
             assert list(one.broken) == list(other.broken)
     # The same workers' error, as it was raised and not as a traceback's text.
     strict = Loader(listed(tmp_path, strict=True), 4, workers=1)
-    with pytest.raises(DataError, match=r"bad\.png can't be read") as caught:
+    with failing(DataError, "image-unreadable", "bad.png"):
         batches_of(strict)
-    assert "\n" not in str(caught.value)
 
 
 def test_any_data_set_of_images_and_labels_will_do() -> None:

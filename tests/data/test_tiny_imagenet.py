@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import CLASSES, contents, expected, written
+from errors_helpers import failing
 
 from tiedconv.data import open_images, open_split
 from tiedconv.errors import DataError
@@ -41,17 +42,17 @@ def test_class_folders_of_a_validation_part_put_in_order_count(root: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "code", "words"),
     [
-        ("0000.png", r"Line 1 .*'0000.png'.*as it was distributed"),
-        ("\tcat", "Line 1 "),
-        ("0000.png\tunicorn", r"that .*train has not: unicorn.*remove their lines"),
-        ("\n", "is empty"),
-        ("\udcff", "can't be read"),
+        ("0000.png", "invalid-class-table", ["Line 1 ", "'0000.png'"]),
+        ("\tcat", "invalid-class-table", ["Line 1 "]),
+        ("0000.png\tunicorn", "classes-differ", ["unicorn", "train"]),
+        ("\n", "no-images", []),
+        ("\udcff", "data-unreadable", []),
     ],
 )
-def test_tables_that_will_not_do(root: Path, line: str, message: str) -> None:
+def test_tables_that_will_not_do(root: Path, line: str, code: str, words: list[str]) -> None:
     table = root / "val" / "val_annotations.txt"
     table.write_bytes(line.encode("utf-8", "surrogateescape"))
-    with pytest.raises(DataError, match=message):
+    with failing(DataError, code, "val_annotations.txt", *words):
         open_split(root)

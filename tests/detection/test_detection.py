@@ -112,14 +112,14 @@ def test_some_images_keep_their_own_boxes(coco: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", ["not in COCO's form", "images"]),
+        ("{", ["not a COCO annotation file", "images"]),
         ('{"images": [], "annotations": [], "categories": []}', ["lists no images"]),
-        ('{"images": [{"id": 1}]}', ["not in COCO's form", "categories"]),
+        ('{"images": [{"id": 1}]}', ["not a COCO annotation file", "categories"]),
         (
             '{"images": [{"id": 1, "file_name": "x.png", "width": 2, "height": 2}], '
             '"annotations": [{"image_id": 1, "category_id": 9, "bbox": [0, 0, 1, 1]}], '
             '"categories": [{"id": 1, "name": "a"}]}',
-            ["not in COCO's form"],
+            ["not a COCO annotation file"],
         ),
         (
             '{"images": [{"id": 1, "file_name": "x.png", "width": 2, "height": 2}], '
@@ -191,7 +191,7 @@ def test_content_that_can_not_be_meant(
 def test_a_file_that_is_no_json_of_this_form(content: str, tmp_path: Path) -> None:
     file = one_file(tmp_path)
     file.write_text(content)
-    with pytest.raises(DataError, match="not in COCO's form"):
+    with pytest.raises(DataError, match="not a COCO annotation file"):
         open_split(tmp_path)
 
 
@@ -271,8 +271,8 @@ def pair() -> Objects:
     """Two images of 100 x 200 pixels with an object each, of two classes."""
     return Objects(
         starts=np.array([0, 1, 2]), boxes=np.array([[10.0, 20, 40, 80], [0, 0, 100, 100]]),
-        classes=np.array([0, 1]), areas=np.array([3200.0, 10000]), crowds=np.array([0, 0]),
-        sizes=np.array([[100, 200], [100, 200]]), names=("a", "b"), numbers=(1, 2),
+        classes=np.array([0, 1]), areas=np.array([3200.0, 10000]), iscrowd=np.array([0, 0]),
+        sizes=np.array([[100, 200], [100, 200]]), names=("a", "b"), category_ids=(1, 2),
     )  # fmt: skip
 
 
@@ -448,7 +448,7 @@ def test_labels_reach_the_model_and_mirror_with_the_images(coco: Path) -> None:
 def test_labels_end_at_the_border_and_what_is_nothing_is_left_out(pair: Objects) -> None:
     odd = dataclasses.replace(
         pair, starts=np.array([0, 3, 3]), classes=np.array([0, 1, 0]), areas=np.ones(3),
-        crowds=np.zeros(3, np.int64),
+        iscrowd=np.zeros(3, np.int64),
         boxes=np.array([[-50.0, 150, 100, 100], [10, 10, 0, 5], [200, 0, 50, 50]]),
     )  # fmt: skip
     first, second = some_labels(odd, torch.tensor([0, 1]), torch.tensor([7, 8]))

@@ -90,9 +90,9 @@ class Cache:
                     file.truncate(size)
         except OSError as error:
             raise OutputError(
-                f"Activations of {size / 2**20:.0f} MiB can't be put into {path.parent} "
+                f"Activations of {size / 2**20:.0f} MiB can't be written to {path.parent} "
                 f"({error.strerror})",
-                "The calibration can't go on",
+                "The calibration can't continue",
                 "Free some space, set TMPDIR to another folder, or use fewer images",
                 code="disk-full",
             ) from None
@@ -218,7 +218,7 @@ def release(streams: Sequence[Stream], cache: Cache, keep: Stream | None = None)
 
 
 def _room(old: Sequence[Tensor], link: Sequence[int], output: Tensor, cache: Cache) -> Tensor:
-    """Where to put the outputs: over inputs that nobody needs any more, if they fit."""
+    """Where to put the outputs: over inputs that are no longer needed, if they fit."""
     shape = (len(old[0]), *output.shape[1:])
     for n, tensor in enumerate(old):
         if n not in link and tensor.shape == shape and tensor.dtype == output.dtype:
@@ -227,7 +227,7 @@ def _room(old: Sequence[Tensor], link: Sequence[int], output: Tensor, cache: Cac
 
 
 class Stopped(Exception):
-    """The forward has gone as far as it was needed."""
+    """The forward pass has run as far as needed."""
 
 
 def _stop() -> NoReturn:

@@ -2,7 +2,7 @@
 
 Span by span in order of execution, the compact network's output is brought close to the
 original's on calibration images. The compact span reads what the compact network so far gives,
-the original what the original gives, so that errors are mended rather than piled up.
+the original span what the original gives, so that errors are corrected instead of accumulating.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from tiedconv.calibration.events import (
     ignore,
 )
 from tiedconv.calibration.fitting import FitState, Schedule, mean_error, minimise, split
-from tiedconv.calibration.objectives import JointObjective, SpanObjective, seen
-from tiedconv.calibration.output_metric import OutputMetric, measure_lenses
+from tiedconv.calibration.objectives import JointObjective, SpanObjective, weighted
+from tiedconv.calibration.output_metric import OutputMetric, measure_output_metrics
 from tiedconv.calibration.spans import Span
 from tiedconv.calibration.state import KIND, checkpoint_path, identity_of, load_state, save_state
 from tiedconv.calibration.teacher_student import Pair
@@ -75,7 +75,7 @@ def fit_blocks(
         workers: processes that read images; None chooses.
         checkpoint_dir: where to keep `calibration.safetensors`, written after each span
             and six times in the fit of the whole.
-        resume: go on from that file; without the file, start at the beginning.
+        resume: continue from that file; without the file, start at the beginning.
         on_event: called with each event.
 
     Returns:
@@ -180,7 +180,7 @@ class _Run:
         self.path: Path | None = None
         self.streams: tuple[int, Stream, Stream] | None = None
         self.start = time.perf_counter()
-        self._lenses: dict[str, OutputMetric | None] | None = None
+        self._output_metrics: dict[str, OutputMetric | None] | None = None
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class _Run:
 
     @torch.no_grad()
     def keep_better(self, start: list[Tensor], joint: JointObjective) -> None:
-        """Goes back to the start if the answers are worse for all that blocks became better."""
+        """Restores the start if the model's outputs are worse although its blocks are better."""
         if not self.at.fits:
             return
         if mean_error(joint, self.held, self.config.batch_size) > self.at.kl_before:
@@ -237,14 +237,16 @@ class _Run:
         objective = self.span_objective(index)
         steps = self.config.span_steps(len(self.train))
 
-        def tell(step: int, loss: float) -> None:
+        def report(step: int, loss: float) -> None:
             error = _relative(loss, span)
             self.emit(Fitting(span.units, index, count, number, step, steps, error))
 
         schedule = self.schedule(steps, self.config.lr, number, index)
         before, after = (
             _relative(error, span)
-            for error in minimise(objective, self.train, self.held, schedule, _seldom(tell, steps))
+            for error in minimise(
+                objective, self.train, self.held, schedule, _throttled(report, steps)
+            )
         )
         self.at.fits += 1
         if number == 0:
@@ -258,12 +260,12 @@ class _Run:
         """The objective of a span, with its streams."""
         span, student, teacher = self.pair.spans[index], self.pair.student, self.pair.teacher
         ours, theirs = self.streams_of(index)
-        lenses = [self.lenses().get(unit) for unit in span.units]
+        metrics = [self.output_metrics().get(unit) for unit in span.units]
         objective = SpanObjective(
             modules=student.modules(span),
             parameters=self.pair.parameters(span.units),
-            student=seen(student.outputs(span), lenses),
-            teacher=seen(teacher.outputs(span), lenses),
+            student=weighted(student.outputs(span), metrics),
+            teacher=weighted(teacher.outputs(span), metrics),
             student_stream=ours,
             teacher_stream=theirs,
             placement=student.placement,
@@ -271,9 +273,9 @@ class _Run:
         objective.measure_energies(self.config.batch_size)
         return objective
 
-    def lenses(self) -> dict[str, OutputMetric | None]:
+    def output_metrics(self) -> dict[str, OutputMetric | None]:
         """What of each unit's output matters, measured when first asked for."""
-        if self._lenses is None:
+        if self._output_metrics is None:
             names = [unit for span in self.pair.spans for unit in span.units]
             teacher = self.pair.teacher
             batches = (
@@ -281,11 +283,11 @@ class _Run:
                 for index in chunks(len(self.images), self.config.batch_size)
             )
             units = [teacher.model.get_submodule(name) for name in names]
-            found = measure_lenses(
+            found = measure_output_metrics(
                 teacher.model, units, batches, teacher.placement, self.config.seed
             )
-            self._lenses = dict(zip(names, found, strict=True))
-        return self._lenses
+            self._output_metrics = dict(zip(names, found, strict=True))
+        return self._output_metrics
 
     def streams_of(self, index: int) -> tuple[Stream, Stream]:
         """What reaches a span in the student and in the teacher.
@@ -337,12 +339,12 @@ class _Run:
         if steps:
             objective.measure_energies(self.config.batch_size)
 
-        def tell(step: int, loss: float) -> None:
+        def report(step: int, loss: float) -> None:
             self.emit(Joint(step, steps, loss))
 
         schedule = self.schedule(steps, self.config.joint_lr, self.config.total_passes, 0)
         _, self.at.kl_after = minimise(
-            objective, self.train, self.held, schedule, _seldom(tell, steps),
+            objective, self.train, self.held, schedule, _throttled(report, steps),
             self.at.midway, self.save_midway if self.path is not None else None,
         )  # fmt: skip
         self.at.joint, self.at.midway = True, None
@@ -371,15 +373,15 @@ def _relative(error: float, span: Span) -> float:
     return math.sqrt(error / len(span.units)) if error >= 0 else error
 
 
-def _seldom(tell: Callable[[int, float], None], steps: int) -> Callable[[int, float], None]:
-    """Tells of the last step, and of those before at most ten times a second."""
-    told = time.perf_counter()
+def _throttled(report: Callable[[int, float], None], steps: int) -> Callable[[int, float], None]:
+    """Reports the last step, and those before at most ten times a second."""
+    reported = time.perf_counter()
 
     def maybe(step: int, loss: float) -> None:
-        nonlocal told
+        nonlocal reported
         now = time.perf_counter()
-        if step == steps or now - told >= EVENT_SECONDS:
-            told = now
-            tell(step, loss)
+        if step == steps or now - reported >= EVENT_SECONDS:
+            reported = now
+            report(step, loss)
 
     return maybe

@@ -10,15 +10,15 @@ from tiedconv.training.option_checks import check_choice, check_range
 
 @dataclass(frozen=True)
 class Effort:
-    """What an effort stands for: epochs over the calibration images, bounded in steps.
+    """What an effort means: epochs over the calibration images, bounded in steps.
 
     Attributes:
         passes: over all spans.
         epochs: over the images, for each span.
-        least: steps for each span, at least.
-        most: steps for each span, at most.
+        least: minimum of steps for each span.
+        most: maximum of steps for each span.
         joint_epochs: over the images, for the whole model at the end; 0 for none.
-        joint_most: steps for the whole model, at most.
+        joint_most: maximum of steps for the whole model.
     """
 
     passes: int
@@ -41,19 +41,19 @@ class CalibConfig:
     """The options of `fit_blocks`.
 
     Attributes:
-        effort: "fast" only estimates the statistics of batch norms anew; "normal" fits block by
+        effort: "fast" only re-estimates the statistics of batch norms; "normal" fits block by
             block, in minutes; "thorough" takes longer.
         batch_size: images in a step.
-        lr: the highest learning rate of a fit, as a share of a tensor's root mean square, so
-            that a step changes each entry by about that share.
+        lr: the highest learning rate of a fit, relative to a tensor's root mean square, so
+            that a step changes each entry by about that fraction.
         joint_lr: likewise, for the whole model at the end.
         passes: over all spans; None leaves it to the effort, likewise below.
         steps: for each span.
         joint_steps: for the whole model at the end; 0 for none.
         clip: largest norm of the gradient; 0 for no clipping.
         seed: decides the order of images, and which are held out.
-        cache_bytes: activations and images kept in memory at most; what is beyond goes to a
-            temporary file.
+        cache_bytes: activations and images kept in memory at most; the rest goes to
+            temporary files.
         amp: "auto" for bfloat16 autocast on CUDA, or "off".
 
     Raises:

@@ -1,4 +1,4 @@
-"""What block-wise calibration tells while it runs, and what it gives in the end.
+"""Events of block-wise calibration, and its result.
 
 Errors are relative Frobenius errors of outputs: 0 is exact, 1 is as bad as a constant.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fitting:
-    """A span is being fitted; reported at most ten times a second.
+    """A span is being fitted; sent at most ten times a second.
 
     Attributes:
         units: names of the span's modules; "" is the whole model.
@@ -59,12 +59,12 @@ OnCalibEvent = Callable[[CalibEvent], None]
 
 
 def ignore(event: CalibEvent) -> None:
-    """The listener of those who don't listen."""
+    """No-op callback."""
 
 
 @dataclass(frozen=True)
 class SpanResult:
-    """What became of one span, over all passes.
+    """The errors of one span, over all passes.
 
     Attributes:
         units: names of its modules; "" is the whole model.

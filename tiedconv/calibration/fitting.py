@@ -17,21 +17,21 @@ from tiedconv.errors import TrainingError
 from tiedconv.training.batchnorm import averaged_statistics, batch_statistics, norms_of
 from tiedconv.training.optim import half_cosine
 
-WARMUP = 0.05
-"""Share of the steps in which the rate rises."""
+WARMUP_RATIO = 0.05
+"""Fraction of the steps in which the learning rate rises."""
 
-LAST_RATE = 0.01
-"""The rate of the last step, as a share of the highest."""
+MIN_LR_RATIO = 0.01
+"""The learning rate of the last step relative to the highest."""
 
 CHECKS = 6
 """Measurements on held-out images along a fit."""
 
-LEAST_SIZE = 0.01
+MIN_RMS = 0.01
 """A tensor is taken to have at least this root mean square: a zero bias must move too."""
 
 
 class Objective(Protocol):
-    """What is to be made small. Indices are of images, on the CPU."""
+    """What is to be minimised. Indices are of images, on the CPU."""
 
     @property
     def modules(self) -> Sequence[nn.Module]:
@@ -64,15 +64,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class FitState:
-    """A fit between two of its steps: what else it takes to go on from the student's tensors.
+    """A fit between two of its steps: what resuming needs besides the student's tensors.
 
     Args:
         step: steps done.
         before: the held-out error at the start.
         best: the smallest since.
         norms: whether batch norms get their statistics measured again.
-        rates: of each parameter, at the highest rate.
-        tensors: `best/N`, and Adam's memory of the N-th parameter as `adam/N/...`.
+        rates: learning rates of the parameters, relative to the schedule's.
+        tensors: `best/N`, and Adam's state of the N-th parameter as `adam/N/...`.
     """
 
     step: int
@@ -105,7 +105,7 @@ def minimise(
         held: indices of the held-out images.
         schedule: how long and how fast.
         on_step: called with the number of steps done and the last loss that was read.
-        midway: where an interrupted fit goes on; the student is as it was there.
+        midway: where an interrupted fit resumes; the student is as it was there.
         keep: called now and then with where the fit is.
 
     Returns:
@@ -132,8 +132,8 @@ def minimise(
             norms = []
     if schedule.steps and objective.parameters:
         try:
-            descent = _Descent(objective, schedule, before, norms, best, midway)
-            descent.run(train, on_step, keep)
+            loop = _OptimLoop(objective, schedule, before, norms, best, midway)
+            loop.run(train, on_step, keep)
         finally:
             for parameter in objective.parameters:
                 parameter.requires_grad_(False)
@@ -144,7 +144,7 @@ def minimise(
     return before, best.error
 
 
-class _Descent:
+class _OptimLoop:
     """The steps of a fit, from the first or from midway."""
 
     def __init__(
@@ -169,7 +169,7 @@ class _Descent:
         ]
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         if midway is not None:
-            self._remember(midway.tensors)
+            self._load_optimizer(midway.tensors)
 
     def run(
         self,
@@ -177,21 +177,21 @@ class _Descent:
         on_step: Callable[[int, float], None],
         keep: Callable[[FitState], None] | None,
     ) -> None:
-        """All steps that are left, or those before the loss is no number."""
+        """All steps that are left, or those before the loss is not finite."""
         schedule = self._schedule
         every = max(1, -(-schedule.steps // CHECKS))
-        told = 0.0
+        last_loss = 0.0
         for step, index in enumerate(_batches(train, schedule), 1):
             if step <= self._start:
                 continue
             loss = self._step(step, index)
             last = step == schedule.steps
-            # Reading a number waits for the device.
+            # Reading a value waits for the device.
             if step % 10 == 1 or last:
-                told = float(loss.detach())
-                if not math.isfinite(told):
+                last_loss = float(loss.detach())
+                if not math.isfinite(last_loss):
                     return  # what was best so far is kept
-            on_step(step, told)
+            on_step(step, last_loss)
             if last or step % every == 0:
                 if self._norms:
                     estimate(self._norms, self._objective, train, schedule.batch_size)
@@ -222,7 +222,7 @@ class _Descent:
         norms = bool(self._norms)
         return FitState(step, self._before, self._best.error, norms, self._rates, tensors)
 
-    def _remember(self, tensors: Mapping[str, Tensor]) -> None:
+    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             if kind == "adam":
@@ -234,17 +234,17 @@ class _Descent:
 
 
 def _rates(parameters: Sequence[nn.Parameter]) -> list[float]:
-    """The size of each tensor: its rate, to be multiplied by a relative one."""
-    return [max(LEAST_SIZE, float(p.detach().float().square().mean().sqrt())) for p in parameters]
+    """The root mean square of each tensor: its learning rate, before the schedule's factor."""
+    return [max(MIN_RMS, float(p.detach().float().square().mean().sqrt())) for p in parameters]
 
 
 def _factor(step: int, schedule: Schedule) -> float:
-    """The rate of a step (from 1) as a share of the highest: warm-up, then half a cosine."""
-    warmup = WARMUP * schedule.steps
+    """The learning rate of a step (from 1) relative to the highest: warm-up, then half a cosine."""
+    warmup = WARMUP_RATIO * schedule.steps
     if step <= warmup:
         return step / (warmup + 1)
     done = (step - warmup) / max(1.0, schedule.steps - warmup)
-    return LAST_RATE + (1 - LAST_RATE) * half_cosine(done)
+    return MIN_LR_RATIO + (1 - MIN_LR_RATIO) * half_cosine(done)
 
 
 def _batches(train: Tensor, schedule: Schedule) -> Iterator[Tensor]:
@@ -294,11 +294,11 @@ class _Best:
                 tensor.copy_(midway.tensors[f"best/{i}"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """The best state, for one that goes on."""
+        """The best state, to resume from."""
         return {f"best/{i}": tensor for i, tensor in enumerate(self._state)}
 
     def consider(self) -> bool:
-        """Measures the present state, keeps it if it is better, and says so."""
+        """Measures the present state and keeps it if it is better; returns whether it is."""
         error = self._measure()
         better = error < self.error  # false for NaN
         if better:

@@ -1,10 +1,10 @@
-"""Second statistics of what every weight reads and of the gradient of what it writes.
+"""Second moments of the inputs of every weight and of the gradients of its outputs.
 
-Products with a weight are watched where they happen, below all modules: in the forward pass the
-other factor of a product is what the weight reads, in the backward pass it is the gradient of
-what the weight wrote. So fused projections, functional attention and convolutions are all seen,
-whatever module calls them. The loss is the model's own: the log-likelihood of a class drawn from
-its answer, so no label is needed, and the statistics are those of the Fisher matrix.
+Products with a weight are intercepted below all modules: in the forward pass the other factor of a
+product is the weight's input, in the backward pass the gradient of its output. So fused
+projections, functional attention and convolutions are all seen, whatever module calls them. The
+loss is the model's own: the log-likelihood of a class drawn from its output, so no label is needed,
+and the statistics are those of the Fisher matrix.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def gather_statistics(
     placement = Placement.choose(model, pick_device(device), "off")
     placement.place(model)
     # Alternate batches are the two halves. A batch can't be halved itself: nn.MultiheadAttention
-    # has tokens before images, so that nothing tells whose rows are whose.
+    # has tokens before images, which leaves the rows of an image unmarked.
     count = len(data)  # type: ignore[arg-type]
     batches = 2 * max(1, -(-count // (2 * batch_size)))
     loader = Loader(
@@ -125,9 +125,9 @@ def gather_statistics(
             model.requires_grad_(False)
             for i, part in enumerate(parts):
                 whole = len(parts) * loader.images
-                tell = functools.partial(_told, on_images, i * loader.images, whole)
+                report = functools.partial(_report_progress, on_images, i * loader.images, whole)
                 watch = _Watch(model, part)
-                counts, skipped = _one_pass(model, loader, watch, placement, seed, tell)
+                counts, skipped = _one_pass(model, loader, watch, placement, seed, report)
                 _finish(watch.sums, counts, metrics, ridges)
     finally:
         loader.close()
@@ -162,15 +162,17 @@ def _parts(model: nn.Module, weights: Mapping[str, bool], memory: int) -> list[d
     return parts
 
 
-def _told(tell: Callable[[int, int], None] | None, before: int, whole: int, done: int) -> None:
+def _report_progress(
+    on_images: Callable[[int, int], None] | None, before: int, whole: int, done: int
+) -> None:
     """Progress of one of several passes, as that of all."""
-    if tell is not None:
-        tell(before + done, whole)
+    if on_images is not None:
+        on_images(before + done, whole)
 
 
 def _one_pass(
     model: nn.Module, loader: Loader, watch: _Watch, placement: Placement, seed: int,
-    tell: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> tuple[list[int], int]:  # fmt: skip
     """Sums up over all images; how many there were in each half, and how many were unreadable."""
     generator = torch.Generator().manual_seed(seed)
@@ -181,7 +183,7 @@ def _one_pass(
             watch.half = 1 - watch.half
             counts[watch.half] += len(batch.images)
             _one_batch(model, placement.images(batch.images), watch, generator)
-        tell(sum(counts))
+        report(sum(counts))
     return counts, skipped
 
 
@@ -296,7 +298,7 @@ def _finish(
         # Of one image alone, both halves are the same, and the ridge is the least there is.
         halves = [h for h in (0, 1) if s.right.rows[h] and s.left.rows[h]]
         if not halves:
-            continue  # what it writes reaches no answer, or it was never used
+            continue  # what it writes reaches no output, or it was never used
         right, first = _shrunk(s.right, halves, s.right.rows)
         left, second = _shrunk(s.left, halves, counts)
         metrics[name] = _scaled(KfacMetric(left, right), float(s.energy) / sum(counts))
@@ -313,7 +315,7 @@ def _shrunk(
 
 
 def _scaled(metric: KfacMetric, energy: float) -> KfacMetric:
-    """The metric with the costs that the gradients of a convolution's weight tell of.
+    """The metric scaled to the costs that the gradients of a convolution's weight show.
 
     K-FAC takes the places of an image to be independent. A convolution's are not: its costs came
     out four to six times too low, and too much was taken from convolutions where a model has

@@ -45,13 +45,13 @@ def tapped(run: Callable[[list[Tensor]], Any], modules: Sequence[nn.Module]) -> 
     return outputs
 
 
-def seen(outputs: Outputs, lenses: Sequence[OutputMetric | None]) -> Outputs:
-    """The same outputs through lenses, where there are any."""
+def weighted(outputs: Outputs, metrics: Sequence[OutputMetric | None]) -> Outputs:
+    """The same outputs mapped by their output metrics, where there are any."""
 
     def through(tensors: list[Tensor]) -> list[Tensor]:
         return [
-            output if lens is None else lens(output)
-            for output, lens in zip(outputs(tensors), lenses, strict=True)
+            output if metric is None else metric(output)
+            for output, metric in zip(outputs(tensors), metrics, strict=True)
         ]
 
     return through
@@ -112,7 +112,7 @@ class SpanObjective:
 
 @dataclass
 class JointObjective:
-    """The distance of the answers, plus the mean error of all units in the loss.
+    """The distance of the outputs, plus the mean error of all units in the loss.
 
     Args:
         model: the student.
@@ -143,18 +143,20 @@ class JointObjective:
         """The loss of these images."""
         taps = bool(self.energies)
         with torch.no_grad():
-            targets, wanted = self._tapped(self.teacher, self.teacher_units if taps else (), index)
-        outputs, given = self._tapped(self.model, self.units if taps else (), index)
-        loss = output_distance(given, wanted, self.model)
+            targets, expected = self._tapped(
+                self.teacher, self.teacher_units if taps else (), index
+            )
+        outputs, found = self._tapped(self.model, self.units if taps else (), index)
+        loss = output_distance(found, expected, self.model)
         if taps:
             loss = loss + torch.stack(relative_errors(outputs, targets, self.energies)).mean()
         return loss
 
     def error(self, index: Tensor) -> float:
-        """The distance of these images' answers alone."""
-        _, wanted = self._tapped(self.teacher, (), index)
-        _, given = self._tapped(self.model, (), index)
-        return float(output_distance(given, wanted, self.model))
+        """The distance of the model's outputs on these images alone."""
+        _, expected = self._tapped(self.teacher, (), index)
+        _, found = self._tapped(self.model, (), index)
+        return float(output_distance(found, expected, self.model))
 
     def run(self, index: Tensor) -> None:
         """Runs the student."""
@@ -172,7 +174,7 @@ class JointObjective:
     def _tapped(
         self, model: nn.Module, units: Sequence[nn.Module], index: Tensor
     ) -> tuple[list[Tensor], Any]:
-        # Taken anew for each model, which may write into its input.
+        # Taken again for each model, which may write into its input.
         images = take(self.images, index, self.placement)
         with self.placement.autocast():
             return run_tapped(lambda: model(images), units, stop=False)

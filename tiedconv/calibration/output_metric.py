@@ -1,10 +1,10 @@
-"""What of a unit's output matters to the answers: its error is measured in that direction.
+"""Which errors of a unit's output matter to the model's output, by the gradients that reach it.
 
 A plain distance counts all tokens and channels alike, though a classifier may read one token and
 a norm may drown most channels. So errors are weighted by the second statistics of the gradient that
 comes back to the output: a weight for each place (token or pixel) and a matrix over channels. With
-the class drawn from the model's own answer this is a Kronecker form of the Fisher matrix there,
-as `statistics` has it for weights, and again no label is needed.
+the class drawn from the model's own prediction this is a Kronecker form of the Fisher matrix there,
+as `kfac_statistics` has it for weights, and again no label is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tiedconv.training.losses import logits_of
 from tiedconv.training.objective import first_tensor
 
 RIDGE = 0.1
-"""Share of plain distance that stays in each side: gradients are local, errors are not."""
+"""Fraction of plain distance that stays in each side: gradients are local, errors are not."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,19 @@ class OutputMetric:
     first: bool
 
     def __call__(self, output: Tensor) -> Tensor:
-        """The output `(B, ...)` seen through the lens, `(B, places, channels)`."""
+        """The output `(B, ...)` mapped to `(B, places, channels)`."""
         rows = _rows(output.float(), self.first)
         return (rows * self.places) @ self.channels
 
 
-def measure_lenses(
+def measure_output_metrics(
     model: nn.Module,
     units: Sequence[nn.Module],
     batches: Iterable[Tensor],
     placement: Placement,
     seed: int,
 ) -> list[OutputMetric | None]:
-    """A lens for each unit of the original model; None where no gradient comes back.
+    """A metric for each unit of the original model; None where no gradient comes back.
 
     Args:
         model: in evaluation mode, its parameters without gradients.
@@ -83,7 +83,7 @@ def measure_lenses(
                 handle.remove()
             model.requires_grad_(False)
         if not torch.isfinite(logits_of(output)).all():
-            return [None] * len(units)  # who fits will say so
+            return [None] * len(units)  # the fit raises the error
         loss = drawn_loss(output, model, generator)
         known = [i for i, unit in enumerate(units) if id(unit) in outputs]
         if not known:
@@ -98,7 +98,7 @@ def measure_lenses(
                 before = sums[i]
                 sums[i] = part if before is None else (before[0] + part[0], before[1] + part[1])
     return [
-        None if total is None else _lens(*total, is_map)
+        None if total is None else _output_metric(*total, is_map)
         for total, is_map in zip(sums, first, strict=True)
     ]
 
@@ -115,7 +115,7 @@ def forward_with_grad(model: nn.Module, images: Tensor) -> Tensor:
     return images
 
 
-def _lens(places: Tensor, channels: Tensor, first: bool) -> OutputMetric | None:
+def _output_metric(places: Tensor, channels: Tensor, first: bool) -> OutputMetric | None:
     if not float(places.sum()) > 0 or not torch.isfinite(channels).all():
         return None
     weights = (1 - RIDGE) * places / places.mean() + RIDGE

@@ -1,6 +1,6 @@
-"""How a model calls its modules, learnt from two probing forwards.
+"""How a model calls its modules, recorded in two probing forward passes.
 
-Two batches of different sizes tell which arguments of a module hold one entry for each image
+Two batches of different sizes show which arguments of a module hold one entry for each image
 and which are constants. A module whose call can't be made again from these is not replayable.
 """
 
@@ -98,7 +98,7 @@ class Probe:
         link: list[int] = []
         for place in self.calls[then].batched:
             same = (b.leaves[place], b.versions[place])
-            # The version tells whether anything was written into the tensor in between.
+            # The version shows whether anything was written into the tensor in between.
             match [n for tensor, version, n in sources if tensor is same[0] and version == same[1]]:
                 case [n, *_]:
                     link.append(n)

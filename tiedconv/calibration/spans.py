@@ -1,4 +1,4 @@
-"""Units: the modules that are fitted to their originals; spans: units that share numbers.
+"""Units: the modules that are fitted to their originals; spans: units that share parameters.
 
 The unit of a converted weight is its residual block, found by names and confirmed by the probe:
 
@@ -63,7 +63,7 @@ class Span:
 def find_spans(model: nn.Module, plan: Plan, probe: Probe) -> list[Span]:
     """The spans of a model, in order of execution.
 
-    Units that share a stored number are fitted jointly, with all units between them.
+    Units that share a stored parameter are fitted jointly, with all units between them.
 
     Args:
         model: the original.
@@ -79,7 +79,7 @@ def find_spans(model: nn.Module, plan: Plan, probe: Probe) -> list[Span]:
     for start, stop in _intervals(len(units), list(owners.values())):
         names = tuple(units[start:stop])
         links = tuple(probe.link(a, b) for a, b in itertools.pairwise(names))
-        # A span that is run from the images leaves no stream behind to go on from.
+        # A span that is run from the images leaves no stream to continue from.
         chained = bool(spans) and spans[-1].chained and None not in links
         entry = probe.link(units[start - 1], units[start]) if chained else None
         around = "" if None not in links else _around(names, probe)
@@ -148,7 +148,7 @@ def _matrices(module: nn.Module) -> int:
 
 
 def _owners(model: nn.Module, plan: Plan, units: Sequence[str]) -> dict[object, set[int]]:
-    """Each number's place (a factor's name, a parameter's id) to the units that read it."""
+    """Each parameter (a factor's name, a parameter's id) to the units that read it."""
     found: dict[object, set[int]] = {}
     first = {**{n: n for n in plan.weights}, **plan.aliases}
     for n, unit in enumerate(units):

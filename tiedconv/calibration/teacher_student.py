@@ -1,4 +1,4 @@
-"""A tied model and its original side by side: which modules answer each other."""
+"""A tied model and its original side by side: which modules correspond."""
 
 from __future__ import annotations
 

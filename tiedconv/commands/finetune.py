@@ -341,7 +341,7 @@ def _label_use(request: FinetuneRequest) -> Labels:
             "Use --distill 1 with a teacher, or leave --unlabelled out",
             code="unlabelled-needs-distillation",
         )
-    return "ignored" if request.unlabelled else "if any" if distilled else "needed"
+    return "ignore" if request.unlabelled else "optional" if distilled else "required"
 
 
 def _required_teacher(work: _Work, data: str | Path) -> nn.Module:

@@ -20,20 +20,20 @@ class Objects:
         boxes: left, top, width, height in pixels of the image, shape (M, 4).
         classes: for each an index into `names`, shape (M,).
         areas: in pixels, of the outline where there is one, shape (M,).
-        crowds: 1 for a box around several objects at once, which no single box can find, (M,).
+        iscrowd: 1 for a box around several objects at once, which no single box can find, (M,).
         sizes: width and height of each image, shape (N, 2).
         names: of the classes.
-        numbers: what the data set calls each class, shape (C,).
+        category_ids: the data set's own ids of the classes, shape (C,).
     """
 
     starts: Ints
     boxes: Floats
     classes: Ints
     areas: Floats
-    crowds: Ints
+    iscrowd: Ints
     sizes: Ints
     names: tuple[str, ...]
-    numbers: tuple[int, ...]
+    category_ids: tuple[int, ...]
 
     def of(self, image: int) -> slice:
         """Where in the arrays the objects of an image are."""

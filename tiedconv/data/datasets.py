@@ -89,7 +89,7 @@ class ImageList(Dataset[Sample | Broken]):
         return self.images.label(index)
 
     def as_uint8(self) -> tuple[ImageList, Normalization] | None:
-        """The same images as uint8, and what then makes the transform's numbers of them.
+        """The same images as uint8, and the normalization that completes the transform.
 
         None for a transform that is not one of `train_transform`.
         """
@@ -116,7 +116,7 @@ _DECODING_ERRORS = (
 def _reason(error: Exception) -> str:
     """An error in one line."""
     if type(error).__name__ == "UnidentifiedImageError":
-        return "it is no image that Pillow knows"  # Pillow would tell an address in memory
+        return "not an image that Pillow can identify"  # Pillow would show a memory address
     text = str(error).strip()
     return text.splitlines()[0] if text else repr(error)
 
@@ -143,16 +143,16 @@ class TensorList(Dataset[Sample]):
 
     Args:
         images: shape (N, C, H, W), uint8 (scaled to 0..1 when read) or floating point.
-        labels: shape (N,), whole numbers.
-        mean: one number per channel to subtract; None leaves the values as they are.
-        std: one number per channel to divide by; goes with `mean`.
+        labels: shape (N,), integers.
+        mean: one value per channel to subtract; None leaves the values as they are.
+        std: one value per channel to divide by; goes with `mean`.
         augment: "none", "flip", "shift" or "crop", as in `train_transform`; a shift fills the
             border with zeros, before normalising.
         erasing: probability that a random rectangle is set to the mean, as in `train_transform`.
 
     Raises:
         DataError: shapes that don't belong together.
-        UserError: an augmentation that needs image files, or an `erasing` that is no probability.
+        UserError: an augmentation that needs image files, or an `erasing` outside 0 to 1.
     """
 
     in_memory = True
@@ -215,9 +215,9 @@ class TensorList(Dataset[Sample]):
         return images, self.labels[where]
 
     def as_uint8(self) -> tuple[TensorList, Normalization] | None:
-        """The same images as uint8, and what then makes numbers of them.
+        """The same images as uint8, and the normalization to apply afterwards.
 
-        None if they are numbers already, or something is erased of the normalised ones.
+        None if they are floating point already, or normalised images have rectangles erased.
         """
         if self.images.dtype != torch.uint8 or self.erasing:
             return None
@@ -263,11 +263,11 @@ def _erased(
     """Sets a rectangle of some images (B, C, H, W) to 0; `draws` (B, 5) are uniform in [0, 1)."""
     height, width = images.shape[2:]
     chosen, area, ratio, top, left = draws.T
-    share = ERASED_AREA[0] + area * (ERASED_AREA[1] - ERASED_AREA[0])
+    fraction = ERASED_AREA[0] + area * (ERASED_AREA[1] - ERASED_AREA[0])
     shape = np.exp(np.log(ERASED_RATIO[0]) + ratio * np.log(ERASED_RATIO[1] / ERASED_RATIO[0]))
     # A patch longer than the image is cut off at its length.
-    rows = np.clip(np.round(np.sqrt(share * shape) * height), 1, height)
-    columns = np.clip(np.round(np.sqrt(share / shape) * width), 1, width)
+    rows = np.clip(np.round(np.sqrt(fraction * shape) * height), 1, height)
+    columns = np.clip(np.round(np.sqrt(fraction / shape) * width), 1, width)
     inside = _between(np.floor(top * (height - rows + 1)), rows, height)[:, :, None]
     inside = inside & _between(np.floor(left * (width - columns + 1)), columns, width)[:, None, :]
     erased = torch.from_numpy(inside & (chosen < probability)[:, None, None])

@@ -17,7 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".
 _NAMES = 1000  # that a digest reads, of a million images
 
 MAX_CLASSES = 1_000_000
-"""A larger label is no class number but something else, such as a time."""
+"""A larger label is not a class index but something else, such as a time."""
 
 
 class Store(Protocol):
@@ -85,7 +85,7 @@ class Images:
         return 0 if self.labels is None else int(self.labels[index])
 
     def digest(self) -> str:
-        """SHA-256 that tells data sets apart: which images, their labels, some of their names."""
+        """SHA-256 that identifies a data set: which images, their labels, some of their names."""
         found = hashlib.sha256(self.places.tobytes())
         for label in () if self.labels is None else (self.labels,):
             found.update(label.tobytes())
@@ -100,5 +100,5 @@ class Images:
         return replace(self, places=self.places[which], labels=labels)
 
     def unlabelled(self) -> Images:
-        """The same images, their labels forgotten."""
+        """The same images without their labels."""
         return replace(self, labels=None, classes=())

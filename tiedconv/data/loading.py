@@ -1,8 +1,8 @@
 """Batches from a data set, read by worker processes, in an order that depends on the seed only.
 
-The sampler runs in the main process and sends *tickets*, each an index with its own seed. A
+The sampler runs in the main process and sends keys, each an index with its own seed. A
 worker seeds torch's generator with it before the transform runs. So the same epoch gives the
-same tensors whatever the number of workers is, and workers can live on from epoch to epoch.
+same tensors whatever the number of workers is, and workers stay alive from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -128,14 +128,14 @@ class Loader:
     def _open(self) -> DataLoader[Batch]:
         workers = self._workers
         return DataLoader(
-            _Tickets(self._data),
+            _BatchReader(self._data),
             batch_sampler=self._sampler,
             collate_fn=_as_is,
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
             multiprocessing_context=_context() if workers else None,
-            # Page-locked memory is copied to the device while this process goes on.
+            # Page-locked memory is copied to the device while this process continues.
             pin_memory=self._device is not None and self._device.type == "cuda",
             # Its own generator: otherwise making an iterator draws from the global one.
             generator=torch.Generator(),
@@ -143,7 +143,7 @@ class Loader:
 
 
 class _EpochBatches(Sampler[list[SampleKey]]):
-    """Lists of tickets for one epoch after another."""
+    """Lists of keys for one epoch after another."""
 
     def __init__(
         self, count: int, batch_size: int, shuffle: bool, seed: int, part: tuple[int, int]
@@ -176,26 +176,26 @@ class _EpochBatches(Sampler[list[SampleKey]]):
             yield list(zip(own.tolist(), seeds[own].tolist(), strict=True))
 
 
-class _Tickets(Dataset[Batch]):
-    """Reads whole batches from lists of tickets; runs in the worker."""
+class _BatchReader(Dataset[Batch]):
+    """Reads batches from lists of keys; runs in the worker."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data = data
 
-    def __getitem__(self, ticket: SampleKey) -> Batch:
-        return self.__getitems__([ticket])
+    def __getitem__(self, key: SampleKey) -> Batch:
+        return self.__getitems__([key])
 
-    def __getitems__(self, tickets: list[SampleKey]) -> Batch:
+    def __getitems__(self, keys: list[SampleKey]) -> Batch:
         # Errors travel as values: a DataLoader would bury the message in a traceback's text.
         try:
-            return self._read(tickets)
+            return self._read(keys)
         except TiedconvError as error:
             return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), (), error)
 
-    def _read(self, tickets: list[SampleKey]) -> Batch:
+    def _read(self, keys: list[SampleKey]) -> Batch:
         read_batch = getattr(self.data, "read_batch", None)
-        if read_batch is not None and tickets:  # a process may have no image in a last batch
-            return Batch(*read_batch(*zip(*tickets, strict=True)))
+        if read_batch is not None and keys:  # a process may have no image in a last batch
+            return Batch(*read_batch(*zip(*keys, strict=True)))
         images: list[Tensor] = []
         labels: list[int] = []
         broken: list[str] = []
@@ -203,7 +203,7 @@ class _Tickets(Dataset[Batch]):
         # CPU's is touched: torch.manual_seed would also queue seeds for devices, slowly.
         before = torch.get_rng_state()
         try:
-            for index, seed in tickets:
+            for index, seed in keys:
                 torch.default_generator.manual_seed(seed)
                 sample = self.data[index]
                 if isinstance(sample, Broken):
@@ -236,7 +236,7 @@ def _context() -> Any:
 
     torch has threads, and a fork of a process with threads may hang (Python 3.12 warns of it).
     A fork server is a clean process that imports once and then forks fast. Where there is none
-    (Windows), each worker starts anew. Either way a script needs the usual
+    (Windows), each worker starts from scratch. Either way a script needs the usual
     `if __name__ == "__main__":`.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():

@@ -1,7 +1,7 @@
-"""Bytes to the numbers that a model takes, on whichever device the bytes are.
+"""uint8 images to the values that a model takes, on the device where they are.
 
-A byte is a quarter of a number. So a loader has its readers give bytes wherever the data set can
-(`as_uint8`), and normalises a whole batch on the device where it is needed.
+A byte takes a quarter of a float32. So a loader's workers send bytes wherever the data set can give
+them (`as_uint8`), and a whole batch is normalised on the device where it is needed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Normalization:
     """What is left to do to an image of bytes: `(x / 255 - mean) / std`.
 
     Args:
-        mean: one number per channel, or None for no subtraction.
-        std: one number per channel, or None for no division.
+        mean: one value per channel, or None for no subtraction.
+        std: one value per channel, or None for no division.
     """
 
     mean: tuple[float, ...] | None = None
@@ -33,7 +33,7 @@ class Normalization:
         return self.to_unit(values.div_(255))
 
     def to_unit(self, values: Tensor) -> Tensor:
-        """The same for numbers (..., C, H, W) that need no scaling; they may be overwritten."""
+        """The same for values (..., C, H, W) that are scaled already; they may be overwritten."""
         if self.mean is not None:
             values.sub_(_columns(self.mean, values.device))
         if self.std is not None:
@@ -42,7 +42,7 @@ class Normalization:
 
 
 def as_uint8(data: Dataset[Any]) -> tuple[Dataset[Any], Normalization | None]:
-    """A data set that gives bytes, and what then makes numbers of them.
+    """A data set that gives bytes, and the normalization to apply to them.
 
     A data set says so itself, by a method `as_uint8()` that returns such a pair, or None if it
     can't. Any other is returned as it is, with None.

@@ -12,8 +12,8 @@ from tiedconv.data.layouts._base import listed
 from tiedconv.data.splitting import hold_out, limited, some_of
 from tiedconv.errors import DataError, UserError
 
-Labels = Literal["needed", "if any", "ignored"]
-"""What to do about labels: an error without them, take them as they are, or don't look."""
+Labels = Literal["required", "optional", "ignore"]
+"""Labels: an error without them, used where there are any, or never read."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ def open_split(
     val_fraction: float = 0.1,
     seed: int = 0,
     limit: int | None = None,
-    labels: Labels = "needed",
+    labels: Labels = "required",
 ) -> Split:
     """Finds training and validation images.
 
     Args:
         spec: a folder of images, a folder or pattern of tar shards, or `hf:` with the name or
             folder of a Hugging Face data set.
-        val_fraction: share of each class to hold out where there is no part to evaluate on.
+        val_fraction: fraction of each class to hold out where there is no part to evaluate on.
         seed: decides which images are held out, and which ones `limit` keeps.
-        limit: at most so many images in each of the two parts, spread evenly over the classes.
-        labels: whether images without labels will do.
+        limit: maximum number of images in each of the two parts, spread evenly over the classes.
+        labels: whether labels are required, optional or ignored.
 
     Raises:
         DataError: no images, no labels though they are needed, or parts with different classes.
@@ -68,7 +68,7 @@ def open_split(
     """
     if not 0 < val_fraction < 1:
         raise UserError(
-            f"The held-out share is {val_fraction}",
+            f"The held-out fraction is {val_fraction}",
             hint="Choose a number between 0 and 1",
             code="invalid-val-fraction",
         )
@@ -99,14 +99,14 @@ def open_images(spec: str | Path, *, seed: int = 0, limit: int | None = None) ->
     Args:
         spec: as for `open_split`.
         seed: decides which images `limit` keeps.
-        limit: at most so many images, spread evenly over the classes.
+        limit: maximum number of images, spread evenly over the classes.
 
     Raises:
         DataError: no images, images without labels, or only a part to train on.
         MissingExtra: the layout needs an optional package.
     """
     _check_limit(limit)
-    layout, parts = _parts(spec, "needed")
+    layout, parts = _parts(spec, "required")
     part = parts.whole or parts.val
     if part is None:
         raise DataError(
@@ -116,7 +116,7 @@ def open_images(spec: str | Path, *, seed: int = 0, limit: int | None = None) ->
             code="no-validation-part",
         )
     images = part()
-    _check_labels(images, spec, layout, "needed")
+    _check_labels(images, spec, layout, "required")
     return limited(images, limit, seed)
 
 
@@ -125,7 +125,7 @@ def open_unlabelled(spec: str | Path, *, count: int, seed: int = 0) -> Images:
 
     Args:
         spec: as for `open_split`; in a folder, images may lie at any depth.
-        count: at most so many.
+        count: maximum number of images.
         seed: decides which.
 
     Returns:
@@ -142,7 +142,7 @@ def open_unlabelled(spec: str | Path, *, count: int, seed: int = 0) -> Images:
             hint="Use 2 or more",
             code="too-few-images",
         )
-    _, parts = _parts(spec, "ignored")
+    _, parts = _parts(spec, "ignore")
     part = parts.whole or parts.train or parts.val
     assert part is not None  # a data set has at least one part
     return some_of(part().unlabelled(), count, seed)
@@ -150,7 +150,7 @@ def open_unlabelled(spec: str | Path, *, count: int, seed: int = 0) -> Images:
 
 def _parts(spec: str | Path, labels: Labels) -> tuple[Layout, Parts]:
     layout = layout_of(str(spec))
-    return layout, layout.parts(str(spec), labels=labels != "ignored")
+    return layout, layout.parts(str(spec), labels=labels != "ignore")
 
 
 def _check_limit(limit: int | None) -> None:
@@ -161,7 +161,7 @@ def _check_limit(limit: int | None) -> None:
 
 
 def _check_labels(images: Images, spec: str | Path, layout: Layout, labels: Labels) -> None:
-    if labels == "needed" and images.labels is None and images.objects is None:
+    if labels == "required" and images.labels is None and images.objects is None:
         raise DataError(
             f"The images of {spec} have no labels (no {layout.labels_from})",
             "Nothing says what they show",
@@ -177,14 +177,14 @@ def _matched(train: Images, val: Images) -> tuple[Images, Images]:
         DataError: their classes differ.
     """
     if train.objects is not None and val.objects is not None:
-        known = dict(zip(train.objects.numbers, train.objects.names, strict=True))
-        found = dict(zip(val.objects.numbers, val.objects.names, strict=True))
+        known = dict(zip(train.objects.category_ids, train.objects.names, strict=True))
+        found = dict(zip(val.objects.category_ids, val.objects.names, strict=True))
         if known != found:
             odd = sorted(set(known.items()) ^ set(found.items()))
             raise DataError(
                 "The categories of training and validation differ: only one of them has "
                 f"{listed(f'{number} ({name})' for number, name in odd)}",
-                "The model would be scored for other classes than it is taught",
+                "The model would be evaluated on other classes than it is trained on",
                 "Give both JSON files the same list of categories",
                 code="classes-differ",
             )
@@ -194,7 +194,7 @@ def _matched(train: Images, val: Images) -> tuple[Images, Images]:
         return train, val
     longer = max(train.classes, val.classes, key=len)
     if all(_are_numbers(images.classes) for images in (train, val)):
-        # Nobody named the classes: one part just has no image of the last few.
+        # The classes have no names: one part just lacks images of the last few.
         return replace(train, classes=longer), replace(val, classes=longer)
     only_train = sorted(set(train.classes) - set(val.classes))
     only_val = sorted(set(val.classes) - set(train.classes))

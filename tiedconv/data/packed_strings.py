@@ -1,4 +1,4 @@
-"""Very many short texts in little memory."""
+"""A sequence of many short strings in little memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 class Names(Sequence[str]):
     """File names, in about their own bytes and eight more each.
 
-    A million of them as Python's strings would take a hundred megabytes, in each reading process
-    again. Names that are not valid text, which file systems allow, are kept as they are.
+    A million of them as Python's strings would take a hundred megabytes, in each worker
+    process. Names that are not valid text, which file systems allow, are kept as they are.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:

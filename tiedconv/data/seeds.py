@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on who draws them first.
+"""Random numbers that depend on what they are for, not on the order of drawing.
 
 Every seed is mixed from (seed, epoch, index). So neither the number of worker processes nor a
 resume changes an augmentation or an order.
@@ -33,7 +33,7 @@ def sample_seeds(seed: int, epoch: int, count: int) -> UInt64s:
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of one epoch, from 0 to 2**64 - 1; any whole numbers will do."""
+    """The seed of one epoch, from 0 to 2**64 - 1; any integers will do."""
     both = np.array([seed % 2**64, epoch % 2**64], dtype=np.uint64)
     first, second = mixed(both * _STEP + _STEP)
     return int(mixed(np.array([first ^ (second >> np.uint64(1))], dtype=np.uint64))[0])

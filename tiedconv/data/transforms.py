@@ -25,7 +25,7 @@ NEED_FILES = ("randaugment", "trivialaugment")
 """Those that work on decoded image files, not on tensors in memory."""
 
 ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)
-"""Least and most that random erasing takes: share of the image, height by width of the patch."""
+"""Ranges of random erasing: fraction of the image, height by width of the patch."""
 
 SMALL = 64
 """Up to this size in pixels an image is shifted; a larger one is cropped and resized."""
@@ -76,11 +76,10 @@ def check_erasing(erasing: float) -> None:
 class ImageTransform:
     """A PIL image in RGB to a normalised float32 tensor of shape (3, size, size).
 
-    An image that already has the model's size is not resized. What a shift moves in from beyond the
-    border is the image reflected: a black border would be news to most models (it moved the batch
-    norms of a ResNet so far that it lost two points of its 82 %). Random choices come from torch's
-    global generator, which the loader seeds for each sample. Without `normalise` the tensor is
-    uint8: pixels as they are.
+    An image that already has the model's size is not resized. A shift fills the border with the
+    image reflected: a black border is out of distribution for most models (it moved the batch norms
+    of a ResNet so far that it lost two points of its 82 %). Random choices come from torch's global
+    generator, which the loader seeds for each sample. Without `normalise` the tensor is uint8.
     """
 
     size: int
@@ -107,7 +106,7 @@ class ImageTransform:
 
     @property
     def normalisation(self) -> Normalization:
-        """What makes numbers of the pixels."""
+        """The normalization of the pixels."""
         return Normalization(self.mean, self.std)
 
     def as_uint8(self) -> ImageTransform:
@@ -141,7 +140,7 @@ def train_transform(
             mean colour (Zhong et al., arXiv 1708.04896).
 
     Raises:
-        UserError: an unknown augmentation, or an `erasing` that is no probability.
+        UserError: an unknown augmentation, or an `erasing` outside 0 to 1.
     """
     return ImageTransform(
         preprocess.size,
@@ -181,7 +180,7 @@ def _operations(spec: ImageTransform) -> tuple[Any, Any, Any]:
     if spec.augment == "trivialaugment":
         steps.append(v2.TrivialAugmentWide(interpolation=mode))
     # Of the pixels, so that images travel as bytes; the mean colour is theirs to half a step.
-    mean = [round(255 * share) for share in spec.mean]
+    mean = [round(255 * value) for value in spec.mean]
     erase = v2.RandomErasing(spec.erasing, ERASED_AREA, ERASED_RATIO, mean)
     return fit, v2.Compose(steps) if steps else _unchanged, erase if spec.erasing else _unchanged
 

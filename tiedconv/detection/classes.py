@@ -35,7 +35,7 @@ def class_map(model: nn.Module, objects: Objects, outputs: int) -> tuple[int, ..
         return by_name
     if count == len(objects.names):
         return tuple(range(count))
-    numbers = objects.numbers
+    numbers = objects.category_ids
     if min(numbers) >= 0 and max(numbers) < count and not any(map(_is_named, known.values())):
         return numbers
     spelled = {_plain(name) for name in known.values()}

@@ -167,7 +167,7 @@ def some_labels(objects: Objects, images: Tensor, classes: Tensor) -> list[dict[
     found: list[dict[str, Tensor]] = []
     for image in images.tolist():
         where = objects.of(image)
-        single = objects.crowds[where] == 0
+        single = objects.iscrowd[where] == 0
         boxes = torch.tensor(objects.boxes[where][single], dtype=torch.float64)
         kinds = torch.tensor(objects.classes[where][single], dtype=torch.int64)
         size = torch.tensor(objects.sizes[image], dtype=torch.float64)

@@ -61,7 +61,7 @@ def _truth(images: Sequence[int], objects: Objects) -> dict[str, Any]:
             "category_id": int(objects.classes[at]),
             "bbox": objects.boxes[at].tolist(),
             "area": float(objects.areas[at]),
-            "iscrowd": int(objects.crowds[at]),
+            "iscrowd": int(objects.iscrowd[at]),
         }
         for image in images
         for at in range(*objects.of(image).indices(len(objects)))

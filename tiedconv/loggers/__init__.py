@@ -1,4 +1,4 @@
-"""What a training leaves for those who watch it: a log, figures for TensorBoard, a picture.
+"""Records of a training: a log, scalars for TensorBoard, a picture.
 
 All of them listen to the events of `tiedconv.training`, and change nothing of the training.
 """

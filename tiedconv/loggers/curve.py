@@ -1,4 +1,4 @@
-"""The course of a training, in few enough numbers to draw and to keep beside its checkpoints."""
+"""The course of a training, in few enough points to draw and to keep beside its checkpoints."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Course:
                     for s, loss, lr, n in data["points"]
                 ],
                 [(int(e), int(s), float(loss)) for e, s, loss in data["epochs"]],
-                [(int(s), float(share)) for s, share in data["accuracies"]],
+                [(int(s), float(score)) for s, score in data["accuracies"]],
                 None if data["teacher"] is None else float(data["teacher"]),
                 max(1, int(data["width"])),
             )
@@ -174,10 +174,10 @@ class Curve(Watcher):
         for epoch in result.history:
             self._epoch(epoch["epoch"], epoch["step"], epoch["loss"], epoch[name])
 
-    def _epoch(self, epoch: int, step: int, loss: float, share: float | None) -> None:
+    def _epoch(self, epoch: int, step: int, loss: float, score: float | None) -> None:
         self.course.epochs.append((epoch, step, loss))
-        self._score(step, share)
+        self._score(step, score)
 
-    def _score(self, step: int, share: float | None) -> None:
-        if share is not None and math.isfinite(share):
-            self.course.accuracies.append((step, share))
+    def _score(self, step: int, score: float | None) -> None:
+        if score is not None and math.isfinite(score):
+            self.course.accuracies.append((step, score))

@@ -36,12 +36,12 @@ FORMAT = "tiedconv-log-1"
 class JsonLog(Watcher):
     """Writes what happens to a file of JSON lines.
 
-    A run that goes on appends to the log of its first part, of which what lies beyond the step it
-    goes on from is dropped: a reader finds each step once, and `seconds` without the pause.
+    A resumed run appends to the log of its first part; lines beyond the step that it resumes from
+    are dropped. So each step is there once, and `seconds` leave out the pause.
 
     Args:
         path: of the log.
-        output: the file that the training makes, which tells one run's log from another's.
+        output: the file that the training makes, which identifies the run.
     """
 
     def __init__(self, path: Path, output: Path) -> None:
@@ -117,7 +117,7 @@ class JsonLog(Watcher):
             case Skipped(count, example):
                 self._write("skipped", count=count, example=example)
             case _:
-                pass  # an evaluation's progress is for those who wait for it
+                pass  # an evaluation's progress is not logged
 
     def end(self, result: TrainResult) -> None:
         self._step = result.steps

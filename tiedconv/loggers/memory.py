@@ -1,4 +1,4 @@
-"""How much memory this process takes."""
+"""Memory that this process uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STATM = Path("/proc/self/statm")
 def memory_in_use() -> int | None:
     """Bytes: the most that CUDA tensors took so far, else what is resident; None if not known.
 
-    Where the system tells no present figure, it is the most that was ever resident.
+    Where the system reports no present figure, it is the most that was ever resident.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         devices = range(torch.cuda.device_count())

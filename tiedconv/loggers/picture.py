@@ -47,7 +47,7 @@ def draw(course: Course, run: Run, path: Path, *, force: bool = False) -> None:
 
 
 def _title(figure: Any, run: Run) -> None:
-    share = 100 * run.stored / max(1, run.original)
+    percent = 100 * run.stored / max(1, run.original)
     # Two texts in one title: the layout makes room for it.
     figure.suptitle(
         f"{_shortened(run.model)}, {run.scheme}\n", x=0.012, ha="left", fontsize=13,
@@ -55,7 +55,7 @@ def _title(figure: Any, run: Run) -> None:
     )  # fmt: skip
     figure.text(
         0.012, 0.945 if len(figure.axes) > 1 else 0.918,
-        f"{run.stored:,} of {run.original:,} parameters stored ({share:.1f} %), trained on "
+        f"{run.stored:,} of {run.original:,} parameters stored ({percent:.1f} %), trained on "
         f"{run.start.images:,} images",
         ha="left", va="top", fontsize=10, color=GREY,
     )  # fmt: skip
@@ -90,7 +90,7 @@ def _losses(axis: Any, course: Course) -> None:
 def _rates(axis: Any, points: Sequence[Point]) -> None:
     """The learning rate, faint and without a scale of its own: its shape and its highest value."""
     known = [p for p in points if math.isfinite(p.lr)]
-    # It is reported once for several steps, and is that of the last of them.
+    # It is reported once for several steps, as that of the last of them.
     points = known[:1] + [p for p, q in pairwise([*known, None]) if p and (not q or p.lr != q.lr)]
     rates = [p.lr for p in points]
     highest = max(rates, default=0)
@@ -123,13 +123,13 @@ def _loss_range(axis: Any, losses: Sequence[float], smooth: Sequence[float]) -> 
 
 def _accuracies(axis: Any, course: Course, name: str) -> None:
     steps = [step for step, _ in course.accuracies]
-    shares = [100 * share for _, share in course.accuracies]
+    scores = [100 * score for _, score in course.accuracies]
     marks = {"marker": "o", "ms": 5} if len(steps) <= MARKED else {}
-    axis.plot(steps, shares, color=SCORE, lw=1.8, zorder=3, clip_on=False, **marks)
+    axis.plot(steps, scores, color=SCORE, lw=1.8, zorder=3, clip_on=False, **marks)
     axis.set_ylabel(name)
-    before, after = shares[0] if steps[0] == 0 else None, shares[-1]
-    taught = [] if course.teacher is None else [100 * course.teacher]
-    low, high = min(shares + taught), max(shares + taught)
+    before, after = scores[0] if steps[0] == 0 else None, scores[-1]
+    goals = [] if course.teacher is None else [100 * course.teacher]
+    low, high = min(scores + goals), max(scores + goals)
     room = max(0.2 * (high - low), 1.0)
     axis.set_ylim(low - room, high + room)
     axis.set_yticks([tick for tick in axis.get_yticks() if max(0, low - room) <= tick <= 100])
@@ -137,7 +137,7 @@ def _accuracies(axis: Any, course: Course, name: str) -> None:
     if before is not None:
         axis.axhline(before, color=GREY, lw=1, ls=(0, (4, 2)), zorder=2)
         _note(axis, steps[-1], before, f"before {before:.2f} %", GREY, not up)
-    for goal in taught:
+    for goal in goals:
         axis.axhline(goal, color=TEACHER, lw=1, ls=(0, (1, 2)), zorder=2)
         _note(axis, steps[0], goal, f"teacher {goal:.2f} %", TEACHER, True, "left")
     if before is None or len(steps) > 1:
@@ -146,11 +146,11 @@ def _accuracies(axis: Any, course: Course, name: str) -> None:
 
 
 def _note(
-    axis: Any, step: int, share: float, text: str, colour: str, above: bool, side: str = "right"
+    axis: Any, step: int, value: float, text: str, colour: str, above: bool, side: str = "right"
 ) -> None:  # fmt: skip
     """A figure at an end, above or below what it is of."""
     axis.annotate(
-        text, (step, share), (4, 7 if above else -7), textcoords="offset points", ha=side,
+        text, (step, value), (4, 7 if above else -7), textcoords="offset points", ha=side,
         va="bottom" if above else "top", color=colour, fontsize=10, fontweight="bold", zorder=5,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is written about a training while it runs, and that none of it can end the training."""
+"""Loggers of a training: each gets its events, and none can end it by failing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Run:
 
 
 class Watcher:
-    """Somebody who writes down what training tells. Any of it may raise OSError."""
+    """Records the events of a training. Any method may raise OSError."""
 
     what = "record"
 
@@ -72,16 +72,16 @@ class Watcher:
 
 
 class Watchers:
-    """Passes events on to watchers; one that fails is reported once and then left out.
+    """Passes events on to watchers; one that fails is reported once and then skipped.
 
-    Whether a run goes on from a checkpoint is known only after its first event, so they begin
+    Whether a run resumes from a checkpoint is known only after its first event, so they begin
     with the second.
 
     Args:
-        watchers: whom to pass on to.
+        watchers: get the events.
         report: of the file that is trained; called when the run begins.
         settings: to be noted of the run.
-        tell: called with a line about a watcher that fails.
+        warn: called with a line about a watcher that fails.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Watchers:
         watchers: list[Watcher],
         report: Callable[[], Report],
         settings: Mapping[str, Any],
-        tell: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
-        self.watchers, self._report, self._settings, self._tell = watchers, report, settings, tell
+        self.watchers, self._report, self._settings, self._warn = watchers, report, settings, warn
         self._start: Start | None = None
         self._begun = False
 
@@ -137,6 +137,6 @@ class Watchers:
                 with contextlib.suppress(OSError):
                     watcher.close(None)
                 reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
-                self._tell(
-                    f"{watcher.what} can't be written: {reason}. The rest goes on without it."
+                self._warn(
+                    f"{watcher.what} can't be written: {reason}. The run continues without it."
                 )

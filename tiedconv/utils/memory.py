@@ -6,7 +6,7 @@ import sys
 
 
 def peak_rss() -> int | None:
-    """The most bytes that were ever resident; None where the system does not tell."""
+    """The most bytes that were ever resident; None where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""Pictures, written whole or not at all."""
+"""Pictures, written atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_picture(path: Path, *, force: bool = False, option: str = "-o") -> Non
     """Raise OutputError, before any work, if no picture can be written to `path`."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise OutputError(
-            f"{path} names no kind of picture",
+            f"{path} has no suffix of a picture format",
             "Nothing was drawn",
             "Use .png, .svg or .pdf",
             code="unknown-picture-format",
@@ -41,7 +41,7 @@ def write_figure(figure: Any, path: Path, *, force: bool = False) -> None:
     Raises:
         OutputError: the file can't be written.
     """
-    # Drawn first, as that takes long: who is killed meanwhile leaves no part of a file.
+    # Drawn first, as that takes long: a kill meanwhile leaves no temporary file.
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=140, format=path.suffix[1:].lower())
     with replacing(path, force=force) as temporary:

@@ -27,7 +27,7 @@ _ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
 _LABEL_BYTES = 1 << 20
 _VERSION = 1
 """Of the cached file; another number makes older ones unused."""
-_TELL_SECONDS = 5.0
+_LOG_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def index_of(paths: Sequence[str], labels: bool, expected: str) -> Ints:
         if kept.dtype == np.int64 and kept.ndim == 2 and len(kept) == 4:
             return kept
     index = _read(paths, labels, expected)
-    with contextlib.suppress(OSError):  # without a cache it is read anew each time
+    with contextlib.suppress(OSError):  # without a cache it is read again each time
         place.parent.mkdir(parents=True, exist_ok=True)
         draft = place.with_name(f"{place.name}.{os.getpid()}")
         with open(draft, "wb") as file:
@@ -65,18 +65,18 @@ def index_of(paths: Sequence[str], labels: bool, expected: str) -> Ints:
 def _cache_file(paths: Sequence[str], labels: bool) -> Path:
     """A file in the user's cache, whose name changes when any of the shards does."""
     known = [(os.path.realpath(p), (at := os.stat(p)).st_size, at.st_mtime_ns) for p in paths]
-    told = hashlib.sha256(repr((_VERSION, labels, known)).encode("utf-8", "surrogateescape"))
+    key = hashlib.sha256(repr((_VERSION, labels, known)).encode("utf-8", "surrogateescape"))
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root, "tiedconv", "shards", f"{told.hexdigest()[:32]}.npy")
+    return Path(root, "tiedconv", "shards", f"{key.hexdigest()[:32]}.npy")
 
 
 def _read(paths: Sequence[str], labels: bool, expected: str) -> Ints:
     columns = [array("q") for _ in range(4)]
     known = columns[3]
-    told = time.monotonic()
+    logged = time.monotonic()
     for number, path in enumerate(paths):
-        if time.monotonic() - told >= _TELL_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - logged >= _LOG_SECONDS:
+            logged = time.monotonic()
             _log.info(
                 "Reading where the images lie, once: shard %d of %d", number + 1, len(paths)
             )  # fmt: skip
@@ -109,7 +109,7 @@ def _samples(path: str, labels: bool, expected: str) -> Iterator[tuple[str, int,
                     raise DataError(
                         f"The key {key} comes again later in {path}",
                         "Files of one sample must lie together, and keys must differ",
-                        "Write the shard anew, its files sorted by name (tar --sort=name)",
+                        "Write the shard again, its files sorted by name (tar --sort=name)",
                         code="duplicate-key",
                     )
                 seen.add(key)
@@ -122,7 +122,7 @@ def _samples(path: str, labels: bool, expected: str) -> Iterator[tuple[str, int,
         raise DataError(
             f"The file {what} is in {path} twice",
             "One of the two would be left out",
-            "Write the shard anew with different keys",
+            "Write the shard again with different keys",
             code="duplicate-key",
         ) from error
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -236,7 +236,7 @@ def _label_of(path: str, tar: tarfile.TarFile, sample: Mapping[str, Any]) -> int
         found = text[:40].decode("utf-8", "replace")
     raise DataError(
         f"The label of the sample {sample['__key__']} of {path} is {found!r}",
-        "It is no class number",
+        "A label must be a class index",
         f"Write labels as whole numbers from 0 to {MAX_CLASSES - 1:,}",
         code="invalid-label",
     )

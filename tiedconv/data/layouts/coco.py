@@ -82,7 +82,7 @@ def _files(root: Path) -> dict[str, Path]:
 
 
 _NO_FORM = (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
-"""What reading raises where a file is no JSON, or holds other things than are looked for."""
+"""What reading raises where a file is not JSON, or lacks what it should hold."""
 
 
 def _read(root: Path, file: Path) -> Images:
@@ -99,8 +99,8 @@ def _read(root: Path, file: Path) -> Images:
         ) from error
     except _NO_FORM as error:
         raise DataError(
-            f"{file} is not in COCO's form ({_reason(error)})",
-            "Nothing says what its photos show",
+            f"{file} is not a COCO annotation file ({_reason(error)})",
+            "Its photos have no known boxes",
             "It needs images (id, file_name, width, height), categories (id, name) and "
             "annotations (image_id, category_id, bbox)",
             code="invalid-coco-file",
@@ -126,7 +126,7 @@ class InvalidAnnotationError(ValueError):
 def _names(images: Any) -> tuple[str, ...]:
     for image in images:
         name = image["file_name"]
-        # A control character would reach the terminal that tells of a broken photo.
+        # A control character would reach the terminal in a message on a broken photo.
         if not isinstance(name, str) or not name or any(ord(c) < 32 or ord(c) == 127 for c in name):
             raise InvalidAnnotationError(f"the image {image['id']} has the file_name {name!r}")
     return tuple(image["file_name"] for image in images)
@@ -155,17 +155,17 @@ def _objects(data: Any) -> Objects:
         boxes=boxes,
         classes=np.array([class_of[int(m["category_id"])] for m in marks], np.int64),
         areas=_checked(areas.astype(np.float64), marks, "area"),
-        crowds=np.array([int(m.get("iscrowd") or 0) for m in marks], np.int64),
+        iscrowd=np.array([int(m.get("iscrowd") or 0) for m in marks], np.int64),
         sizes=_sizes(data["images"]),
         names=tuple(str(category["name"]) for category in categories),
-        numbers=tuple(class_of),
+        category_ids=tuple(class_of),
     )
 
 
-def _places(numbers: Iterable[Any], what: str) -> dict[int, int]:
+def _places(ids: Iterable[Any], what: str) -> dict[int, int]:
     """Where each number stands; twice the same would leave open which one is meant."""
     places: dict[int, int] = {}
-    for number in map(int, numbers):
+    for number in map(int, ids):
         if number in places:
             raise InvalidAnnotationError(f"two {what} have the id {number}")
         places[number] = len(places)
@@ -185,7 +185,7 @@ def _boxes(marks: list[Any]) -> Floats:
 
 
 def _checked(values: Floats, marks: list[Any], key: str, *, signed: bool = False) -> Floats:
-    """The values, if they can be meant: one that is no number would match any detection."""
+    """The values, if they are finite: NaN would match any detection."""
     right = np.isfinite(values) & (signed | (values >= 0))
     if len(wrong := np.argwhere(~right)):
         mark = marks[int(wrong[0, 0])]

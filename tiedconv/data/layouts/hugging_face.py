@@ -35,7 +35,7 @@ class HuggingFace(Layout):
     """A data set of the Hub, or one in its forms on disk."""
 
     name = "hf"
-    labels_from = "column of whole numbers or of the type ClassLabel"
+    labels_from = "column of integers or of the type ClassLabel"
     expected = "Expected hf:NAME, hf:NAME:CONFIG or hf:FOLDER, with a column of the type Image"
 
     def takes(self, spec: str) -> bool:
@@ -241,7 +241,7 @@ def _label_column(rows: Any, wanted: _Wanted) -> str | None:
     label = _column(rows, "label", wanted, named or plain)
     if label is not None and label not in numbers:
         raise DataError(
-            f"The column {label} of {wanted.place} holds {kinds[label]}, no whole numbers",
+            f"The column {label} of {wanted.place} holds {kinds[label]}, not integers",
             "Its values can't be labels",
             "Make it a ClassLabel: `class_encode_column` of the package does",
             code="invalid-label-column",

@@ -3,8 +3,8 @@
 Members of one sample follow each other and share their name up to its first dot: `0001.jpg` with
 `0001.cls` (the label as text) or `0001.json` (with "label"). The package reads shards as a stream.
 Here a shard's headers are read once for the place of each image, and then images in any order:
-so the order of training depends on its seed alone, and a run goes on where it was interrupted.
-What makes a sample is still the package's to say.
+so the order of training depends on its seed alone, and a run resumes where it was interrupted.
+The package still decides what makes a sample.
 
 Nothing is ever unpacked to disk, and members of other kinds (pickles above all) are not looked at.
 """
@@ -121,9 +121,9 @@ class _Members:
 
 
 def _shards_in(folder: Path) -> dict[str, list[str]]:
-    """The shards of a folder by part: "train", "val", ... or "" where names tell none.
+    """The shards of a folder by part: "train", "val", ... or "" where names give none.
 
-    Class folders beside them make it a folder of images, in which a stray tar file lies.
+    Class folders beside them make it a folder of images, that happens to hold a tar file.
     """
     if not os.path.isdir(folder):
         return {}

@@ -2,7 +2,7 @@
 
 `ROOT/train/CLASS/images/*.JPEG` is a folder of classes like any other; `ROOT/val/images/*.JPEG` is
 not, and would be read as a single class called "images". Each line of the table,
-`ROOT/val/val_annotations.txt`, has the name of an image, its class and four numbers of a box (not
+`ROOT/val/val_annotations.txt`, has the name of an image, its class and four values of a box (not
 read), divided by tabs.
 """
 
@@ -55,8 +55,8 @@ def _annotated(root: Path, classes: tuple[str, ...] | None) -> Images:
     label_of = {name: label for label, name in enumerate(classes)}
     if unknown := [name for name in named if name not in label_of]:
         raise DataError(
-            f"{table} has classes that {root / 'train'} has not: {listed(unknown)}",
-            "The model would be scored for other classes than it is taught",
+            f"{table} has classes that {root / 'train'} lacks: {listed(unknown)}",
+            "The model would be evaluated on other classes than it is trained on",
             "Add their folders, or remove their lines",
             code="classes-differ",
         )
@@ -72,7 +72,7 @@ def _rows(table: Path) -> list[tuple[str, str]]:
     except (OSError, UnicodeError) as error:
         raise DataError(
             f"{table} can't be read ({error})",
-            "Nothing says what the images show",
+            "The images would have no labels",
             code="data-unreadable",
         ) from error
     rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
@@ -80,10 +80,10 @@ def _rows(table: Path) -> list[tuple[str, str]]:
         if len(row) < 2 or not all(row[:2]):
             raise DataError(
                 f"Line {number} of {table} is not FILE, tab, CLASS: {lines[number - 1][:60]!r}",
-                "Nothing says what its image shows",
-                "Take the file as it was distributed",
+                "Its image would have no label",
+                "Download the file again",
                 code="invalid-class-table",
             )
     if not rows:
-        raise DataError(f"{table} is empty", "Nothing says what the images show", code="no-images")
+        raise DataError(f"{table} is empty", "The images would have no labels", code="no-images")
     return sorted((row[0], row[1]) for _, row in rows)
