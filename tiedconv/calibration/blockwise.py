@@ -11,8 +11,8 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from tiedconv.calibration.events import (
     ignore,
 )
 from tiedconv.calibration.fitting import FitState, Schedule, mean_error, minimise, split
+from tiedconv.calibration.frozen import frozen
 from tiedconv.calibration.objectives import JointObjective, SpanObjective, weighted
 from tiedconv.calibration.output_metric import OutputMetric, measure_output_metrics
 from tiedconv.calibration.spans import Span
@@ -42,7 +43,6 @@ from tiedconv.data import Loader
 from tiedconv.errors import UserError
 from tiedconv.io.run_state import foreign
 from tiedconv.runtime.tie import state_of, unfreeze
-from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.evaluation import EVENT_SECONDS
 
@@ -109,7 +109,7 @@ def fit_blocks(
         placement.place(model)
     loader = Loader(data, config.batch_size, workers=workers)
     try:
-        with _ready(student, teacher), Cache(config.cache_bytes) as cache, closing(loader):
+        with frozen(student, teacher), Cache(config.cache_bytes) as cache, closing(loader):
             images, broken = read_images(loader, cache)
             loader.close()
             pair = Pair.probed(student, teacher, images, placement)
@@ -118,23 +118,6 @@ def fit_blocks(
             return run.go(resume, broken)
     finally:
         placement.release(student, teacher)
-
-
-@contextmanager
-def _ready(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
-    """Both models in evaluation mode, without gradients; as they were afterwards."""
-    flags = [(p, p.requires_grad) for m in (student, teacher) for p in m.parameters()]
-    with modes_kept(student), modes_kept(teacher):
-        try:
-            for model in (student, teacher):
-                model.eval()
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-                parameter.grad = None
 
 
 @dataclass

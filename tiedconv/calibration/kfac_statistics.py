@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from tiedconv.calibration.conv_statistics import ConvGeometry, gradient_energy, patches
+from tiedconv.calibration.frozen import frozen
 from tiedconv.calibration.output_metric import forward_with_grad
 from tiedconv.calibration.second_moments import SecondMoment
 from tiedconv.data import Loader
@@ -28,7 +29,6 @@ from tiedconv.errors import DataError
 from tiedconv.numerics.kfac_metric import KfacMetric, shrinkage_estimate
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training import pick_device
-from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement
 
 POSITIONS = 64
@@ -115,14 +115,11 @@ def gather_statistics(
         data, -(-count // batches), shuffle=True, seed=seed, workers=workers,
         device=placement.device,
     )  # fmt: skip
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
     metrics: dict[str, KfacMetric] = {}
     ridges: dict[str, tuple[float, float]] = {}
     parts = _parts(model, weights, memory)
     try:
-        with modes_kept(model):
-            model.eval()
-            model.requires_grad_(False)
+        with frozen(model):
             for i, part in enumerate(parts):
                 whole = len(parts) * loader.images
                 report = functools.partial(_report_progress, on_images, i * loader.images, whole)
@@ -132,8 +129,6 @@ def gather_statistics(
     finally:
         loader.close()
         placement.release(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
     if not sum(counts):
         raise DataError(
             "None of the calibration images could be read",
