@@ -111,7 +111,7 @@ def test_the_index_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_long_reading_is_told_by_commands_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_tar_index, "_TELL_SECONDS", 0.0)
+    monkeypatch.setattr(_tar_index, "_LOG_SECONDS", 0.0)
     spec = written(tmp_path, "shards")
     shards = len(list(Path(spec).glob("train-*.tar")))
 
