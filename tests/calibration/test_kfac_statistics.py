@@ -478,7 +478,7 @@ def test_broken_images_are_skipped_and_told() -> None:
 def test_data_without_a_readable_image_is_refused_and_the_model_stays() -> None:
     model, x = MICROS["timm-vit"].model(), images_of("timm-vit", 3)
     weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
-    with failing(DataError, "no-readable-images"):
+    with failing(DataError, "no-readable-image"):
         gather_statistics(model, weights, Images(x, (0, 1, 2)), device="cpu")
     with failing(DataError, "no-images"):
         gather_statistics(model, weights, Images(x[:0]), device="cpu")

@@ -134,7 +134,7 @@ def gather_statistics(
             "None of the calibration images could be read",
             "Nothing can be measured",
             "Check that the folder holds images",
-            code="no-readable-images",
+            code="no-readable-image",
         )
     return KfacStatistics(metrics, ridges, sum(counts), skipped)
 
