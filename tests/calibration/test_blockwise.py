@@ -475,7 +475,7 @@ def test_a_foreign_or_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in (40, len(good) - 2)]
     for content in (b"", good[:-9], b"\x00" * 64, *flipped):
         path.write_bytes(content)
-        with failing(CheckpointError, "calibration-state-unusable", str(path)):
+        with failing(CheckpointError, "state-damaged", str(path)):
             fit("perceptron", student, teacher, checkpoint_dir=tmp_path, resume=True)
 
 
