@@ -15,7 +15,7 @@ from tiedconv.io.atomic import stale_temp_files
 STATES = "step-*.safetensors"
 """Names of the states of a training."""
 OLD_STATES = "step-*.pt"
-"""Names of the states that versions before 0.2 wrote, which are pickles and are not read."""
+"""Names of the states of older versions, which are pickles and are not read."""
 FIT = "fit.safetensors"
 """Name of the compact file that a calibration starts from, here or in a numbered folder for each
 of several."""
