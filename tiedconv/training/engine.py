@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tiedconv.data import Batch
-from tiedconv.errors import TrainingError, UserError
+from tiedconv.errors import UserError
 from tiedconv.training.batching import with_batch_size
 from tiedconv.training.blend import Blend, blend_weight, check_blend
 from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
-from tiedconv.training.distributed import PaddingImage, init_distributed
+from tiedconv.training.distributed import init_distributed
 from tiedconv.training.ema import Ema
 from tiedconv.training.evaluation import (
     EVENT_SECONDS,
@@ -35,10 +35,7 @@ from tiedconv.training.evaluation import (
 )
 from tiedconv.training.events import (
     Baseline,
-    Checkpointed,
     EpochEnd,
-    EvalStep,
-    Event,
     NotCompiled,
     OnEvent,
     Resumed,
@@ -48,12 +45,12 @@ from tiedconv.training.events import (
     TeacherScore,
     ignore,
 )
-from tiedconv.training.losses import LossMeter, diverged
-from tiedconv.training.metrics import AGREEMENT, metric_names
+from tiedconv.training.losses import LossMeter
 from tiedconv.training.optim import learning_rate, trained_only
-from tiedconv.training.results import Progress, TrainResult
-from tiedconv.training.signals import Interrupted, Interrupts
-from tiedconv.training.state import StateFolder, identity_of
+from tiedconv.training.results import TrainResult
+from tiedconv.training.run import RunState
+from tiedconv.training.signals import Interrupted
+from tiedconv.training.state import StateFolder
 from tiedconv.training.throughput import measure_throughput, require_time
 from tiedconv.training.trainer import TrainerSetup
 
@@ -139,26 +136,8 @@ def train(
         return run.run(resume)
 
 
-class _Run:
+class _Run(RunState):
     """One call of `train`."""
-
-    def __init__(self, setup: TrainerSetup) -> None:
-        self.setup, self.config, self.processes = setup, setup.config, setup.processes
-        self.loader, self.updater, self.learner = setup.loader, setup.updater, setup.learner
-        self.model, self.placement = setup.model, setup.placement
-        self.steps = self.config.total_steps(len(self.loader))
-        self.listener: OnEvent = ignore
-        self.blend: Blend | None = None
-        self.ema: Ema | None = None
-        self.metrics = metric_names(setup.val_data)
-        self.folder: StateFolder | None = None
-        self.interrupts = Interrupts()
-        self.at = Progress()
-        self.history: list[dict[str, Any]] = []
-        self.broken: dict[str, None] = {}  # a set that remembers which came first
-        self.spare = PaddingImage(self.processes)
-        self.made_of: Mapping[str, str] = {}
-        self.begun = self.saved = time.monotonic()
 
     def run(self, resume: bool) -> TrainResult:
         """Trains to the end, and leaves the model as its caller may expect it."""
@@ -331,14 +310,6 @@ class _Run:
         if save and self.at.step < self.steps:
             self.save()
 
-    def diverged(self, step: int) -> TrainingError:
-        """The error for a loss that is not finite."""
-        files = self.folder.files() if self.folder is not None else []
-        saved = "There is no checkpoint"
-        if files:
-            saved = f"The last good checkpoint is {files[-1]} (step {int(files[-1].stem[5:])})"
-        return diverged(step, self.steps, self.config.lr, saved)
-
     def evaluate_trained(self) -> EvalResult:
         """Evaluates the compact model, by its EMA weights, with fresh BatchNorm statistics."""
         averaged = self.ema.swapped() if self.ema is not None else nullcontext()
@@ -364,67 +335,3 @@ class _Run:
         if teacher is None or not self.labelled or self.setup.other_classes:
             return None
         return self.setup.evaluator.evaluate(self.emit, teacher)
-
-    def emit(self, event: Event) -> None:
-        """Reports an event; interrupts a long evaluation on a signal."""
-        alone = not self.processes.several
-        if isinstance(event, EvalStep) and self.interrupts.asked is not None and alone:
-            raise Interrupted(self.interrupts.asked)
-        self.listener(event)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the labels are the data's own, not the teacher's."""
-        return self.metrics != AGREEMENT
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this run."""
-        return identity_of(
-            self.config, self.loader.images, self.setup.val_loader.images,
-            self.setup.teacher is not None, self.labelled, self.made_of,
-        )  # fmt: skip
-
-    def save(self) -> None:
-        """Writes a checkpoint, if there is a folder."""
-        if self.folder is None:
-            return
-        state = {
-            "identity": self.identity(),
-            "steps": self.steps,
-            "progress": asdict(self.at),
-            "history": self.history,
-            "broken": list(self.broken),
-            "scaler": self.updater.scaler.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else None,
-            **self.learner.state(self.setup.optimizer),
-        }
-        folder = self.folder
-        self.processes.run_on_rank0(
-            lambda: self.emit(Checkpointed(str(folder.save(self.at.step, state)), self.at.step)),
-            self.placement.device,
-        )
-        self.saved = time.monotonic()
-
-    def load(self, path: Path, state: dict[str, Any]) -> None:
-        """Restores a checkpoint."""
-        try:
-            self.learner.load(state, self.setup.optimizer)
-            if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"The checkpoint {path} is of a different model",
-                "Its tensors don't fit",
-                "Use the same model, or pass --force without --resume to restart",
-                code="checkpoint-mismatch",
-            ) from error
-        self.updater.scaler.load_state_dict(state["scaler"])
-        self.at = Progress(**state["progress"])
-        self.steps = state["steps"]
-        self.history = state["history"]
-        self.broken = dict.fromkeys(state["broken"])
-
-    def result(self) -> TrainResult:
-        """The figures of the finished run."""
-        skipped = len(self.broken) + self.at.val_skipped
-        return TrainResult.of(self.at, self.history, skipped, self.config.batch_size)
