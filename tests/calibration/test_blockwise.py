@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from covering import covering, slow_unless
-from errors_helpers import failing
+from error_codes import raises
 from micro import Micro, all_micros
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -475,7 +475,7 @@ def test_a_foreign_or_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in (40, len(good) - 2)]
     for content in (b"", good[:-9], b"\x00" * 64, *flipped):
         path.write_bytes(content)
-        with failing(CheckpointError, "state-damaged", str(path)):
+        with raises(CheckpointError, "state-damaged", str(path)):
             fit("perceptron", student, teacher, checkpoint_dir=tmp_path, resume=True)
 
 
@@ -514,7 +514,7 @@ def test_a_full_disk_is_told_and_not_fatal(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full, raising=False)
-    with Cache(0) as cache, failing(OutputError, "disk-full", "No space left"):
+    with Cache(0) as cache, raises(OutputError, "disk-full", "No space left"):
         cache.make((4,), torch.float32)
 
 
@@ -622,7 +622,7 @@ def test_outputs_that_are_not_finite_are_told() -> None:
     student, teacher = pair_of("timm-vit", "tied")
     with torch.no_grad():
         teacher.get_parameter("blocks.0.norm1.weight").fill_(torch.nan)
-    with failing(TrainingError, "outputs-not-finite"):
+    with raises(TrainingError, "outputs-not-finite"):
         fit("timm-vit", student, teacher)
 
 
@@ -635,7 +635,7 @@ def test_outputs_that_are_not_finite_are_told() -> None:
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_told(option: dict[str, Any]) -> None:
-    with failing(UserError, "invalid-calibration-option", next(iter(option))) as error:
+    with raises(UserError, "invalid-calibration-option", next(iter(option))) as error:
         CalibConfig(**option)
     assert error.value.hint
 

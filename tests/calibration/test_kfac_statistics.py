@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from calibration_helpers import MICROS, Images, images_of
-from errors_helpers import failing
+from error_codes import raises
 from micro import settle
 from planning_helpers import weights_of
 from torch import Tensor, nn
@@ -478,9 +478,9 @@ def test_broken_images_are_skipped_and_told() -> None:
 def test_data_without_a_readable_image_is_refused_and_the_model_stays() -> None:
     model, x = MICROS["timm-vit"].model(), images_of("timm-vit", 3)
     weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
-    with failing(DataError, "no-readable-image"):
+    with raises(DataError, "no-readable-image"):
         gather_statistics(model, weights, Images(x, (0, 1, 2)), device="cpu")
-    with failing(DataError, "no-images"):
+    with raises(DataError, "no-images"):
         gather_statistics(model, weights, Images(x[:0]), device="cpu")
     assert all(p.requires_grad for p in model.parameters())
 

@@ -45,9 +45,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("resnt50", ["'resnt50'", "Near to it are resnet50"]),
+        ("resnt50", ["'resnt50'", "Similar names: resnet50"]),
         ("nothing_like_it", ["'nothing_like_it'", "timm:NAME"]),
-        ("timm:vit_tinny_patch16_224", ["Near to it are timm:vit_tiny_patch16_224"]),
+        ("timm:vit_tinny_patch16_224", ["Similar names: timm:vit_tiny_patch16_224"]),
         ("hf:no/such-model", ["no/such-model"]),
         ("no_such_module:net", ["no_such_module", "Python can import it"]),
         ("tiedconv.commands.demo:digits_vitt", ["no function digits_vitt", "digits_vit"]),
@@ -366,7 +366,7 @@ def test_a_broken_image_is_skipped_and_counted_or_refused(
         ("--device cuda:77", ["cuda:77"]),
         ("--teacher auto", ["tiny.safetensors", "--teacher none"]),
         ("--teacher missing.pth", ["missing.pth", "readable file"]),
-        ("--teacher resnt50", ["Near to it are resnet50"]),
+        ("--teacher resnt50", ["Similar names: resnet50"]),
         ("--interpolation cubic", ["bilinear or bicubic"]),
     ],
 )

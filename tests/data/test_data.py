@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from errors_helpers import failing
+from error_codes import raises
 from PIL import Image
 
 from tiedconv.data import (
@@ -120,7 +120,7 @@ def test_train_alone_is_split_too(tmp_path: Path) -> None:
     split = open_split(tmp_path, val_fraction=0.25)
     assert split.classes == ("a", "b")
     assert (len(split.train), len(split.val)) == (6, 2)
-    with failing(DataError, "no-validation-part", str(tmp_path / "train")):
+    with raises(DataError, "no-validation-part", str(tmp_path / "train")):
         open_images(tmp_path)
 
 
@@ -165,16 +165,16 @@ def test_folders_that_will_not_do(
     tmp_path: Path, build: Callable[[Path], object], code: str, names: str
 ) -> None:
     build(tmp_path)
-    with failing(DataError, code, names):
+    with raises(DataError, code, names):
         open_split(tmp_path)
 
 
 def test_missing_folder_and_bad_options(tmp_path: Path) -> None:
-    with failing(DataError, "no-data-folder", "nowhere"):
+    with raises(DataError, "no-data-folder", "nowhere"):
         open_split(tmp_path / "nowhere")
-    with failing(UserError, "invalid-val-fraction", "1.5"):
+    with raises(UserError, "invalid-val-fraction", "1.5"):
         open_split(tmp_path, val_fraction=1.5)
-    with failing(UserError, "invalid-limit", "0"):
+    with raises(UserError, "invalid-limit", "0"):
         open_split(tmp_path, limit=0)
 
 
@@ -216,9 +216,9 @@ def test_augmentations_give_the_right_shape(augment: str, size: int) -> None:
 def test_transforms_are_small_to_send_and_checked_early() -> None:
     transform = train_transform(Preprocess(), "crop")
     assert pickle.loads(pickle.dumps(transform)) == transform
-    with failing(UserError, "unknown-augmentation", "mixup", "none, "):
+    with raises(UserError, "unknown-augmentation", "mixup", "none, "):
         train_transform(Preprocess(), "mixup")
-    with failing(UserError, "unknown-interpolation", "magic"):
+    with raises(UserError, "unknown-interpolation", "magic"):
         eval_transform(Preprocess(interpolation="magic"))(Image.new("RGB", (8, 8)))
 
 
@@ -258,7 +258,7 @@ def test_a_batch_of_broken_images_is_empty(tmp_path: Path) -> None:
 def test_strict_reading_names_the_broken_file(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": 3, "b": 3})
     break_images(tmp_path)
-    with failing(DataError, "image-unreadable", "nothing.png"):
+    with raises(DataError, "image-unreadable", "nothing.png"):
         batches_of(Loader(listed(tmp_path, strict=True), 4, workers=0))
 
 
@@ -308,7 +308,7 @@ def test_augmentation_in_memory_shifts_and_mirrors() -> None:
         assert all(any(row) for row in seen)  # nothing else comes out
         counts = np.array(seen).sum(axis=0)
         assert counts.min() > 0.4 * 400 / len(allowed)  # and each about equally often
-    with failing(UserError, "augmentation-needs-files", "RandAugment"):
+    with raises(UserError, "augmentation-needs-files", "RandAugment"):
         TensorList(image, labels, augment="randaugment")
 
 
@@ -326,9 +326,9 @@ def test_no_black_border_is_moved_in() -> None:
 
 
 def test_labels_must_belong_to_the_images() -> None:
-    with failing(DataError, "shapes-differ", "(3, 1, 2, 2)", "(2,)"):
+    with raises(DataError, "shapes-differ", "(3, 1, 2, 2)", "(2,)"):
         TensorList(torch.zeros(3, 1, 2, 2), [0, 1])
-    with failing(DataError, "no-images"):
+    with raises(DataError, "no-images"):
         Loader(TensorList(torch.zeros(0, 1, 2, 2), []), 4)
 
 
@@ -462,7 +462,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
             assert list(one.broken) == list(other.broken)
     # The same workers' error, as it was raised and not as a traceback's text.
     strict = Loader(listed(tmp_path, strict=True), 4, workers=1)
-    with failing(DataError, "image-unreadable", "bad.png"):
+    with raises(DataError, "image-unreadable", "bad.png"):
         batches_of(strict)
 
 

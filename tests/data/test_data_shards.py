@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from data_helpers import contents, encoded, expected, pictures, sample, write_tar, written
-from errors_helpers import failing
+from error_codes import raises
 
 from tiedconv.cli.common import guarded
 from tiedconv.data import open_images, open_split
@@ -84,7 +84,7 @@ def test_validation_may_lack_the_last_classes(tmp_path: Path) -> None:
 
 def test_shards_without_labels(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{k}.png", i) for k, _, i in pictures("train")])
-    with failing(DataError, "no-labels", ".cls or .json members", "--distill 1"):
+    with raises(DataError, "no-labels", ".cls or .json members", "--distill 1"):
         open_split(path)
     assert not open_split(path, labels="optional").labelled
 
@@ -176,7 +176,7 @@ def test_shards_that_will_not_do(
     tmp_path: Path, write: Callable[[Path], object], code: str, words: list[str]
 ) -> None:
     write(tmp_path / "x.tar")
-    with failing(DataError, code, "x.tar", *words):
+    with raises(DataError, code, "x.tar", *words):
         open_images(tmp_path / "x.tar")
 
 
@@ -186,7 +186,7 @@ def test_a_cut_is_always_seen(tmp_path: Path, at: int) -> None:
     if at > 7168:  # both samples and a block of the end mark are there
         assert len(open_images(tmp_path / "x.tar")) == 2
         return
-    with failing(DataError, "shard-damaged"):
+    with raises(DataError, "shard-damaged"):
         open_images(tmp_path / "x.tar")
 
 
@@ -204,7 +204,7 @@ def test_a_cut_is_always_seen(tmp_path: Path, at: int) -> None:
 def test_shards_that_can_not_be_reached(
     tmp_path: Path, spec: str, code: str, words: list[str]
 ) -> None:
-    with failing(DataError, code, *words):
+    with raises(DataError, code, *words):
         open_split(spec if ":" in spec else tmp_path / spec)
 
 
@@ -217,5 +217,5 @@ def test_a_folder_of_classes_may_hold_a_tar_file(tmp_path: Path) -> None:
 def test_class_names_must_suffice(tmp_path: Path) -> None:
     spec = written(tmp_path, "shards")
     (Path(spec) / "classes.txt").write_text("one\n")
-    with failing(DataError, "too-few-class-names", " 1 ", "up to 2", "classes.txt"):
+    with raises(DataError, "too-few-class-names", " 1 ", "up to 2", "classes.txt"):
         open_split(spec)

@@ -28,7 +28,7 @@ from data_helpers import (
     write_tar,
     written,
 )
-from errors_helpers import failing
+from error_codes import raises
 from safetensors.torch import load_file
 
 import tiedconv
@@ -79,7 +79,7 @@ def test_a_part_of_each_class_is_held_out(tmp_path: Path, name: str) -> None:
     assert sorted(contents(split.train) + contents(split.val)) == expected("train")
     again, other = (open_split(spec, val_fraction=0.3, seed=seed) for seed in (1, 2))
     assert contents(again.val) == contents(split.val) != contents(other.val)
-    with failing(DataError, "no-validation-part"):
+    with raises(DataError, "no-validation-part"):
         open_images(spec)
 
 
@@ -92,7 +92,7 @@ def test_a_limit_is_spread_over_the_classes(tmp_path: Path, name: str) -> None:
     assert np.bincount(open_images(spec, limit=4).labels).max() == 2
     assert contents(open_split(spec, limit=9).train) == contents(split.train)
     assert contents(open_split(spec, limit=9, seed=3).train) != contents(split.train)
-    with failing(UserError, "invalid-limit", "0"):
+    with raises(UserError, "invalid-limit", "0"):
         open_split(spec, limit=0)
 
 
@@ -122,7 +122,7 @@ def test_a_broken_image_is_named_and_left_out(tmp_path: Path, name: str) -> None
     assert len(batch.broken) == 2
     assert all(name in path for path in batch.broken)
     assert "0x" not in str([reader(images)[at] for at in range(len(images))])
-    with failing(DataError, "image-unreadable", "--strict"):
+    with raises(DataError, "image-unreadable", "--strict"):
         list(Loader(reader(images, strict=True), 4, workers=0).epoch())
 
 
@@ -176,9 +176,9 @@ def test_folders_without_classes(tmp_path: Path) -> None:
         for key, _, image in pictures("train"):
             (tmp_path / place / f"{key}.png").write_bytes(image)
     for name, held_out in (("flat", True), ("parts", False)):
-        with failing(DataError, "no-labels", "no class folders", "--distill 1"):
+        with raises(DataError, "no-labels", "no class folders", "--distill 1"):
             open_split(tmp_path / name)
-        with failing(DataError, "no-labels"):
+        with raises(DataError, "no-labels"):
             open_images(tmp_path / name)
         split = open_split(tmp_path / name, labels="optional")
         assert split.held_out is held_out
@@ -214,13 +214,13 @@ def test_columns_and_splits_can_be_named(tmp_path: Path) -> None:
     right = table_of(pictures("train")).select_columns(["image"]).rename_column("image", "right")
     table = datasets.concatenate_datasets([table, right], axis=1)
     spec = saved(tmp_path / "d", datasets.DatasetDict({"all": table, "extra": table}))
-    with failing(DataError, "no-train-split", "all, extra", "train=SPLIT"):
+    with raises(DataError, "no-train-split", "all, extra", "train=SPLIT"):
         open_split(spec)
-    with failing(DataError, "column-unclear", "left, right", "?image=COLUMN"):
+    with raises(DataError, "column-unclear", "left, right", "?image=COLUMN"):
         open_split(f"{spec}?train=all")
-    with failing(DataError, "unknown-split", " no.", "all, extra"):
+    with raises(DataError, "unknown-split", " no.", "all, extra"):
         open_split(f"{spec}?train=no")
-    with failing(DataError, "column-unclear", " x.", "left, label, coarse, right"):
+    with raises(DataError, "column-unclear", " x.", "left, label, coarse, right"):
         open_split(f"{spec}?train=all&image=x")
     split = open_split(f"{spec}?train=all&val=extra&image=left&label=coarse")
     assert split.classes == ("0", "1")
@@ -237,7 +237,7 @@ def test_columns_and_splits_can_be_named(tmp_path: Path) -> None:
     ],
 )
 def test_data_sets_that_can_not_be_reached(spec: str, code: str, words: list[str]) -> None:
-    with failing(DataError, code, *words):
+    with raises(DataError, code, *words):
         open_split(spec)
 
 
@@ -254,22 +254,22 @@ def test_an_empty_row_is_a_broken_image(tmp_path: Path) -> None:
 def test_labels_that_will_not_do(tmp_path: Path) -> None:
     table = table_of(pictures("train")).remove_columns("label")
     texts = saved(tmp_path / "texts", table.add_column("label", ["cat"] * 19))
-    with failing(DataError, "no-labels", "ClassLabel", "--distill 1"):
+    with raises(DataError, "no-labels", "ClassLabel", "--distill 1"):
         open_split(texts)
-    with failing(DataError, "invalid-label-column", "label"):
+    with raises(DataError, "invalid-label-column", "label"):
         open_split(f"{texts}?label=label")
     hidden = saved(tmp_path / "hidden", table.add_column("label", [-1] * 19))
-    with failing(DataError, "labels-missing", "below 0"):
+    with raises(DataError, "labels-missing", "below 0"):
         open_split(hidden)
     gaps = saved(tmp_path / "gaps", table.add_column("label", [None, *[1] * 18]))
-    with failing(DataError, "labels-missing", "empty"):
+    with raises(DataError, "labels-missing", "empty"):
         open_split(gaps)
     assert not open_split(hidden, labels="ignore").labelled
     none = saved(tmp_path / "none", datasets.Dataset.from_dict({"image": []}))
     with pytest.raises(DataError, match=r"is empty|can't be opened"):
         open_split(none)
     plain = saved(tmp_path / "plain", datasets.Dataset.from_dict({"a": [1]}))
-    with failing(DataError, "column-unclear", "Image", " a."):
+    with raises(DataError, "column-unclear", "Image", " a."):
         open_split(plain)
 
 
@@ -282,7 +282,7 @@ def test_a_missing_package_is_named(
 ) -> None:
     spec = written(tmp_path, name)
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    with failing(MissingExtra, "missing-extra", package, f"tiedconv[{extra}]"):
+    with raises(MissingExtra, "missing-extra", package, f"tiedconv[{extra}]"):
         open_split(spec)
 
 

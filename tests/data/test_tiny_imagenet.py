@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import CLASSES, contents, expected, written
-from errors_helpers import failing
+from error_codes import raises
 
 from tiedconv.data import open_images, open_split
 from tiedconv.errors import DataError
@@ -54,5 +54,5 @@ def test_class_folders_of_a_validation_part_put_in_order_count(root: Path) -> No
 def test_tables_that_will_not_do(root: Path, line: str, code: str, words: list[str]) -> None:
     table = root / "val" / "val_annotations.txt"
     table.write_bytes(line.encode("utf-8", "surrogateescape"))
-    with failing(DataError, code, "val_annotations.txt", *words):
+    with raises(DataError, code, "val_annotations.txt", *words):
         open_split(root)

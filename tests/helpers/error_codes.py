@@ -1,20 +1,24 @@
-"""Comparing an error by its class and code."""
+"""What a test expects of an error: its class, its code, and the names and figures in it."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from tiedconv.errors import TiedconvError
 
 
-@contextlib.contextmanager
-def raises(kind: type[TiedconvError], code: str, *words: str) -> Iterator[None]:
-    """A block that must raise this error; `words` are names and figures in its message."""
+@contextmanager
+def raises(
+    kind: type[TiedconvError], code: str, *words: str
+) -> Iterator[pytest.ExceptionInfo[TiedconvError]]:
+    """A block that must raise this error, with this code, in one line that holds these words."""
     with pytest.raises(kind) as caught:
-        yield
-    assert caught.value.code == code, caught.value
+        yield caught
+    message = str(caught.value)
+    assert caught.value.code == code, message
+    assert "\n" not in message
     for word in words:
-        assert word in str(caught.value), (word, str(caught.value))
+        assert word in message, (word, message)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cli_helpers import QUICK, World, figures, files_of, plain, refused, run
 from covering import slow_unless
-from errors_helpers import failing
+from error_codes import raises
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -469,7 +469,7 @@ def test_a_log_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with failing(OutputError, "log-not-writable", "Permission denied", "--log"):
+    with raises(OutputError, "log-not-writable", "Permission denied", "--log"):
         JsonLog(path, tmp_path / "o").check(force=True, resume=False)
 
 

@@ -84,7 +84,8 @@ def open_source(
         The model in evaluation mode, and where it came from.
 
     Raises:
-        SourceError: there is no such model, it can't be built so, or weights can't be had.
+        SourceError: there is no such model, it can't be built with these arguments, or its weights
+            can't be loaded.
         WeightsError: the weights file can't be read or does not fit.
         MissingExtra: the library of the spec is not installed.
     """
@@ -101,7 +102,7 @@ def open_source(
     else:
         path = weights_file(weights)
         name, kind = path.name, "file"
-        # Hashing lets other threads run, so it costs no time of its own.
+        # Hashing releases the GIL, so it runs while the weights are read.
         with ThreadPoolExecutor(1) as pool:
             tensors = read_weights(path)
             digest = pool.submit(sha256_of_weights, path)
@@ -124,8 +125,8 @@ def open_lazily(
 
     Returns:
         The model, its parameters on the meta device; where it came from; and what `open_source`
-        would put into them, to be read tensor by tensor. None where only `open_source` can tell,
-        or would tell better what is wrong.
+        would put into them, to be read tensor by tensor. None where only `open_source` can load
+        the model, or where its error is more exact.
 
     Raises:
         SourceError, WeightsError, MissingExtra: as for `open_source`.
@@ -143,7 +144,7 @@ def open_lazily(
     try:
         with skip_memory():
             model = provider.build()
-    except SourceError:  # a constructor may need its parameters' numbers
+    except SourceError:  # a constructor may read its parameters' values
         return None
     if not loads_plainly(model):
         return None
@@ -162,12 +163,12 @@ def open_lazily(
 
 
 def outline(spec: str, kwargs: Mapping[str, JSON] | None = None) -> tuple[nn.Module, Source]:
-    """As `describe`, with parameters that take no memory, if the constructor can do without."""
+    """As `describe`, with parameters that take no memory, if the constructor does not read them."""
     provider = _provider(spec, kwargs or {}, network=False)
     try:
         with skip_memory():
             model = provider.build()
-    except SourceError:  # it may need its parameters' numbers, or be wrong
+    except SourceError:  # it may read its parameters' values, or be invalid
         return describe(spec, kwargs)
     return model.eval(), _source(spec, provider, model, "none")
 
@@ -182,7 +183,7 @@ def describe(spec: str, kwargs: Mapping[str, JSON] | None = None) -> tuple[nn.Mo
         kwargs: arguments of its constructor.
 
     Returns:
-        The model in evaluation mode, its parameters of no meaning, and where it came from.
+        The model in evaluation mode, its parameters arbitrary, and where it came from.
 
     Raises:
         SourceError, MissingExtra: as for `open_source`.
@@ -197,11 +198,11 @@ def skeleton(source: Source, *, trust_code: bool = False) -> nn.Module:
     """Builds the class of model that a file was made from, offline and without weights.
 
     Args:
-        source: as the file holds it. It may come from anyone, so it can't name code to run.
+        source: as recorded in the file. It may come from anyone, so it can't name code to run.
         trust_code: whether a `package.module:function` that it names may be imported and called.
 
     Returns:
-        The model in evaluation mode. All its buffers are sound; its parameters must be loaded.
+        The model in evaluation mode. Its buffers are valid; its parameters must be loaded.
 
     Raises:
         SourceError: the source names code that is not trusted, a model that was in memory, or
@@ -215,18 +216,21 @@ def skeleton(source: Source, *, trust_code: bool = False) -> nn.Module:
             "The file was made from a model in memory",
             "Its class can't be built again from the file alone",
             "Load it in Python and pass the model",
+            code="class-not-recorded",
         )
     if _prefix(spec) == "" and is_function_spec(spec) and not trust_code and spec not in TRUSTED:
         raise SourceError(
             f"The file names the function {spec}, which would be imported and run",
             "A file is not trusted to name code",
             "If you trust it, pass --trust-code (in Python: trust_code=True)",
+            code="code-not-trusted",
         )
     if _prefix(spec) == "hf" and source.config is None:
         raise SourceError(
             f"The file lacks the configuration of {spec}",
             "Its model can't be built offline",
             "Convert the model again",
+            code="config-missing",
         )
     provider = _provider(spec, source.kwargs, network=False, config=source.config)
     with skip_init():
@@ -239,7 +243,7 @@ def _prefix(spec: str) -> str:
 
 
 def _weights_of(spec: str, weights: str | Path) -> Path | None:
-    """The safetensors file, or index of shards, that weights lie in; None if it is no such."""
+    """The safetensors file, or index of shards, that weights lie in; None for other formats."""
     if weights == "none":
         return None
     if weights == "default":
@@ -266,8 +270,9 @@ def _provider(
     if not all(isinstance(key, str) and is_json(value) for key, value in kwargs.items()):
         raise SourceError(
             f"The model arguments {dict(kwargs)!r} can't be written as JSON",
-            "A file could not say how to build the model again",
+            "The file could not record how to build the model",
             "Use text, numbers, true, false, null and lists of them",
+            code="model-argument-not-json",
         )
     name = spec.partition(":")[2]
     if _prefix(spec) == "timm":

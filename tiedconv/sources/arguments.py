@@ -1,4 +1,4 @@
-"""Arguments of models: values that JSON can hold, as text from the user or from a file."""
+"""Arguments of models: JSON values, as text from the user or from a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parse_model_args(args: Sequence[str]) -> dict[str, JSON]:
         args: `name=value` each; a value that is not JSON is taken as text.
 
     Raises:
-        UserError: an argument has no "=", no proper name, or is given twice.
+        UserError: an argument has no "=", no valid name, or is given twice.
     """
     parsed: dict[str, JSON] = {}
     for arg in args:
@@ -29,9 +29,14 @@ def parse_model_args(args: Sequence[str]) -> dict[str, JSON]:
             raise UserError(
                 f"The model argument {arg!r} is not of the form name=value",
                 hint="Write it as, for example, img_size=32",
+                code="malformed-model-argument",
             )
         if name in parsed:
-            raise UserError(f"The model argument {name} is given twice", hint="Give it once")
+            raise UserError(
+                f"The model argument {name} is given twice",
+                hint="Give it once",
+                code="model-argument-repeated",
+            )
         try:
             parsed[name] = json.loads(text, parse_constant=_not_json)
         except ValueError:
@@ -60,12 +65,13 @@ def _not_json(constant: str) -> JSON:
 
 
 def refuse_arguments(spec: str, kwargs: Mapping[str, JSON], reserved: Iterable[str]) -> None:
-    """Refuses arguments that would load weights or files behind the caller's back."""
+    """Refuses arguments that would load weights or files other than those recorded."""
     if taken := sorted(set(kwargs) & set(reserved)):
         raise SourceError(
-            f"The argument {taken[0]} of {spec} is not for the user to set",
-            "It would load weights that are not on record",
+            f"The argument {taken[0]} of {spec} can't be set",
+            "It would load weights that the file does not record",
             "Choose the weights with --weights",
+            code="reserved-model-argument",
         )
 
 

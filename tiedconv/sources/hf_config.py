@@ -36,13 +36,15 @@ def to_data(
                 f"{spec} takes no argument {key}: its configuration has none",
                 "The model can't be built",
                 "Correct or leave out this model argument",
+                code="unknown-model-argument",
             )
         try:
             setattr(config, key, value)
         except Exception as error:  # the library checks types with errors of its own
             raise SourceError(
-                f"{spec} can't have {key}={value!r} ({first_line(error)})",
+                f"Invalid model argument {key}={value!r} of {spec} ({first_line(error)})",
                 hint="Give a value of the right type",
+                code="invalid-model-argument",
             ) from error
     named = getattr(config, "architectures", None) or [_usual_class(transformers, spec, config)]
     stored: dict[str, JSON] = json.loads(config.to_json_string(use_diff=False))
@@ -51,7 +53,7 @@ def to_data(
 
 
 def from_data(transformers: Any, spec: str, data: Mapping[str, JSON]) -> Any:
-    """A fresh configuration object from what `to_data` gave.
+    """A new configuration object from what `to_data` returned.
 
     Raises:
         SourceError: the installed library does not know such a configuration.
@@ -66,6 +68,7 @@ def from_data(transformers: Any, spec: str, data: Mapping[str, JSON]) -> Any:
             f"The configuration of {spec} is not one that transformers "
             f"{transformers.__version__} knows ({first_line(error)})",
             hint="Install the release of transformers that it was made with",
+            code="config-unknown",
         ) from error
 
 
@@ -79,14 +82,15 @@ def architecture(transformers: Any, spec: str, name: object) -> Any:
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise SourceError(
             f"transformers {transformers.__version__} has no model class {name!r}",
-            f"{spec} can't be built, as code outside the library is never run",
+            f"{spec} can't be built: only model classes of the library itself are run",
             "Install the release of transformers that has it",
+            code="unknown-architecture",
         )
     return found
 
 
 def _usual_class(transformers: Any, spec: str, config: Any) -> str:
-    """The name of the class that classifies images, or else finds objects, by transformers."""
+    """The library's class for image classification, or else for object detection."""
     for auto in ("AutoModelForImageClassification", "AutoModelForObjectDetection"):
         found = getattr(transformers, auto)._model_mapping.get(type(config), None)
         if found is not None:
@@ -96,6 +100,7 @@ def _usual_class(transformers: Any, spec: str, config: Any) -> str:
             f"The configuration of {spec} names no architecture",
             "The class of its model is not known",
             'Add "architectures": ["..."] to its config.json',
+            code="architecture-missing",
         )
     return str((found[0] if isinstance(found, tuple) else found).__name__)
 

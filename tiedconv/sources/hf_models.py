@@ -55,14 +55,23 @@ class HfModel:
         """The configuration of a directory or a hub name, with the arguments in it."""
         refuse_arguments(self._spec, self.kwargs, ("architecture", "model_type", "architectures"))
         if not self._local and self._name.startswith(("/", ".", "~")):
-            raise SourceError(f"There is no directory {self._name}", hint="Correct its path")
+            raise SourceError(
+                f"There is no directory {self._name}",
+                hint="Correct its path",
+                code="model-folder-missing",
+            )
         if not self._name:
-            raise SourceError("The spec hf: names no model", hint="Give hf:NAME or hf:DIRECTORY")
+            raise SourceError(
+                "The spec hf: names no model",
+                hint="Give hf:NAME or hf:DIRECTORY",
+                code="model-not-named",
+            )
         if self._local and not (self._directory / "config.json").is_file():
             raise SourceError(
                 f"The directory {self._name} has no config.json",
                 "The class of its model is not known",
                 "Give a directory that save_pretrained wrote",
+                code="config-missing",
             )
         config = self._fetch(
             lambda where, only_local: self._transformers.AutoConfig.from_pretrained(
@@ -98,7 +107,7 @@ class HfModel:
                 config=self._configuration(),
                 dtype=torch.float32,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to report them in our words
+                ignore_mismatched_sizes=True,  # reported by `_refuse_gaps`
                 **options,
             )
 
@@ -112,7 +121,9 @@ class HfModel:
         except WeightsError as error:
             try:
                 named, info = self._with_weights(None, state_dict=dict(tensors))
-            except Exception as second:  # the library raises many types; the first error says more
+            except (
+                Exception
+            ) as second:  # the library raises many types; the first error is more exact
                 raise error from second
             if info["missing_keys"] or info["unexpected_keys"]:
                 raise
@@ -162,19 +173,21 @@ class HfModel:
                 raise SourceError(
                     f"The {what} in {self._name} can't be read ({first_line(error)})",
                     hint="Give a directory that save_pretrained wrote, or --weights FILE",
+                    code="model-unreadable",
                 ) from error
             if what == "weights" and is_download_error(error):
                 raise not_downloaded(self._spec, error) from error
             raise SourceError(
                 f"The {what} of {self._spec} could not be loaded ({first_line(error)})",
                 hint="Check the name and the network, or give the path of a local copy",
+                code="model-not-loaded",
             ) from error
 
 
 def _refuse_gaps(model: nn.Module, info: Mapping[str, Any], what: str) -> None:
     shapes = {key: (tuple(there), tuple(here)) for key, there, here in info["mismatched_keys"]}
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    # A published file may hold a head that the class has no use for, but never lack a part.
+    # A published file may hold a head that the class does not use, but must not lack a tensor.
     if shapes or missing:
         raise describe_mismatch(model, what, shapes, missing, unexpected)
 

@@ -1,4 +1,4 @@
-"""How Hugging Face models want their images: from an image processor's file or a guess."""
+"""Preprocessing of images for Hugging Face models: from preprocessor_config.json or a default."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def from_image_processor(spec: str, path: Path, kwargs: Mapping[str, JSON]) -> P
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, PlanError) as error:
         raise SourceError(
-            f"The preprocessor_config.json of {spec} can't be used ({error})",
+            f"The preprocessor_config.json of {spec} is malformed ({error})",
             hint="Correct the file or remove it",
+            code="preprocessing-malformed",
         ) from error
     return stated.scaled_to(image_size(kwargs))
 
@@ -51,7 +52,7 @@ def from_model_config(config: Mapping[str, JSON]) -> Preprocess | None:
     """ImageNet's usual preprocessing at the size that a model's configuration states.
 
     Returns:
-        None for a model that takes no images, as far as its configuration tells.
+        None for a model that takes no images, as far as its configuration shows.
     """
     size = image_size(config)
     architecture = str(config.get("architecture"))

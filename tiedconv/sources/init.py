@@ -1,4 +1,4 @@
-"""Building models without paying for random numbers that are thrown away."""
+"""Building models without initial values that are overwritten anyway."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def skip_init() -> Iterator[None]:
 
 @contextmanager
 def skip_memory() -> Iterator[None]:
-    """Within it, models are built whose parameters have shapes, but no numbers and no memory.
+    """Within it, models are built whose parameters have shapes, but no values and no memory.
 
     Each parameter is put on the meta device when a module takes it. Those that modules share stay
     shared, and all buffers come out as always. It holds for all threads.
 
-    A constructor that looks at a parameter's numbers fails in it.
+    A constructor that reads a parameter's values fails in it.
     """
     made = WeakIdKeyDictionary()
 
@@ -97,7 +97,7 @@ def skip_memory() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within it, torch's CPU random numbers start at `seed`; afterwards they go on as before."""
+    """Within it, torch's CPU random numbers start at `seed`; afterwards their state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

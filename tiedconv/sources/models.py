@@ -163,9 +163,10 @@ def source_of(record: Mapping[str, Any] | None) -> Source:
     """The source that a file or a tied model records."""
     if record is None:
         raise CheckpointError(
-            "The file does not say what model it was made from",
+            "The file does not record which model it was made from",
             "Its class can't be built",
             "Load it in Python: tiedconv.load(path, model=an_instance)",
+            code="class-not-recorded",
         )
     return Source.from_json(record)
 

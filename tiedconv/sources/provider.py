@@ -13,7 +13,7 @@ from tiedconv.errors import SourceError, TiedconvError
 from tiedconv.sources.arguments import JSON
 from tiedconv.sources.source import Preprocess
 
-_LONGEST = 200  # libraries list all that they know in one line
+_LONGEST = 200  # characters: some libraries list all known names in one line
 
 
 class Provider(Protocol):
@@ -45,11 +45,11 @@ class Provider(Protocol):
 
 
 def construct(spec: str, kwargs: Mapping[str, JSON], constructor: Callable[[], Any]) -> nn.Module:
-    """Calls `constructor`, and says in our words what a library says in its own.
+    """Calls `constructor`, and raises the library's errors as errors of this package.
 
     Raises:
-        SourceError: an argument is unknown, or the library refuses a value, or what it returns
-            is no model.
+        SourceError: an argument is unknown, or the library refuses a value, or it does not
+            return a module.
     """
     try:
         model = constructor()
@@ -63,14 +63,16 @@ def construct(spec: str, kwargs: Mapping[str, JSON], constructor: Callable[[], A
             f"{spec} takes no argument {found[1]}",
             "The model can't be built",
             "Correct or leave out this model argument",
+            code="unknown-model-argument",
         ) from error
     except Exception as error:  # model libraries raise anything, from KeyError to AssertionError
         raise _refused(spec, kwargs, error) from error
     if not isinstance(model, nn.Module):
         raise SourceError(
-            f"{spec} gives a {type(model).__name__}, not a torch.nn.Module",
+            f"{spec} returned a {type(model).__name__}, not a torch.nn.Module",
             "There is nothing to convert",
             "Return the model itself",
+            code="not-a-module",
         )
     return model
 
@@ -81,22 +83,24 @@ def _refused(spec: str, kwargs: Mapping[str, JSON], error: Exception) -> SourceE
         f"{spec} can't be built with {given[: 5 * _LONGEST] or 'no arguments'} "
         f"({type(error).__name__}: {first_line(error)})",
         hint="Check the model arguments against the library's documentation",
+        code="model-not-built",
     )
 
 
 def unknown_model(spec: str, name: str, known: Iterable[str], prefix: str = "") -> SourceError:
     """The error for a model that a library does not have, with the nearest names it has."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    meant = " and ".join(prefix + candidate for candidate in near)
+    meant = ", ".join(prefix + candidate for candidate in near)
     remedy = "Give a torchvision name, timm:NAME, hf:NAME or package.module:function"
     if name.endswith((".safetensors", ".pth", ".pt", ".bin")):
         return SourceError(
             f"{spec!r} is the name of a file, not of a model",
             hint="Name the model, and pass its weights with --weights FILE",
+            code="file-as-model",
         )
     if near:
-        remedy = f"Near to it are {meant}"
-    return SourceError(f"There is no model {spec!r}", hint=remedy)
+        remedy = f"Similar names: {meant}"
+    return SourceError(f"Unknown model {spec!r}", hint=remedy, code="unknown-model")
 
 
 def is_download_error(error: BaseException) -> bool:
@@ -107,16 +111,17 @@ def is_download_error(error: BaseException) -> bool:
 
 
 def not_downloaded(spec: str, error: BaseException, reason: str = "") -> SourceError:
-    """The error for published weights that could not be fetched, with a better reason if known."""
+    """The error for published weights not fetched; `reason` replaces the text of `error`."""
     return SourceError(
         f"The pretrained weights of {spec} could not be downloaded ({reason or first_line(error)})",
         hint="Download them on a machine with a network and pass --weights FILE, "
         "or try the command with --weights none",
+        code="download-failed",
     )
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, or its type."""
+    """The first line of an error's message that is not empty, or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] += " " + lines[1]

@@ -1,4 +1,4 @@
-"""Models that a function of the user's makes: `package.module:function`."""
+"""Models that a user's function returns: `package.module:function`."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class PythonFunction:
         self._function = _find(spec)
 
     def build(self) -> nn.Module:
-        """What the function returns; raises SourceError if it fails or returns no model."""
+        """What the function returns; raises SourceError if it fails or returns no module."""
         return construct(self._spec, self.kwargs, lambda: self._function(**self.kwargs))
 
     def pretrained(self) -> nn.Module:
-        """The same: the weights of a function's model are the function's own affair."""
+        """The same: the function itself loads weights, if it wants any."""
         return self.build()
 
     def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -73,13 +73,15 @@ def _find(spec: str) -> Callable[..., Any]:
             f"The module {module_name} of {spec} can't be imported "
             f"({type(error).__name__}: {first_line(error)})",
             hint="Run the command where Python can import it, or correct its name",
+            code="module-not-imported",
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         near = difflib.get_close_matches(name, [n for n in vars(module) if n[:1] != "_"], n=3)
         raise SourceError(
             f"The module {module_name} has no function {name}",
-            hint=f"Near to it are {' and '.join(near)}" if near else "Correct its name",
+            hint=f"Similar names: {', '.join(near)}" if near else "Correct its name",
+            code="unknown-function",
         )
     found: Callable[..., Any] = function
     return found

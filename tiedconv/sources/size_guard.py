@@ -1,7 +1,7 @@
-"""Building a model that a file asks for, without believing the file about its size.
+"""Building the model that a file describes, within the size that the file records.
 
 A file may name any model of a library with any arguments, and `depth=1000000` is an argument.
-Here the library is stopped as soon as it makes more than a model of the promised size needs.
+Here the library is stopped as soon as it makes more than a model of the recorded size needs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 from tiedconv.errors import SourceError
 
 # A library may make more than it keeps: another head, a class for training.
-_SPARE_NUMBERS = 2**23
+_SPARE_PARAMETERS = 2**23
 _SPARE_MODULES = 1_000
-_LONGEST = 2**16  # tensors that are taken apart into numbers, such as the rates of a drop path
+_LONGEST = 2**16  # tensors that are split into Python numbers, such as drop path rates
 
 _MAKERS = frozenset(
     {
@@ -35,28 +35,28 @@ _REPEATS = frozenset({"repeat", "repeat_interleave", "tile"})
 
 
 @contextmanager
-def bounded(numbers: int, tensors: int) -> Iterator[None]:
-    """Within it, no model can be built that is much larger than said. For the current thread.
+def bounded(parameters: int, tensors: int) -> Iterator[None]:
+    """Within it, no model can be built that is much larger than recorded. For the current thread.
 
     Args:
-        numbers: parameters and buffers that the model has.
-        tensors: in which they come.
+        parameters: parameters and buffers that the model has.
+        tensors: the number of tensors that hold them.
 
     Raises:
         SourceError: from the constructor of a model that is larger.
     """
-    most = 2 * numbers + _SPARE_NUMBERS
-    left = {"numbers": most, "modules": 20 * tensors + _SPARE_MODULES}
+    most = 2 * parameters + _SPARE_PARAMETERS
+    left = {"parameters": most, "modules": 20 * tensors + _SPARE_MODULES}
     thread = threading.get_ident()
 
     def spend(what: str, count: int) -> None:
         if threading.get_ident() == thread:
             left[what] -= count
             if left[what] < 0:
-                raise _too_large(numbers)
+                raise _too_large(parameters)
 
     def on_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        spend("numbers", 0 if tensor is None else tensor.numel())
+        spend("parameters", 0 if tensor is None else tensor.numel())
 
     def on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
         spend("modules", 1)
@@ -67,7 +67,7 @@ def bounded(numbers: int, tensors: int) -> Iterator[None]:
         hooks.register_module_module_registration_hook(on_module),
     ]
     try:
-        with _Bounded(numbers, most):
+        with _Bounded(parameters, most):
             yield
     finally:
         for handle in handles:
@@ -77,9 +77,9 @@ def bounded(numbers: int, tensors: int) -> Iterator[None]:
 class _Bounded(TorchFunctionMode):
     """Refuses operations whose result, or what they read, is larger than the whole model."""
 
-    def __init__(self, numbers: int, most: int) -> None:
+    def __init__(self, parameters: int, most: int) -> None:
         super().__init__()
-        self.numbers, self.most = numbers, most
+        self.parameters, self.most = parameters, most
 
     def __torch_function__(
         self,
@@ -91,16 +91,16 @@ class _Bounded(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if _expected(name, func, args, kwargs) > self.most:
-            raise _too_large(self.numbers)
+            raise _too_large(self.parameters)
         if name in ("__iter__", "tolist", "unbind") and max(args[0].shape, default=0) > _LONGEST:
-            raise _too_large(self.numbers)
+            raise _too_large(self.parameters)
         return func(*args, **kwargs)
 
 
 def _expected(
     name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> int:
-    """How many numbers an operation reads, or is known to make."""
+    """How many parameters an operation reads, or is known to make."""
     if name in _MAKERS:
         try:
             return int(func(*args, **{**kwargs, "device": "meta", "out": None}).numel())
@@ -136,9 +136,10 @@ def _flat(items: Sequence[Any]) -> Iterator[Any]:
             yield item
 
 
-def _too_large(numbers: int) -> SourceError:
+def _too_large(parameters: int) -> SourceError:
     return SourceError(
-        f"The file asks for a model far larger than the {numbers:,} numbers that it describes",
+        f"The file describes {parameters:,} parameters, but its model would be far larger",
         "The model was not built",
         "The file is damaged or forged: convert the model again",
+        code="model-too-large",
     )

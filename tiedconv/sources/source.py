@@ -66,18 +66,21 @@ class Preprocess:
         sizes = [items["size"]] if items["resize"] is None else [items["size"], items["resize"]]
         if not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sizes):
             raise PlanError(
-                f"{what} has a size that is not from 1 to {_LARGEST_SIDE}: {reprlib.repr(sizes)}"
+                f"{what} has a size that is not from 1 to {_LARGEST_SIDE}: {reprlib.repr(sizes)}",
+                code="invalid-image-size",
             )
         mean, std = _numbers(items["mean"]), _numbers(items["std"])
         if not mean or not std or len(mean) != len(std) or min(std) <= 0:
             raise PlanError(
                 f"{what} needs as many means as positive standard deviations, "
-                f"not {reprlib.repr(items['mean'])} and {reprlib.repr(items['std'])}"
+                f"not {reprlib.repr(items['mean'])} and {reprlib.repr(items['std'])}",
+                code="invalid-mean-or-std",
             )
         if items["interpolation"] not in _INTERPOLATIONS:
             raise PlanError(
                 f"{what} has the unknown interpolation {reprlib.repr(items['interpolation'])}",
                 hint=f"Known are {' and '.join(_INTERPOLATIONS)}",
+                code="unknown-interpolation",
             )
         return cls(items["size"], items["resize"], mean, std, items["interpolation"])
 
@@ -142,12 +145,16 @@ class Source:
         for key, sound in checks.items():
             if not sound:
                 shown = reprlib.repr(items[key])
-                raise CheckpointError(f"The model source has a malformed {key!r}: {shown}")
+                raise CheckpointError(
+                    f"The model source has a malformed {key!r}: {shown}", code="source-malformed"
+                )
         if preprocess is not None:
             try:
                 items["preprocess"] = Preprocess.from_json(preprocess)
             except PlanError as error:
-                raise CheckpointError(error.what, error.consequence, error.hint) from error
+                raise CheckpointError(
+                    error.what, error.consequence, error.hint, code=error.code
+                ) from error
         return cls(**items)
 
 
@@ -172,10 +179,16 @@ def _object_with(
 ) -> dict[str, Any]:
     """`data` as a dict with exactly the fields of `cls`."""
     if not isinstance(data, dict):
-        raise error(f"{what} is not a JSON object but {type(data).__name__}")
+        raise error(
+            f"{what} is not a JSON object but {type(data).__name__}", code="not-a-json-object"
+        )
     names = {item.name for item in fields(cls)}
     if unknown := sorted(str(key) for key in set(data) - names):
-        raise error(f"{what} has the unknown key {reprlib.repr(unknown[0])}", "It can't be trusted")
+        raise error(
+            f"{what} has the unknown key {reprlib.repr(unknown[0])}",
+            "It can't be read",
+            code="unknown-key",
+        )
     if missing := sorted(names - set(data)):
-        raise error(f"{what} lacks the key {missing[0]!r}", "It can't be used")
+        raise error(f"{what} lacks the key {missing[0]!r}", "It can't be read", code="missing-key")
     return dict(data)

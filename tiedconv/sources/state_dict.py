@@ -25,7 +25,7 @@ def fit_to(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         names of a tensor that is there under one of its names, are filled in.
 
     Raises:
-        WeightsError: names are missing or unexpected, or shapes or kinds of numbers differ.
+        WeightsError: names are missing or unexpected, or shapes or data types differ.
     """
     state = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     fitted = match_names(tensors, state)
@@ -46,6 +46,7 @@ def fit_to(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
                 f"{name} holds {fitted[name].dtype} in the file, {value.dtype} in the model",
                 "Quantized weights can't be converted",
                 "Give the weights as floating-point numbers",
+                code="weights-quantized",
             )
     return {name: fitted[name] for name in state}
 
@@ -66,8 +67,8 @@ def _fill_in(fitted: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:
             continue
         if name.endswith("num_batches_tracked"):  # files older than it lack it; it starts at zero
             fitted[name] = value
-        elif value.numel() and (twin := present.get(_place(value))):
-            fitted[name] = fitted[twin]
+        elif value.numel() and (other := present.get(_place(value))):
+            fitted[name] = fitted[other]
 
 
 def _place(value: Tensor) -> tuple[int, int, Shape, Shape]:
@@ -122,7 +123,9 @@ def describe_mismatch(
         labelled = hasattr(getattr(model, "config", None), "num_labels")
         argument = "num_labels" if labelled else "num_classes"
         remedy = f"If the file is for {classes} classes, add --model-arg {argument}={classes}"
-    return WeightsError(f"{what} don't fit the model" + ": " + "; ".join(parts), "", remedy)
+    return WeightsError(
+        f"{what} don't fit the model: {'; '.join(parts)}", "", remedy, code="weights-mismatch"
+    )
 
 
 def _other_classes(shapes: Mapping[str, tuple[Shape, Shape]]) -> int | None:

@@ -70,6 +70,7 @@ class TimmModel:
             raise SourceError(
                 f"timm has no pretrained weights for {self._name}",
                 hint="Pass --weights FILE or --weights none",
+                code="no-pretrained-weights",
             )
         return construct(self._spec, self.kwargs, self._fetch)
 

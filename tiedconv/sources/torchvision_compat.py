@@ -47,6 +47,7 @@ def import_torchvision() -> ModuleType:
             f"torchvision can't be imported ({error})",
             "Models can't be built without it",
             f"Install the torchvision release that matches torch {torch.__version__}",
+            code="torchvision-not-imported",
         ) from error
 
 

@@ -23,7 +23,7 @@ from tiedconv.sources.source import Preprocess
 from tiedconv.sources.state_dict import load_into
 from tiedconv.sources.torchvision_compat import import_torchvision
 
-# What torchvision sets in secret when it loads the published weights of these models. A skeleton
+# What torchvision sets by itself when it loads the published weights of these models. A skeleton
 # must have it too, or the same weights would compute something else in it.
 _WITH_WEIGHTS: dict[str, dict[str, JSON]] = {
     "googlenet": {"transform_input": True, "init_weights": False, "aux_logits": False},
@@ -77,6 +77,7 @@ class TorchvisionModel:
             raise SourceError(
                 f"torchvision has no pretrained weights for {self._name}",
                 hint="Pass --weights FILE or --weights none",
+                code="no-pretrained-weights",
             )
         return construct(self._name, self._given, lambda: self._fetch(weights))
 
@@ -94,6 +95,7 @@ class TorchvisionModel:
                 f"The pretrained weights of {self._name} don't allow these arguments ({error})",
                 "The published model can't be changed in this way",
                 "Leave the argument out, or pass --weights FILE or --weights none",
+                code="argument-needs-new-weights",
             ) from error
         except Exception as error:
             if not is_download_error(error):
