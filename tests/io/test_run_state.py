@@ -68,6 +68,18 @@ def test_views_are_stored_by_their_values(tmp_path: Path) -> None:
     assert same(read_state(tmp_path / "s", "x"), state)
 
 
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (8, 4, 1, 1), (1, 4, 2, 2), (8, 4, 3, 3, 3)])
+def test_memory_layouts_are_kept(shape: tuple[int, ...], tmp_path: Path) -> None:
+    # A convolution sums in the order of memory: resumed in another, it ends with other bits.
+    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    value = torch.empty(shape, memory_format=layout).copy_(torch.randn(shape))
+    write_state(tmp_path / "s.safetensors", "training", {"a": value, "b": value.contiguous()})
+    found = read_state(tmp_path / "s.safetensors", "training")
+    assert found["a"].stride() == value.stride()
+    assert torch.equal(found["a"], value)
+    assert found["b"].is_contiguous()
+
+
 def test_nothing_but_plain_data_is_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_state(tmp_path / "s", "x", {"layer": nn.Linear(2, 2)})

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import CheckpointError, OutputError, UserError
@@ -24,6 +25,7 @@ from tiedconv.io.raw import bytes_of
 from tiedconv.io.safetensors_file import FOREIGN, SafetensorsFile, save_tensors
 
 FORMAT = "tiedconv-state-1"
+_LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
 RESTART = "Use --force without --resume to start again"
 
 
@@ -149,7 +151,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], names: dict[tuple[Any, ...],
         if value.numel() == 0 or key not in names:
             names[key] = str(len(tensors))
             tensors[names[key]] = value
-        return ["tensor", names[key]]
+        # Memory layout decides the order of sums, and so the bits of what is computed.
+        return ["tensor", names[key], _layout_of(value)]
     if isinstance(value, Mapping):
         return ["dict", [[_encode(k, tensors, names), _encode(v, tensors, names)]
                          for k, v in value.items()]]  # fmt: skip
@@ -165,10 +168,24 @@ def _encode(value: Any, tensors: dict[str, Tensor], names: dict[tuple[Any, ...],
     raise TypeError(f"a {type(value).__name__} can't be part of a run's state")
 
 
+def _layout_of(tensor: Tensor) -> str | None:
+    """The name of a tensor's memory layout, None if its axes lie in their own order."""
+    name = {4: "channels_last", 5: "channels_last_3d"}.get(tensor.dim(), "")
+    if name not in _LAYOUTS or not tensor.is_contiguous(memory_format=_LAYOUTS[name]):
+        return None
+    return name if tensor.stride() != torch.empty(tensor.shape, device="meta").stride() else None
+
+
 def _decode(data: Any, tensors: Mapping[str, Tensor]) -> Any:
     match data:
-        case ["tensor", str(name)]:
+        case ["tensor", str(name), None]:
             return tensors[name]
+        case ["tensor", str(name), str(layout)]:
+            tensor = tensors[name]
+            format_ = _LAYOUTS[layout]
+            return torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=format_).copy_(
+                tensor
+            )
         case ["dict", [*items]]:
             return {_decode(key, tensors): _decode(value, tensors) for key, value in items}
         case ["list", [*items]]:
