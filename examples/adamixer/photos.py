@@ -91,7 +91,7 @@ def average_precision(photos: list[Photo], logits: Tensor, boxes: Tensor) -> tup
     answers = detections_of({"logits": logits, "pred_boxes": middles}, nn.Identity())
     classes = range(logits.shape[-1])
     score = tiedconv_precision(dict(enumerate(answers)), _as_data(photos, len(classes)), classes)
-    return score.ap, score.ap50
+    return score["ap"], score["ap50"]
 
 
 def _as_data(photos: list[Photo], classes: int) -> data.Objects:
@@ -103,8 +103,8 @@ def _as_data(photos: list[Photo], classes: int) -> data.Objects:
         boxes=sides,
         classes=torch.cat([p.objects.labels for p in photos]).numpy(),
         areas=sides[:, 2] * sides[:, 3],
-        crowds=np.zeros(len(sides), np.int64),
+        iscrowd=np.zeros(len(sides), np.int64),
         sizes=np.array([p.objects.size for p in photos]),
         names=tuple(map(str, range(classes))),
-        numbers=tuple(range(classes)),
+        category_ids=tuple(range(classes)),
     )

@@ -25,7 +25,6 @@ from cli_helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from tiedconv.planning import planner
 from tiedconv.training import engine, train_step
 
 
@@ -217,34 +216,38 @@ def _commands(world: World, file: Path) -> dict[str, tuple[object, ...]]:
 
 @pytest.mark.parametrize("command", ["report", "verify", "evaluate", "finetune", "export"])
 def test_files_that_can_not_be_used(command: str, world: World, here: Path, tmp_path: Path) -> None:
-    def check(file: Path, *words: str) -> None:
-        refused(*_commands(world, file)[command], words=words)
+    def check(file: Path, code: str, *words: str) -> None:
+        refused(*_commands(world, file)[command], words=words, error_code=code)
 
     whole = world.tied.read_bytes()
     bad = tmp_path / "bad.safetensors"
-    check(tmp_path / "missing.safetensors", "no file", "tiedconv convert")
+    check(tmp_path / "missing.safetensors", "file-not-found", "missing.safetensors")
     for length in (0, 5, 200, len(whole) // 2, len(whole) - 1):
         bad.write_bytes(whole[:length])
-        check(bad, str(bad), "Copy it again")
+        check(bad, "file-damaged", str(bad))
     bad.write_bytes(whole + b"more")
-    check(bad, "Copy it again")
-    for place in (20, len(whole) // 8):  # in the head: JSON, the plan, a hash
+    check(bad, "file-damaged", str(bad))
+    head = 8 + int.from_bytes(whole[:8], "little")
+    for place, code in (
+        (20, "file-damaged"),
+        (whole.index(b"sha256", 0, head) + 20, "plan-damaged"),
+    ):
         flipped = bytearray(whole)
         flipped[place] ^= 1
         bad.write_bytes(flipped)
-        check(bad, str(bad), "Copy it again")
+        check(bad, code, str(bad))
     flipped = bytearray(whole)
     flipped[-1] ^= 1
     bad.write_bytes(flipped)
     if command == "report":  # it reads the head alone, as its help says
         run("report", bad)
     else:
-        check(bad, "SHA-256 differs", "damaged", "Copy it again")
-    check(world.weights, "not one of tiedconv's", "--weights")
+        check(bad, "tensor-damaged", str(bad))
+    check(world.weights, "not-compact-file", "--weights")
     bad.write_text("hello")
-    check(bad, "no whole safetensors file")
+    check(bad, "file-damaged", str(bad))
     if command != "evaluate":  # there a folder is taken for the name of a model
-        check(tmp_path, "no file")
+        check(tmp_path, "file-not-found", str(tmp_path))
 
 
 def test_every_flipped_bit_of_the_head_is_noticed(world: World, tmp_path: Path) -> None:
@@ -558,7 +561,7 @@ def test_an_interruption_leaves_nothing_half_written(
     monkeypatch.setattr("tiedconv.io.safetensors_file.write_all", interrupted)
     for command in (convert, export):
         assert run(*command, code=130).stderr.startswith("Interrupted")
-    monkeypatch.setattr(planner, "total_cost", interrupted)
+    monkeypatch.setattr("tiedconv.conversion.stages.fit_factors", interrupted)
     assert "Traceback" not in run(*convert, code=130).output
     monkeypatch.setattr(engine._Run, "take", interrupted)
     result = run(*finetune, code=130)

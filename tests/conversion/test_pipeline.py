@@ -39,13 +39,13 @@ PACKAGE = str(Path(tiedconv.__file__).parent)
 
 
 @contextmanager
-def watched(names: tuple[str, ...]) -> Iterator[tuple[Counter[str], list[int]]]:
-    """Counts calls of the package's functions, and how many lie inside each other.
+def watched(names: tuple[str, ...]) -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """Counts calls of the package's functions, and how deep inside each other these lie at most.
 
     A function that calls itself, to walk an expression, counts once.
     """
     calls: Counter[str] = Counter()
-    deepest = [0]
+    deepest: Counter[str] = Counter()
     stack: list[tuple[object, int]] = [(None, 0)]
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
@@ -54,10 +54,11 @@ def watched(names: tuple[str, ...]) -> Iterator[tuple[Counter[str], list[int]]]:
         if event == "call":
             above, depth = stack[-1]
             stack.append((frame.f_code, depth + (above is not frame.f_code)))
-            deepest[0] = max(deepest[0], stack[-1][1])
+            deepest["all"] = max(deepest["all"], stack[-1][1])
             name = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
             if name in names:
                 calls[name] += 1
+                deepest[name] = max(deepest[name], stack[-1][1])
         elif event == "return" and len(stack) > 1:
             stack.pop()
 
@@ -79,7 +80,7 @@ def test_a_conversion_to_a_file_runs_each_stage_once_and_few_calls_deep(
     weights: str, tmp_path: Path
 ) -> None:
     given = "none" if weights == "none" else weights_of_resnet(tmp_path / "w.safetensors")
-    counted = (*STAGES, "checkpoint.read")
+    counted = (*STAGES, "checkpoint.read", "safetensors_file.write_tensors")
     with watched(counted) as (calls, deepest):
         done = convert_file(
             RESNET, Recipe.of("tied"), tmp_path / "m.safetensors", weights=given,
@@ -87,7 +88,9 @@ def test_a_conversion_to_a_file_runs_each_stage_once_and_few_calls_deep(
         )  # fmt: skip
     assert {name: calls[name] for name in STAGES} == dict.fromkeys(STAGES, 1)
     assert calls["checkpoint.read"] == 1  # the file's header, when it is read back
-    assert deepest[0] <= 15
+    assert deepest["safetensors_file.write_tensors"] <= 6
+    assert max(deepest[name] for name in counted) <= 8
+    assert deepest["all"] <= 18  # a tensor on disk that a scheme asks for while it aligns
     assert done.written is not None
     assert done.written.plan.stored == done.plan.stored
 

@@ -17,7 +17,7 @@ import tiedconv
 from tiedconv.core.plan import Plan
 from tiedconv.errors import PlanError
 from tiedconv.io import json_text, safetensors_file, validation
-from tiedconv.io.checkpoint import read, write_compact
+from tiedconv.io.checkpoint import Checkpoint, read, write_compact
 from tiedconv.io.safetensors_file import DTYPES, SafetensorsFile, forms_of, write_tensors
 from tiedconv.runtime.tie import state_of
 
@@ -33,7 +33,7 @@ def plan_of(**changes: Any) -> Plan:
     return dataclasses.replace(state_of(model()).plan, **changes)
 
 
-def write(path: Path, plan: Plan, history: list[dict[str, Any]] | None = None) -> int:
+def write(path: Path, plan: Plan, history: list[dict[str, Any]] | None = None) -> Checkpoint:
     """The streamed way: the tensors are asked for one by one."""
     tensors = model().state_dict()
     state = state_of(model())
@@ -46,8 +46,8 @@ def aliases(count: int) -> dict[str, str]:
 
 
 def test_what_the_streamed_writer_writes_is_what_save_writes(tmp_path: Path) -> None:
-    size = write(tmp_path / "a.safetensors", plan_of())
-    assert size == (tmp_path / "a.safetensors").stat().st_size
+    written = write(tmp_path / "a.safetensors", plan_of())
+    assert written.size == (tmp_path / "a.safetensors").stat().st_size
     tiedconv.save(model(), tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 

@@ -47,6 +47,7 @@ from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.evaluation import EVENT_SECONDS
 
 
+@torch.enable_grad()  # a caller may have switched gradients off
 def fit_blocks(
     student: nn.Module,
     teacher: nn.Module,
