@@ -647,8 +647,10 @@ def compiles_whole(name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("scheme", ["tied", "lors"])
-@pytest.mark.parametrize("family", [family.name for family in all_families()])
+COMPILED = list(itertools.product([family.name for family in all_families()], ["tied", "lors"]))
+
+
+@pytest.mark.parametrize(("family", "scheme"), slow_unless(COMPILED, covering(COMPILED, 0, 2)))
 def test_compiling_gives_the_same_outputs_in_as_few_graphs_as_before(
     family: str, scheme: str
 ) -> None:

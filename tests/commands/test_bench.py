@@ -277,6 +277,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, *runtimes: str) -> None:
     monkeypatch.setattr(Process, "load", fail)
 
 
+@pytest.mark.slow
 def test_a_form_that_fails_leaves_the_others(
     compact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +287,7 @@ def test_a_form_that_fails_leaves_the_others(
     assert made.left_out == (("cached, compact", "cached can't run"),)
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_compared_the_command_fails(
     compact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_images_bring_the_answers_nearer(name: str, scheme: str) -> None:
     assert divergence(converted(name, scheme), name, fresh) < 0.6 * divergence(blind, name, fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet"])
 def test_the_given_model_stays_and_the_seed_decides_the_rest(name: str) -> None:
     given = MICROS[name].model().train()

@@ -93,6 +93,7 @@ def fresh(name: str) -> nn.Module:
         return DETECTORS[name]().eval()
 
 
+@pytest.mark.slow
 @each_detector
 def test_a_file_of_half_the_decoder_gives_the_same_logits_and_boxes(root: Path, name: str) -> None:
     it = made(root, name)
@@ -175,6 +176,7 @@ def test_other_schemes_convert_a_decoder_too(scheme: str, name: str) -> None:
     assert all(torch.isfinite(part).all() for part in answer(tied))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf-conditional-detr", "hf-deimv2"])
 def test_auto_halves_a_detector(name: str) -> None:
     tied = tiedconv.convert(all_detectors()[name].model(), "auto", params="50%")

@@ -453,6 +453,7 @@ def test_an_interrupted_export_leaves_what_was_there(
 # verify --against
 
 
+@pytest.mark.slow
 def test_verify_tells_an_export_from_another(compact: Path, here: Path) -> None:
     other = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none", seed=1)
     tiedconv.save(with_image_size(other), "other.safetensors")

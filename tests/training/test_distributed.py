@@ -151,7 +151,7 @@ def begun(code: str, arguments: list[str], folder: Path) -> subprocess.Popen[str
 
 
 @pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "signum", [pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT)]
 )
 def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> None:
     arguments = command(world, "--epochs", 2000)
@@ -264,6 +264,7 @@ def test_the_command_of_the_readme_runs(world: World, tmp_path: Path) -> None:
     assert (tmp_path / "healed.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_one_process_stops_none(tmp_path: Path) -> None:
     """All agree on a batch size that fits everywhere, and on compiling or not; none waits."""
     started([*TORCHRUN, WORKER, "full", tmp_path])

@@ -208,7 +208,7 @@ def run(
     on_event: OnEvent | None = None,
 ) -> Finetuned:
     """What `finetune` does; the arguments are its own."""
-    begun = time.monotonic()
+    started = time.monotonic()
     check_output(output, force=force)
     folder = RunDir.beside(output)
     if not (resume or force):
@@ -230,7 +230,7 @@ def run(
             result = train(
                 model, work.train_data, val_data, work.config, teacher=work.teacher, blend=blend,
                 device=place, checkpoint_dir=folder.path, resume=resume,
-                made_of=_made_of(work, request.file), begun=begun, on_event=on_event,
+                made_of=_made_of(work, request.file), started=started, on_event=on_event,
             )  # fmt: skip
         finally:
             if processes.first:

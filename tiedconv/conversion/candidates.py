@@ -50,7 +50,7 @@ def fit_candidates(
         outlined: the recipe and its alternatives, from `planning.planner.outlines`.
         store: the weights.
         cache: measures statistics on images, if there are any.
-        on_group: called with (groups fitted, groups in all), for each candidate anew.
+        on_group: called with (groups fitted, groups in all), for each candidate.
         count: fits to return at most.
     """
     best: list[tuple[float, int, Fit]] = []

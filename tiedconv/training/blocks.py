@@ -50,10 +50,10 @@ class Blocks:
         names = list(dict.fromkeys(block for block in homes if block is not None))
         last = max((i for i, block in enumerate(homes) if block is not None), default=len(uses))
         depths: dict[int, set[int]] = defaultdict(set)
-        begun = 0
+        reached = 0
         for i, (use, block) in enumerate(zip(uses, homes, strict=True)):
-            depth = begun if block is None else names.index(block) + 1
-            begun = max(begun, depth)
+            depth = reached if block is None else names.index(block) + 1
+            reached = max(reached, depth)
             for parameter in use.parameters:
                 depths[parameter].add(len(names) + 1 if i > last else depth)
         return cls(tuple(names), {key: tuple(sorted(found)) for key, found in depths.items()})

@@ -23,7 +23,7 @@ class Clock:
 
     @property
     def untold(self) -> float:
-        """Seconds since progress was told."""
+        """Seconds since progress was reported."""
         return self.read - self.reported
 
     def read_now(self) -> None:
@@ -34,8 +34,8 @@ class Clock:
         """How many steps a time has room for, after `step`, at the throughput so far."""
         return int(seconds * (step - self.first_step) / max(self.read - self.start, 1e-9))
 
-    def told(self, step: int, steps: int) -> tuple[float, float]:
-        """Images a second, and the seconds that are left; notes that they were told."""
+    def report(self, step: int, steps: int) -> tuple[float, float]:
+        """Images a second, and the seconds that are left; notes that they were reported."""
         self.reported = self.read
         passed = max(self.read - self.start, 1e-9)
         return self.images / passed, passed / (step - self.first_step) * (steps - step)

@@ -1,4 +1,4 @@
-"""What a training will be and take, before it is begun."""
+"""What a training will be and take, before it is started."""
 
 from __future__ import annotations
 

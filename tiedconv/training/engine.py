@@ -77,7 +77,7 @@ def train(
     checkpoint_dir: Path | None = None,
     resume: bool = False,
     made_of: Mapping[str, str] | None = None,
-    begun: float | None = None,
+    started: float | None = None,
     on_event: OnEvent | None = None,
 ) -> TrainResult:
     """Trains a classifier in place; model and teacher are moved to the device and stay there.
@@ -101,7 +101,7 @@ def train(
         resume: continue from the newest; where there is none, start at the beginning.
         made_of: names and values of what else must be the same when the run is resumed, such as
             digests of the model, the teacher and the data.
-        begun: start of the time budget, by `time.monotonic`; None for now.
+        started: start of the time budget, by `time.monotonic`; None for now.
         on_event: called with each event.
 
     Raises:
@@ -117,7 +117,7 @@ def train(
             code="nothing-to-resume",
         )
     config = config or TrainConfig()
-    begun = time.monotonic() if begun is None else begun
+    started = time.monotonic() if started is None else started
     check_blend(config, blend)
     folder = StateFolder(Path(checkpoint_dir), config.keep) if checkpoint_dir is not None else None
     with (
@@ -132,7 +132,7 @@ def train(
         run = _Run(TrainerSetup(model, train_data, val_data, config, teacher, place, processes))
         run.listener = on_event if on_event is not None and processes.first else ignore
         run.blend = blend if config.progressive > 0 else None
-        run.folder, run.made_of, run.begun = folder, dict(made_of or {}), begun
+        run.folder, run.made_of, run.started = folder, dict(made_of or {}), started
         return run.run(resume)
 
 
@@ -200,12 +200,12 @@ class _Run(RunState):
         evaluator = self.setup.evaluator
         norms = evaluator.norm_seconds(evaluator.seconds)
         throughput = measure_throughput(self.updater, self.loader, evaluator.seconds, norms)
-        left = seconds - (time.monotonic() - self.begun)
+        left = seconds - (time.monotonic() - self.started)
         steps = throughput.steps_within(left, len(self.loader), self.config)
         self.steps = require_time(self.processes.broadcast_int(steps), seconds, throughput)
 
     def begin_average(self) -> None:
-        """Starts the EMA, if it is on; after the blend has begun."""
+        """Starts the EMA, if it is on; after the blend has started."""
         if self.config.ema > 0:
             self.ema = Ema(self.model, self.config.ema)
 
@@ -294,7 +294,7 @@ class _Run(RunState):
         self.at = replace(self.at, loss=meter.total, losses=meter.count)
         if losses and (self.at.step >= self.steps or clock.untold >= EVENT_SECONDS):
             lr = learning_rate(self.at.step - 1, self.steps, self.config)
-            speed, left = clock.told(self.at.step, self.steps)
+            speed, left = clock.report(self.at.step, self.steps)
             left += self.setup.evaluator.seconds_left(self.steps - self.at.step)
             self.emit(Step(self.at.epoch, self.at.step, tuple(losses), lr, speed, left))
 

@@ -15,7 +15,7 @@ class Progress:
     """How far a run is: plain data, kept in the checkpoint.
 
     Attributes:
-        epoch: epochs begun.
+        epoch: epochs started.
         batch: batches of that epoch that are done.
         loss: sum of the losses of its steps.
         losses: number of these steps.

@@ -40,7 +40,7 @@ class RunState:
         self.broken: dict[str, None] = {}  # a set that remembers which came first
         self.spare = PaddingImage(self.processes)
         self.made_of: Mapping[str, str] = {}
-        self.begun = self.saved = time.monotonic()
+        self.started = self.saved = time.monotonic()
 
     def diverged(self, step: int) -> TrainingError:
         """The error for a loss that is not finite."""

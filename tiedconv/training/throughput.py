@@ -82,13 +82,13 @@ def measure_throughput(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with rolled_back(updater):
-        start = begun = time.perf_counter()
+        start = started = time.perf_counter()
         steps = images = 0
         for i, batch in enumerate(itertools.islice(warmup_batches(loader), _WARM_UP + _STEPS)):
             # Read back, as the loop does now and then: it waits for the device.
             float(updater.step(batch.images, batch.labels, updater.config.lr, i, 1.0))
             steps, images = steps + 1, images + len(batch.images)
-            if time.perf_counter() - begun > _SECONDS:
+            if time.perf_counter() - started > _SECONDS:
                 break
             if i < _WARM_UP:
                 start, steps, images = time.perf_counter(), 0, 0

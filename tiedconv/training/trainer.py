@@ -78,7 +78,7 @@ class TrainerSetup:
 
     @torch.no_grad()
     def dry_step(self) -> None:
-        """Shows two images to model and teacher, so that what can't be is told before the work.
+        """Shows two images to model and teacher, so that errors show before the work.
 
         Raises:
             UserError: images of a size that one of them can't take, or a teacher with other
