@@ -368,13 +368,13 @@ class Interrupt(Exception):
 def steps_counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every step of a fit from now on."""
     seen: list[int] = []
-    step = fitting._Descent._step
+    step = fitting._OptimLoop._step
 
-    def counted(self: fitting._Descent, number: int, index: Tensor) -> Tensor:
+    def counted(self: fitting._OptimLoop, number: int, index: Tensor) -> Tensor:
         seen.append(number)
         return step(self, number, index)
 
-    monkeypatch.setattr(fitting._Descent, "_step", counted)
+    monkeypatch.setattr(fitting._OptimLoop, "_step", counted)
     return seen
 
 

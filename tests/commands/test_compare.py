@@ -223,7 +223,7 @@ def test_a_broken_image_is_left_out_and_told(world: World, tmp_path: Path) -> No
     text = plain(run(*command).stdout)
     assert f"from {len(images) - 1} images" in text
     assert "1 image could not be read and was skipped." in text
-    refused(*command, "--strict", words=["no image"])
+    refused(*command, "--strict", words=["0.png"], error_code="image-unreadable")
 
 
 def test_the_next_command_runs(world: World, tmp_path: Path) -> None:
