@@ -362,7 +362,13 @@ def test_compiled_and_exported_it_is_factored_too() -> None:
     assert sum(p.numel() for p in program.parameters()) == state_of(model).plan.stored
 
 
-@pytest.mark.parametrize("options", [CHANNEL, SPATIAL], ids=["channel", "spatial"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(CHANNEL, id="channel"),
+        pytest.param(SPATIAL, id="spatial", marks=pytest.mark.slow),
+    ],
+)
 def test_onnx_applies_the_factors_and_holds_no_generator(
     options: dict[str, Any], tmp_path: Path
 ) -> None:

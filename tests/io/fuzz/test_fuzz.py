@@ -13,7 +13,7 @@ from fuzz_trials import Tally, attempt, sound_files, warm
 
 import tiedconv
 
-COUNT = 10
+COUNT = 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
