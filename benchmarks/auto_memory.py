@@ -1,6 +1,7 @@
 """Peak memory and time of `convert vit_b_16 --scheme auto --params 50% --calib`, with a baseline.
 
-    python benchmarks/auto_memory.py --baseline CHECKOUT [--images 32] [--effort fast]
+    python benchmarks/auto_memory.py --baseline CHECKOUT [--images 32] [--effort fast] \\
+        [--model timm:vit_base_patch16_224 --model-arg depth=2]
 
 The command runs from this checkout and from another one (`git worktree add CHECKOUT COMMIT`), both
 at the same time with one thread each, so that background load affects both alike. Weights are
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--effort", default="fast")
     parser.add_argument("--model", default="vit_b_16")
+    parser.add_argument("--model-arg", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -64,7 +66,8 @@ def main() -> None:
         "saved_mb": found["baseline"]["peak_mb"] - found["this"]["peak_mb"],
         "time_ratio": found["this"]["seconds"] / found["baseline"]["seconds"],
         "cpu_ratio": found["this"]["cpu"] / found["baseline"]["cpu"],
-        "model": options.model, "images": options.images, "effort": options.effort,
+        "model": options.model, "model_args": options.model_arg, "images": options.images,
+        "effort": options.effort,
         "torch": str(torch.__version__),
     }  # fmt: skip
     options.result.write_text(json.dumps(record, indent=1) + "\n")
@@ -80,6 +83,7 @@ def start(
         "--weights", "none", "--calib", str(folder / "images"), "--effort", options.effort,
         "--device", "cpu", "--workers", "0", "-o", str(folder / f"{what}.safetensors"),
     ]  # fmt: skip
+    words += [word for given in options.model_arg for word in ("--model-arg", given)]
     code = MEASURED.format(words=words, result=str(folder / f"{what}.json"))
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     with (folder / f"{what}.log").open("w") as log:
