@@ -34,7 +34,7 @@ PREPROCESS = Preprocess(32, None, (0.5,) * 3, (0.5,) * 3)
 EPOCHS = {"vit": (14, 3), "resnet": (4, 1)}  # of dense training, of fine-tuning
 CALIB_IMAGES = 256
 # About the processor seconds of each stage, so that the time left can be estimated.
-SECONDS = {"vit": (25.0, 13.0), "resnet": (25.0, 14.0)}
+SECONDS = {"vit": (33.0, 17.0), "resnet": (24.0, 25.0)}
 
 OnStage = Callable[[float, float, str], Any]
 
@@ -156,7 +156,7 @@ def run_demo(
     data = output / "digits"
     tests = write_digits(data)
     calib = Calibration(
-        data, max(32, round(CALIB_IMAGES * factor)), CalibConfig(effort="fast", seed=seed),
+        data, max(32, round(CALIB_IMAGES * factor)), CalibConfig(effort="fast", joint_steps=20, seed=seed),
         device="cpu", workers=0,
     )  # fmt: skip
     rows: list[Row] = []
