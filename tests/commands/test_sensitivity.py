@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli_helpers import MODEL_ARGS, SPEC, World, figures, plain, refused, run
 from covering import slow_unless
+from error_codes import raises
 from micro import all_micros
 from torch import Tensor, nn
 
@@ -225,9 +226,9 @@ def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
 
 def test_mistakes_in_python(tmp_path: Path) -> None:
     model, images = all_micros()["timm-vit"].model(), pixels(16, 2)
-    with pytest.raises(UserError, match="no share"):
+    with raises(UserError, "keep-out-of-range"):
         sensitivity(model, calibration(images), keep=1.0)
-    with pytest.raises(NothingToConvert, match="No block"):
+    with raises(NothingToConvert, "no-block-known"):
         sensitivity(nn.Linear(3, 4), calibration(images))
     with pytest.raises(UserError, match="tied already"):
         sensitivity(tiedconv.convert(model, "tied"), calibration(images))

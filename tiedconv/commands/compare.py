@@ -198,7 +198,10 @@ def _budgets(texts: Sequence[str]) -> list[Budget]:
     found = [Budget(text.strip()) for text in dict.fromkeys(texts) if text.strip()]
     if not found:
         raise RecipeError(
-            "No budget was given", "There is nothing to compare", "Write it as 70%,50%,30%"
+            "No budget was given",
+            "There is nothing to compare",
+            "Write it as 70%,50%,30%",
+            code="budget-missing",
         )
     return found
 

@@ -156,9 +156,12 @@ def run_demo(
     data = output / "digits"
     tests = write_digits(data)
     calib = Calibration(
-        data, max(32, round(CALIB_IMAGES * factor)), CalibConfig(effort="fast", joint_steps=20, seed=seed),
-        device="cpu", workers=0,
-    )  # fmt: skip
+        data,
+        max(32, round(CALIB_IMAGES * factor)),
+        CalibConfig(effort="fast", joint_steps=20, seed=seed),
+        device="cpu",
+        workers=0,
+    )
     rows: list[Row] = []
     for name, (build, spec, recipes) in MODELS.items():
         (training, fine_tuning), (train_work, compact_work) = EPOCHS[name], SECONDS[name]
@@ -250,7 +253,9 @@ def write_digits(folder: Path) -> int:
             seen[label] += 1
     except OSError as error:
         raise OutputError(
-            f"{folder} can't be written ({error.strerror})", hint="Choose another folder with -o"
+            f"{folder} can't be written ({error.strerror})",
+            hint="Choose another folder with -o",
+            code="folder-not-writable",
         ) from None
     return tests
 

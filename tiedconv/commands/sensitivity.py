@@ -168,7 +168,9 @@ def sensitivity(
     start = time.perf_counter()
     if not 0 < keep < 1:
         raise UserError(
-            f"keep={keep:g} is no share of a matrix", hint="Use one above 0 and below 1"
+            f"Invalid keep={keep:g}: it is not a fraction in (0, 1)",
+            hint="Use a number above 0 and below 1, such as 0.5",
+            code="keep-out-of-range",
         )
     if not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
@@ -221,8 +223,9 @@ def matrices_of(info: ModelInfo) -> list[Place]:
     if not found:
         raise NothingToConvert(
             "No block of this model is known",
-            "There is no matrix to weigh",
+            "There is no matrix to measure",
             "Write a family for it (docs/contributing.md)",
+            code="no-block-known",
         )
     return sorted(found, key=lambda p: (order[p.slot.tensor], p.slot.start))
 

@@ -190,7 +190,11 @@ def compile_plan(info: ModelInfo, drafts: Sequence[Draft]) -> Plan:
                 (member.slot, member_expr(member, expr.rename(rename)))
             )
     if len({g.name for g in groups}) < len(groups):
-        raise RecipeError("Two groups of the plan have one name", hint="Report this as a bug")
+        raise RecipeError(
+            "Two groups of the plan have one name",
+            hint="Report this as a bug",
+            code="group-name-twice",
+        )
     weights: dict[str, Expr] = {}
     for tensor, parts in pieces.items():
         weights[tensor], rest = assemble(parts)
@@ -296,10 +300,11 @@ def _too_small(
     ways.sort(key=lambda way: not f"{way[0]} ".startswith(asked_for))
     what = "; ".join(f"{flags} reaches {_share(size, original)}" for flags, size in ways[:4])
     return BudgetError(
-        f"{wanted.text} is {budget:,} parameters, and this recipe can't store less than "
+        f"{wanted.text} is {budget:,} parameters, but this recipe stores at least "
         f"{_share(smallest, original)}",
         "Nothing was written",
         f"Ask for that or more{', or choose another way: ' + what if what else ''}",
+        code="budget-too-small",
         smallest=smallest,
     )
 
@@ -318,4 +323,5 @@ def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToCon
         f"Nothing in this model can be converted by this recipe ({wanted})",
         f"Families looked for ({families}); found: {', '.join(saw) or 'none of them'}",
         "Try --scheme lowrank, widen --include, or write a family for it (docs/contributing.md)",
+        code="nothing-to-convert",
     )

@@ -37,9 +37,10 @@ class Budget:
         count = int(original * number / 100) if is_share else int(number)
         if count >= original:
             raise RecipeError(
-                f"params={self.text!r} is no fewer than the model's own {original:,} parameters",
+                f"params={self.text!r} is not less than the model's own {original:,} parameters",
                 "Nothing would be saved",
                 "Give less, such as 50%",
+                code="budget-saves-nothing",
             )
         return count
 
@@ -53,15 +54,17 @@ class Budget:
             count = float(match[1]) * _UNITS[match[2]]
             if 1 <= count <= 100:
                 raise RecipeError(
-                    f"params={self.text!r} would be so many parameters",
+                    f"params={self.text!r} would mean that many parameters",
                     "No model is that small",
-                    f"For a share of the original write {self.text.strip()}%",
+                    f"For a percentage of the original write {self.text.strip()}%",
+                    code="budget-without-percent",
                 )
             if count > 100:
                 return count, False
         raise RecipeError(
-            f"params={self.text!r} is no budget",
+            f"Invalid budget params={self.text!r}",
             hint="Give a percentage of the original such as 50%, or a number such as 12M",
+            code="budget-invalid",
         )
 
 
@@ -155,6 +158,7 @@ class Recipe:
             raise RecipeError(
                 f"The recipe {path} can't be read ({error})",
                 hint="Give a TOML file as docs/recipes.md shows",
+                code="recipe-unreadable",
             ) from None
         unknown = data.keys() - {"params", "rule"}
         rules = data.get("rule", [])
@@ -164,6 +168,7 @@ class Recipe:
             raise RecipeError(
                 f"The recipe {path} {what}",
                 hint="It takes params and one [[rule]] table or more, as docs/recipes.md shows",
+                code="recipe-malformed",
             )
         budget = Budget(str(data["params"])) if "params" in data else None
         return cls(tuple(_rule(rule) for rule in rules), budget).asked()
@@ -180,6 +185,7 @@ class Recipe:
                     f"{given} of {rule.scheme} and a budget were both given",
                     "The budget chooses the ranks",
                     f"Leave out params, or {given}",
+                    code="rank-and-budget",
                 )
         return self
 
@@ -206,8 +212,9 @@ def _rule(data: Mapping[str, Any]) -> Rule:
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise RecipeError(
-                f"{key}={value!r} in a recipe is no list of patterns",
+                f"Invalid {key}={value!r} in a recipe: it is not a list of patterns",
                 hint='Write it as ["*attn*", "*mlp*"]',
+                code="patterns-invalid",
             )
         globs.append(tuple(value))
     return Rule(str(scheme), options, *globs)
