@@ -174,7 +174,7 @@ def test_a_dry_run_at_a_budget_says_that_ranks_are_not_chosen_yet() -> None:
 
 def test_ways_to_save_more_are_each_named_once() -> None:
     arguments = ("--scheme", "lors", "--option", "bases=2", "--params", "10%", "--dry-run")
-    error = refused("convert", "vit_b_16", *arguments, words=["reaches"])
+    error = refused("convert", "vit_b_16", *arguments, error_code="budget-too-small")
     ways = re.findall(r"--scheme (\w+)[^;]* reaches ([\d,]+)", error)
     assert len(ways) == len(set(ways)) > 1
 
@@ -290,7 +290,7 @@ def test_force_replaces_an_output(world: World, tmp_path: Path) -> None:
     file = tmp_path / "compact.safetensors"
     file.write_text("mine")
     command = ("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", file)
-    refused(*command, words=["exists already", "--force"])
+    refused(*command, error_code="output-exists", words=["--force"])
     assert file.read_text() == "mine"
     run(*command, "--force")
     assert load_file(file).keys() == load_file(world.tied).keys()
@@ -603,7 +603,11 @@ def test_a_function_of_the_users(
         ["finetune", file, "--data", world.data, "-o", tmp_path / "healed.safetensors"],
     ):
         if command[0] != "verify":
-            refused(*command, words=["cli_test_models:net", "--trust-code"])
+            refused(
+                *command,
+                error_code="code-not-trusted",
+                words=["cli_test_models:net", "--trust-code"],
+            )
         else:
             assert "--trust-code" in run(*command).stdout
     run("verify", file, "--trust-code")

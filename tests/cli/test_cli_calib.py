@@ -115,7 +115,11 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     kept = files_of(tmp_path / "cut.safetensors.run")
     assert kept
     # Restarted without a warning, it would lose what is done.
-    refused(*convert(world, cut, "--scheme", "lowrank"), words=["--resume", "--force"])
+    refused(
+        *convert(world, cut, "--scheme", "lowrank"),
+        error_code="run-interrupted",
+        words=["--resume", "--force"],
+    )
     assert files_of(tmp_path / "cut.safetensors.run") == kept
     result = run(*convert(world, cut, "--scheme", "lowrank", "--resume"))
     assert "blocks.0: relative" not in result.stderr  # it was not fitted again
@@ -149,11 +153,19 @@ def test_what_cannot_be_is_refused_before_anything_is_written(world: World, tmp_
     empty = tmp_path / "empty"
     empty.mkdir()
     base = ["convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", output, *HERE]
-    refused(*base, "--calib", empty, words=["no images", "empty"])
-    refused(*base, "--calib", tmp_path / "nowhere", words=["does not exist", "holds images"])
-    refused(*base, "--dry-run", "--calib", tmp_path / "nowhere", words=["does not exist"])
+    refused(*base, "--calib", empty, error_code="no-images")
+    refused(*base, "--calib", tmp_path / "nowhere", error_code="no-data-folder")
+    refused(*base, "--dry-run", "--calib", tmp_path / "nowhere", error_code="no-data-folder")
     refused(*base, "--calib", world.data, "--params", "50", error_code="budget-without-percent")
-    refused(*base, "--calib", world.data, "--effort", "heroic", words=["heroic", *EFFORTS])
+    refused(
+        *base,
+        "--calib",
+        world.data,
+        "--effort",
+        "heroic",
+        error_code="invalid-calibration-option",
+        words=[*EFFORTS],
+    )
     for option in (
         ("--resume",),
         ("--effort", "fast"),
@@ -161,5 +173,5 @@ def test_what_cannot_be_is_refused_before_anything_is_written(world: World, tmp_
         ("--strict",),
         ("-n", 100),
     ):
-        refused(*base[: -len(HERE)], *option, words=["without --calib", "leave it out"])
+        refused(*base[: -len(HERE)], *option, error_code="needs-calib", words=["without --calib"])
     assert files_of(tmp_path) == {"empty"}

@@ -42,93 +42,125 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "code", "words"),
     [
-        ("resnt50", ["'resnt50'", "Similar names: resnet50"]),
-        ("nothing_like_it", ["'nothing_like_it'", "timm:NAME"]),
-        ("timm:vit_tinny_patch16_224", ["Similar names: timm:vit_tiny_patch16_224"]),
-        ("hf:no/such-model", ["no/such-model"]),
-        ("no_such_module:net", ["no_such_module", "Python can import it"]),
-        ("tiedconv.commands.demo:digits_vitt", ["no function digits_vitt", "digits_vit"]),
-        ("model.pth", ["name of a file", "--weights FILE"]),
-        ("resnet50 --scheme tide", ["'tide'", "Did you mean tied?", "lors"]),
-        ("resnet50 --scheme lors --option rnk=3", ["'rnk'", "rank"]),
-        ("resnet50 --option groups", ["'groups'", "--option groups=all"]),
-        ("resnet50 --option groups=some", ["groups", "'some'", "adjacent:N"]),
-        ("resnet50 --option first=never", ["'never'", "keep, slice, expand"]),
-        ("resnet50 --option scale=3", ["scale=3", "bool"]),
-        ("resnet50 --rank many", ["rank='many'", "number"]),
-        ("resnet50 --rank -4", ["rank", "-4"]),
-        ("resnet50 --rank 1.5", ["rank", "1.5"]),
-        ("resnet50 --params half", ["'half'", "50%"]),
-        ("resnet50 --params 0%", ["'0%'", "50%"]),
-        ("resnet50 --params 150%", ["'150%'", "50%"]),
-        ("resnet50 --params=", ["''", "50%"]),
-        ("resnet50 --params 10%", ["10%", "18,296,616 (71.6 %)", "Ask for that or more"]),
-        ("resnet50 --scheme lors --params 1000", ["1,000", "2,139,240 (8.4 %)"]),
-        ("resnet50 --include nothing*", ["Nothing in this model can be converted", "--include"]),
-        ("resnet18", ["Nothing in this model can be converted", "--scheme lowrank"]),
-        ("resnet50 --model-arg width", ["width", "img_size=32"]),
-        ("resnet50 --model-arg wdth=3", ["wdth", "argument"]),
-        ("resnet50 --mean 1,2", ["--mean", "0.485,0.456,0.406"]),
-        ("resnet50 --mean a,b,c", ["--mean", "0.485,0.456,0.406"]),
-        ("resnet50 --mean 123,117,104", ["--mean", "between 0 and 1", "255"]),
-        ("resnet50 --std 0,0,0", ["--std", "between 0 and 1"]),
-        ("resnet50 --std nan", ["--std", "0.485,0.456,0.406"]),
-        ("resnet50 --params 100%", ["100%", "Nothing would be saved"]),
-        ("resnet50 --scheme lors --rank 2 --params 50%", ["rank", "lors", "budget"]),
-        ("resnet50 --effort fast", ["--effort", "--calib"]),
-        ("resnet50 -n 100", ["--calib-images", "--calib"]),
-        ("resnet50 --strict", ["--strict", "--calib"]),
-        ("resnet50 --scheme tied --option base_rank=-1", ["base_rank=-1"]),
-        ("resnet50 --interpolation cubic", ["cubic", "bilinear or bicubic"]),
-        ("resnet50 --weights missing.pth", ["missing.pth", "path of a readable file"]),
-        ("resnet50 --recipe missing.toml", ["missing.toml", "TOML"]),
-        ("resnet50 --recipe missing.toml --rank 3", ["--rank", "file's rules"]),
-        ("resnet50 --recipe missing.toml --scheme lors", ["--scheme", "file's rules"]),
+        ("resnt50", "unknown-model", ["'resnt50'", "Similar names: resnet50"]),
+        ("nothing_like_it", "unknown-model", ["'nothing_like_it'"]),
+        (
+            "timm:vit_tinny_patch16_224",
+            "unknown-model",
+            ["Similar names: timm:vit_tiny_patch16_224"],
+        ),
+        ("hf:no/such-model", "model-not-loaded", ["no/such-model"]),
+        ("no_such_module:net", "module-not-imported", ["no_such_module"]),
+        (
+            "tiedconv.commands.demo:digits_vitt",
+            "unknown-function",
+            ["no function digits_vitt", "digits_vit"],
+        ),
+        ("model.pth", "file-as-model", ["--weights FILE"]),
+        ("resnet50 --scheme tide", "unknown-scheme", ["'tide'"]),
+        ("resnet50 --scheme lors --option rnk=3", "unknown-option", ["'rnk'"]),
+        ("resnet50 --option groups", "option-without-value", ["'groups'", "--option groups=all"]),
+        ("resnet50 --option groups=some", "invalid-groups", ["'some'"]),
+        ("resnet50 --option first=never", "unknown-choice", ["'never'"]),
+        ("resnet50 --option scale=3", "wrong-option-type", ["scale=3"]),
+        ("resnet50 --rank many", "wrong-option-type", ["rank='many'"]),
+        ("resnet50 --rank -4", "invalid-rank", ["-4"]),
+        ("resnet50 --rank 1.5", "invalid-rank", ["1.5"]),
+        ("resnet50 --params half", "budget-invalid", ["'half'", "50%"]),
+        ("resnet50 --params 0%", "budget-invalid", ["'0%'", "50%"]),
+        ("resnet50 --params 150%", "budget-invalid", ["'150%'", "50%"]),
+        ("resnet50 --params=", "budget-invalid", ["''", "50%"]),
+        ("resnet50 --params 10%", "budget-too-small", ["10%", "18,296,616 (71.6 %)"]),
+        (
+            "resnet50 --scheme lors --params 1000",
+            "budget-too-small",
+            ["1,000", "2,139,240 (8.4 %)"],
+        ),
+        ("resnet50 --include nothing*", "nothing-to-convert", ["--include"]),
+        ("resnet18", "nothing-to-convert", ["--scheme lowrank"]),
+        ("resnet50 --model-arg width", "malformed-model-argument", ["img_size=32"]),
+        ("resnet50 --model-arg wdth=3", "unknown-model-argument", []),
+        ("resnet50 --mean 1,2", "invalid-mean-or-std", ["--mean", "0.485,0.456,0.406"]),
+        ("resnet50 --mean a,b,c", "invalid-mean-or-std", ["--mean", "0.485,0.456,0.406"]),
+        (
+            "resnet50 --mean 123,117,104",
+            "invalid-mean-or-std",
+            ["--mean", "between 0 and 1", "255"],
+        ),
+        ("resnet50 --std 0,0,0", "invalid-mean-or-std", ["--std", "between 0 and 1"]),
+        ("resnet50 --std nan", "invalid-mean-or-std", ["--std", "0.485,0.456,0.406"]),
+        ("resnet50 --params 100%", "budget-saves-nothing", ["100%"]),
+        ("resnet50 --scheme lors --rank 2 --params 50%", "rank-and-budget", []),
+        ("resnet50 --effort fast", "needs-calib", ["--effort", "--calib"]),
+        ("resnet50 -n 100", "needs-calib", ["--calib-images", "--calib"]),
+        ("resnet50 --strict", "needs-calib", ["--strict", "--calib"]),
+        ("resnet50 --scheme tied --option base_rank=-1", "invalid-rank", ["base_rank=-1"]),
+        ("resnet50 --interpolation cubic", "unknown-interpolation", []),
+        ("resnet50 --weights missing.pth", "weights-unreadable", []),
+        ("resnet50 --recipe missing.toml", "recipe-unreadable", []),
+        (
+            "resnet50 --recipe missing.toml --rank 3",
+            "recipe-and-options",
+            ["--rank", "file's rules"],
+        ),
+        (
+            "resnet50 --recipe missing.toml --scheme lors",
+            "recipe-and-options",
+            ["--scheme", "file's rules"],
+        ),
     ],
 )
-def test_convert_refuses(arguments: str, words: list[str], here: Path) -> None:
-    refused("convert", *arguments.split(), words=words)
+def test_convert_refuses(arguments: str, code: str, words: list[str], here: Path) -> None:
+    refused("convert", *arguments.split(), error_code=code, words=words)
     if "--weights" not in arguments:
-        refused("convert", *arguments.split(), "--dry-run", "--json", words=words)
+        refused("convert", *arguments.split(), "--dry-run", "--json", error_code=code, words=words)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "code", "words"),
     [
-        ("[[rule]\n", ["can't be read", "docs/recipes.md"]),
-        ("", ["no [[rule]]"]),
-        ("[rule]\nscheme = 'tied'", ["no [[rule]]"]),
-        ("parms = '50%'\n[[rule]]", ["'parms'", "params"]),
-        ("[[rule]]\nscheme = 'lors'\nrnak = 3", ["'rnak'", "rank"]),
-        ("[[rule]]\ninclude = 3", ["include=3", "*attn*"]),
-        ("rule = [3]", ["rule"]),
-        ("params = true\n[[rule]]", ["True", "50%"]),
+        ("[[rule]\n", "recipe-unreadable", ["can't be read", "docs/recipes.md"]),
+        ("", "recipe-malformed", []),
+        ("[rule]\nscheme = 'tied'", "recipe-malformed", []),
+        ("parms = '50%'\n[[rule]]", "recipe-malformed", ["'parms'"]),
+        ("[[rule]]\nscheme = 'lors'\nrnak = 3", "unknown-option", ["'rnak'"]),
+        ("[[rule]]\ninclude = 3", "patterns-invalid", ["include=3"]),
+        ("rule = [3]", "recipe-malformed", []),
+        ("params = true\n[[rule]]", "budget-invalid", ["50%"]),
     ],
 )
-def test_a_recipe_that_makes_no_sense(text: str, words: list[str], tmp_path: Path) -> None:
+def test_a_recipe_that_makes_no_sense(
+    text: str, code: str, words: list[str], tmp_path: Path
+) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(text)
-    refused("convert", "resnet50", "--recipe", recipe, "--dry-run", words=words)
+    refused("convert", "resnet50", "--recipe", recipe, "--dry-run", error_code=code, words=words)
 
 
 def test_a_budget_beyond_reach_names_ways_that_reach_it(here: Path) -> None:
-    line = refused("convert", "resnet50", "--params", "50%")
+    line = refused("convert", "resnet50", "--params", "50%", error_code="budget-too-small")
     assert "--scheme tied --option groups=all --option first=expand --option spatial=true" in line
     assert "7,828,968 (30.6 %)" in line
 
 
 def test_a_compact_file_is_no_model_to_convert(world: World, here: Path) -> None:
-    refused("convert", world.tied, words=["compact file already", "tiedconv finetune"])
-    refused("convert", world.weights, words=["name of a file", "--weights"])
+    refused("convert", world.tied, error_code="already-compact")
+    refused("convert", world.weights, error_code="file-as-model", words=["--weights"])
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
     for name in [n for n in sys.modules if n.partition(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)
-    refused("convert", SPEC, "--dry-run", words=["timm", "pip install 'tiedconv[timm]'"])
+    refused(
+        "convert",
+        SPEC,
+        "--dry-run",
+        error_code="missing-extra",
+        words=["pip install 'tiedconv[timm]'"],
+    )
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch, here: Path, tmp_path: Path) -> None:
@@ -162,22 +194,23 @@ class Code:
 
 
 def test_weights_that_can_not_be_used(world: World, here: Path, tmp_path: Path) -> None:
-    def convert(weights: Path, *words: str) -> None:
-        refused("convert", SPEC, *MODEL_ARGS, "--weights", weights, words=words)
+    def convert(weights: Path, code: str, *words: str) -> None:
+        command = ("convert", SPEC, *MODEL_ARGS, "--weights", weights)
+        refused(*command, error_code=code, words=words)
 
     torch.save({"state_dict": load_file(world.weights), "x": Code()}, tmp_path / "code.pth")
-    convert(tmp_path / "code.pth", "would run code", "safetensors")
+    convert(tmp_path / "code.pth", "weights-contain-code")
 
     whole = world.pickle.read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    convert(tmp_path / "cut.pth", "damaged", "again")
+    convert(tmp_path / "cut.pth", "weights-damaged")
     whole = world.weights.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
-    convert(tmp_path / "cut.safetensors", "damaged", "again")
+    convert(tmp_path / "cut.safetensors", "weights-damaged")
     (tmp_path / "text.pth").write_text("hello")
-    convert(tmp_path / "text.pth", "not a weights file")
-    convert(tmp_path, "can't be read")
-    convert(world.tied, "compact file", "tiedconv export")
+    convert(tmp_path / "text.pth", "weights-format-unknown")
+    convert(tmp_path, "weights-not-found")
+    convert(world.tied, "weights-are-compact", "tiedconv export")
 
     other = load_file(world.weights)
     other["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 3)
@@ -185,19 +218,24 @@ def test_weights_that_can_not_be_used(world: World, here: Path, tmp_path: Path) 
     save_file(other, tmp_path / "other.safetensors")
     convert(
         tmp_path / "other.safetensors",
+        "weights-mismatch",
         "blocks.0.mlp.fc1.weight is (3, 3) in the file, (128, 32) in the model",
         "blocks.1.attn.proj.bias is (7,) in the file, (32,) in the model",
-        "model arguments",
     )
     del other["blocks.0.mlp.fc1.weight"], other["blocks.1.attn.proj.bias"]
     save_file(other, tmp_path / "fewer.safetensors")
-    convert(tmp_path / "fewer.safetensors", "lacks blocks.0.mlp.fc1.weight")
+    convert(tmp_path / "fewer.safetensors", "weights-mismatch", "blocks.0.mlp.fc1.weight")
     refused(
-        "convert", SPEC, "--weights", world.weights, words=["pos_embed is (1, 17, 32) in the file"]
+        "convert",
+        SPEC,
+        "--weights",
+        world.weights,
+        error_code="weights-mismatch",
+        words=["pos_embed is (1, 17, 32) in the file"],
     )
     refused(
         "convert", SPEC, *MODEL_ARGS[:-1], "num_classes=5", "--weights", world.weights,
-        words=["--model-arg num_classes=3"],
+        error_code="weights-mismatch", words=["--model-arg num_classes=3"],
     )  # fmt: skip
 
 
@@ -250,6 +288,10 @@ def test_files_that_can_not_be_used(command: str, world: World, here: Path, tmp_
         check(tmp_path, "file-not-found", str(tmp_path))
 
 
+# Which of them depends on where the bit lies: the length, the JSON, the plan or its digest.
+HEAD_DAMAGED = ("file-damaged", "plan-damaged", "metadata-invalid")
+
+
 def test_every_flipped_bit_of_the_head_is_noticed(world: World, tmp_path: Path) -> None:
     whole = world.tied.read_bytes()
     length = int.from_bytes(whole[:8], "little")
@@ -258,7 +300,7 @@ def test_every_flipped_bit_of_the_head_is_noticed(world: World, tmp_path: Path) 
         flipped = bytearray(whole)
         flipped[place] ^= 4
         bad.write_bytes(flipped)
-        refused("verify", bad, words=[str(bad)])
+        refused("verify", bad, error_code=HEAD_DAMAGED, words=[str(bad)])
 
 
 # Images
@@ -267,25 +309,25 @@ def test_every_flipped_bit_of_the_head_is_noticed(world: World, tmp_path: Path) 
 def test_data_folders_that_can_not_be_used(
     world: World, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(data: Path, *words: str) -> None:
-        refused("evaluate", world.tied, "--data", data, words=words)
+    def check(data: Path, code: str, *words: str) -> None:
+        refused("evaluate", world.tied, "--data", data, error_code=code, words=words)
         refused(
             "finetune", world.tied, "--data", data, "-o", "out.safetensors", "--teacher", "none",
-            words=words,
+            error_code=code, words=words,
         )  # fmt: skip
 
-    check(tmp_path / "missing", "does not exist", "ROOT/train/CLASS")
-    check(world.tied, "is a file, not a folder", "ROOT/train/CLASS")
+    check(tmp_path / "missing", "no-data-folder", "ROOT/train/CLASS")
+    check(world.tied, "no-data-folder", "ROOT/train/CLASS")
     (tmp_path / "empty").mkdir()
-    check(tmp_path / "empty", "no class folders", "ROOT/train/CLASS")
+    check(tmp_path / "empty", "no-images", "ROOT/train/CLASS")
     (tmp_path / "bare" / "cat").mkdir(parents=True)
-    check(tmp_path / "bare", "no images", "ROOT/train/CLASS")
+    check(tmp_path / "bare", "no-images", "ROOT/train/CLASS")
 
     def denied(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("os.scandir", denied)
-    check(world.data, "can't be read (Permission denied)", "permissions")
+    check(world.data, "data-unreadable", "permissions")
     monkeypatch.undo()  # pytest cleans up with it
 
 
@@ -307,7 +349,16 @@ def test_more_classes_than_outputs(world: World, here: Path, tmp_path: Path) -> 
     for part in ("train", "val"):
         shutil.copytree(data / part / "red", data / part / "violet")
     words = ["4 classes", "3 outputs", "the model was made for"]
-    refused("evaluate", world.tied, "--data", data, "--workers", 0, words=words)
+    refused(
+        "evaluate",
+        world.tied,
+        "--data",
+        data,
+        "--workers",
+        0,
+        error_code="classes-mismatch",
+        words=words,
+    )
     command = ("finetune", world.tied, "--data", data, "-o", "out.safetensors", *QUICK)
     result = run(*command, "--teacher", "none", code=2)
     assert all(word in result.stderr.splitlines()[-1] for word in words)
@@ -326,7 +377,12 @@ def test_a_broken_image_is_skipped_and_counted_or_refused(
     result = figures(*evaluate)["result"]
     assert (result["images"], result["skipped"]) == (11, 1)
     assert result["example_of_skipped"].endswith("val/blue/0.png")
-    refused(*evaluate, "--strict", words=["blue/0.png", "leave --strict out"])
+    refused(
+        *evaluate,
+        "--strict",
+        error_code="image-unreadable",
+        words=["blue/0.png", "leave --strict out"],
+    )
 
     here = tmp_path / "here"
     here.mkdir()
@@ -346,39 +402,41 @@ def test_a_broken_image_is_skipped_and_counted_or_refused(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "code", "words"),
     [
-        ("--epochs 1 --steps 2", ["--epochs and --steps", "one of them"]),
-        ("--epochs 0", ["epochs", "more than 0"]),
-        ("--steps 0", ["steps", "1 or more"]),
-        ("--batch-size 0", ["--batch-size 0", "1 or more"]),
-        ("--lr -1", ["lr", "more than 0"]),
-        ("--optimizer lion", ["'lion'", "adamw"]),
-        ("--augment all", ["'all'", "randaugment"]),
-        ("--distill 2", ["distill", "at most 1"]),
-        ("--distillation warm", ["'warm'", "soft, hard"]),
-        ("--distillation hard --teacher none", ["distillation is hard", "no teacher"]),
-        ("--features 1 --teacher none", ["features is 1", "no teacher"]),
-        ("--ema 1", ["ema is 1.0", "less than 1"]),
-        ("--layer-decay 0", ["layer_decay", "more than 0"]),
-        ("--erasing 2", ["erasing", "at most 1"]),
-        ("--mixup -1", ["mixup", "0 or more"]),
-        ("--val-split 2", ["2", "between 0 and 1"]),
-        ("--limit 0", ["limit", "1 or more"]),
-        ("--device tpu", ["tpu"]),
-        ("--device cuda:77", ["cuda:77"]),
-        ("--teacher auto", ["tiny.safetensors", "--teacher none"]),
-        ("--teacher missing.pth", ["missing.pth", "readable file"]),
-        ("--teacher resnt50", ["Similar names: resnet50"]),
-        ("--interpolation cubic", ["bilinear or bicubic"]),
+        ("--epochs 1 --steps 2", "options-conflict", ["--epochs and --steps"]),
+        ("--epochs 0", "invalid-training-option", ["more than 0"]),
+        ("--steps 0", "invalid-training-option", ["1 or more"]),
+        ("--batch-size 0", "invalid-batch-size", ["--batch-size 0", "1 or more"]),
+        ("--lr -1", "invalid-training-option", ["more than 0"]),
+        ("--optimizer lion", "invalid-training-option", ["'lion'"]),
+        ("--augment all", "invalid-training-option", ["'all'"]),
+        ("--distill 2", "invalid-training-option", ["at most 1"]),
+        ("--distillation warm", "invalid-training-option", ["'warm'"]),
+        ("--distillation hard --teacher none", "teacher-missing", []),
+        ("--features 1 --teacher none", "teacher-missing", ["features is 1"]),
+        ("--ema 1", "invalid-training-option", ["ema is 1.0", "less than 1"]),
+        ("--layer-decay 0", "invalid-training-option", ["layer_decay", "more than 0"]),
+        ("--erasing 2", "invalid-training-option", ["at most 1"]),
+        ("--mixup -1", "invalid-training-option", ["0 or more"]),
+        ("--val-split 2", "invalid-val-fraction", ["2", "between 0 and 1"]),
+        ("--limit 0", "invalid-limit", ["1 or more"]),
+        ("--device tpu", "unknown-device", []),
+        ("--device cuda:77", "device-missing", ["cuda:77"]),
+        ("--teacher auto", "original-unavailable", ["--teacher none"]),
+        ("--teacher missing.pth", "weights-unreadable", []),
+        ("--teacher resnt50", "unknown-model", ["Similar names: resnet50"]),
+        ("--interpolation cubic", "unknown-interpolation", []),
     ],
 )
-def test_finetune_refuses(options: str, words: list[str], world: World, here: Path) -> None:
+def test_finetune_refuses(
+    options: str, code: str, words: list[str], world: World, here: Path
+) -> None:
     command = ["finetune", world.tied, "--data", world.data, "-o", "out.safetensors", "--workers",
                0]  # fmt: skip
     if "--teacher" not in options:
         command += ["--teacher", "none"]
-    refused(*command, *options.split(), words=words)
+    refused(*command, *options.split(), error_code=code, words=words)
 
 
 def test_resuming_another_run(
@@ -410,13 +468,15 @@ def test_resuming_another_run(
         (("--mean", "0.1,0.1,0.1"), "preprocessing "),
         (("--data", other), "training data "),
     ):
-        line = refused(*command, *changed, "--resume", words=[words])
+        line = refused(
+            *command, *changed, "--resume", error_code="state-of-other-run", words=[words]
+        )
         assert "Resuming would mix the two" in line
     renamed = tmp_path / "model.safetensors"
     run("convert", SPEC, *MODEL_ARGS, "--weights", "none", "--seed", "3", "-o", renamed)
-    refused("finetune", renamed, *command[2:], "--resume", words=["model "])
+    refused("finetune", renamed, *command[2:], "--resume", error_code="state-of-other-run")
     # A new run does not take the place of the old one, unless it is told to.
-    refused(*command, words=["step-000000003", "--resume", "--force"])
+    refused(*command, error_code="run-interrupted", words=["step-000000003", "--resume", "--force"])
     assert (folder / "step-000000003.safetensors").read_bytes() == kept
     (folder / "notes.md").write_text("mine")
     monkeypatch.setattr(engine._Run, "take", interrupted)
@@ -453,7 +513,7 @@ def test_a_size_that_cannot_be_converted_for(
     monkeypatch.chdir(tmp_path)
     given = [str(world.data) if word == "IMAGES" else word for word in words]
     more = (*MODEL_ARGS, "--weights", "none", "--image-size", "48")
-    refused(*given, *more, words=["48 x 48 pixels"])
+    refused(*given, *more, error_code="images-rejected", words=["48 x 48 pixels"])
     assert not files_of(tmp_path)
 
 
@@ -462,13 +522,14 @@ def test_a_size_that_the_model_cannot_take(world: World, tmp_path: Path, more: A
     output = tmp_path / "out.safetensors"
     line = refused(
         "finetune", world.tied, "--data", world.data, "-o", output, *QUICK, "--teacher", "none",
-        "--image-size", "48", *more, words=["48 x 48", "--image-size"],
+        "--image-size", "48", *more,
+        error_code="images-rejected", words=["48 x 48", "--image-size"],
     )  # fmt: skip
     assert "AssertionError" in line
     assert not files_of(tmp_path)
     refused(
         "evaluate", world.tied, "--data", world.data, *QUICK, "--image-size", "48",
-        words=["48 x 48", "--image-size"],
+        error_code="images-rejected", words=["48 x 48", "--image-size"],
     )  # fmt: skip
 
 
@@ -500,28 +561,32 @@ def test_outputs_that_can_not_be_written(
     (tmp_path / "folder.safetensors").mkdir()
     before = files_of(tmp_path)
     for command in _writers(world, "there.safetensors"):
-        refused(*command, words=["there.safetensors exists already", "--force"])
+        refused(*command, error_code="output-exists", words=["--force"])
     for command in _writers(world, "folder.safetensors"):
-        refused(*command, words=["is a folder", "Name a file"])
-        refused(*command, "--force", words=["is a folder", "Name a file"])
+        refused(*command, error_code="output-is-folder")
+        refused(*command, "--force", error_code="output-is-folder")
     for command in _writers(world, "no/such/place.safetensors"):
-        refused(*command, words=["The folder no/such does not exist", "-o"])
+        refused(
+            *command,
+            error_code="output-folder-missing",
+            words=["The folder no/such does not exist"],
+        )
     for command in _writers(world, "there.safetensors/below.safetensors"):
-        refused(*command, words=["there.safetensors", "-o"])
+        refused(*command, error_code="output-folder-missing")
 
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(tempfile, "mkstemp", denied)
     for command in _writers(world, "out.safetensors"):
-        refused(*command, words=["Permission denied", "-o", "permissions"])
+        refused(*command, error_code="folder-not-writable")
     assert files_of(tmp_path) == before
     assert (tmp_path / "there.safetensors").read_text() == "mine"
 
 
 def test_an_export_needs_a_known_form_and_ending(world: World, here: Path) -> None:
-    refused("export", world.tied, "-o", "out.bin", words=["out.bin", ".safetensors"])
-    refused("export", world.tied, "-o", "out.pth", "--to", "onnx", words=["onnx", ".onnx"])
+    refused("export", world.tied, "-o", "out.bin", error_code="format-not-named")
+    refused("export", world.tied, "-o", "out.pth", "--to", "onnx", error_code="extension-mismatch")
 
 
 def test_a_full_disk_leaves_what_was_there(
@@ -535,7 +600,7 @@ def test_a_full_disk_leaves_what_was_there(
 
     monkeypatch.setattr("os.replace", full)
     for command in (_writers(world, "out.safetensors")[0], _writers(world, "out.safetensors")[2]):
-        refused(*command, "--force", words=["No space left on device", "Free some space"])
+        refused(*command, "--force", error_code="output-not-written")
     assert files_of(tmp_path) == {"out.safetensors"}
     assert (tmp_path / "out.safetensors").read_text() == "mine"
 
@@ -548,7 +613,7 @@ def test_a_disk_that_fills_while_safetensors_writes(
 
     monkeypatch.setattr("tiedconv.io.safetensors_file.write_all", full)
     for command in _writers(world, "out.safetensors")[::2]:
-        refused(*command, words=["No space left on device", "Free some space"])
+        refused(*command, error_code="output-not-written")
 
 
 def test_an_interruption_leaves_nothing_half_written(

@@ -135,8 +135,8 @@ def test_what_can_not_be_measured_is_refused(compact: Path, tmp_path: Path) -> N
     refused("bench", compact, "--runtime", "tensorrt", error_code="unknown-runtime")
     refused("bench", compact, "--batch", "one", error_code="invalid-batch-sizes")
     refused("bench", compact, "--batch", "0", error_code="nothing-to-measure")
-    refused("bench", tmp_path / "gone.safetensors", words=["gone.safetensors"])
-    refused("bench", compact, "-o", tmp_path / "b.gif", words=["b.gif", ".png"])
+    refused("bench", tmp_path / "gone.safetensors", error_code="file-not-found")
+    refused("bench", compact, "-o", tmp_path / "b.gif", error_code="unknown-picture-format")
 
 
 # The protocol with a worker

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import MODEL_ARGS, SPEC, World, figures, plain, refused, run, write_images
+from error_codes import raises
 from micro import all_micros
 from torch import Tensor, nn
 
@@ -263,21 +264,46 @@ def test_figures_with_costs(world: World) -> None:
 
 
 def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
-    refused("plan", "resnet5000", words=["resnet5000"])
-    refused("plan", SPEC, *MODEL_ARGS, "--params", "50%,half", words=["'half'", "50%"])
-    refused("plan", SPEC, *MODEL_ARGS, "--params", " , ", words=["No budget", "70%,50%,30%"])
-    refused("plan", SPEC, *MODEL_ARGS, "--params", "12,000", words=["'12'", "12%"])
-    refused("plan", world.tied, words=["compact file already", "tiedconv report"])
+    refused("plan", "resnet5000", error_code="unknown-model", words=["resnet5000"])
+    refused(
+        "plan",
+        SPEC,
+        *MODEL_ARGS,
+        "--params",
+        "50%,half",
+        error_code="budget-invalid",
+        words=["'half'", "50%"],
+    )
+    refused(
+        "plan",
+        SPEC,
+        *MODEL_ARGS,
+        "--params",
+        " , ",
+        error_code="budget-missing",
+        words=["70%,50%,30%"],
+    )
+    refused(
+        "plan",
+        SPEC,
+        *MODEL_ARGS,
+        "--params",
+        "12,000",
+        error_code="budget-without-percent",
+        words=["'12'", "12%"],
+    )
+    refused("plan", world.tied, error_code="already-compact")
     empty = tmp_path / "empty"
     empty.mkdir()
-    for folder in (empty, tmp_path / "missing"):
+    for folder, code in ((empty, "no-images"), (tmp_path / "missing", "no-data-folder")):
         refused(
-            "plan", SPEC, *MODEL_ARGS, "--weights", "none", "--calib", folder, words=[folder.name]
-        )
+            "plan", SPEC, *MODEL_ARGS, "--weights", "none", "--calib", folder,
+            error_code=code, words=[folder.name],
+        )  # fmt: skip
 
 
 def test_mistakes_in_python(vit: nn.Module) -> None:
-    with pytest.raises(RecipeError, match="No budget"):
+    with raises(RecipeError, "budget-missing"):
         compare(vit, [])
-    with pytest.raises(UserError, match="tied already"):
+    with raises(UserError, "already-tied"):
         compare(tiedconv.convert(vit, "tied"))

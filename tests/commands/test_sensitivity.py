@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,7 @@ def test_what_is_printed_and_drawn(world: World, tmp_path: Path) -> None:
     assert "6 images" in text
     assert result.stderr.endswith(f"Drew {picture}\n")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    refused(*command, "-o", picture, words=["exists already", "--force"])
+    refused(*command, "-o", picture, error_code="output-exists", words=["--force"])
     run(*command, "-o", picture, "--force")
     run(*command, "-o", tmp_path / "costs.svg")
 
@@ -210,18 +211,27 @@ def test_without_matplotlib_the_table_still_prints(
 
 
 def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
-    def is_refused(*options: object, words: list[str]) -> None:
-        refused("sensitivity", SPEC, *MODEL_ARGS, "--weights", "none", *options, words=words)
+    def is_refused(*options: object, code: str, words: Sequence[str] = ()) -> None:
+        refused(
+            "sensitivity",
+            SPEC,
+            *MODEL_ARGS,
+            "--weights",
+            "none",
+            *options,
+            error_code=code,
+            words=words,
+        )
 
     data = ("--calib", world.data, *HERE)
-    is_refused(*data, "--keep", "150%", words=["150%", "50%"])
-    is_refused(*data, "--keep", "half", words=["'half'"])
-    is_refused(*data, "--sort", "name", words=["order or cost"])
-    is_refused(*data, "-o", tmp_path / "costs.txt", words=["costs.txt", ".png"])
-    is_refused(*data, "-o", tmp_path / "no" / "costs.png", words=["does not exist"])
-    is_refused("--calib", tmp_path / "missing", *HERE, words=["missing"])
-    refused("sensitivity", "resnet5000", *data, words=["resnet5000"])
-    refused("sensitivity", world.tied, *data, words=["compact file already"])
+    is_refused(*data, "--keep", "150%", code="invalid-fraction", words=["150%"])
+    is_refused(*data, "--keep", "half", code="invalid-fraction")
+    is_refused(*data, "--sort", "name", code="unknown-sort")
+    is_refused(*data, "-o", tmp_path / "costs.txt", code="unknown-picture-format")
+    is_refused(*data, "-o", tmp_path / "no" / "costs.png", code="output-folder-missing")
+    is_refused("--calib", tmp_path / "missing", *HERE, code="no-data-folder")
+    refused("sensitivity", "resnet5000", *data, error_code="unknown-model", words=["resnet5000"])
+    refused("sensitivity", world.tied, *data, error_code="already-compact")
 
 
 def test_mistakes_in_python(tmp_path: Path) -> None:
@@ -230,7 +240,7 @@ def test_mistakes_in_python(tmp_path: Path) -> None:
         sensitivity(model, calibration(images), keep=1.0)
     with raises(NothingToConvert, "no-block-known"):
         sensitivity(nn.Linear(3, 4), calibration(images))
-    with pytest.raises(UserError, match="tied already"):
+    with raises(UserError, "already-tied"):
         sensitivity(tiedconv.convert(model, "tied"), calibration(images))
     with pytest.raises(DataError):
         sensitivity(model, tmp_path)

@@ -266,7 +266,7 @@ def test_labels_that_will_not_do(tmp_path: Path) -> None:
         open_split(gaps)
     assert not open_split(hidden, labels="ignore").labelled
     none = saved(tmp_path / "none", datasets.Dataset.from_dict({"image": []}))
-    with pytest.raises(DataError, match=r"is empty|can't be opened"):
+    with raises(DataError, "data-unreadable"):
         open_split(none)
     plain = saved(tmp_path / "plain", datasets.Dataset.from_dict({"a": [1]}))
     with raises(DataError, "column-unclear", "Image", " a."):

@@ -183,7 +183,7 @@ def one_file(folder: Path, **parts: Any) -> Path:
 def test_content_that_can_not_be_meant(
     part: str, more: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=words):
+    with raises(DataError, "invalid-coco-file", words):
         open_split(one_file(tmp_path, **{part: more}))
 
 
@@ -191,7 +191,7 @@ def test_content_that_can_not_be_meant(
 def test_a_file_that_is_no_json_of_this_form(content: str, tmp_path: Path) -> None:
     file = one_file(tmp_path)
     file.write_text(content)
-    with pytest.raises(DataError, match="not a COCO annotation file"):
+    with raises(DataError, "invalid-coco-file"):
         open_split(tmp_path)
 
 
@@ -201,7 +201,7 @@ def test_one_file_may_be_named_and_its_first_photo_be_missing(tmp_path: Path) ->
     assert [images.name(i) for i in range(2)] == [str(tmp_path / f"{i}.png") for i in (7, 8)]
     assert images.objects is not None
     assert images.objects.areas.tolist() == [0, 12]  # where none is given, that of the box
-    with pytest.raises(DataError, match=r"instances_train\.json to evaluate"):
+    with raises(DataError, "no-validation-part"):
         open_images(tmp_path)
     file.write_text("\ufeff" + file.read_text("utf-8"), "utf-8")
     assert len(open_images(file)) == 2
@@ -303,7 +303,7 @@ def test_only_images_that_were_looked_at_count(pair: Objects) -> None:
 
 def test_without_pycocotools_it_is_named(pair: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.coco", None)
-    with pytest.raises(MissingExtra, match=r"tiedconv\[detection\]"):
+    with raises(MissingExtra, "missing-extra"):
         average_precision({0: found([EXACT[0]], [0], [0.9])}, pair, (0, 1))
 
 
@@ -676,7 +676,7 @@ def test_parts_with_other_categories_are_refused(coco: Path, tmp_path: Path) -> 
     shutil.copytree(coco, root)
     file = root / "instances_val2017.json"
     file.write_text(file.read_text().replace('"red"', '"green"'))
-    with pytest.raises(DataError, match=r"0 \(green\), 0 \(red\)"):
+    with raises(DataError, "classes-differ"):
         open_split(root)
     assert len(open_images(root)) == 4
 

@@ -400,7 +400,14 @@ def test_a_missing_package_is_named(
     compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused("export", compact, "-o", "m.onnx", words=["onnx", "pip install 'tiedconv[onnx]'"])
+    refused(
+        "export",
+        compact,
+        "-o",
+        "m.onnx",
+        error_code="missing-extra",
+        words=["pip install 'tiedconv[onnx]'"],
+    )
 
 
 def test_a_lost_tie_or_other_logits_leave_no_file(
@@ -463,7 +470,9 @@ def test_verify_tells_an_export_from_another(compact: Path, here: Path) -> None:
         assert all(c["passed"] for c in checks)
         names = [c["name"] for c in checks]
         assert names[-1] == ("against" if output == "m.pth" else "memory")
-        refused("verify", "other.safetensors", "--against", output, words=[output], code=1)
+        differs = "tensors-differ" if output == "m.pth" else "outputs-differ"
+        command = ("verify", "other.safetensors", "--against", output)
+        refused(*command, error_code=differs, words=[output], code=1)
     with pytest.raises(CheckpointError) as caught:
         tiedconv.verify(compact, against="gone.onnx")
     assert caught.value.code == "file-not-found"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,13 @@ def figures(*arguments: object) -> Any:
 
 
 def refused(
-    *arguments: object, error_code: str | None = None, words: Iterable[str] = (), code: int = 2
+    *arguments: object, error_code: str | Collection[str], words: Iterable[str] = (), code: int = 2
 ) -> str:
     """The one line that a command writes when it refuses.
 
     Args:
         arguments: the command.
-        error_code: the `code` that the error must have.
+        error_code: the `code` that the error must have, or those that it may have.
         words: names and figures that the line must hold.
         code: the exit code.
     """
@@ -75,11 +75,12 @@ def refused(
     return lines[0]
 
 
-def check_error(line: str, error_code: str | None = None, words: Iterable[str] = ()) -> None:
+def check_error(line: str, error_code: str | Collection[str], words: Iterable[str] = ()) -> None:
     """A line that ends with an error's code, as the command line prints it."""
     match = re.fullmatch(r"error: .+ \[([a-z0-9-]+)\]", line)
     assert match, line
-    assert error_code in (None, match[1]), line
+    allowed = [error_code] if isinstance(error_code, str) else error_code
+    assert match[1] in allowed, line
     for word in words:
         assert word in line, (word, line)
 

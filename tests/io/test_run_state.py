@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from error_codes import raises
 from safetensors.torch import save_file
 from torch import nn
 
@@ -121,7 +122,7 @@ def test_a_pickle_is_refused_unread(path: Path) -> None:
 
 def test_another_run_is_named() -> None:
     require_same(Path("s"), {"lr": 1}, {"lr": 1})
-    with pytest.raises(UserError, match="lr 1 -> 2") as caught:
+    with raises(UserError, "state-of-other-run", "lr 1 -> 2") as caught:
         require_same(Path("s"), {"lr": 1}, {"lr": 2})
     assert caught.value.code == "state-of-other-run"
 
@@ -130,7 +131,7 @@ def test_states_of_an_older_version_are_refused(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
     folder.require_readable()
     (tmp_path / "step-000000012.pt").write_bytes(b"\x80")
-    with pytest.raises(UserError, match=r"step-000000012\.pt") as caught:
+    with raises(UserError, "state-of-older-version") as caught:
         folder.require_readable()
     assert caught.value.code == "state-of-older-version"
     with pytest.raises(UserError) as caught:

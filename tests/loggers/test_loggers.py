@@ -440,18 +440,18 @@ def test_options_are_refused_before_any_work(
     Path("old.jsonl").write_text('{"event": "start", "output": "other.safetensors"}\n')
     Path("other.training.png").touch()
     for options, code, words in (
-        ("--log none/log.jsonl", None, ["none", "--log"]),
-        ("--log full", None, ["full"]),
-        ("--log old.jsonl", None, ["old.jsonl", "--force"]),
+        ("--log none/log.jsonl", "output-folder-missing", ["none", "--log"]),
+        ("--log full", "output-is-folder", ["full"]),
+        ("--log old.jsonl", "output-exists", ["old.jsonl", "--force"]),
         ("--log old.jsonl --resume", "log-of-another-run", ["o.safetensors"]),
-        ("--log o.safetensors", None, []),
+        ("--log o.safetensors", "output-paths-collide", []),
         ("--tensorboard full", "log-of-another-run", ["full", "--force"]),
         ("--tensorboard old.jsonl", "log-not-writable", ["old.jsonl", "--tensorboard"]),
-        ("--picture p.png --no-picture", None, ["--picture", "--no-picture"]),
+        ("--picture p.png --no-picture", "options-conflict", ["--picture", "--no-picture"]),
         ("--picture p.gif", "unknown-picture-format", ["p.gif", ".png"]),
-        ("--picture none/p.png", None, ["none", "--picture"]),
-        ("--picture other.training.png", None, ["other.training.png", "--force"]),
-        ("-o other.safetensors", None, ["other.training.png"]),
+        ("--picture none/p.png", "output-folder-missing", ["none", "--picture"]),
+        ("--picture other.training.png", "output-exists", ["other.training.png", "--force"]),
+        ("-o other.safetensors", "output-exists", ["other.training.png"]),
     ):
         before = files_of(tmp_path)
         refused(

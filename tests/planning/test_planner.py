@@ -61,7 +61,7 @@ def test_a_model_with_nothing_to_convert_is_told_what_was_looked_for(scheme: str
 
 
 def test_an_include_that_takes_nothing_is_told_so() -> None:
-    with pytest.raises(NothingToConvert, match="timm-vit attention"):
+    with raises(NothingToConvert, "nothing-to-convert"):
         tiedconv.plan(model("timm-vit"), include=["nowhere*"])
 
 
@@ -124,7 +124,7 @@ def test_a_toml_recipe_is_the_same_as_one_in_python(tmp_path: Path) -> None:
 def test_ranks_are_given_or_chosen_by_a_budget(
     scheme: str, options: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(RecipeError, match=f"{named} of {scheme} and a budget were both given"):
+    with raises(RecipeError, "rank-and-budget", named):
         Recipe.of(scheme, params="50%", **options)
     Recipe.of(scheme, **options)
     Recipe.of(scheme, params="50%", **{k: v for k, v in options.items() if k not in named})
@@ -216,12 +216,12 @@ def test_a_wrong_scheme_or_option_is_refused(
 
 
 def test_an_unknown_scheme_or_option_lists_the_known_ones() -> None:
-    for scheme, options, listed in (
-        ("teid", {}, "Did you mean tied"),
-        ("LORS", {}, "Known: auto, basis, lors, lors-adaptive, lowrank"),
-        ("tied", {"pairing": "q-k"}, "Use one of: kv-qo, vo-qk"),
+    for scheme, options, code, listed in (
+        ("teid", {}, "unknown-scheme", ["tied"]),
+        ("LORS", {}, "unknown-scheme", ["auto, basis, lors, lors-adaptive, lowrank"]),
+        ("tied", {"pairing": "q-k"}, "unknown-choice", ["kv-qo, vo-qk"]),
     ):
-        with pytest.raises(SchemeError, match=listed):
+        with raises(SchemeError, code, *listed):
             make_scheme(scheme, options)
 
 
@@ -246,7 +246,7 @@ def test_budgets(text: str, original: int, count: int) -> None:
     "text", ["", "half", "0%", "101%", "-5%", "0", "50 per cent", "1e6", "%", "nan", "١%%", "0.5"]
 )
 def test_what_is_no_budget(text: str) -> None:
-    with pytest.raises(RecipeError, match="Give a percentage"):
+    with raises(RecipeError, "budget-invalid"):
         Budget(text)
 
 
@@ -491,9 +491,9 @@ def test_a_refused_conversion_in_place_leaves_the_model_alone() -> None:
 
 def test_a_tied_model_is_not_tied_again() -> None:
     tied = tiedconv.convert(model("timm-vit"))
-    with pytest.raises(UserError, match="tied already"):
+    with raises(UserError, "already-tied"):
         tiedconv.convert(tied)
-    with pytest.raises(UserError, match="not tied"):
+    with raises(UserError, "not-tied"):
         tiedconv.report(model("timm-vit"))
 
 

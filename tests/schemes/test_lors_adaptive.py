@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from error_codes import raises
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro import all_micros
@@ -133,7 +134,7 @@ def test_another_expression_of_the_same_nodes_is_no_generated_weight() -> None:
     assert parts_of(Reshape(sound.x, (5, 18))) is None
     assert parts_of(sound.x) is None
     for x, y in (((2, 3, 4), (3, 4, 5)), ((4,), (4, 5))):
-        with pytest.raises(PlanError, match="matmul") as caught:
+        with raises(PlanError, "malformed-expression") as caught:
             MatMul(Ref("x", x), Ref("y", y))
         assert caught.value.code == "malformed-expression"
 
@@ -279,7 +280,7 @@ def test_what_makes_no_sense_is_refused(
 
 
 def test_a_layer_that_is_not_a_generator_is_named() -> None:
-    with pytest.raises(SchemeError, match=r"stages\.0\.channel_generator\.weight has 128 rows"):
+    with raises(SchemeError, "not-a-generator"):
         tied(include=["*channel*"], shape=[7, 5])
 
 

@@ -250,7 +250,7 @@ def test_a_mistake_is_told_once(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_of_the_readme_runs(world: World, tmp_path: Path) -> None:
-    readme = (HERE.parent / "README.md").read_text("utf-8")
+    readme = (HERE.parents[1] / "README.md").read_text("utf-8")
     (line,) = [row for row in readme.splitlines() if row.startswith(".venv/bin/torchrun ")]
     for name, path in {
         "demo-output/vit-tied.safetensors": world.tied,

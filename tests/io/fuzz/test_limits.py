@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import SPEC
+from error_codes import raises
 from fuzz_mutations import Entry, Parts, hash_of, pack, refs, unpack
 from fuzz_trials import sound_files
 from micro import all_micros
@@ -29,7 +30,7 @@ from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError, SourceError, TiedconvError
 from tiedconv.io.checkpoint import read
 from tiedconv.io.json_text import MAX_VALUES, strict_json
-from tiedconv.io.safetensors_file import COMPACT, SafetensorsFile
+from tiedconv.io.safetensors_file import SafetensorsFile
 from tiedconv.io.validation import check_plan, printable
 from tiedconv.runtime.flops import eval_flops
 from tiedconv.runtime.tie import dense_state_dict
@@ -96,7 +97,7 @@ def test_a_refused_file_leaves_the_callers_model_as_it_was(path: Path) -> None:
     assert sound.model is not None
     model = sound.model()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(CheckpointError, match="is not what was written"):
+    with raises(CheckpointError, "tensor-damaged"):
         tiedconv.load(path, model=model)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -169,9 +170,8 @@ B = '"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}'
     ],
 )
 def test_headers_that_are_refused(entries: str, reason: str, path: Path) -> None:
-    with pytest.raises(CheckpointError, match=reason) as caught:
+    with raises(CheckpointError, "file-damaged", reason):
         assert SafetensorsFile(header(path, entries)).shapes
-    assert caught.value.code == "file-damaged"
     assert SafetensorsFile(header(path, f"{A}, {B}")).shapes == {"a": (1,), "b": (1,)}
 
 
@@ -185,9 +185,8 @@ def test_a_truth_value_that_is_neither_is_refused(path: Path) -> None:
 
 def test_a_header_of_many_megabytes_is_refused_unread(path: Path, parts: Parts) -> None:
     parts.extra["x"] = "a" * 9 * 2**20
-    with pytest.raises(CheckpointError, match=f"{COMPACT.header:,}") as caught:
+    with raises(CheckpointError, "file-damaged"):
         read(write(path, parts))
-    assert caught.value.code == "file-damaged"
 
 
 # A plan costs what a model of its size costs.
@@ -230,7 +229,7 @@ def power(expr: Expr, times: int) -> Expr:
 def test_expressions_that_explode_are_refused_unevaluated(what: str) -> None:
     plan = Plan(EXPLOSIONS[what](), (), {})
     plan.validate()
-    with pytest.raises(PlanError, match="comput"):
+    with raises(PlanError, "plan-too-expensive"):
         check_plan(plan)
 
 
@@ -249,10 +248,10 @@ def test_the_plan_of_every_micro_model_is_far_within_the_limits() -> None:
 def test_all_expressions_together_are_bounded_while_they_are_read() -> None:
     one = ["cat", [["ref", "tied/u", [2]]] * 500, 0]
     assert len(all_from_json({f"w{i}": one for i in range(50)})) == 50
-    with pytest.raises(PlanError, match="in all"):
+    with raises(PlanError, "plan-too-large"):
         all_from_json({f"w{i}": one for i in range(100)})
     expr = Cat((Ref("tied/u", (2,)),) * 500, 0)
-    with pytest.raises(PlanError, match="nodes"):  # and of our own plans, before they are fitted
+    with raises(PlanError, "plan-too-large"):  # and of our own plans, before they are fitted
         Plan({f"w{i}": expr for i in range(100)}, (), {}).validate()
 
 
@@ -399,7 +398,7 @@ def test_contradictions_are_refused_by_every_reader(
 def test_what_plain_torch_would_refuse_is_refused_in_our_words(path: Path, parts: Parts) -> None:
     entry = parts.entry("head.bias")
     entry.dtype = "I32"  # nn.Parameter takes no whole numbers
-    with pytest.raises(CheckpointError, match=r"head.bias is torch.int32 in the file"):
+    with raises(CheckpointError, "wrong-model"):
         tiedconv.load(write(path, parts))
 
 
@@ -427,7 +426,7 @@ def test_a_source_asks_for_no_giant_images(side: int, path: Path, parts: Parts) 
         "size": side, "resize": None, "mean": [0.5] * 3, "std": [0.5] * 3,
         "interpolation": "bilinear",
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match="images of"):
+    with raises(CheckpointError, "metadata-invalid"):
         tiedconv.verify(write(path, parts))
 
 
@@ -445,7 +444,7 @@ def test_building_within_bounds_counts_what_is_made() -> None:
         lambda: torch.ones(10**5).tolist(),
         lambda: [nn.Sequential(nn.Identity()) for _ in range(10**5)],
     ):
-        with bounded(100, 2), pytest.raises(SourceError, match="far larger"):
+        with bounded(100, 2), raises(SourceError, "model-too-large"):
             make()
     assert nn.Linear(3000, 3000).weight.numel() == 9_000_000  # afterwards as before
 
