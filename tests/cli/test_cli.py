@@ -39,7 +39,7 @@ from tiedconv.runtime.tie import state_of
 @pytest.fixture(scope="module")
 def finetuned(world: World) -> Path:
     """The tied model after three steps, with the original's weights as teacher."""
-    path = world.root / "healed.safetensors"
+    path = world.root / "finetuned.safetensors"
     run(
         "finetune", world.tied, "--data", world.data, "-o", path, "--steps", 3, *QUICK,
         "--teacher", world.weights, "--lr", "1e-3",
@@ -436,7 +436,7 @@ def test_evaluate_a_file_and_a_model(world: World, finetuned: Path) -> None:
     compact = figures("evaluate", finetuned, "--data", world.data, "--workers", 0)
     assert compact["result"]["top1"] == tiedconv.report(finetuned).top1
     text = run("evaluate", finetuned, "--data", world.data, "--workers", 0, "--limit", 6).stdout
-    assert "healed.safetensors" in text
+    assert "finetuned.safetensors" in text
     assert "top-5" in text
 
 
@@ -458,7 +458,7 @@ def test_images_are_prepared_as_asked(world: World, tmp_path: Path) -> None:
 def test_report_as_a_table(world: World, finetuned: Path) -> None:
     text = plain(run("report", finetuned).stdout)
     for words in (
-        "healed.safetensors: timm:vit_tiny_patch16_224",
+        "finetuned.safetensors: timm:vit_tiny_patch16_224",
         "fit error",
         "kept as it was",
         "whole model",
@@ -475,7 +475,7 @@ def test_report_of_several_files(world: World, finetuned: Path) -> None:
     table = plain(run("report", world.tied, finetuned).stdout)
     assert table.count("whole model") == 2
     summary = table.splitlines()[-2:]
-    assert [line.split()[0] for line in summary] == ["tied.safetensors", "healed.safetensors"]
+    assert [line.split()[0] for line in summary] == ["tied.safetensors", "finetuned.safetensors"]
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -600,7 +600,7 @@ def test_a_function_of_the_users(
         ["verify", file],
         ["export", file, "-o", tmp_path / "dense.safetensors"],
         ["evaluate", file, "--data", world.data],
-        ["finetune", file, "--data", world.data, "-o", tmp_path / "healed.safetensors"],
+        ["finetune", file, "--data", world.data, "-o", tmp_path / "finetuned.safetensors"],
     ):
         if command[0] != "verify":
             refused(
@@ -613,7 +613,7 @@ def test_a_function_of_the_users(
     run("verify", file, "--trust-code")
     run("evaluate", file, "--data", world.data, "--trust-code", "--workers", 0)
     run(
-        "finetune", file, "--data", world.data, "-o", tmp_path / "healed.safetensors", "--steps", 2,
+        "finetune", file, "--data", world.data, "-o", tmp_path / "finetuned.safetensors", "--steps", 2,
         "--trust-code", "--teacher", "none", *QUICK,
     )  # fmt: skip
-    run("report", tmp_path / "healed.safetensors")
+    run("report", tmp_path / "finetuned.safetensors")

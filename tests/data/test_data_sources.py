@@ -289,7 +289,7 @@ def test_a_missing_package_is_named(
 # --- commands ----------------------------------------------------------------------------------
 
 
-def healed(world: World, output: Path, data: object, *options: object) -> tuple[object, ...]:
+def finetuned(world: World, output: Path, data: object, *options: object) -> tuple[object, ...]:
     return (
         "finetune", world.tied, "--data", data, "-o", output, "--steps", 2, *QUICK, "--augment",
         "flip", "--teacher", world.weights, *options,
@@ -300,7 +300,7 @@ def healed(world: World, output: Path, data: object, *options: object) -> tuple[
 def test_finetune_and_evaluate(world: World, tmp_path: Path, name: str) -> None:
     output = tmp_path / "out.safetensors"
     spec = written(tmp_path, name)
-    said = figures(*healed(world, output, spec, "--limit", 12))
+    said = figures(*finetuned(world, output, spec, "--limit", 12))
     assert (said["train_images"], said["val_images"]) == (12, 8)
     assert said["agreement"] is None
     entry = tiedconv.report(output).history[-1]
@@ -315,7 +315,7 @@ def test_training_without_labels(world: World, tmp_path: Path) -> None:
     """By folders that are no classes: the figure is agreement, wherever it is told."""
     output = tmp_path / "out.safetensors"
     nested = Path(written(tmp_path, "folder"))
-    told = run(*healed(world, output, nested, "--distill", 1, "--unlabelled"))
+    told = run(*finetuned(world, output, nested, "--distill", 1, "--unlabelled"))
     assert "agreement with the teacher" in told.stdout
     assert "8 validation images without labels" in told.stdout
     assert "top-1" not in told.stdout + told.stderr
@@ -343,8 +343,8 @@ def test_training_without_labels(world: World, tmp_path: Path) -> None:
 def test_labels_change_nothing_when_the_teacher_is_all(world: World, tmp_path: Path) -> None:
     data = written(tmp_path, "folder")
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
-    run(*healed(world, ours, data, "--distill", 1))
-    run(*healed(world, theirs, data, "--distill", 1, "--unlabelled"))
+    run(*finetuned(world, ours, data, "--distill", 1))
+    run(*finetuned(world, theirs, data, "--distill", 1, "--unlabelled"))
     assert tiedconv.report(ours).top1 is not None
     assert_same_tensors(ours, theirs)
 
@@ -406,7 +406,7 @@ def test_training_without_labels_refuses(
 ) -> None:
     write_tar(tmp_path / "a.tar", [(f"{k}.png", i) for k, _, i in pictures("train")])
     output = tmp_path / "o.safetensors"
-    refused(*healed(world, output, tmp_path / "a.tar", *options), error_code=code)
+    refused(*finetuned(world, output, tmp_path / "a.tar", *options), error_code=code)
     refused("evaluate", world.tied, "--data", tmp_path / "a.tar", error_code="no-labels")
     assert not output.exists()
 
@@ -416,7 +416,7 @@ def test_a_teacher_of_other_classes_is_refused(world: World, tmp_path: Path) -> 
     sizes = [arg.replace("num_classes=3", "num_classes=7") for arg in MODEL_ARGS]
     run("convert", SPEC, *sizes, "--weights", "none", "-o", other)
     result = run(
-        *healed(world, tmp_path / "o.safetensors", written(tmp_path, "folder"), "--distill", 1,
+        *finetuned(world, tmp_path / "o.safetensors", written(tmp_path, "folder"), "--distill", 1,
         "--unlabelled", "--teacher", other), code=2,
     )  # fmt: skip
     assert "7 outputs and the model 3" in result.stderr.splitlines()[-1]

@@ -581,7 +581,7 @@ def test_finetune_heals_a_detector_and_the_file_says_so(
     coco: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     weights, compact = files
-    output = tmp_path / "healed.safetensors"
+    output = tmp_path / "finetuned.safetensors"
     command = [
         "finetune", compact, "--data", coco, "--teacher", weights, "-o", output, "--trust-code",
         "--workers", 0, "--batch-size", 3, "--epochs", 2, "--only", "*decoder*", "--lr", 1e-3,

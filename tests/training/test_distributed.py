@@ -261,7 +261,7 @@ def test_the_command_of_the_readme_runs(world: World, tmp_path: Path) -> None:
         line = line.replace(name, str(path))
     words = line.split()[1:]
     started([*TORCHRUN[:3], *words, "--workers", 0], cwd=tmp_path)
-    assert (tmp_path / "healed.safetensors").is_file()
+    assert (tmp_path / "finetuned.safetensors").is_file()
 
 
 @pytest.mark.slow
