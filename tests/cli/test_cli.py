@@ -613,7 +613,7 @@ def test_a_function_of_the_users(
     run("verify", file, "--trust-code")
     run("evaluate", file, "--data", world.data, "--trust-code", "--workers", 0)
     run(
-        "finetune", file, "--data", world.data, "-o", tmp_path / "finetuned.safetensors", "--steps", 2,
-        "--trust-code", "--teacher", "none", *QUICK,
+        "finetune", file, "--data", world.data, "-o", tmp_path / "finetuned.safetensors",
+        "--steps", 2, "--trust-code", "--teacher", "none", *QUICK,
     )  # fmt: skip
     run("report", tmp_path / "finetuned.safetensors")

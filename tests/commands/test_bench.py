@@ -215,6 +215,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, *sys.path]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("deadline")
 def test_what_libraries_print_is_no_answer_and_blocks_nothing(
     tmp_path: Path, importable: None
@@ -240,6 +241,7 @@ def test_a_process_that_ends_is_reported_with_its_last_line(
         assert caught.value.code == "bench-process-ended"
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_has_its_class_and_traceback(
     tmp_path: Path, importable: None
 ) -> None:

@@ -286,7 +286,9 @@ def test_auto_costs_as_little_as_any_scheme_alone(params: str) -> None:
         assert auto <= other * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("scheme", ["auto", "tied", "lors"])
+@pytest.mark.parametrize(
+    "scheme", ["auto", *(pytest.param(s, marks=pytest.mark.slow) for s in ("tied", "lors"))]
+)
 def test_of_a_recipe_and_its_alternatives_the_cheapest_is_carried_out(scheme: str) -> None:
     name, x = "timm-vit", images_of("timm-vit", 24)
     recipe = Recipe.of(scheme, params="50%")
@@ -323,6 +325,7 @@ def interrupted_at(number: int, folder: Path) -> list[Path]:
 FITS = [Path("0", FIT), Path("1", FIT)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_two_candidates")
 def test_of_two_fits_the_second_is_gone_on_with(tmp_path: Path) -> None:
     whole = kept_in(tmp_path / "whole")
@@ -377,6 +380,7 @@ def test_a_fit_of_another_calibration_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "0" / CALIBRATION).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_two_candidates")
 def test_a_damaged_fit_is_refused_and_a_missing_one_made_again(tmp_path: Path) -> None:
     whole = kept_in(tmp_path / "whole")

@@ -91,7 +91,7 @@ def trace_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_onnx_lower, "trace", traced)
 
 
-FAST = ("tied", "basis, tied", "kernels low rank")
+FAST = ("tied", "kernels low rank")
 
 
 @pytest.mark.parametrize("way", slow_unless(IMAGES, FAST))

@@ -208,6 +208,7 @@ def test_a_move_does_change_the_weights_and_no_tensor_it_was_given(move: str) ->
         assert changed == bool(applied)
 
 
+@pytest.mark.slow
 def test_all_moves_after_each_other_change_no_output() -> None:
     for name in taking(torch.float64):
         editor = bench_for(name, torch.float64)

@@ -43,7 +43,7 @@ def tied_vit(d: int, m: int, layers: int) -> int:
     ("spec", "d", "layers", "dense", "tied"),
     [
         ("vit_b_16", 768, 12, 86_567_656, 44_100_328),
-        ("vit_l_16", 1024, 24, 304_326_632, 153_331_688),
+        pytest.param("vit_l_16", 1024, 24, 304_326_632, 153_331_688, marks=pytest.mark.slow),
         ("timm:vit_small_patch16_224", 384, 12, 22_050_664, 11_433_832),
         ("timm:deit_tiny_patch16_224", 192, 12, 5_717_416, 3_063_208),
     ],

@@ -363,6 +363,7 @@ def test_compiled_and_exported_it_is_factored_too() -> None:
     assert sum(p.numel() for p in program.parameters()) == state_of(model).plan.stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -242,6 +242,7 @@ def test_lengths_of_the_command(world: World, tmp_path: Path) -> None:
         refused(*arguments(world, out, "--batch-size", text), error_code="invalid-batch-size")
 
 
+@pytest.mark.slow
 def test_a_size_that_was_found_stands_in_the_history(world: World, tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"
     run(*arguments(world, out, "--batch-size", "auto", "--time-budget", "5s"))
