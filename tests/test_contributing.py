@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,9 @@ def test_each_file_of_an_open_folder_is_named(kind: str, folder: str) -> None:
     assert entry is not None
     names = {path.stem for path in (ROOT / "tiedconv" / folder).glob("[!_]*.py")} - {"inspect"}
     assert set(re.findall(r"`(\w+)`", entry[1])) == names
+
+
+def test_docs_api_is_what_the_docstrings_say() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "api_docs.py"), "--check"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
