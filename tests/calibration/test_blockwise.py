@@ -459,7 +459,7 @@ def test_what_makes_a_calibration_the_same() -> None:
     assert identity_of(CalibConfig(), plan, student, images)["weights"] != same["weights"]
 
 
-def test_a_foreign_or_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+def test_a_foreign_or_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
     student, teacher = pair_of("perceptron", "lors")
     fit("perceptron", student, teacher, checkpoint_dir=tmp_path)
     for change in ({"seed": 3}, {"count": 14}):
@@ -509,7 +509,7 @@ def test_the_cache_keeps_to_its_limit_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_told_and_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -561,7 +561,7 @@ def test_a_tenth_is_held_out_but_at_least_sixteen(count: int) -> None:
         assert count < 3 or not torch.equal(split(count, 1)[1], held)
 
 
-def test_a_frozen_student_is_thawed() -> None:
+def test_the_caches_of_a_student_are_dropped() -> None:
     student, teacher = pair_of("timm-vit", "lowrank")
     freeze(student)
     result = fit("timm-vit", student, teacher, steps=20, lr=0.05)
@@ -569,7 +569,7 @@ def test_a_frozen_student_is_thawed() -> None:
     assert any(r.after < r.before for r in result.spans)
 
 
-def test_events_tell_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_report_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiedconv.calibration.blockwise.EVENT_SECONDS", 0.0)
     student, teacher = pair_of("timm-vit", "tied")
     events: list[CalibEvent] = []
@@ -610,7 +610,7 @@ def wrong_calls() -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("what", "call"), list(wrong_calls()))
-def test_wrong_calls_are_told_with_a_remedy(what: str, call: Any) -> None:
+def test_wrong_calls_are_reported_with_a_remedy(what: str, call: Any) -> None:
     student, teacher = pair_of("timm-vit", "tied")
     with pytest.raises(TiedconvError) as error:
         call(student, teacher, Images(images_of(MICROS["timm-vit"])))
@@ -618,7 +618,7 @@ def test_wrong_calls_are_told_with_a_remedy(what: str, call: Any) -> None:
     assert all(p.requires_grad for p in student.parameters())
 
 
-def test_outputs_that_are_not_finite_are_told() -> None:
+def test_outputs_that_are_not_finite_are_reported() -> None:
     student, teacher = pair_of("timm-vit", "tied")
     with torch.no_grad():
         teacher.get_parameter("blocks.0.norm1.weight").fill_(torch.nan)
@@ -634,7 +634,7 @@ def test_outputs_that_are_not_finite_are_told() -> None:
         {"cache_bytes": -1}, {"amp": "on"}, {"seed": -1},
     ],
 )  # fmt: skip
-def test_options_out_of_range_are_told(option: dict[str, Any]) -> None:
+def test_options_out_of_range_are_reported(option: dict[str, Any]) -> None:
     with raises(UserError, "invalid-calibration-option", next(iter(option))) as error:
         CalibConfig(**option)
     assert error.value.hint

@@ -472,7 +472,7 @@ def test_the_ridge_is_that_of_two_halves() -> None:
     assert torch.allclose(found.metrics["weight"].right, expected)
 
 
-def test_broken_images_are_skipped_and_told() -> None:
+def test_broken_images_are_skipped_and_reported() -> None:
     model, x = MICROS["timm-vit"].model(), images_of("timm-vit", 6)
     weights = weights_of(inspect_model(model), Recipe.of("lowrank"))
     found = gather_statistics(model, weights, Images(x, (0, 3)), device="cpu", batch_size=1)

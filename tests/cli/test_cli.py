@@ -151,7 +151,7 @@ def test_the_papers_lors_of_deit_tiny_from_a_recipe(tmp_path: Path) -> None:
     assert re.search(r"lors +32-192 ", plain(run(*arguments).stdout))
 
 
-def test_a_dry_run_tells_how_much_is_saved_and_what_would_save_half() -> None:
+def test_a_dry_run_reports_how_much_is_saved_and_what_would_save_half() -> None:
     result = run("convert", "resnet50", "--dry-run")
     assert "25,557,032 parameters become 21,919,784 (85.8 %), which saves 14.2 %" in result.stdout
     assert "10,098,728  39.5 %  --scheme tied --option groups=all --option first=expand" in (
@@ -187,8 +187,8 @@ def test_every_group_on_a_line_of_its_own() -> None:
     assert every.count("tied  ") == 12
     # Groups that are numbered in their stack are as many of a kind as those of numbered layers.
     for scheme in (("lowrank", "--rank", "8"), ("shared", "--option", "groups=adjacent:2")):
-        told = plain(run("convert", "vit_b_16", "--scheme", *scheme, "--dry-run").stdout)
-        kinds = re.findall(r"^(\S+)\.\* \(x\d+\)", told, re.MULTILINE)
+        reported = plain(run("convert", "vit_b_16", "--scheme", *scheme, "--dry-run").stdout)
+        kinds = re.findall(r"^(\S+)\.\* \(x\d+\)", reported, re.MULTILINE)
         assert len(kinds) == len(set(kinds)) == 4
 
 
@@ -314,7 +314,7 @@ def test_finetune_with_the_original_as_teacher(world: World, finetuned: Path) ->
     run("verify", finetuned)
 
 
-def test_finetune_tells_what_it_did(world: World, tmp_path: Path) -> None:
+def test_finetune_reports_what_it_did(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     result = run(
         "finetune", world.tied, "--data", world.data, "-o", out, "--steps", 2, *QUICK,

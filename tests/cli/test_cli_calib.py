@@ -44,7 +44,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_file_and_the_words_tell_of_the_calibration(world: World, tmp_path: Path) -> None:
+def test_the_file_and_the_words_report_the_calibration(world: World, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
     text = plain(run(*convert(world, output, "--scheme", "lowrank")).stdout)
     assert "Calibrated on 16 images without labels, effort normal" in text
@@ -130,7 +130,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     assert "starting from the beginning" in run(*convert(world, cut, *again)).stderr
 
 
-def test_where_no_bar_is_drawn_it_is_told_now_and_then_how_far_it_is(
+def test_where_no_bar_is_drawn_it_is_reported_now_and_then_how_far_it_is(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)

@@ -331,7 +331,7 @@ def test_data_folders_that_can_not_be_used(
     monkeypatch.undo()  # pytest cleans up with it
 
 
-def test_fewer_classes_than_outputs_are_told_once(world: World, tmp_path: Path) -> None:
+def test_fewer_classes_than_outputs_are_reported_once(world: World, tmp_path: Path) -> None:
     data = tmp_path / "images"
     shutil.copytree(world.data, data)
     for part in ("train", "val"):

@@ -215,7 +215,7 @@ def test_what_is_printed(world: World) -> None:
     assert gc.isenabled()
 
 
-def test_a_broken_image_is_left_out_and_told(world: World, tmp_path: Path) -> None:
+def test_a_broken_image_is_left_out_and_reported(world: World, tmp_path: Path) -> None:
     write_images(tmp_path)
     images = sorted((tmp_path / "train").rglob("*.png"))
     images[0].write_bytes(b"no image")
@@ -263,7 +263,7 @@ def test_figures_with_costs(world: World) -> None:
 # Refusals
 
 
-def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
+def test_mistakes_are_reported_in_one_line(world: World, tmp_path: Path) -> None:
     refused("plan", "resnet5000", error_code="unknown-model", words=["resnet5000"])
     refused(
         "plan",

@@ -210,7 +210,7 @@ def test_without_matplotlib_the_table_still_prints(
     assert not picture.exists()
 
 
-def test_mistakes_are_told_in_one_line(world: World, tmp_path: Path) -> None:
+def test_mistakes_are_reported_in_one_line(world: World, tmp_path: Path) -> None:
     def is_refused(*options: object, code: str, words: Sequence[str] = ()) -> None:
         refused(
             "sensitivity",

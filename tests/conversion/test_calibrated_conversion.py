@@ -75,9 +75,7 @@ each_case = pytest.mark.parametrize(
 
 
 @each_case
-def test_the_budget_is_kept_and_the_history_tells_of_the_calibration(
-    name: str, scheme: str
-) -> None:
+def test_the_budget_is_kept_and_the_history_reports_the_calibration(name: str, scheme: str) -> None:
     tied = converted(name, scheme)
     assert is_tied(tied)
     state = state_of(tied)
@@ -194,7 +192,7 @@ def test_a_folder_of_images_without_classes_is_enough(tmp_path: Path) -> None:
         assert torch.equal(loaded(x), tied(x))
 
 
-def test_a_broken_image_is_left_out_and_told(tmp_path: Path) -> None:
+def test_a_broken_image_is_left_out_and_reported(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "images")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     calib = Calibration(folder, config=QUICK, device="cpu", workers=0)
@@ -219,7 +217,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
         tiedconv.convert(MICROS["timm-vit"].model(), "auto", params="50%", calib=data)
 
 
-def test_progress_is_told_from_the_first_image_to_the_last_step() -> None:
+def test_progress_is_reported_from_the_first_image_to_the_last_step() -> None:
     events: list[Any] = []
     calib = calib_for("timm-vit", on_event=events.append)
     tiedconv.convert(MICROS["timm-vit"].model(), "lowrank", params="50%", calib=calib)
@@ -398,29 +396,29 @@ def test_a_damaged_fit_is_refused_and_a_missing_one_made_again(tmp_path: Path) -
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
-def test_where_two_fits_are_near_each_other_it_is_told_which_is_kept(
+def test_where_two_fits_are_near_each_other_it_is_reported_which_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tiedconv.conversion.candidates.CLOSE", math.inf)
     events: list[Any] = []
     calib = calib_for("timm-vit", on_event=events.append)
     made = tiedconv.convert(MICROS["timm-vit"].model(), "lors", params="60%", calib=calib)
-    told = [e for e in events if isinstance(e, CandidateStarted | CandidateChosen)]
-    assert told[:2] == [CandidateStarted(1, 2, ("lors",)), CandidateStarted(2, 2, ("lors",))]
-    kept = told[2]
+    reported = [e for e in events if isinstance(e, CandidateStarted | CandidateChosen)]
+    assert reported[:2] == [CandidateStarted(1, 2, ("lors",)), CandidateStarted(2, 2, ("lors",))]
+    kept = reported[2]
     assert isinstance(kept, CandidateChosen)
     after = state_of(made).history[0]["calibration"]["kl_after"]
     assert kept.divergences[kept.number - 1] == min(kept.divergences) == after
     lines: list[str] = []
     monkeypatch.setattr(ConvertBar, "line", lambda _, text: lines.append(text))
-    for event in told:
+    for event in reported:
         ConvertBar("fitting")(event)
     assert lines[0] == "fit 1 of 2 (lors), block by block:"
     assert lines[2].startswith(f"kept fit {kept.number}: ")
 
 
 @pytest.mark.parametrize("scheme", ["tied", "lors"])
-def test_a_budget_that_needs_a_core_is_met_with_images_too(scheme: str) -> None:
+def test_a_budget_that_needs_a_factored_base_is_met_with_images_too(scheme: str) -> None:
     name, params = "timm-vit", "35%"
     with pytest.raises(BudgetError):
         cost_of(name, Recipe.of(scheme, params=params), images_of(name, 4))

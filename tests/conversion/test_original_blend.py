@@ -95,7 +95,7 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
 # --- offsets -----------------------------------------------------------------------------------
 
 
-def test_a_weight_is_its_expression_plus_a_share_of_its_offset() -> None:
+def test_a_weight_is_its_expression_plus_a_fraction_of_its_offset() -> None:
     model, offsets = offset_vit()
     pure = dense_state_dict(model)
     set_offsets(model, offsets)
@@ -180,7 +180,7 @@ def test_offsets_have_no_gradient_and_factors_have() -> None:
     assert not any(b.requires_grad for b in model.buffers())
 
 
-def test_a_model_with_offsets_is_not_frozen_and_a_frozen_one_thaws() -> None:
+def test_a_model_with_offsets_is_not_cached_and_a_cached_one_computes_again() -> None:
     model, offsets = offset_vit()
     freeze(model)
     x = torch.randn(2, 3, 16, 16)
@@ -404,10 +404,10 @@ def test_training_fades_and_evaluates_the_compact_model() -> None:
     blend = Watched(model, original)
     val = images(28, 1)
     compact = evaluate_model(copy.deepcopy(model), val, device="cpu")
-    told: list[Event] = []
+    reported: list[Event] = []
 
     def listen(event: Event) -> None:
-        told.append(event)
+        reported.append(event)
         if isinstance(event, EpochEnd):
             # Measured again without the offsets, whatever their share is now.
             bare = copy.deepcopy(model)
@@ -418,7 +418,7 @@ def test_training_fades_and_evaluates_the_compact_model() -> None:
 
     options: dict[str, Any] = {"teacher": original, "blend": blend, "device": "cpu"}
     result = train(model, images(42, augment="crop"), val, CONFIG, on_event=listen, **options)
-    baseline = next(event for event in told if isinstance(event, Baseline))
+    baseline = next(event for event in reported if isinstance(event, Baseline))
     assert baseline == Baseline(compact.metrics, pytest.approx(compact.loss))
     steps = result.steps
     assert blend.shares == [blend_weight(step, steps, 0.8) for step in range(steps)] + [0.0]

@@ -186,7 +186,7 @@ def test_other_precisions(
     assert streamed == whole
 
 
-def test_a_streamed_file_is_good_and_tells_where_it_came_from(
+def test_a_streamed_file_is_good_and_reports_where_it_came_from(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -244,7 +244,7 @@ def test_pickles_and_random_weights_do_not_stream(world: World) -> None:
 
 
 @pytest.mark.parametrize("name", all_micros())
-def test_a_model_without_memory_has_the_same_anatomy(name: str) -> None:
+def test_a_model_without_memory_has_the_same_model_info(name: str) -> None:
     with skip_memory():
         model = all_micros()[name].build()
     plain = all_micros()[name].build()

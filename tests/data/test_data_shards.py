@@ -108,7 +108,7 @@ def test_the_index_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert contents(open_split(spec).train) == first
 
 
-def test_a_long_reading_is_told_by_commands_alone(
+def test_a_long_reading_is_reported_by_commands_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(_tar_index, "_LOG_SECONDS", 0.0)
@@ -119,8 +119,8 @@ def test_a_long_reading_is_told_by_commands_alone(
         open_split(spec)
 
     guarded(opening)()
-    told = capsys.readouterr().err
-    assert f"shard {shards} of {shards}" in told
+    reported = capsys.readouterr().err
+    assert f"shard {shards} of {shards}" in reported
     guarded(opening)()  # it lies in the cache
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     open_split(spec)  # a program that imports the package decides what it hears

@@ -315,11 +315,11 @@ def test_training_without_labels(world: World, tmp_path: Path) -> None:
     """By folders that are no classes: the figure is agreement, wherever it is told."""
     output = tmp_path / "out.safetensors"
     nested = Path(written(tmp_path, "folder"))
-    told = run(*finetuned(world, output, nested, "--distill", 1, "--unlabelled"))
-    assert "agreement with the teacher" in told.stdout
-    assert "8 validation images without labels" in told.stdout
-    assert "top-1" not in told.stdout + told.stderr
-    assert "19 images have no labels" in told.stderr
+    reported = run(*finetuned(world, output, nested, "--distill", 1, "--unlabelled"))
+    assert "agreement with the teacher" in reported.stdout
+    assert "8 validation images without labels" in reported.stdout
+    assert "top-1" not in reported.stdout + reported.stderr
+    assert "19 images have no labels" in reported.stderr
     entry = tiedconv.report(output).history[-1]
     assert 0 <= entry["agreement_before"] <= 1
     assert entry["top1"] is entry["top5"] is entry["top1_before"] is None

@@ -518,7 +518,7 @@ def test_a_teacher_alone_needs_no_labels_and_norms_stay(coco: Path) -> None:
     assert len(student.seen) == 4
 
 
-def test_a_model_without_a_loss_is_told(coco: Path) -> None:
+def test_a_model_without_a_loss_is_reported(coco: Path) -> None:
     student = tiny_detector()
     loss, images = objective(coco, student, None, augment="none")
     loss._forward = lambda images, labels: {"logits": torch.zeros(1, 1, 2),
@@ -567,7 +567,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(HERE)
 
 
-def test_evaluate_tells_average_precision(coco: Path, files: tuple[Path, Path]) -> None:
+def test_evaluate_reports_average_precision(coco: Path, files: tuple[Path, Path]) -> None:
     weights, compact = files
     done = figures("evaluate", SPEC, "--weights", weights, "--data", coco, "--workers", 0)
     assert 0 <= done["precision"]["ap"] <= 1
@@ -577,7 +577,7 @@ def test_evaluate_tells_average_precision(coco: Path, files: tuple[Path, Path]) 
     assert "top-1" not in shown
 
 
-def test_finetune_heals_a_detector_and_the_file_says_so(
+def test_a_detector_is_finetuned_and_its_file_says_so(
     coco: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     weights, compact = files

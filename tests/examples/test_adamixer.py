@@ -48,7 +48,7 @@ def test_giou_by_hand(a: list[float], b: list[float], expected: float) -> None:
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_iof_is_the_share_of_the_first() -> None:
+def test_iof_is_the_fraction_of_the_first() -> None:
     found = boxes.iof(torch.tensor([[0.0, 0, 4, 4], [2, 0, 4, 2], [9, 9, 10, 10]]))
     expected = torch.tensor([[1, 4 / 16, 0], [1, 1, 0], [0, 0, 1]])
     torch.testing.assert_close(found, expected)

@@ -175,7 +175,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     return tmp_path
 
 
-def test_each_format_of_the_folder_writes_checks_and_tells(compact: Path, here: Path) -> None:
+def test_each_format_of_the_folder_writes_checks_and_reports(compact: Path, here: Path) -> None:
     stored = stored_bytes(tiedconv.load(compact), "float32")
     for name, form in all_formats().items():
         output = f"{name}{form.endings[0]}"
@@ -385,7 +385,7 @@ def test_what_can_not_be_exported_is_refused(compact: Path, here: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [AssertionError(), KeyError("x"), RuntimeError("a\nb")])
-def test_what_torch_can_not_export_is_told(
+def test_what_torch_can_not_export_is_reported(
     compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def failing(*_: Any, **__: Any) -> None:

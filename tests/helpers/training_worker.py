@@ -104,9 +104,9 @@ def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) ->
     read, clip = LossMeter.read, TrainWrapper.clip
 
     def noted(self: LossMeter, *arguments: Any) -> list[float]:
-        told = read(self, *arguments)
-        losses.extend(told)
-        return told
+        reported = read(self, *arguments)
+        losses.extend(reported)
+        return reported
 
     def counted(self: TrainWrapper, parameters: Any, most: float) -> Any:
         stored = [p for n, p in self.model.named_parameters() if n.startswith("tied/")]

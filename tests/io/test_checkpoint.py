@@ -440,7 +440,7 @@ def test_many_writers_of_one_file_and_a_reader_that_never_sees_half_of_it(tmp_pa
     assert os.umask(umask) == 0o022  # a shared setting of the process, and as it was
 
 
-def test_of_many_writers_without_force_one_wins_and_the_others_are_told(tmp_path: Path) -> None:
+def test_of_many_writers_without_force_one_wins_and_the_others_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     barrier = threading.Barrier(4)
 
@@ -454,9 +454,9 @@ def test_of_many_writers_without_force_one_wins_and_the_others_are_told(tmp_path
         return str(number)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        told = list(pool.map(write, range(4)))
-    assert path.read_text() in told
-    assert sum("exists already" in what for what in told) == 3
+        reported = list(pool.map(write, range(4)))
+    assert path.read_text() in reported
+    assert sum("exists already" in what for what in reported) == 3
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 

@@ -94,11 +94,11 @@ class NoReport:
 
 def test_a_log_has_a_line_for_all_that_happens(world: World, tmp_path: Path) -> None:
     out, path = tmp_path / "o.safetensors", tmp_path / "log.jsonl"
-    told = figures(*command(world, out, "--log", path, "--lr", 1e-3))
-    assert told["log"] == str(path)
-    assert told["picture"] == str(tmp_path / "o.training.png")
-    assert told["tensorboard"] is None
-    assert told["path"] == str(out)
+    reported = figures(*command(world, out, "--log", path, "--lr", 1e-3))
+    assert reported["log"] == str(path)
+    assert reported["picture"] == str(tmp_path / "o.training.png")
+    assert reported["tensorboard"] is None
+    assert reported["path"] == str(out)
     lines = lines_of(path)
     events = [line["event"] for line in lines]
     assert events == ["start", "baseline", "teacher", *["step", "epoch", "checkpoint"] * 3, "end"]
@@ -110,13 +110,13 @@ def test_a_log_has_a_line_for_all_that_happens(world: World, tmp_path: Path) -> 
     assert 0 < start["stored"] < start["original"]
     assert start["options"]["lr"] == 1e-3
     assert set(start["versions"]) == {"tiedconv", "torch", "python"}
-    assert baseline["top1"] == told["result"]["top1_before"]
-    assert teacher["top1"] == told["result"]["top1_teacher"]
+    assert baseline["top1"] == reported["result"]["top1_before"]
+    assert teacher["top1"] == reported["result"]["top1_teacher"]
     assert step["epoch"] == 1
     assert step["step"] == epoch["step"] == 3
     assert step["loss"] == pytest.approx(epoch["loss"])
     assert step["memory"] > 10**7
-    assert lines[-3]["top1"] == told["result"]["top1"]
+    assert lines[-3]["top1"] == reported["result"]["top1"]
     for name in ("seconds", "step"):
         assert [line[name] for line in lines] == sorted(line[name] for line in lines)
 
@@ -206,7 +206,7 @@ class Full:
         return getattr(self.file, name)
 
 
-def test_a_full_disk_is_told_once_and_training_goes_on(
+def test_a_full_disk_is_reported_once_and_training_goes_on(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, path = tmp_path / "o.safetensors", tmp_path / "log.jsonl"
@@ -222,11 +222,11 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     monkeypatch.setattr(JsonLog, "begin", small)
     monkeypatch.setattr(board.TensorBoard, "_add", no_space)
     monkeypatch.setattr(Course, "save", no_space)
-    told = run(*command(world, out, "--log", path, "--tensorboard", tmp_path / "b", "--json"))
+    reported = run(*command(world, out, "--log", path, "--tensorboard", tmp_path / "b", "--json"))
     for what in (f"The log {path}", "TensorBoard's folder"):
-        assert told.stderr.count(what) == 1, told.stderr
-    assert told.stderr.count("No space left on device") == 2
-    assert json.loads(told.stdout)["result"]["steps"] == 9
+        assert reported.stderr.count(what) == 1, reported.stderr
+    assert reported.stderr.count("No space left on device") == 2
+    assert json.loads(reported.stdout)["result"]["steps"] == 9
     assert out.exists()
     assert is_drawn(tmp_path / "o.training.png")
     assert len(lines_of(path)) > 2  # none of them torn
@@ -239,9 +239,9 @@ def test_a_picture_that_cannot_be_written_is_no_failure(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", broken)
-    told = run(*command(world, tmp_path / "o.safetensors", "--json"))
-    assert "No picture was drawn" in told.stderr
-    assert json.loads(told.stdout)["picture"] is None
+    reported = run(*command(world, tmp_path / "o.safetensors", "--json"))
+    assert "No picture was drawn" in reported.stderr
+    assert json.loads(reported.stdout)["picture"] is None
 
 
 def test_one_that_fails_does_not_stop_the_others() -> None:
@@ -263,12 +263,12 @@ def test_one_that_fails_does_not_stop_the_others() -> None:
         def close(self, error: BaseException | None) -> None:
             seen.append(f"close {error}")
 
-    told: list[str] = []
+    reported: list[str] = []
     start = Start(1, 1, 1, AGREEMENT)
-    with Watchers([Broken(), Sound()], NoReport, {}, told.append) as watch:  # type: ignore[arg-type]
+    with Watchers([Broken(), Sound()], NoReport, {}, reported.append) as watch:  # type: ignore[arg-type]
         for event in (Unlabelled(3), start, Resumed(2, 7), Baseline({"agreement": 0.0}, 0.0)):
             watch(event)
-    assert told == ["This can't be written: gone. The run continues without it."]
+    assert reported == ["This can't be written: gone. The run continues without it."]
     assert seen == [f"begin {Resumed(2, 7)} {AGREEMENT}", "Resumed", "Baseline", "close None"]
     assert watchers.Watchers is Watchers
 
@@ -405,8 +405,8 @@ def test_the_course_keeps_the_mean_and_survives_its_file(
 
 def test_a_picture_is_where_it_was_asked_for(world: World, tmp_path: Path) -> None:
     out, there = tmp_path / "o.safetensors", tmp_path / "there.pdf"
-    told = figures(*command(world, out, "--picture", there))
-    assert told["picture"] == str(there)
+    reported = figures(*command(world, out, "--picture", there))
+    assert reported["picture"] == str(there)
     assert files_of(tmp_path) == {out.name, there.name}
     run(*command(world, tmp_path / "p.safetensors", "--no-picture"))
     assert files_of(tmp_path) == {out.name, there.name, "p.safetensors"}
@@ -417,9 +417,9 @@ def test_without_matplotlib_there_is_a_hint(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = tmp_path / "o.safetensors"
-    told = run(*command(world, out))
-    assert "No picture was drawn" in told.stderr
-    assert "pip install 'tiedconv[demo]'" in told.stderr
+    reported = run(*command(world, out))
+    assert "No picture was drawn" in reported.stderr
+    assert "pip install 'tiedconv[demo]'" in reported.stderr
     assert files_of(tmp_path) == {out.name}
     refused(
         *command(world, tmp_path / "p.safetensors", "--picture", "p.png"),
@@ -493,8 +493,8 @@ def test_where_no_bar_is_drawn_a_line_says_now_and_then_how_far_it_is(
 ) -> None:
     for seconds, said in ((0.0, True), (60.0, False)):
         monkeypatch.setattr(progress, "LINE_SECONDS", seconds)
-        told = run(*command(world, tmp_path / f"{seconds}.safetensors")).stderr
-        assert ("step 9/9  epoch 3/3  loss " in told) == said
+        reported = run(*command(world, tmp_path / f"{seconds}.safetensors")).stderr
+        assert ("step 9/9  epoch 3/3  loss " in reported) == said
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
@@ -521,7 +521,7 @@ def test_the_progress_line_says_how_far_it_is(width: int, monkeypatch: pytest.Mo
     assert "0:00:02 left" in evaluating
 
 
-def test_memory_is_told_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_reported_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (memory_in_use() or 0) > 10**7
     monkeypatch.setattr(memory, "_STATM", Path("/none"))
     most = memory_in_use()

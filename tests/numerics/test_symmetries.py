@@ -315,7 +315,7 @@ def half_dead(tensor: Tensor) -> Tensor:
     return tensor[: len(tensor) // 2].zero_()
 
 
-def test_a_workbench_copies_a_tensor_once_and_only_when_edited() -> None:
+def test_a_weight_editor_copies_a_tensor_once_and_only_when_edited() -> None:
     given = {"w": torch.ones(2, 3), "b": torch.ones(4)}
     editor = WeightEditor(given)
     editor.edit(Slot.whole("w", (2, 3))).mul_(2)

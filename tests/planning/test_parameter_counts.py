@@ -62,7 +62,7 @@ def test_scales_cost_a_thousandth() -> None:
     assert planned("vit_b_16", "tied", scale=True).stored == plain + layers * (d + m + 4 * d)
 
 
-def test_a_rank_of_the_dial_costs_its_rows_and_columns() -> None:
+def test_a_rank_of_a_rank_option_costs_its_rows_and_columns() -> None:
     plain = planned("vit_b_16", "tied", scale=False).stored
     for rank in (1, 16):
         more = 12 * rank * ((768 + 3072) + 2 * (768 + 768))

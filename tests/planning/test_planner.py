@@ -51,7 +51,7 @@ def model(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("scheme", all_schemes())
-def test_a_model_with_nothing_to_convert_is_told_what_was_looked_for(scheme: str) -> None:
+def test_a_model_with_nothing_to_convert_gets_an_error_that_lists_the_families(scheme: str) -> None:
     with pytest.raises(NothingToConvert) as caught:
         tiedconv.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), scheme)
     message = str(caught.value)
@@ -60,7 +60,7 @@ def test_a_model_with_nothing_to_convert_is_told_what_was_looked_for(scheme: str
     assert caught.value.exit_code == 2
 
 
-def test_an_include_that_takes_nothing_is_told_so() -> None:
+def test_an_include_that_takes_nothing_is_reported() -> None:
     with raises(NothingToConvert, "nothing-to-convert"):
         tiedconv.plan(model("timm-vit"), include=["nowhere*"])
 
@@ -271,7 +271,7 @@ def test_a_budget_out_of_reach_names_the_smallest_and_ways_that_reach_it() -> No
             assert plan.stored == size <= share / 100 * original
 
 
-def test_a_model_that_cannot_be_halved_is_told_so_by_a_scheme_that_halves() -> None:
+def test_a_model_that_cannot_be_halved_gets_an_error_that_names_a_scheme_that_halves_it() -> None:
     for name in ("torchvision-resnet", "timm-resnet"):
         with raises(BudgetError, "budget-too-small", "50%"):
             tiedconv.plan(model(name), "auto", include="layer1*")
@@ -280,7 +280,7 @@ def test_a_model_that_cannot_be_halved_is_told_so_by_a_scheme_that_halves() -> N
         assert tiedconv.plan(model(name), "auto", params="70%").stored > 0
 
 
-def test_a_budget_out_of_reach_of_a_scheme_is_met_with_a_core() -> None:
+def test_a_budget_out_of_reach_of_a_scheme_is_met_with_a_factored_base() -> None:
     for name, scheme in itertools.product(("timm-vit", "hf-imagegpt"), ("tied", "lors")):
         whole = tiedconv.plan(model(name), scheme, rank=0)
         budget = whole.stored - 1  # whatever ranks there are: W itself is too large
@@ -295,7 +295,7 @@ def test_a_budget_out_of_reach_of_a_scheme_is_met_with_a_core() -> None:
         assert not any(g.options["base_rank"] for g in whole.groups)
 
 
-def test_with_a_core_a_layer_without_an_equal_is_of_low_rank() -> None:
+def test_with_a_factored_base_a_layer_without_an_equal_is_of_low_rank() -> None:
     name = "torchvision-resnet"
     for core, options in itertools.product((0, 2), ({"rank": 1}, {"rank": 1, "k": [1, 2]})):
         plan = tiedconv.plan(model(name), "lors", base_rank=core, include="layer1*", **options)

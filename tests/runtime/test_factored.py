@@ -199,7 +199,7 @@ def test_no_weight_is_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
     micro.logits(model)
 
 
-def test_training_and_frozen_models_use_weights_as_before() -> None:
+def test_training_and_cached_models_use_weights_as_before() -> None:
     micro = all_micros()["timm-vit"]
     model = tiedconv.convert(micro.model(), "lors", rank=2)
     plain = copy.deepcopy(model)

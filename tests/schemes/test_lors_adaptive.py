@@ -204,7 +204,7 @@ def test_full_rank_gives_the_generators_back_and_the_same_fit_each_time() -> Non
     assert {n: tuple(t.shape) for n, t in factors.items()} == dict(scheme.layout(shapes).factors)
 
 
-def test_a_fit_beats_a_base_alone_and_a_budget_spends_terms_where_they_tell() -> None:
+def test_a_fit_beats_a_base_alone_and_a_budget_spends_terms_where_they_reduce_the_error() -> None:
     errors = {}
     for k in ([0, 0, 0], [1, 1, 1], [1, 2, 3]):
         plan = state_of(tied(**CHANNEL, k=k)).plan
@@ -325,7 +325,7 @@ def test_no_generator_is_made_in_a_forward_pass(options: dict[str, Any], train: 
     assert max(seen.sizes) == math.prod(whole)
 
 
-def test_it_stays_so_in_copies_pickles_casts_and_when_frozen_and_ends_with_the_tie() -> None:
+def test_it_stays_so_in_copies_pickles_casts_and_when_cached_and_ends_with_the_tie() -> None:
     model = tied(**SPATIAL)
     before = MICRO.logits(model)
     forms = [

@@ -130,8 +130,8 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_bytes(
         "log.jsonl",
     )
     started([sys.executable, WORKER, "killed", tmp_path, 10, *arguments])
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["killed"] == 10
+    reported = json.loads((tmp_path / "told.json").read_text())
+    assert reported["killed"] == 10
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert digest(whole / "out.safetensors") == digest(parts / "out.safetensors")
     assert {p.name for p in parts.iterdir()} == {
@@ -166,10 +166,10 @@ def test_a_signal_saves_and_stops(world: World, tmp_path: Path, signum: int) -> 
                 break
             time.sleep(0.05)
         process.send_signal(signum)
-        _, told = process.communicate(timeout=60)
+        _, reported = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
-    assert "--resume" in told
-    assert "Interrupted" in told
+    assert "--resume" in reported
+    assert "Interrupted" in reported
     newest = sorted(run.iterdir())[-1]
     state = read_state(newest, "training")
     assert newest.name == f"step-{state['progress']['step']:09d}.safetensors"
@@ -216,9 +216,9 @@ def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
         time.sleep(0.5)
         assert process.poll() is None  # it would save first
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=30)
+        _, reported = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "Traceback" not in told
+    assert "Traceback" not in reported
 
 
 @pytest.mark.slow
@@ -228,8 +228,8 @@ def test_the_command_runs_in_two_processes(world: World, tmp_path: Path) -> None
         world, "--epochs", 1, "--json", "--log-file", "log.jsonl", "--tensorboard", "board"
     )
     done = started([*TORCHRUN, "-m", "tiedconv", *arguments], cwd=tmp_path)
-    told = json.loads(done.stdout)  # one of them tells
-    assert told["result"]["steps"] > 0
+    reported = json.loads(done.stdout)  # one of them tells
+    assert reported["result"]["steps"] > 0
     import tiedconv
 
     assert tiedconv.report(tmp_path / "out.safetensors").history[-1]["processes"] == 2
@@ -239,7 +239,7 @@ def test_the_command_runs_in_two_processes(world: World, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(world: World, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once(world: World, tmp_path: Path) -> None:
     words = [*TORCHRUN, "-m", "tiedconv", *command(world, "--batch-size", 1)]
     done = subprocess.run(
         words, env=ENVIRONMENT, text=True, capture_output=True, cwd=tmp_path, check=False

@@ -124,7 +124,7 @@ def test_the_statistics_of_batch_norms_are_in_the_forecast() -> None:
 
 
 @pytest.mark.usefixtures("_only_sleep_takes_time")
-def test_a_time_budget_is_kept_and_told() -> None:
+def test_a_time_budget_is_kept_and_reported() -> None:
     events: list[Event] = []
     config = replace(CONFIG, epochs=None, time_budget=3.0, eval_every_epoch=False)
     start = time.monotonic()
@@ -222,10 +222,10 @@ def test_no_image_at_all_is_an_error() -> None:
         forecast(make_net(), data, make_data(3, 1), TrainConfig(), device="cpu")
 
 
-def test_a_dry_run_tells_and_writes_nothing(world: World, tmp_path: Path) -> None:
-    told = run(*arguments(world, tmp_path / "o.safetensors", "--epochs", 5, "--dry-run")).stdout
+def test_a_dry_run_reports_and_writes_nothing(world: World, tmp_path: Path) -> None:
+    reported = run(*arguments(world, tmp_path / "o.safetensors", "--epochs", 5, "--dry-run")).stdout
     for word in ("learning rate", "images/s", "Nothing was written", "20,611"):
-        assert word in told
+        assert word in reported
     found = figures(*arguments(world, tmp_path / "o.safetensors", "--epochs", 5, "--dry-run"))
     assert found["steps"] == 15
     assert files_of(tmp_path) == set()

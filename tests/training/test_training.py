@@ -55,7 +55,7 @@ CPU = torch.device("cpu")
 # --- the whole loop ----------------------------------------------------------------------------
 
 
-def test_training_learns_and_tells() -> None:
+def test_training_learns_and_reports() -> None:
     events: list[Event] = []
     model = make_net().eval()
     result = run(model, replace(QUICK, epochs=8), on_event=events.append)
@@ -63,8 +63,8 @@ def test_training_learns_and_tells() -> None:
     assert result.top5 == 1
     assert (result.epochs, result.steps, result.images, result.skipped) == (8, 48, 768, 0)
     assert events[0] == Start(48, 8, 96)
-    told = [event for event in events if not isinstance(event, EvalStep)]  # those take a while
-    assert isinstance(told[1], Baseline)
+    reported = [event for event in events if not isinstance(event, EvalStep)]  # those take a while
+    assert isinstance(reported[1], Baseline)
     ends = [event for event in events if isinstance(event, EpochEnd)]
     assert [end.epoch for end in ends] == list(range(1, 9))
     assert ends[-1].metrics["top1"] == result.top1 == result.history[-1]["top1"]
@@ -151,17 +151,17 @@ def test_the_teacher_is_scored_on_the_same_images_where_there_are_labels() -> No
     master = make_net(1)
     run(master, replace(QUICK, epochs=4))
     known = evaluate_model(master, make_data(48, 1), device="cpu")
-    told: list[Event] = []
-    result = run(make_net(), teacher=master, on_event=told.append)
+    reported: list[Event] = []
+    result = run(make_net(), teacher=master, on_event=reported.append)
     assert (result.top1_teacher, result.top5_teacher) == (known.top1, known.top5)
-    assert TeacherScore(known.metrics) in told
+    assert TeacherScore(known.metrics) in reported
     by_teacher = with_teacher_labels(make_data(48, 1), master, make_net(), QUICK, "cpu")
     for options in ({}, {"teacher": master, "val_data": by_teacher}):
-        told.clear()
-        result = run(make_net(), on_event=told.append, **options)
+        reported.clear()
+        result = run(make_net(), on_event=reported.append, **options)
         assert result.metrics_teacher == {}
         assert math.isnan(result.top1_teacher)
-        assert not any(isinstance(event, TeacherScore) for event in told)
+        assert not any(isinstance(event, TeacherScore) for event in reported)
 
 
 def test_the_same_seed_gives_the_same_bits_and_other_generators_are_left_alone() -> None:
@@ -521,7 +521,7 @@ def test_top1_top5_and_loss(classes: int) -> None:
     assert (result.images, result.outputs, result.example_of_skipped) == (30, classes, None)
 
 
-def test_evaluation_tells_of_broken_images_and_keeps_modes() -> None:
+def test_evaluation_reports_broken_images_and_keeps_modes() -> None:
     model = make_net().train()
     model.norm.eval()
     events: list[Event] = []

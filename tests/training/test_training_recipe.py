@@ -332,9 +332,9 @@ def test_a_teacher_without_weight_is_not_run() -> None:
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:
-    for options, told in (({"features": 0.1}, "features is 0.1"),
+    for options, reported in (({"features": 0.1}, "features is 0.1"),
                           ({"distillation": "hard"}, "distillation is hard")):  # fmt: skip
-        with raises(UserError, "teacher-missing", told):
+        with raises(UserError, "teacher-missing", reported):
             run(vit(), replace(QUICK, **options))
     features = replace(QUICK, features=0.1)
     with raises(UserError, "no-numbered-blocks"):
@@ -554,7 +554,7 @@ def test_stored_tensors_have_the_rates_of_the_layers_that_use_them(name: str, sc
     assert all(scales[name] == dense[name] for name in plan.kept if name in scales)
 
 
-def test_shared_tensors_have_the_mean_rate_and_frozen_caches_do_no_harm() -> None:
+def test_shared_tensors_have_the_mean_rate_and_cached_weights_do_no_harm() -> None:
     model = vit("lors")
     base = "tied/blocks/attn/qkv/base"
     expected = scales_of(model, 0.5)
