@@ -89,7 +89,7 @@ def test_a_conversion_to_a_file_runs_each_stage_once_and_few_calls_deep(
     assert calls["checkpoint.read"] == 1  # the file's header, when it is read back
     assert deepest["safetensors_file.write_tensors"] <= 6
     assert max(deepest[name] for name in counted) <= 8
-    assert deepest["all"] <= 18  # a tensor on disk that a scheme asks for while it aligns
+    assert deepest["all"] <= 22  # a scheme asks for a symmetry, and a block is run to prove it
     assert done.written is not None
     assert done.written.plan.stored == done.plan.stored
 

@@ -20,6 +20,7 @@ from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.fit_cache import identity_of, load_fits, save_fits
 from tiedconv.conversion.stages import carry_out
 from tiedconv.conversion.statistics_cache import StatisticsCache
+from tiedconv.conversion.symmetry_proof import SymmetryProof, first_image
 from tiedconv.conversion.tensor_store import MemoryStore, TensorStore
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.io.run_dir import RunDir
@@ -80,10 +81,27 @@ def tie_fit(model: nn.Module, fitted: Fit, source: Mapping[str, Any]) -> None:
     tie(model, fitted.plan, fitted.factors, source=source)
 
 
-def memory_store(model: nn.Module, info: ModelInfo, *, in_place: bool = False) -> MemoryStore:
-    """The weights of a model in memory; `in_place` aligns the model's own tensors."""
+def memory_store(
+    model: nn.Module,
+    info: ModelInfo,
+    data: Dataset[Any] | None = None,
+    *,
+    in_place: bool = False,
+) -> MemoryStore:
+    """The weights of a model in memory, with the symmetries that are proven on it.
+
+    Args:
+        model: with its weights.
+        info: of the model.
+        data: images that it takes, if there are any.
+        in_place: align the model's own tensors.
+    """
     own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
-    return MemoryStore({name: own[name] for name in info.shapes}, in_place=in_place)
+    return MemoryStore(
+        {name: own[name] for name in info.shapes},
+        in_place=in_place,
+        allows=SymmetryProof(info, model, None if data is None else lambda: first_image(data)),
+    )
 
 
 def shortlist(
@@ -118,7 +136,7 @@ def shortlist(
         if calib.resume and (found := load_fits(calib.run_dir, recipes, identity)):
             calib.on_event(ResumedFits(len(found)))
             return found
-    store = memory_store(model, info, in_place=len(outlined) == 1)
+    store = memory_store(model, info, data, in_place=len(outlined) == 1)
     cache = StatisticsCache(model, calib, data)
     count = SHORTLIST if calib.config.fits else 1
     found = fit_candidates(info, outlined, store, cache, on_group, count=count)

@@ -93,7 +93,7 @@ class CostEstimator:
         self, model: nn.Module, info: ModelInfo, calib: Calibration, data: Dataset[object]
     ) -> None:
         self._info = info
-        self._store = memory_store(model, info)
+        self._store = memory_store(model, info, data)
         self._cache = StatisticsCache(model, calib, data)
         self._found: dict[str, CostEstimate] = {}
 

@@ -103,6 +103,7 @@ def save_fits(
             "recipe": fit.recipe.to_json(),
             "cost": fit.cost,
             "ridge": fit.ridge,
+            "symmetries": fit.symmetries,
             "fits": len(fits),
             "identity": dict(identity),
         }
@@ -140,7 +141,8 @@ def load_fits(folder: Path, recipes: Sequence[Recipe], identity: Mapping[str, An
             count = int(entry["fits"])
             recipe = next(r for r in recipes if _same(r.to_json(), entry["recipe"]))
             cost, ridge = float(entry["cost"]), entry["ridge"]
-            found.append(Fit(recipe, file.plan, cost, ridge, dict(file.tensors())))
+            symmetries = entry.get("symmetries", {})
+            found.append(Fit(recipe, file.plan, cost, ridge, dict(file.tensors()), symmetries))
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedconv.conversion.symmetry_proof import SymmetryProof
 from tiedconv.conversion.tensor_store import MemoryStore
 from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError, UserError
@@ -103,13 +104,14 @@ def moved_original(model: nn.Module, original: nn.Module | None) -> dict[str, Te
     original = _checked(state.plan, original)
     recipe = conversion_recipe(state.history)
     info = inspect_model(original)
-    own = original.state_dict()
     try:
         tasks = draft(info, recipe)
     except TiedconvError as error:
         raise _not_repeatable(f"it fails now ({error.what})", "conversion-fails") from error
     _same_groups(tasks, state.plan)
-    workspace = MemoryStore({n: own[n].detach().cpu() for n in info.shapes}).open()
+    own = {name: t.detach().cpu() for name, t in original.state_dict().items()}
+    allows = SymmetryProof(info, original)
+    workspace = MemoryStore({n: own[n] for n in info.shapes}, allows=allows).open()
     with torch.no_grad():
         align_weights(tasks, workspace.editor)
     return {name: workspace.aligned(name) for name in info.shapes}

@@ -44,6 +44,7 @@ from tiedconv.conversion.streaming import (
     return_freed_memory,
     scratch_errors,
 )
+from tiedconv.conversion.symmetry_proof import SymmetryProof
 from tiedconv.core.plan import Plan
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.planning.planner import Outline, outlines
@@ -151,7 +152,7 @@ def fit_streamed(
     size = sum(math.prod(shapes[name]) * dtype.itemsize for name, dtype in tensors.dtypes.items())
     if own_process and size > LARGE:
         return_freed_memory()
-    store = StreamedStore(tensors, output.parent)
+    store = StreamedStore(tensors, output.parent, SymmetryProof(planned.info, None))
     with scratch_errors(output):
         (fitted,) = fit_candidates(planned.info, planned.outlines, store, on_group=on_group)
         try:
@@ -170,5 +171,6 @@ def history_entry(fitted: Fit, command: str | None) -> dict[str, Any]:
         "command": command,
         "original": fitted.plan.original,
         "stored": fitted.plan.stored,
+        "symmetries": fitted.symmetries,
         "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
     }

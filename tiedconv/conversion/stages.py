@@ -46,7 +46,9 @@ def fit(
     plan = choose_ranks(info, outlined, workspace.editor, metrics)
     plan, cost = fit_factors(plan, workspace, metrics, on_group)
     ridge = None if statistics is None else statistics.ridge
-    return Fit(outlined.recipe, plan, cost, ridge, workspace.fitted(plan), workspace.close)
+    found = workspace.editor.symmetries
+    tensors = workspace.fitted(plan)
+    return Fit(outlined.recipe, plan, cost, ridge, tensors, found, workspace.close)
 
 
 @torch.no_grad()

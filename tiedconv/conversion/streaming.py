@@ -21,7 +21,7 @@ from tiedconv.conversion.tensor_store import TensorStore, Workspace, widened, wo
 from tiedconv.core.plan import Member, Plan, Slot, Span
 from tiedconv.errors import OutputError
 from tiedconv.io.tensor_scratch import StoredTensor, TensorScratch
-from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.numerics.symmetries import Allows, WeightEditor
 from tiedconv.sources import LazyWeights
 
 LARGE = 2**30
@@ -39,21 +39,22 @@ class StreamedStore(TensorStore):
         tensors: the weights.
         folder: on whose disk the scratch files lie; it needs space for the aligned weights and
             the factors.
+        allows: which symmetries may be applied; None for all.
     """
 
-    def __init__(self, tensors: LazyWeights, folder: Path) -> None:
-        self._tensors, self._folder = tensors, folder
+    def __init__(self, tensors: LazyWeights, folder: Path, allows: Allows | None = None) -> None:
+        self._tensors, self._folder, self._allows = tensors, folder, allows
 
     def open(self) -> Workspace:
-        return _OnDisk(self._tensors, TensorScratch(self._folder))
+        return _OnDisk(self._tensors, TensorScratch(self._folder), self._allows)
 
 
 class _OnDisk(Workspace):
     """What aligning changed is read from the scratch file, the rest from the weights' files."""
 
-    def __init__(self, tensors: LazyWeights, scratch: TensorScratch) -> None:
+    def __init__(self, tensors: LazyWeights, scratch: TensorScratch, allows: Allows | None) -> None:
         self.dtypes = tensors.dtypes
-        self.editor = _DiskEditor(self)
+        self.editor = _DiskEditor(self, allows)
         self._tensors, self.scratch = tensors, scratch
         self.edited: dict[str, StoredTensor] = {}
         self._factors: dict[str, StoredTensor] = {}
@@ -103,8 +104,8 @@ class _Fitted(Mapping[str, Tensor]):
 class _DiskEditor(WeightEditor):
     """An editor whose tensors are on disk."""
 
-    def __init__(self, workspace: _OnDisk) -> None:
-        super().__init__({})
+    def __init__(self, workspace: _OnDisk, allows: Allows | None) -> None:
+        super().__init__({}, allows=allows)
         self._workspace = workspace
 
     def matrix(self, slot: Slot) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tiedconv.core.plan import Member, Plan
-from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.numerics.symmetries import Allows, WeightEditor
 
 
 class Workspace(ABC):
@@ -75,20 +75,29 @@ class MemoryStore(TensorStore):
         tensors: name to tensor.
         in_place: align contiguous tensors themselves, which saves their size in memory; only one
             workspace may be opened then.
+        allows: which symmetries may be applied; None for all.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
-        self._tensors, self._in_place = tensors, in_place
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        in_place: bool = False,
+        allows: Allows | None = None,
+    ) -> None:
+        self._tensors, self._in_place, self._allows = tensors, in_place, allows
 
     def open(self) -> Workspace:
-        return _InMemory(self._tensors, self._in_place)
+        return _InMemory(self._tensors, self._in_place, self._allows)
 
 
 class _InMemory(Workspace):
-    def __init__(self, tensors: Mapping[str, Tensor], in_place: bool) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], in_place: bool, allows: Allows | None
+    ) -> None:
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         wide = {name: widened(tensor) for name, tensor in tensors.items()}
-        self.editor = WeightEditor(wide, in_place=in_place)
+        self.editor = WeightEditor(wide, in_place=in_place, allows=allows)
         self._factors: dict[str, Tensor] = {}
 
     def aligned(self, name: str) -> Tensor:

@@ -64,6 +64,7 @@ def _hints(model: nn.Module) -> dict[str, float | str]:
     hints: dict[str, float | str] = {}
     for name, module in model.named_modules():
         hints[name] = kind = type(module).__name__
+        hints[f"{name}.class"] = f"{type(module).__module__}.{type(module).__qualname__}"
         for attribute in ("num_heads", "num_attention_heads", "head_dim", "eps"):
             value = getattr(module, attribute, None)
             if isinstance(value, int | float):

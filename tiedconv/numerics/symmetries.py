@@ -1,19 +1,23 @@
 """Function-preserving symmetries: permutations, rotations and rescalings of weights.
 
 Many weights compute the same function. Before a fit, a scheme applies such symmetries to bring the
-weights closer to its own form. The tests check each function here against the model's outputs.
-
-They edit a `WeightEditor`. Those that permute or rotate are only for blocks that are `permutable`.
+weights closer to its own form. Whether one preserves the function depends on code that names and
+shapes do not show (a position bias for each head, rotary positions, a gate), so each function asks
+the `WeightEditor` first and does nothing where it is not allowed. `conversion.symmetry_proof` is
+what allows: it applies a random one and compares the block's outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tiedconv.core.plan import Block, Member, Slot, Span
+
+Allows = Callable[[Block, str], bool]
+"""Whether a symmetry, by its name in `SYMMETRIES`, preserves the function of a block."""
 
 
 class WeightEditor:
@@ -22,15 +26,38 @@ class WeightEditor:
     Args:
         tensors: name to tensor.
         in_place: edit contiguous tensors themselves instead of copies.
+        allows: which symmetries may be applied; None for all.
 
     Attributes:
         edited: names of the tensors that may have changed.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        in_place: bool = False,
+        allows: Allows | None = None,
+    ) -> None:
         self.tensors: MutableMapping[str, Tensor] = dict(tensors)
         self._own = {n for n, t in tensors.items() if in_place and t.is_contiguous()}
         self.edited: set[str] = set()
+        self._allows = allows
+        self._asked: dict[tuple[str, str], bool] = {}
+
+    def allows(self, block: Block, symmetry: str) -> bool:
+        """Whether a symmetry, by its name, may be applied to a block."""
+        allowed = self._allows is None or self._allows(block, symmetry)
+        self._asked[symmetry, block.name] = allowed
+        return allowed
+
+    @property
+    def symmetries(self) -> dict[str, dict[str, list[str]]]:
+        """`used` and `refused`: the names of the symmetries asked for so far, to their blocks."""
+        found: dict[str, dict[str, list[str]]] = {"used": {}, "refused": {}}
+        for (symmetry, block), allowed in self._asked.items():
+            found["used" if allowed else "refused"].setdefault(symmetry, []).append(block)
+        return found
 
     def matrix(self, slot: Slot) -> Tensor:
         """The `(out, in)` matrix of a slot, to read."""
@@ -66,6 +93,8 @@ def scale_conv_rows(editor: WeightEditor, block: Block, i: int, c: Tensor) -> No
     Args:
         c: `(out,)`.
     """
+    if not editor.allows(block, f"scale conv{i} rows"):
+        return
     editor.edit(block.slots[f"conv{i}"]).mul_(c.unsqueeze(1))
     editor.edit(block.vectors[f"bn{i}.running_mean"]).mul_(c)
     variance = editor.edit(block.vectors[f"bn{i}.running_var"])
@@ -81,6 +110,8 @@ def scale_bottleneck_units(editor: WeightEditor, block: Block, f: Tensor) -> Non
     Args:
         f: `(width,)`.
     """
+    if not editor.allows(block, "scale bottleneck units"):
+        return
     editor.edit(block.slots["conv3"]).mul_(f)
     for part in ("weight", "bias"):
         editor.edit(block.vectors[f"bn2.{part}"]).div_(f)
@@ -94,6 +125,8 @@ def permute_bottleneck(
     Only for a conv2 without groups. Orders are index tensors `(width,)`.
     """
     conv2 = block.slots["conv2"]
+    first = first if editor.allows(block, "permute units after conv1") else None
+    second = second if editor.allows(block, "permute units after conv2") else None
     for i, order in ((1, first), (2, second)):
         if order is None:
             continue
@@ -110,6 +143,8 @@ def permute_bottleneck(
 
 def permute_hidden(editor: WeightEditor, block: Block, order: Tensor) -> None:
     """Put the hidden units of a feed-forward in another order, `(hidden,)`."""
+    if not editor.allows(block, "permute hidden units"):
+        return
     _reorder(editor.edit(block.slots["up"]), order)
     if "up.bias" in block.vectors:
         _reorder(editor.edit(block.vectors["up.bias"]), order)
@@ -119,6 +154,8 @@ def permute_hidden(editor: WeightEditor, block: Block, order: Tensor) -> None:
 
 def scale_hidden(editor: WeightEditor, block: Block, c: Tensor) -> None:
     """Scale the hidden units of a ReLU feed-forward by c > 0, `(hidden,)`."""
+    if not editor.allows(block, "scale hidden units"):
+        return
     editor.edit(block.slots["up"]).mul_(c.unsqueeze(1))
     editor.scale_vector(block, "up.bias", c)
     editor.edit(block.slots["down"]).div_(c)
@@ -132,10 +169,10 @@ def transform_heads(
     Args:
         qk, vo: invertible `(heads, d_head, d_head)`.
     """
-    if qk is not None:
+    if qk is not None and editor.allows(block, "rotate q and k"):
         _heads_times(editor, block, "q", qk)
         _heads_times(editor, block, "k", torch.linalg.inv(qk).mT)
-    if vo is not None:
+    if vo is not None and editor.allows(block, "rotate v and o"):
         _heads_times(editor, block, "v", vo)
         o = editor.edit(block.slots["o"])
         heads, d, _ = vo.shape
@@ -146,6 +183,8 @@ def transform_heads(
 def permute_heads(editor: WeightEditor, block: Block, order: Tensor) -> None:
     """Put the heads of an attention in another order, `(heads,)`."""
     assert block.heads
+    if not editor.allows(block, "permute heads"):
+        return
     d = block.slots["q"].rows // block.heads
     rows = (order.unsqueeze(1) * d + torch.arange(d)).flatten()
     for role in "qkv":
@@ -158,7 +197,7 @@ def permute_heads(editor: WeightEditor, block: Block, order: Tensor) -> None:
 
 def fold_norm(editor: WeightEditor, block: Block) -> bool:
     """Move a LayerNorm's scale into the weights that read it; False if there is none to move."""
-    if "norm.weight" not in block.vectors:
+    if "norm.weight" not in block.vectors or not editor.allows(block, "fold norm"):
         return False
     scale = editor.edit(block.vectors["norm.weight"])
     if float(scale.abs().min()) < 1e-4:

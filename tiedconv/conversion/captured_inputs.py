@@ -1,0 +1,205 @@
+"""The inputs that a model's modules receive when it runs, to run each of them alone."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def captured_inputs(
+    model: nn.Module, modules: Collection[str], images: Tensor | None = None
+) -> list[dict[str, Arguments]]:
+    """The arguments of the first call of each module, for each kind of input that the model takes.
+
+    Runs are in evaluation mode and leave the random state as it was. If `images` is None, or
+    rejected, inputs of usual shapes are tried: images of the sizes that the model or its
+    configuration names, tokens, indices. A model may take more than one kind by chance, as an
+    image as wide as its tokens, so all that it takes are returned.
+
+    Args:
+        model: with its weights; its modes are restored.
+        modules: names of modules.
+        images: an input of the model, such as images `(n, C, H, W)`.
+
+    Returns:
+        for each kind, module name to arguments; modules that were not called are missing.
+    """
+    if images is not None:
+        given = images.to(next(model.parameters(), images).device)
+        found = _one_run(model, given, modules)
+        if found is not None:
+            return [found]
+    runs: list[dict[str, Arguments]] = []
+    for kind in (_images(model), _tokens(model), _indices(model)):
+        tried = (_one_run(model, given, modules) for given in kind)
+        found = next((run for run in tried if run is not None), None)
+        if found is not None:
+            runs.append(found)
+    return runs
+
+
+def _one_run(
+    model: nn.Module, given: Tensor, modules: Collection[str]
+) -> dict[str, Arguments] | None:
+    """The arguments of each module's first call; None if the model rejects the input."""
+    found: dict[str, Arguments] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(_keeper(found, name), with_kwargs=True)
+        for name in modules
+    ]
+    try:
+        with evaluation(model):
+            model(given)
+    except Exception:  # models reject inputs with any error
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Within it a model is in evaluation mode, without gradients, its random state its own."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def alone(module: nn.Module, width: int, *, spatial: bool) -> Iterator[Arguments]:
+    """Inputs for a module that takes one tensor and nothing else, by its width.
+
+    A module with further arguments, even optional ones, gives none: what the model passes there
+    (positions, masks) is not known.
+    """
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return
+    if len(parameters) != 1 or parameters[0].kind is inspect.Parameter.VAR_KEYWORD:
+        return
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, width, 8, 8)] if spatial else [(1, n, width) for n in (16, 49, 64, 197)]
+    for shape in shapes:
+        yield (torch.randn(shape, generator=generator, dtype=torch.float64),), {}
+
+
+def in_double(arguments: Arguments) -> Arguments:
+    """Arguments on the CPU, their floating tensors float64, complex ones complex128."""
+
+    def wide(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_floating_point():
+            return value.double().cpu()
+        return (value.to(torch.complex128) if value.is_complex() else value).cpu()
+
+    return pytree.tree_map(wide, arguments)  # type: ignore[no-any-return]
+
+
+def with_random_activations(arguments: Arguments) -> Arguments:
+    """Arguments whose first floating tensor is replaced by large random numbers.
+
+    Large ones reach what an activation does far from zero, such as a clipped ReLU. The same tensor
+    passed twice (a query that is the key too) stays the same.
+    """
+    leaves, spec = pytree.tree_flatten(arguments)
+    first = next(
+        (x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1), None
+    )
+    if first is None:
+        return arguments
+    generator = torch.Generator().manual_seed(1)
+    noise = 8 * torch.randn(first.shape, generator=generator, dtype=torch.float64)
+    noise = noise.to(first.device, first.dtype)
+    replaced = [noise if _is_same(x, first) else x for x in leaves]
+    return pytree.tree_unflatten(replaced, spec)  # type: ignore[no-any-return]
+
+
+def _is_same(a: Any, b: Tensor) -> bool:
+    return isinstance(a, Tensor) and (a is b or (a.shape == b.shape and torch.equal(a, b)))
+
+
+def _keeper(found: dict[str, Arguments], name: str) -> Callable[..., None]:
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in found:
+            found[name] = pytree.tree_map(_copied, (args, kwargs))
+
+    return keep
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _drawn(model: nn.Module, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(next(model.parameters(), torch.zeros(0)))
+
+
+def _images(model: nn.Module) -> Iterator[Tensor]:
+    kernels = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    channels = next((m.in_channels for m in kernels), 3)
+    for height, width in dict.fromkeys(_sizes(model)):
+        yield _drawn(model, 1, channels, height, width)
+
+
+def _tokens(model: nn.Module) -> Iterator[Tensor]:
+    """Sequences as wide as the first linear layer or norm."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            yield _drawn(model, 1, 16, module.in_features)
+            break
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            yield _drawn(model, 1, 16, module.normalized_shape[-1])
+            break
+
+
+def _indices(model: nn.Module) -> Iterator[Tensor]:
+    device = next(model.parameters(), torch.zeros(0)).device
+    generator = torch.Generator().manual_seed(0)
+    yield torch.randint(0, 4, (1, 8), generator=generator).to(device)
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """Heights and widths of images: those that attributes and configurations name, usual ones."""
+    config = getattr(model, "config", None)
+    vision = getattr(config, "vision_config", None)
+    named: list[Any] = []
+    for holder in (model, getattr(model, "patch_embed", None), config, vision):
+        named += [getattr(holder, key, None) for key in ("image_size", "img_size")]
+    for record in ("pretrained_cfg", "default_cfg"):
+        found = getattr(model, record, None)
+        size = found.get("input_size") if isinstance(found, Mapping) else None
+        named.append(size[-2:] if size else None)
+    for size in [*named, 64, 224, 32, 16]:
+        if isinstance(size, int):
+            yield size, size
+        elif isinstance(size, list | tuple) and len(size) == 2 and all(
+            isinstance(n, int) for n in size
+        ):  # fmt: skip
+            yield size[0], size[1]
+
+
+def double_copy(module: nn.Module) -> nn.Module | None:
+    """A copy of a module in float64, on the CPU; None if it can't be copied."""
+    try:
+        return copy.deepcopy(module).double().cpu().eval()
+    except Exception:  # a module may hold anything
+        return None
