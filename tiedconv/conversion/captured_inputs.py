@@ -160,15 +160,14 @@ def _images(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _tokens(model: nn.Module) -> Iterator[Tensor]:
-    """Sequences as wide as the first linear layer or norm."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            yield _drawn(model, 1, 16, module.in_features)
-            break
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            yield _drawn(model, 1, 16, module.normalized_shape[-1])
-            break
+    """Sequences as wide as a linear layer or a norm reads, the first few widths of the model."""
+    widths = dict.fromkeys(
+        m.in_features if isinstance(m, nn.Linear) else m.normalized_shape[-1]
+        for m in model.modules()
+        if isinstance(m, nn.Linear | nn.LayerNorm)
+    )
+    for width in list(widths)[:6]:
+        yield _drawn(model, 1, 16, width)
 
 
 def _indices(model: nn.Module) -> Iterator[Tensor]:

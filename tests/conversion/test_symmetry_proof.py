@@ -1,0 +1,267 @@
+"""A symmetry is used on a block only if a random one of its kind changes no output of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from micro import all_micros, every_micro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tiedconv
+from tiedconv.conversion.symmetry_proof import SymmetryProof, first_image
+from tiedconv.families.inspect import inspect_model
+from tiedconv.numerics.random_symmetries import RANDOM, applicable
+from tiedconv.runtime.tie import state_of
+
+HEADS = ("permute heads", "rotate q and k", "rotate v and o")
+HIDDEN = ("permute hidden units", "scale hidden units")
+
+Act = Callable[[Tensor], Tensor]
+
+
+def _rotary(x: Tensor) -> Tensor:
+    n, d = x.shape[-2:]
+    angle = torch.arange(n)[:, None] * 0.5 ** torch.arange(d // 2)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """As in Hiera: each pair of queries becomes the larger of both."""
+    return torch.maximum(x, x.roll(1, -2))
+
+
+class Attention(nn.Module):
+    """An attention in timm's names, with something between its matrices."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.num_heads, self.how = 4, how
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+        table = torch.randn(4, generator=torch.Generator().manual_seed(3))
+        self.register_buffer("slopes", table, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 4, -1).permute(2, 0, 3, 1, 4)
+        bias = None
+        if self.how == "rotary":
+            q, k = _rotary(q), _rotary(k)
+        elif self.how == "norm of q and k":
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+        elif self.how == "bias by head":
+            far = (torch.arange(t)[:, None] - torch.arange(t)).abs()
+            bias = (self.slopes[:, None, None] * far).to(x.dtype)
+        elif self.how == "pooled queries":
+            q = _pooled(q)
+        elif self.how == "linear attention":
+            q, k = q.relu(), k.relu()
+            return self.proj((q @ (k.mT @ v)).transpose(1, 2).reshape(n, t, d))
+        elif self.how == "heads in pairs":
+            v = v.unflatten(1, (2, 2)).cumsum(2).flatten(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(out.transpose(1, 2).reshape(n, t, d))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """A feed-forward in timm's names, with something between its matrices."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.fc1, self.act, self.fc2 = nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.fc1(x))
+        if self.how == "gate":
+            a, b = h.chunk(2, -1)
+            h = torch.cat([a * b.sigmoid(), b], -1)
+        elif self.how == "groups":
+            h = F.group_norm(h.transpose(1, 2), 8).transpose(1, 2)
+        elif self.how == "squared":
+            h = h.square()
+        elif self.how == "clipped":
+            h = h.clamp(max=6)
+        elif self.how == "norm":
+            h = F.layer_norm(h, h.shape[-1:])
+        return self.fc2(h)  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    def __init__(self, attention: str, feed_forward: str) -> None:
+        super().__init__()
+        self.attn, self.mlp = Attention(attention), FeedForward(feed_forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(x)  # type: ignore[no-any-return]
+
+
+class Layers(nn.Module):
+    def __init__(self, attention: str = "", feed_forward: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks = nn.Sequential(*(Layer(attention, feed_forward) for _ in range(2)))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)  # type: ignore[no-any-return]
+
+
+def proven(model: nn.Module) -> list[set[str]]:
+    """The names of the symmetries of each block that has any."""
+    info = inspect_model(model)
+    proof = SymmetryProof(info, model)
+    return [{s for s in RANDOM if proof(b, s)} for _, b in info.blocks if applicable(b)]
+
+
+@pytest.mark.parametrize(
+    ("attention", "feed_forward", "expected"),
+    [
+        ("", "", {*HEADS, *HIDDEN}),
+        ("rotary", "", {"permute heads", "rotate v and o", *HIDDEN}),
+        ("norm of q and k", "", {"permute heads", "rotate v and o", *HIDDEN}),
+        ("bias by head", "", {"rotate q and k", "rotate v and o", *HIDDEN}),
+        ("pooled queries", "", {"permute heads", "rotate v and o", *HIDDEN}),
+        ("linear attention", "", {"permute heads", "rotate v and o", *HIDDEN}),
+        ("heads in pairs", "", {"rotate q and k", *HIDDEN}),
+        ("", "gate", {*HEADS}),
+        ("", "groups", {*HEADS}),
+        ("", "squared", {*HEADS, "permute hidden units"}),
+        ("", "clipped", {*HEADS, "permute hidden units"}),
+        ("", "norm", {*HEADS, "permute hidden units"}),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["lors", "tied", "shared"])
+def test_what_the_code_between_the_matrices_forbids_is_not_used(
+    attention: str, feed_forward: str, expected: set[str], scheme: str
+) -> None:
+    model = Layers(attention, feed_forward).eval()
+    found = proven(model)
+    assert len(found) == 4
+    assert set().union(*found) == expected
+    if scheme != "shared":  # which stores nothing private
+        x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+        tied = tiedconv.convert(model, scheme, rank=64 if scheme == "lors" else 32)
+        with torch.no_grad():
+            before, after = model(x), tied(x)
+        assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
+        refused = state_of(tied).history[0]["symmetries"]["refused"]
+        assert set(refused).isdisjoint(expected)
+
+
+def test_symmetries_of_the_known_architectures_are_proven() -> None:
+    """All but those of a model that takes five tokens, no more and no fewer, and is run by none."""
+    for name, micro in every_micro().items():
+        model = micro.model()
+        info = inspect_model(model)
+        images: Any = None
+        if name == "conditional-decoder":
+            images = lambda micro=micro: micro.input()[:1]  # noqa: E731
+        proof = SymmetryProof(info, model, images)
+        for _, block in info.blocks:
+            for symmetry in applicable(block):
+                assert proof(block, symmetry), (name, block.name, symmetry)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kept"),
+    [
+        ("swin_tiny_patch4_window7_224",
+         {"img_size": 64, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4},
+         {"rotate q and k", "rotate v and o"}),
+        ("beit_base_patch16_224", {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2},
+         {"rotate q and k", "rotate v and o"}),
+        ("vit_srelpos_small_patch16_224",
+         {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2},
+         {"rotate q and k", "rotate v and o"}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2},
+         {*HEADS}),
+    ],
+)  # fmt: skip
+def test_position_tables_by_head_keep_heads_in_place(
+    name: str, arguments: dict[str, Any], kept: set[str]
+) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **arguments).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    info = inspect_model(model)
+    proof = SymmetryProof(info, model)
+    for _, block in info.blocks:
+        if block.kind == "attention" and block.permutable:
+            assert {s for s in HEADS if proof(block, s)} == kept, block.name
+    x = torch.randn(2, 3, *model.patch_embed.img_size)
+    tied = tiedconv.convert(model, "lors", rank=10**6)
+    with torch.no_grad():
+        before, after = model(x), tied(x)
+    assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
+
+
+def test_without_weights_only_listed_classes_are_trusted() -> None:
+    for model, expected in (
+        (all_micros()["timm-vit"].model(), {*HEADS, "permute hidden units", "fold norm"}),
+        (Layers(), set()),
+    ):
+        info = inspect_model(model)
+        proof = SymmetryProof(info, None)
+        blocks = [b for _, b in info.blocks if applicable(b)]
+        assert set().union(*({s for s in RANDOM if proof(b, s)} for b in blocks)) == expected
+
+
+def test_a_model_is_left_as_it_was() -> None:
+    model = Layers("rotary", "gate").train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    proven(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_each_block_is_decided_once() -> None:
+    model = Layers()
+    info = inspect_model(model)
+    proof = SymmetryProof(info, model)
+    block = info.blocks[0][1]
+    assert proof(block, "permute heads")
+    model.blocks[0].attn.forward = None  # type: ignore[union-attr, assignment]
+    assert proof(block, "rotate q and k")
+
+
+def test_a_model_that_takes_no_input_is_judged_by_its_classes(tmp_path: Path) -> None:
+    class Mute(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("not now")
+
+    # A block that takes one tensor alone is run alone; a model's refusal says nothing about it.
+    assert set().union(*proven(Mute())) == {*HEADS, *HIDDEN}
+    assert set().union(*proven(Mute("rotary", "gate"))) == {"permute heads", "rotate v and o"}
+
+
+def test_the_first_image_that_can_be_read_is_taken() -> None:
+    class Images:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            if index == 0:
+                raise OSError("broken")
+            return torch.full((3, 4, 4), float(index)), 0
+
+    found = first_image(Images())  # type: ignore[arg-type]
+    assert found is not None
+    assert found.shape == (1, 3, 4, 4)
+    assert float(found.mean()) == 1
+    assert first_image([("text", 0)]) is None  # type: ignore[arg-type]
