@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli_helpers import figures, run
 from micro import all_micros, every_micro
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -265,3 +267,18 @@ def test_the_first_image_that_can_be_read_is_taken() -> None:
     assert found.shape == (1, 3, 4, 4)
     assert float(found.mean()) == 1
     assert first_image([("text", 0)]) is None  # type: ignore[arg-type]
+
+
+def test_the_file_and_the_commands_say_what_was_used_and_refused(tmp_path: Path) -> None:
+    output = tmp_path / "swin.safetensors"
+    small = ("img_size=64", "embed_dim=32", "window_size=4")
+    arguments = [part for text in small for part in ("--model-arg", text)]
+    spec = "timm:swin_tiny_patch4_window7_224"
+    command = ("convert", spec, "--weights", "none", *arguments, "--scheme", "lors",
+               "--rank", 4, "-o", output)  # fmt: skip
+    found = figures(*command)["symmetries"]
+    assert "permute heads" in found["refused"]
+    assert "rotate q and k" in found["used"]
+    printed = run("report", output).stdout
+    assert re.search(r"not used, .*permute heads \(\d+ blocks\)", printed)
+    assert re.search(r"used, .*rotate q and k \(\d+ blocks\)", printed)

@@ -258,6 +258,7 @@ def _figures(done: Conversion) -> dict[str, Any]:
         "file_bytes": done.size,
         "fit_seconds": round(done.seconds, 3),
         "calibration": done.calibration,
+        "symmetries": done.record.get("symmetries"),
         "groups": list(figures.groups),
         "smaller": [{"how": how, "stored": stored} for how, stored in done.smaller],
     }
@@ -283,6 +284,8 @@ def _show(done: Conversion, *, each: bool, budget: bool) -> None:
         )
     if done.path:
         say(render.FIT_ERROR_ON_IMAGES if done.calibration else render.FIT_ERROR)
+    for line in render.symmetry_lines(done.record):
+        say(line)
     if done.calibration:
         say(render.calibrated(done.calibration))
         if done.calibration["images"] < FEW_IMAGES:

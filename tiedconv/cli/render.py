@@ -250,6 +250,22 @@ def history_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:
     return [_history_line(entry) for entry in history]
 
 
+def symmetry_lines(entry: Mapping[str, Any]) -> list[str]:
+    """What a conversion's record says of the symmetries: proven and used, and refused."""
+    found = entry.get("symmetries") or {}
+    lines = []
+    for key, text in (
+        ("used", "Symmetries used, which change no output"),
+        ("refused", "Symmetries not used, as they would change outputs or could not be tried"),
+    ):
+        if parts := [
+            f"{name} ({counted(len(blocks), 'block')})"
+            for name, blocks in found.get(key, {}).items()
+        ]:
+            lines.append(f"{text}: {', '.join(parts)}.")
+    return lines
+
+
 def _history_line(entry: Mapping[str, Any]) -> str:
     if entry.get("step") == "convert":
         recipe = entry.get("recipe") or {}

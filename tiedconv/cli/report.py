@@ -113,6 +113,9 @@ def _show(one: Report, *, each: bool) -> None:
     say(render.LEGEND)
     on_images = any(entry.get("calibration") for entry in one.history)
     say(render.FIT_ERROR_ON_IMAGES if on_images else render.FIT_ERROR)
+    for entry in one.history:
+        for line in render.symmetry_lines(entry):
+            say(line)
     for line in render.history_lines(one.history):
         say(f"- {line}")
     versions = (one.source or {}).get("versions") or {}

@@ -61,6 +61,11 @@ class Conversion:
         return None if self.written is None else self.written.path
 
     @property
+    def record(self) -> Mapping[str, Any]:
+        """The history's entry of this conversion, empty for a dry run."""
+        return {} if self.written is None else self.written.history[-1]
+
+    @property
     def size(self) -> int:
         """Of the file, in bytes; 0 for a dry run."""
         return 0 if self.written is None else self.written.size
