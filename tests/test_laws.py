@@ -722,6 +722,7 @@ def test_hooks_and_methods_of_the_class_survive() -> None:
     calls: list[str] = []
     model.blocks[0].mlp.fc1.register_forward_hook(lambda *_: calls.append("hook"))
     tied = tiedconv.convert(model, "tied", inplace=True)
+    calls.clear()  # hooks are a part of the function, so proofs of symmetries call them as well
     micro.logits(tied)
     assert calls == ["hook"]
     assert tied.forward_features(micro.input()).shape[-1] == 32
