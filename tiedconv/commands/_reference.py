@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tiedconv.exporters._format import is_weight, random_images
 from tiedconv.runtime.forward_check import checked_forward
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import Preprocess, Source
 from tiedconv.training import logits_of
@@ -88,7 +89,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 def _rounded(model: nn.Module, round_: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy whose matrices and kernels, those that a file stores narrower, are rounded."""
     model = copy.deepcopy(model)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state_tensors(model).items():
         if is_weight(name, tensor.shape, tensor.is_floating_point()):
             tensor.copy_(round_(tensor))
     return model

@@ -14,6 +14,7 @@ from tiedconv.core.plan import Group, Plan
 from tiedconv.io.checkpoint import Checkpoint, read
 from tiedconv.io.safetensors_file import DTYPES
 from tiedconv.runtime.flops import apply_flops
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import state_of
 
 
@@ -115,7 +116,7 @@ def report(what: str | Path | nn.Module) -> Report:
     """
     if isinstance(what, nn.Module):
         state = state_of(what)
-        sizes = {n: t.element_size() for n, t in what.state_dict().items()}
+        sizes = {n: t.element_size() for n, t in state_tensors(what).items()}
         return _report(
             type(what).__name__, state.plan, sizes, state.source, state.history, file_bytes=0
         )

@@ -33,6 +33,7 @@ from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.linalg import spectrum
 from tiedconv.planning.rank_allocation import metrics_of
 from tiedconv.runtime.forward_check import checked_forward
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.schemes._base import fuse
 from tiedconv.sources import Preprocess
 from tiedconv.sources.models import open_model
@@ -180,7 +181,7 @@ def sensitivity(
     network, data = opened.model, calib.open(opened.source)
     info = inspect_model(network)
     places = matrices_of(info)
-    tensors = {n: t.detach() for n, t in network.state_dict(keep_vars=True).items()}
+    tensors = {n: t.detach() for n, t in state_tensors(network).items()}
     statistics = calib.measure(network, {p.slot.tensor: p.slot.transposed for p in places}, data)
     rows = [_predicted(p, _matrix(p, tensors), statistics, keep) for p in places]
     if measure:

@@ -25,6 +25,7 @@ from tiedconv.conversion.tensor_store import MemoryStore, TensorStore
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import Outline
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import tie
 
 SHORTLIST = 2
@@ -75,7 +76,7 @@ def by_alignment(outlined: Sequence[Outline]) -> list[int]:
 
 def tie_fit(model: nn.Module, fitted: Fit, source: Mapping[str, Any]) -> None:
     """Make a plain model the tied one of a fit, in place."""
-    own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    own = {name: t.detach() for name, t in state_tensors(model).items()}
     for name in fitted.plan.kept:
         own[name].copy_(fitted.tensors[name])
     tie(model, fitted.plan, fitted.factors, source=source)
@@ -96,7 +97,7 @@ def memory_store(
         data: images that it takes, if there are any.
         in_place: align the model's own tensors.
     """
-    own = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    own = {name: t.detach() for name, t in state_tensors(model).items()}
     return MemoryStore(
         {name: own[name] for name in info.shapes},
         in_place=in_place,

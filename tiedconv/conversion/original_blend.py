@@ -26,6 +26,7 @@ from tiedconv.errors import TiedconvError, UserError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.planner import KEPT, Task, align_weights, draft
 from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import (
     clear_offsets,
     dense_state_dict,
@@ -109,7 +110,7 @@ def moved_original(model: nn.Module, original: nn.Module | None) -> dict[str, Te
     except TiedconvError as error:
         raise _not_repeatable(f"it fails now ({error.what})", "conversion-fails") from error
     _same_groups(tasks, state.plan)
-    own = {name: t.detach().cpu() for name, t in original.state_dict().items()}
+    own = {name: t.detach().cpu() for name, t in state_tensors(original).items()}
     allows = SymmetryProof(info, original)
     workspace = MemoryStore({n: own[n] for n in info.shapes}, allows=allows).open()
     with torch.no_grad():

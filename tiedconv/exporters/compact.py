@@ -11,6 +11,7 @@ from torch import Tensor
 from tiedconv.errors import UserError
 from tiedconv.exporters._format import Format, Job, Written, is_weight
 from tiedconv.io.checkpoint import read, save
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources.models import load
 from tiedconv.training import logits_of
@@ -27,7 +28,7 @@ class Compact(Format):
         """Matrices and kernels in the given dtype; norms, biases and statistics unchanged."""
         kind = getattr(torch, job.dtype)
         model = job.model
-        for name, tensor in model.state_dict(keep_vars=True).items():
+        for name, tensor in state_tensors(model).items():
             if is_weight(name, tensor.shape, tensor.is_floating_point()):
                 narrow = tensor.data.to(kind)
                 if not torch.isfinite(narrow).all() and torch.isfinite(tensor).all():

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Block
+from tiedconv.errors import UserError
 from tiedconv.families import Hints, find_blocks
 
 
@@ -22,12 +24,14 @@ class ModelInfo:
         buffers: those that are not parameters.
         aliases: second names of shared tensors, to their first.
         hints: facts about modules, see `families.find_blocks`.
+        fixed: tensors that are never converted: complex ones and integers.
     """
 
     shapes: Mapping[str, Shape]
     buffers: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
     hints: Hints = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> dict[str, Shape]:
@@ -37,27 +41,42 @@ class ModelInfo:
     @cached_property
     def blocks(self) -> Sequence[tuple[str, Block]]:
         """The result of `find_blocks`, computed once: a comparison drafts dozens of recipes."""
-        return find_blocks(self.shapes, self.hints)
+        shapes = {n: s for n, s in self.shapes.items() if n not in self.fixed}
+        return find_blocks(shapes, self.hints)
 
 
 def inspect_model(model: nn.Module) -> ModelInfo:
-    """The info of a model."""
+    """The info of a model.
+
+    Raises:
+        UserError: lazy parameters have no shapes yet (`lazy-parameters`).
+    """
     first: dict[int, str] = {}
     shapes: dict[str, Shape] = {}
     aliases: dict[str, str] = {}
     parameters = {id(p) for p in model.parameters()}
     buffers: set[str] = set()
+    fixed: set[str] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue  # the extra state of a module may be any object
+        if is_lazy(tensor):
+            raise UserError(
+                f"{name} is a lazy parameter, whose shape is not known yet",
+                "The model can't be converted",
+                "Run the model once on an input, then convert it",
+                code="lazy-parameters",
+            )
         if id(tensor) in first:
             aliases[name] = first[id(tensor)]
             continue
         first[id(tensor)] = name
         shapes[name] = tuple(tensor.shape)
+        if not tensor.is_floating_point():
+            fixed.add(name)
         if id(tensor) not in parameters:
             buffers.add(name)
-    return ModelInfo(shapes, frozenset(buffers), aliases, _hints(model))
+    return ModelInfo(shapes, frozenset(buffers), aliases, _hints(model), frozenset(fixed))
 
 
 def _hints(model: nn.Module) -> dict[str, float | str]:

@@ -127,7 +127,9 @@ def tie_attention(block: Block, editor: WeightEditor, *, steps: int = 3) -> None
     """
     q, k, v, o = (editor.matrix(block.slots[role]) for role in "qkvo")
     if not (
-        block.heads and block.permutable and q.shape[0] == q.shape[1] == v.shape[0] == o.shape[0]
+        block.heads
+        and block.permutable
+        and q.shape[0] == q.shape[1] == k.shape[1] == v.shape[0] == v.shape[1] == o.shape[0]
     ):
         return
     heads, d = block.heads, q.shape[0] // block.heads

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.sources.sharded_safetensors import Place
 from tiedconv.sources.state_dict import fit_to
 
@@ -42,7 +43,7 @@ class LazyWeights(Mapping[str, Tensor]):
         first: dict[int, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._sources: dict[str, Place | Tensor] = {}
-        for name, own in model.state_dict(keep_vars=True).items():
+        for name, own in state_tensors(model).items():
             # A tensor with several names is given by the last, as when a state dict is loaded.
             name_of_all = first.setdefault(id(own), name)
             given = fitted[name]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.training.dtensor import full_tensor, local_tensor, shard_like
 
 
@@ -38,9 +39,8 @@ class Ema:
         self._own = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._averages = {n: _copy(p) for n, p in self._own.items()}
         # Those that a state dict holds; a module may have more, but not as part of what it is.
-        state = model.state_dict(keep_vars=True).items()
         self._own_buffers = {
-            n: t for n, t in state if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)
+            n: t for n, t in state_tensors(model).items() if not isinstance(t, nn.Parameter)
         }
         self._buffers: dict[str, Tensor] = {}
 

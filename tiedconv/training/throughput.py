@@ -12,6 +12,7 @@ import torch
 
 from tiedconv.data import Batch, Loader
 from tiedconv.errors import UserError
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.evaluation import require_some
 from tiedconv.training.train_step import TrainStep
@@ -134,7 +135,7 @@ def warmup_batches(loader: Loader) -> Iterator[Batch]:
 def rolled_back(updater: TrainStep) -> Iterator[None]:
     """A context after which model and optimiser are what they were before."""
     model, optimizer = updater.learner.model, updater.optimizer
-    before = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    before = {n: t.detach().clone() for n, t in state_tensors(model).items()}
     scale = updater.scaler.state_dict()
     was_training = model.training
     model.train()
@@ -144,7 +145,7 @@ def rolled_back(updater: TrainStep) -> Iterator[None]:
         model.train(was_training)
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for name, tensor in model.state_dict().items():
+            for name, tensor in state_tensors(model).items():
                 tensor.copy_(before[name])
         optimizer.state.clear()
         updater.scaler.load_state_dict(scale)
