@@ -282,3 +282,11 @@ def test_the_file_and_the_commands_say_what_was_used_and_refused(tmp_path: Path)
     printed = run("report", output).stdout
     assert re.search(r"not used, .*permute heads \(\d+ blocks\)", printed)
     assert re.search(r"used, .*rotate q and k \(\d+ blocks\)", printed)
+
+
+def test_a_block_whose_state_holds_an_object_is_proven_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = proven(Layers())
+    monkeypatch.setattr(FeedForward, "get_extra_state", lambda _: {"steps": 5})
+    assert proven(Layers()) == expected

@@ -200,7 +200,7 @@ def killed(folder: Path, arguments: list[str], times: int) -> None:
         else:  # the work was done before; the next one does it again
             finished += 1
     assert wait(fork(parts, [*arguments, "--resume"])) == 0
-    (folder / "told.json").write_text(json.dumps({"killed": done, "finished": finished}))
+    (folder / "reported.json").write_text(json.dumps({"killed": done, "finished": finished}))
 
 
 def fork(place: Path, arguments: list[str]) -> int:

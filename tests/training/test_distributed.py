@@ -130,7 +130,7 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_bytes(
         "log.jsonl",
     )
     started([sys.executable, WORKER, "killed", tmp_path, 10, *arguments])
-    reported = json.loads((tmp_path / "told.json").read_text())
+    reported = json.loads((tmp_path / "reported.json").read_text())
     assert reported["killed"] == 10
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert digest(whole / "out.safetensors") == digest(parts / "out.safetensors")

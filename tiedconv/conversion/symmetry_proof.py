@@ -36,6 +36,7 @@ from tiedconv.errors import TiedconvError
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.random_symmetries import RANDOM, applicable
 from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.runtime.tensors import state_tensors
 
 TOLERANCE = 1e-6
 """Largest change of an output, relative to its largest entry, that counts as rounding.
@@ -171,8 +172,9 @@ class SymmetryProof:
         module = double_copy(self._model.get_submodule(place))
         if module is None:
             return None
-        own = module.state_dict(keep_vars=True)
+        own = state_tensors(module)
         prefix = f"{place}." if place else ""
+        originals = {prefix + n: t.detach().clone() for n, t in own.items()}
         given = in_double(arguments)
         for trial, inputs in enumerate((given, with_random_activations(given))):
             before = _outputs(module, inputs)
@@ -180,7 +182,8 @@ class SymmetryProof:
                 if trial:
                     continue  # it takes no other activations than the model's own
                 return None
-            originals = {prefix + n: t.detach().clone() for n, t in own.items()}
+            if not before:
+                return None
             editor = WeightEditor(originals)
             generator = torch.Generator().manual_seed(trial)
             for name in names:
@@ -188,9 +191,7 @@ class SymmetryProof:
             _load(own, prefix, editor.tensors, editor.edited)
             after = _outputs(module, inputs)
             _load(own, prefix, originals, editor.edited)
-            if after is None or len(after) != len(before) or not before:
-                return None if not before else False
-            if not _equal(before[0], after[0]):
+            if after is None or len(after) != len(before) or not _equal(before[0], after[0]):
                 return False
             if not all(map(_equal, before, after)):
                 return None

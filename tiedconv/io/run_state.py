@@ -23,6 +23,7 @@ from tiedconv.io.checkpoint import tensor_hash
 from tiedconv.io.json_text import strict_json
 from tiedconv.io.raw import bytes_of
 from tiedconv.io.safetensors_file import FOREIGN, SafetensorsFile, save_tensors
+from tiedconv.runtime.tensors import state_tensors
 
 FORMAT = "tiedconv-state-1"
 _LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
@@ -127,9 +128,8 @@ def weights_digest(model: nn.Module | None) -> str:
     if model is None:
         return "none"
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor_hash(tensor.detach().cpu())} ".encode())
+    for name, tensor in state_tensors(model).items():
+        digest.update(f"{name} {tensor_hash(tensor.detach().cpu())} ".encode())
     return digest.hexdigest()[:12]
 
 

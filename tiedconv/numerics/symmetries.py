@@ -125,8 +125,10 @@ def permute_bottleneck(
     Only for a conv2 without groups. Orders are index tensors `(width,)`.
     """
     conv2 = block.slots["conv2"]
-    first = first if editor.allows(block, "permute units after conv1") else None
-    second = second if editor.allows(block, "permute units after conv2") else None
+    if first is not None and not editor.allows(block, "permute units after conv1"):
+        first = None
+    if second is not None and not editor.allows(block, "permute units after conv2"):
+        second = None
     for i, order in ((1, first), (2, second)):
         if order is None:
             continue
