@@ -39,7 +39,7 @@ IMPORTS: dict[str, str] = {
     "utils": "errors io",
     "sources": "errors io runtime",
     "data": "errors sources",
-    "training": "data errors io runtime utils",
+    "training": "core data errors io runtime utils",
     "detection": "data errors training",
     "calibration": "core data detection errors io numerics runtime training",
     "conversion": "calibration core data errors families io numerics planning runtime schemes"

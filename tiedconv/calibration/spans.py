@@ -2,12 +2,10 @@
 
 The unit of a converted weight is its residual block, found by names and confirmed by the probe:
 
-1. Its *home* is the deepest module around it that is numbered (the last part of its name is a
-   number or ends in `_<number>`) and holds at least two matrices. So `layer1.0.conv1` is at home
-   in `layer1.0`, `encoder_layer_3.mlp.0` in `encoder_layer_3`. Without one, it is the parent of
-   the module that owns the weight.
-2. A home with two or more other homes inside is a stage. The weight then gets the largest module
-   of the stage that holds no home: a downsampling between blocks is a unit of its own.
+1. Its *home* is the numbered block around it (`core.block_names`): `layer1.0` for
+   `layer1.0.conv1`, `encoder_layer_3` for `encoder_layer_3.mlp.0`.
+2. Outside of all blocks it is the largest module around the weight that holds no block: a
+   downsampling between blocks is a unit of its own, a model without blocks is one unit.
 3. A home that is never called (a `ModuleList`) yields to the largest module inside that is; one
    that is called twice, or whose call can't be made again, to the nearest module around it that
    can, at last to the whole model.
@@ -17,17 +15,15 @@ The unit of a converted weight is its residual block, found by names and confirm
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from tiedconv.calibration.probing import Probe
+from tiedconv.core.block_names import block_names
 from tiedconv.core.plan import Plan
 from tiedconv.errors import UserError
-
-_NUMBERED = re.compile(r"(.*_)?\d+")
 
 Link = tuple[int, ...]
 
@@ -101,35 +97,24 @@ def find_units(model: nn.Module, plan: Plan, probe: Probe) -> list[str]:
     for name in plan.weights:
         _require(model, name.rpartition(".")[0])
     owners = {name: name.rpartition(".")[0] for name in plan.weights}
-    homes = {weight: _home(model, owner) for weight, owner in owners.items()}
-    every = set(homes.values())
-    chosen = {
-        _callable(_split(home, owners[weight], every), owners[weight], probe)
-        for weight, home in homes.items()
-    }
+    homes = _homes(model, owners)
+    chosen = {_callable(home, owners[weight], probe) for weight, home in homes.items()}
     outer = [u for u in chosen if not any(v != u and inside(u, v) for v in chosen)]
     order = {name: n for n, name in enumerate(probe.calls)}
     return sorted(outer, key=lambda name: order.get(name, 0))
 
 
-def _home(model: nn.Module, owner: str) -> str:
-    """Rule 1."""
-    for name in _upwards(owner):
-        numbered = _NUMBERED.fullmatch(name.rpartition(".")[2])
-        if numbered and _matrices(model.get_submodule(name)) > 1:
-            return name
-    return owner.rpartition(".")[0]
+def _homes(model: nn.Module, owners: Mapping[str, str]) -> dict[str, str]:
+    """Rules 1 and 2: for each weight the module that is fitted with it."""
+    matrices = [n for n, p in model.named_parameters() if p.ndim > 1 and p.numel() > max(p.shape)]
+    block_of = block_names(matrices, least=2)
+    blocks = {block for name in matrices if (block := block_of(name)) is not None}
 
+    def outside(owner: str) -> str:
+        around = ["", *list(_upwards(owner))[::-1]]
+        return next((n for n in around if not any(inside(b, n) for b in blocks)), owner)
 
-def _split(home: str, owner: str, homes: set[str]) -> str:
-    """Rule 2."""
-    others = {h for h in homes if h != home and inside(h, home)}
-    if len(others) < 2:
-        return home
-    for name in _downwards(home, owner):
-        if not any(inside(h, name) for h in others):
-            return name
-    return owner
+    return {weight: block_of(weight) or outside(owner) for weight, owner in owners.items()}
 
 
 def _callable(home: str, owner: str, probe: Probe) -> str:
@@ -141,10 +126,6 @@ def _callable(home: str, owner: str, probe: Probe) -> str:
             if name in probe.calls:
                 return name
     return next((name for name in _upwards(home) if name in probe.calls), "")
-
-
-def _matrices(module: nn.Module) -> int:
-    return sum(p.ndim > 1 for p in module.parameters())
 
 
 def _owners(model: nn.Module, plan: Plan, units: Sequence[str]) -> dict[object, set[int]]:

@@ -27,6 +27,7 @@ from tiedconv.io.run_state import (
     weights_digest,
     write_state,
 )
+from tiedconv.runtime.tensors import state_tensors
 
 KIND = "calibration"
 
@@ -79,7 +80,7 @@ def save_state(
     Raises:
         OutputError: the disk is full or not writable; the previous file is unchanged.
     """
-    tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    tensors = {name: tensor.detach() for name, tensor in state_tensors(model).items()}
     write_state(
         path,
         KIND,

@@ -4,6 +4,10 @@ Of the numbers in a tensor's name, the one that counts layers is the one along w
 of the same shape stand. Within a layer, two neighbouring matrices of shapes (m, d) and (d, m)
 with m > d are taken for a feed-forward; what lies between them is unknown, so the blocks
 are not permutable.
+
+This is not the question of `core.block_names`, which asks in what module a tensor lies. Here it is
+which tensors of different layers match one another, and that depends on their shapes: the layers
+of two stacks may lie in one block, and those of one stack need not lie in blocks at all.
 """
 
 from __future__ import annotations

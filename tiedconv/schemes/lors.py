@@ -19,7 +19,7 @@ factors; an unmatched layer is then a low-rank base by itself.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -29,8 +29,6 @@ from tiedconv.core.expr import Add, Expr, Mul, Ref, Shape, Slice
 from tiedconv.core.plan import Block
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.linalg import base_and_residuals, bases_and_residuals
-from tiedconv.numerics.symmetries import WeightEditor
-from tiedconv.schemes._align import match_layers
 from tiedconv.schemes._base import (
     Draft,
     FactoredBase,
@@ -40,10 +38,11 @@ from tiedconv.schemes._base import (
     stacks,
     with_residual,
 )
+from tiedconv.schemes._matched import LayersMatched
 
 
 @dataclass(frozen=True)
-class Lors(FactoredBase, Ranked):
+class Lors(LayersMatched, FactoredBase, Ranked):
     """One base for each group of a stack, a residual for each layer.
 
     Args:
@@ -151,15 +150,6 @@ class Lors(FactoredBase, Ranked):
                 total = Add(total, Mul(bases[k], coefficient(j, k)))
             mixed.append(total)
         return mixed
-
-    @property
-    def alignment(self) -> Hashable:
-        return ("layers" if self.match else "fold", self.fold, self.groups if self.match else "")
-
-    def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
-        super().align(blocks, editor)
-        if self.match:
-            match_layers(blocks, self.groups, editor)
 
 
 SCHEME = Lors

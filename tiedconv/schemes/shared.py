@@ -6,7 +6,7 @@ As in Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,13 +15,12 @@ from torch import Tensor
 
 from tiedconv.core.expr import Ref
 from tiedconv.core.plan import Block
-from tiedconv.numerics.symmetries import WeightEditor
-from tiedconv.schemes._align import match_layers
-from tiedconv.schemes._base import Draft, Layout, Scheme, stacks
+from tiedconv.schemes._base import Draft, Layout, stacks
+from tiedconv.schemes._matched import LayersMatched
 
 
 @dataclass(frozen=True)
-class Shared(Scheme):
+class Shared(LayersMatched):
     """One matrix for each group of a stack: the mean of its layers, after aligning them.
 
     Args:
@@ -46,15 +45,6 @@ class Shared(Scheme):
 
     def fit(self, matrices: Sequence[Tensor]) -> dict[str, Tensor]:
         return {"base": torch.stack(list(matrices)).mean(0)}
-
-    @property
-    def alignment(self) -> Hashable:
-        return ("layers" if self.match else "fold", self.fold, self.groups if self.match else "")
-
-    def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
-        super().align(blocks, editor)
-        if self.match:
-            match_layers(blocks, self.groups, editor)
 
 
 SCHEME = Shared

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from tiedconv.errors import WeightsError
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.sources.name_matching import match_names
 
 Shape = tuple[int, ...]
@@ -27,7 +28,7 @@ def fit_to(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     Raises:
         WeightsError: names are missing or unexpected, or shapes or data types differ.
     """
-    state = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state = state_tensors(model)
     fitted = match_names(tensors, state)
     _fill_in(fitted, state)
     _drop_recomputed(fitted, model, state)

@@ -1,25 +1,21 @@
 """The numbered blocks of a model, and which of them each parameter works in.
 
-Found in the names of the modules, so that it holds for any library: `blocks.3`,
-`encoder.layers.encoder_layer_3`, `layer1.0`, `stages.0.layers.1`. A weight may be computed from
-parameters that live elsewhere, such as tensors that several layers share; which ones is read off
-the graph of its gradient, so nothing need be known of how it is computed.
+A weight may be computed from parameters that live elsewhere, such as tensors that several layers
+share; which ones is read off the graph of its gradient, so nothing need be known of how it is
+computed.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tiedconv.core.block_names import block_names
 from tiedconv.training.batchnorm import modes_kept
-
-_DIGITS = re.compile(r"(.*[_-])?\d+")  # a component such as `3`, `encoder_layer_3`, `block1-0`
-_ENDS_IN_DIGITS = re.compile(r".*\d+")  # `denselayer12` too, but also `conv1`
 
 
 @dataclass(frozen=True)
@@ -57,49 +53,6 @@ class Blocks:
             for parameter in use.parameters:
                 depths[parameter].add(len(names) + 1 if i > last else depth)
         return cls(tuple(names), {key: tuple(sorted(found)) for key, found in depths.items()})
-
-
-def block_names(matrices: list[str]) -> Callable[[str], str | None]:
-    """A function from a tensor's name to the name of its block, or None outside of all blocks.
-
-    A block is a numbered module with at least two matrices, most of which do not lie in numbered
-    modules below it that are like this themselves: a stage holds blocks, but a block with a
-    numbered part stays one. Where there is no such module, one matrix is enough.
-
-    Args:
-        matrices: names of the tensors of two or more dimensions.
-    """
-    for pattern, least in ((_DIGITS, 2), (_ENDS_IN_DIGITS, 2), (_DIGITS, 1)):
-        counts: dict[str, int] = defaultdict(int)
-        for name in matrices:
-            for prefix in _numbered(name, pattern):
-                counts[prefix] += 1
-        candidates = {prefix for prefix, count in counts.items() if count >= least}
-        inner: dict[str, int] = defaultdict(int)
-        for name in matrices:
-            found = [p for p in _numbered(name, pattern) if p in candidates]
-            for outer in found[:-1]:
-                inner[outer] += 1
-        blocks = {p for p in candidates if inner[p] <= counts[p] / 2}
-        if len(blocks) > 1:
-            break
-    else:
-        blocks = set()
-
-    def home(name: str) -> str | None:
-        parts = name.split(".")
-        prefixes = (".".join(parts[:i]) for i in range(1, len(parts)))
-        return next((prefix for prefix in prefixes if prefix in blocks), None)
-
-    return home
-
-
-def _numbered(name: str, pattern: re.Pattern[str]) -> Iterator[str]:
-    """The prefixes of a tensor's name that end in a number, outermost first."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1], 1):
-        if pattern.fullmatch(part):
-            yield ".".join(parts[:i])
 
 
 @dataclass(frozen=True)
