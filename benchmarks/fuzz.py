@@ -18,8 +18,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-HELPERS = Path(__file__).parent.parent / "tests" / "helpers"
-sys.path.insert(0, str(HELPERS))
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path[:0] = [str(TESTS / "fuzz"), str(TESTS / "helpers")]
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
 
 
@@ -33,8 +33,8 @@ def main() -> None:
 
     import safetensors
     import torch
-    from fuzz_mutations import KINDS
-    from fuzz_trials import MEGABYTES, SECONDS, campaign, sound_files
+    from mutations import KINDS
+    from trials import MEGABYTES, SECONDS, campaign, sound_files
 
     torch.set_num_threads(1)
     warnings.simplefilter("error")

@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     from tiedconv.runtime.factored_linear import apply_factors
     from tiedconv.runtime.tie import freeze, tie, unfreeze, untie
     from tiedconv.sources.models import load
+    from tiedconv.sources.weights import Reading
     from tiedconv.training import TrainConfig
 
 _MODULES = {
     "CalibConfig": "calibration",
     "Calibration": "conversion.calibrate",
     "Plan": "core.plan",
+    "Reading": "sources.weights",
     "Recipe": "planning.recipe",
     "TrainConfig": "training",
     "apply_factors": "runtime.factored_linear",
@@ -67,6 +69,7 @@ __all__ = [
     "CalibConfig",
     "Calibration",
     "Plan",
+    "Reading",
     "Recipe",
     "TiedconvError",
     "TrainConfig",

@@ -114,7 +114,7 @@ def both_ways(
     results: list[bytes | str] = []
     for how in ("streamed", "whole"):
         if how == "whole":
-            monkeypatch.setattr(sources, "open_lazily", lambda *_: None)
+            monkeypatch.setattr(sources, "open_lazily", lambda *_, **__: None)
             monkeypatch.setattr(pipeline, "StreamedStore", None)
         else:
             assert open_lazily(spec, model_args, weights) is not None
@@ -333,7 +333,7 @@ def test_shards_give_what_one_file_gives(
 
 def test_a_folder_with_one_file(tmp_path: Path) -> None:
     save_file(tiny_model().state_dict(), tmp_path / "model.safetensors")
-    assert read_weights(tmp_path).keys() == tiny_model().state_dict().keys()
+    assert read_weights(tmp_path).tensors.keys() == tiny_model().state_dict().keys()
 
 
 def test_a_folder_of_hugging_faces_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_a_folder_of_hugging_faces_streams(tmp_path: Path, monkeypatch: pytest.M
 def test_names_that_only_transformers_knows(tmp_path: Path) -> None:
     saved: Any = all_micros()["hf-vit"].model()
     saved.save_pretrained(tmp_path)
-    assert "vit.layers.0.mlp.fc1.weight" not in read_weights(tmp_path)
+    assert "vit.layers.0.mlp.fc1.weight" not in read_weights(tmp_path).tensors
     assert open_lazily(f"hf:{tmp_path}", {}, "default") is None
     assert open_lazily(f"hf:{tmp_path}", {}, tmp_path) is None
     output = tmp_path / "out.safetensors"
@@ -372,9 +372,11 @@ def _edit(change: Callable[[dict[str, str], str], object]) -> Damage:
 
 def _twice(index: Path, data: dict[str, Any]) -> None:
     name, shard = next(iter(data["weight_map"].items()))
-    tensors = read_weights(index.parent / shard)
+    tensors = read_weights(index.parent / shard).tensors
     other = next(s for s in data["weight_map"].values() if s != shard)
-    save_file({**read_weights(index.parent / other), name: tensors[name]}, index.parent / other)
+    save_file(
+        {**read_weights(index.parent / other).tensors, name: tensors[name]}, index.parent / other
+    )
 
 
 def _truncated(index: Path, data: dict[str, Any]) -> None:

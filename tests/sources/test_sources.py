@@ -377,7 +377,7 @@ def test_hf_arguments(swin: Path, tmp_path: Path) -> None:
 
 
 def test_hf_weights_that_lack_a_head(swin: Path, tmp_path: Path) -> None:
-    tensors = read_weights(swin / "model.safetensors")
+    tensors = read_weights(swin / "model.safetensors").tensors
     del tensors["classifier.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((swin / "config.json").read_text())
@@ -577,7 +577,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("good.safetensors", "good.pth", "old.pth"):
         content = (tmp_path / name).read_bytes()
-        assert torch.equal(read_weights(tmp_path / name)["weight"], tensors["weight"])
+        assert torch.equal(read_weights(tmp_path / name).tensors["weight"], tensors["weight"])
         for length in (0, 5, 40, len(content) // 2, len(content) - 20):
             (tmp_path / "cut").write_bytes(content[:length])
             with pytest.raises(BadWeights) as caught:
@@ -619,7 +619,7 @@ def test_wrapped_weights(tmp_path: Path, wrap: Any) -> None:
     torch.manual_seed(0)
     model, other = small_net(), small_net()
     torch.save(wrap(model.state_dict()), tmp_path / "wrapped.pth")
-    load_into(other, read_weights(tmp_path / "wrapped.pth"))
+    load_into(other, read_weights(tmp_path / "wrapped.pth").tensors)
     assert equal_states(model, other)
 
 
@@ -655,7 +655,7 @@ def test_half_precision_is_kept_in_reading_and_widened_in_loading(tmp_path: Path
     model = small_net()
     halved: dict[str, Tensor] = {n: v.bfloat16() for n, v in model.state_dict().items()}
     save_file(halved, tmp_path / "half.safetensors")
-    tensors = read_weights(tmp_path / "half.safetensors")
+    tensors = read_weights(tmp_path / "half.safetensors").tensors
     assert tensors["0.weight"].dtype == torch.bfloat16
     load_into(model, tensors)
     assert model.state_dict()["0.weight"].dtype == torch.float32

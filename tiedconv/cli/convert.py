@@ -11,7 +11,7 @@ import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import CALIBRATION, hint, option_in, say
-from tiedconv.cli.option_groups import CalibOptions, ImageOptions
+from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOptions
 from tiedconv.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def convert(
         Path | None, typer.Option(metavar="FILE.toml", help="Rules and budget from a file.")
     ] = None,
     weights: common.Weights = "default",
+    reading: ReadingOptions,
     model_arg: common.ModelArg = None,
     dry_run: Annotated[
         bool,
@@ -140,6 +141,7 @@ def convert(
             wanted,
             target,
             weights=weights,
+            reading=reading.reading(),
             model_args=common.model_args(model_arg),
             preprocess=change,
             force=force,
@@ -258,6 +260,7 @@ def _figures(done: Conversion) -> dict[str, Any]:
         "file_bytes": done.size,
         "fit_seconds": round(done.seconds, 3),
         "calibration": done.calibration,
+        "weights_part": done.source.weights_part,
         "symmetries": done.record.get("symmetries"),
         "groups": list(figures.groups),
         "smaller": [{"how": how, "stored": stored} for how, stored in done.smaller],
@@ -282,6 +285,8 @@ def _show(done: Conversion, *, each: bool, budget: bool) -> None:
             "This is an estimate: the budget holds, but schemes and ranks depend on the weights, "
             "and on the images of --calib. Here each group is given the same ratio."
         )
+    if done.source.weights_part:
+        say(render.weights_part(done.source))
     if done.path:
         say(render.FIT_ERROR_ON_IMAGES if done.calibration else render.FIT_ERROR)
     for line in render.symmetry_lines(done.record):

@@ -9,7 +9,7 @@ import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import say
-from tiedconv.cli.option_groups import ImageOptions
+from tiedconv.cli.option_groups import ImageOptions, ReadingOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +22,7 @@ def evaluate(
     data: common.Data,
     *,
     weights: common.Weights = "default",
+    reading: ReadingOptions,
     model_arg: common.ModelArg = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     task: common.Task = "auto",
@@ -40,9 +41,10 @@ def evaluate(
     change = images.change()
     with TrainingBar("evaluating") as bar:
         done = run(
-            model, data, weights=weights, model_args=common.model_args(model_arg),
-            preprocess=change, batch_size=batch_size, task=task, limit=limit, device=device,
-            workers=workers, strict=strict, trust_code=trust_code, on_event=bar,
+            model, data, weights=weights, reading=reading.reading(),
+            model_args=common.model_args(model_arg), preprocess=change, batch_size=batch_size,
+            task=task, limit=limit, device=device, workers=workers, strict=strict,
+            trust_code=trust_code, on_event=bar,
         )  # fmt: skip
     if json_:
         common.print_json(done)

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from tiedconv.cli import common
 from tiedconv.cli.common import CALIBRATION, IMAGES, option_in
 from tiedconv.errors import UserError
 
 if TYPE_CHECKING:
     from tiedconv.conversion.calibrate import Calibration, OnCalibration
-    from tiedconv.sources import Preprocess
+    from tiedconv.sources import Preprocess, Reading
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,38 @@ class ImageOptions:
             )
 
         return change
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How weights are read."""
+
+    ema: Annotated[
+        bool | None,
+        typer.Option(
+            "--ema/--no-ema",
+            help="Of a weights file that holds both: the averaged weights (EMA), or the others. "
+            "Default: averaged, as timm does.",
+            show_default=False,
+        ),
+    ] = None
+    non_finite: Annotated[
+        str,
+        typer.Option(
+            metavar="refuse|zero",
+            help="Where a weight is NaN, infinite or above 1e15: refuse the weights, or take 0.",
+        ),
+    ] = "refuse"
+
+    def reading(self) -> Reading:
+        """What they describe.
+
+        Raises:
+            UserError: an unknown choice.
+        """
+        from tiedconv.sources import Reading
+
+        return Reading(self.ema, self.non_finite)
 
 
 @dataclass(frozen=True)

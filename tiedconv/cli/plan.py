@@ -14,7 +14,7 @@ import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import CALIBRATION, hint, option_in, say
-from tiedconv.cli.option_groups import CalibOptions, ImageOptions
+from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOptions
 
 if TYPE_CHECKING:
     from tiedconv.commands.compare import Cell, Comparison, Fixed, Row, SchemeSpec
@@ -45,6 +45,7 @@ def plan(
         ),
     ] = None,
     weights: common.Weights = "default",
+    reading: ReadingOptions,
     model_arg: common.ModelArg = None,
     images: ImageOptions,
     options: CalibOptions,
@@ -67,7 +68,7 @@ def plan(
         if calib is not None:
             given = options.calibration(calib, bar, effort="fast")
         found = compare(
-            model, params.split(","), calib=given, weights=weights,
+            model, params.split(","), calib=given, weights=weights, reading=reading.reading(),
             model_args=common.model_args(model_arg), preprocess=change, seed=options.seed,
             on_fit=bar.fit,
         )  # fmt: skip

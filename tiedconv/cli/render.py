@@ -17,6 +17,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from tiedconv.commands.report import GroupReport, Report
+    from tiedconv.sources import Source
 
 Row = Sequence[str]
 
@@ -248,6 +249,13 @@ def calibrated(figures: Mapping[str, Any]) -> str:
 def history_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line for each step that a model went through."""
     return [_history_line(entry) for entry in history]
+
+
+def weights_part(source: Source) -> str:
+    """Which weights of a file were taken."""
+    part = source.weights_part or ""
+    kind = "the averaged weights (EMA)" if "ema" in part else "the weights"
+    return f"Taken of {source.weights_name}: {kind} under {part}."
 
 
 def symmetry_lines(entry: Mapping[str, Any]) -> list[str]:

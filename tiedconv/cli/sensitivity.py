@@ -11,7 +11,7 @@ import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import CALIBRATION, hint, option_in, say
-from tiedconv.cli.option_groups import CalibOptions, ImageOptions
+from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOptions
 from tiedconv.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def sensitivity(
         Path | None, typer.Option("-o", "--output", help="Draw a plot: .png, .svg or .pdf.")
     ] = None,
     weights: common.Weights = "default",
+    reading: ReadingOptions,
     model_arg: common.ModelArg = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch with --measure.", min=1)] = 32,
     images: ImageOptions,
@@ -76,8 +77,8 @@ def sensitivity(
         given = options.calibration(calib, bar, effort="fast")
         found = run(
             model, given, keep=fraction, measure=measure, weights=weights,
-            model_args=common.model_args(model_arg), preprocess=change, batch_size=batch_size,
-            seed=options.seed, on_measured=bar.measured,
+            reading=reading.reading(), model_args=common.model_args(model_arg),
+            preprocess=change, batch_size=batch_size, seed=options.seed, on_measured=bar.measured,
         )  # fmt: skip
     shown = found
     if sort == "cost":

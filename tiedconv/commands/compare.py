@@ -28,7 +28,7 @@ from tiedconv.planning.planner import alternatives, draft, outline
 from tiedconv.planning.rank_allocation import has_rank_options, with_least
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import all_schemes, make_scheme
-from tiedconv.sources import Preprocess
+from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading
 from tiedconv.sources.models import open_model
 
 BUDGETS = ("70%", "50%", "30%")
@@ -144,6 +144,7 @@ def compare(
     *,
     calib: str | Path | Dataset[Any] | Calibration | None = None,
     weights: str | Path = "default",
+    reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     preprocess: Callable[[Preprocess], Preprocess] | None = None,
     seed: int = 0,
@@ -156,7 +157,9 @@ def compare(
         budgets: percentages of the original such as `50%`, or numbers of parameters such as `12M`.
         calib: images without labels to estimate costs by: a folder, a data set, or a
             `Calibration` that says how many.
-        weights: for a spec with images: `default`, `none`, or a file.
+        weights: for a spec: `default`, `none`, or a file. Without images they are not used, but
+            a file must fit the model.
+        reading: which weights of a file, and what to do where they are not finite.
         model_args: arguments of the model's constructor, for a spec.
         preprocess: changes how images are prepared.
         seed: of random weights.
@@ -174,7 +177,9 @@ def compare(
     spec = model if isinstance(model, str) else ""
     opened = open_model(
         model,
-        weights=weights if calib is not None else None,
+        weights=None if calib is None and weights in ("default", "none") else weights,
+        reading=reading,
+        lazy=calib is None,
         model_args=model_args,
         preprocess=preprocess,
         seed=seed,

@@ -29,7 +29,7 @@ from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import smaller_options
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.tie import state_of
-from tiedconv.sources import Preprocess
+from tiedconv.sources import AS_PUBLISHED, Reading, Source
 from tiedconv.sources.models import OpenedModel, PreprocessChange, open_model
 
 
@@ -40,7 +40,7 @@ class Conversion:
     Args:
         spec: the model.
         plan: with the relative error of each group, if it was fitted.
-        preprocess: how the model's images are prepared, if known.
+        source: where the model came from, and how its images are prepared, if known.
         written: the file as it was read back, None for a dry run.
         seconds: time of the fit.
         smaller: options and schemes that would store less, with their parameters.
@@ -49,7 +49,7 @@ class Conversion:
 
     spec: str
     plan: Plan
-    preprocess: Preprocess | None
+    source: Source
     written: Checkpoint | None = None
     seconds: float = 0.0
     smaller: tuple[tuple[str, int], ...] = ()
@@ -101,6 +101,7 @@ def convert(
     *,
     recipe: Recipe | None = None,
     weights: str | Path = "default",
+    reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     inplace: bool = False,
     seed: int = 0,
@@ -115,6 +116,7 @@ def convert(
         scheme: name of the scheme.
         recipe: rules and budget instead of `scheme` and `options`.
         weights: for a spec: `default`, `none`, or a file.
+        reading: which weights of a file, and what to do where they are not finite.
         model_args: arguments of the model's constructor, for a spec.
         inplace: change the given model rather than a copy of it.
         seed: of random weights.
@@ -129,7 +131,7 @@ def convert(
     Raises:
         UserError: unknown model or scheme, nothing to convert, a budget that can't be met.
     """
-    opened = open_model(model, weights=weights, model_args=model_args, seed=seed)
+    opened = open_model(model, weights=weights, reading=reading, model_args=model_args, seed=seed)
     network = opened.model
     if network is model and not inplace:
         network = copy.deepcopy(network)
@@ -146,6 +148,7 @@ def convert_file(
     output: Path | None,
     *,
     weights: str | Path = "default",
+    reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     preprocess: PreprocessChange | None = None,
     force: bool = False,
@@ -165,6 +168,7 @@ def convert_file(
         recipe: what is wanted.
         output: the file to write, None to plan only.
         weights: `default`, `none`, a file, an index of shards, or a folder with one of these.
+        reading: which weights of a file, and what to do where they are not finite.
         model_args: arguments of the model's constructor.
         preprocess: changes how images are prepared, as the file will say.
         force: replace an existing file.
@@ -185,13 +189,14 @@ def convert_file(
     opened = open_model(
         spec,
         weights=None if output is None else weights,
+        reading=reading,
         model_args=model_args,
         preprocess=preprocess,
         seed=seed,
         lazy=calib is None or weights == "default",
     )
     planned = plan_on(opened.model, recipe)
-    done = Conversion(spec, planned.sketch, opened.source.preprocess)
+    done = Conversion(spec, planned.sketch, opened.source)
     if output is None:
         if calib is not None:
             calib.open(opened.source)  # or raises
@@ -238,6 +243,7 @@ def _load(
 ) -> Conversion:
     """Convert weights in memory; `folder` is where an interrupted calibration is kept."""
     opened = opened.load()
+    todo = dataclasses.replace(todo, source=opened.source)
     start = time.perf_counter()
     if calib is not None and folder is not None:
         if not calib.resume:

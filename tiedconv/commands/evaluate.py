@@ -13,7 +13,8 @@ import tiedconv.sources as sources
 from tiedconv.data import ImageList, eval_transform, open_images
 from tiedconv.detection import DetectionList, detects
 from tiedconv.errors import UserError
-from tiedconv.sources import Preprocess, Source
+from tiedconv.runtime.finite import check_finite
+from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading, Source
 from tiedconv.sources.models import is_compact, looks_like_file, open_model
 from tiedconv.training import EvalResult, OnEvent, evaluate_model, fit_inputs
 
@@ -48,6 +49,7 @@ def evaluate(
     data: str | Path,
     *,
     weights: str | Path = "default",
+    reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     preprocess: Change | None = None,
     batch_size: int = 64,
@@ -67,6 +69,7 @@ def evaluate(
             shards; `hf:` with the name or folder of a Hugging Face data set. For a detector, a
             folder in COCO's form.
         weights: for a spec: `default`, `none`, or a file.
+        reading: which weights of a file, and what to do where they are not finite.
         model_args: arguments of the model's constructor, for a spec.
         preprocess: changes how images are prepared.
         batch_size: images at a time.
@@ -85,6 +88,7 @@ def evaluate(
     opened = open_model(
         model,
         weights=weights,
+        reading=reading,
         model_args=model_args,
         preprocess=preprocess,
         compact=True,
@@ -141,8 +145,11 @@ def open_teacher(
             _fit_inputs(opened.model, source, opened.source)
             return opened.model, Path(teacher).name
         model = sources.skeleton(source, trust_code=trust_code)
-        sources.load_into(model, sources.read_weights(Path(teacher)))
-        return model.eval(), Path(teacher).name
+        read = sources.read_weights(Path(teacher))
+        sources.load_into(model, read.tensors)
+        check_finite(model)
+        part = f" ({read.part})" if read.part else ""
+        return model.eval(), Path(teacher).name + part
     opened = open_model(teacher)
     _fit_inputs(opened.model, source, opened.source)
     return opened.model, teacher

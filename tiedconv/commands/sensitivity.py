@@ -35,7 +35,7 @@ from tiedconv.planning.rank_allocation import metrics_of
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.schemes._base import fuse
-from tiedconv.sources import Preprocess
+from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading
 from tiedconv.sources.models import open_model
 from tiedconv.training import pick_device
 from tiedconv.training.batchnorm import modes_kept
@@ -141,6 +141,7 @@ def sensitivity(
     keep: float = 0.5,
     measure: bool = False,
     weights: str | Path = "default",
+    reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     preprocess: Callable[[Preprocess], Preprocess] | None = None,
     batch_size: int = 32,
@@ -155,6 +156,7 @@ def sensitivity(
         keep: the share of its parameters that each matrix keeps at most, above 0 and below 1.
         measure: also replace each matrix and run the images.
         weights: for a spec: `default`, `none`, or a file.
+        reading: which weights of a file, and what to do where they are not finite.
         model_args: arguments of the model's constructor, for a spec.
         preprocess: changes how images are prepared.
         batch_size: images at a time, where it measures.
@@ -176,7 +178,12 @@ def sensitivity(
     if not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
     opened = open_model(
-        model, weights=weights, model_args=model_args, preprocess=preprocess, seed=seed
+        model,
+        weights=weights,
+        reading=reading,
+        model_args=model_args,
+        preprocess=preprocess,
+        seed=seed,
     )
     network, data = opened.model, calib.open(opened.source)
     info = inspect_model(network)

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tiedconv.errors import SourceError, WeightsError
+from tiedconv.errors import SourceError, UserError, WeightsError
+from tiedconv.runtime.finite import check_finite
 from tiedconv.sources.arguments import JSON, is_json, parse_model_args
 from tiedconv.sources.init import seeded, skip_init, skip_memory
 from tiedconv.sources.lazy import LazyWeights, loads_plainly
@@ -28,6 +29,8 @@ from tiedconv.sources.provider import Provider
 from tiedconv.sources.sharded_safetensors import places, weights_file
 from tiedconv.sources.source import Preprocess, Source
 from tiedconv.sources.weights import (
+    AS_PUBLISHED,
+    Reading,
     fit_to,
     is_safetensors,
     load_into,
@@ -37,10 +40,12 @@ from tiedconv.sources.weights import (
 )
 
 __all__ = [
+    "AS_PUBLISHED",
     "JSON",
     "TRUSTED",
     "LazyWeights",
     "Preprocess",
+    "Reading",
     "Source",
     "describe",
     "fit_to",
@@ -70,6 +75,7 @@ def open_source(
     weights: str | Path = "default",
     *,
     seed: int = 0,
+    reading: Reading = AS_PUBLISHED,
 ) -> tuple[nn.Module, Source]:
     """Builds a model with its weights.
 
@@ -79,6 +85,7 @@ def open_source(
         weights: "default" for the published ones, "none" for random ones, or the path of a
             file, of an index of shards, or of a folder that holds one of these.
         seed: of all that is random in it; torch's own random state is left as it was.
+        reading: which weights of a file, and what to do where they are not finite.
 
     Returns:
         The model in evaluation mode, and where it came from.
@@ -90,7 +97,13 @@ def open_source(
         MissingExtra: the library of the spec is not installed.
     """
     provider = _provider(spec, kwargs or {}, network=True)
-    sha256 = name = None
+    sha256 = name = part = None
+    if reading.ema is not None and weights in ("none", "default"):
+        raise UserError(
+            "--ema and --no-ema choose between the weights of a file, and none was given",
+            hint="Pass --weights FILE, or leave the option out",
+            code="option-without-effect",
+        )
     if weights == "none":
         with seeded(seed):
             model = provider.build()
@@ -104,17 +117,22 @@ def open_source(
         name, kind = path.name, "file"
         # Hashing releases the GIL, so it runs while the weights are read.
         with ThreadPoolExecutor(1) as pool:
-            tensors = read_weights(path)
+            read = read_weights(path, reading.ema)
             digest = pool.submit(sha256_of_weights, path)
             with skip_init():
                 model = provider.build()
-            provider.load(model, tensors)
-            sha256 = digest.result()
-    return model.eval(), _source(spec, provider, model, kind, sha256, name)
+            provider.load(model, read.tensors)
+            sha256, part = digest.result(), read.part or None
+    check_finite(model, reading.non_finite)
+    return model.eval(), _source(spec, provider, model, kind, sha256, name, part)
 
 
 def open_lazily(
-    spec: str, kwargs: Mapping[str, JSON] | None = None, weights: str | Path = "default"
+    spec: str,
+    kwargs: Mapping[str, JSON] | None = None,
+    weights: str | Path = "default",
+    *,
+    reading: Reading = AS_PUBLISHED,
 ) -> tuple[nn.Module, Source, LazyWeights] | None:
     """A model whose weights lie in safetensors files, without reading them.
 
@@ -122,6 +140,7 @@ def open_lazily(
         spec: the model, in one of the forms above.
         kwargs: arguments of its constructor.
         weights: as for `open_source`.
+        reading: as for `open_source`.
 
     Returns:
         The model, its parameters on the meta device; where it came from; and what `open_source`
@@ -132,7 +151,7 @@ def open_lazily(
         SourceError, WeightsError, MissingExtra: as for `open_source`.
     """
     path = _weights_of(spec, weights)
-    if path is None:
+    if path is None or reading.ema is not None:  # such a file holds one set of weights
         return None
     provider = _provider(spec, kwargs or {}, network=True)
     try:
@@ -149,9 +168,9 @@ def open_lazily(
     if not loads_plainly(model):
         return None
     try:
-        tensors = LazyWeights(model, found)
+        tensors = LazyWeights(model, found, reading.non_finite)
     except WeightsError:
-        if _prefix(spec) == "hf":  # transformers may know the file's names
+        if _prefix(spec):  # its library may know the file's names
             return None
         raise
     if weights == "default":
@@ -299,6 +318,7 @@ def _source(
     weights: str,
     sha256: str | None = None,
     name: str | None = None,
+    part: str | None = None,
 ) -> Source:
     versions = {package: importlib.metadata.version(package) for package in provider.packages}
     return Source(
@@ -307,6 +327,7 @@ def _source(
         weights=weights,
         weights_sha256=sha256,
         weights_name=name,
+        weights_part=part,
         config=provider.config,
         preprocess=provider.preprocess(model),
         versions={"torch": torch.__version__, **versions},

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from tiedconv.runtime.finite import checked
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.sources.sharded_safetensors import Place
 from tiedconv.sources.state_dict import fit_to
@@ -28,18 +29,23 @@ class LazyWeights(Mapping[str, Tensor]):
     Args:
         model: for names, shapes and types; its parameters may be on the meta device.
         found: where the file's tensors lie, by the file's names.
+        non_finite: as in `Reading`.
 
     Raises:
         WeightsError: they don't fit, as `fit_to` says.
     """
 
-    def __init__(self, model: nn.Module, found: Mapping[str, Place]) -> None:
+    def __init__(
+        self, model: nn.Module, found: Mapping[str, Place], non_finite: str = "refuse"
+    ) -> None:
         stand_ins = {
             name: torch.empty(place.shape, dtype=place.dtype, device="meta")
             for name, place in found.items()
         }
         place_of = {id(stand_ins[name]): place for name, place in found.items()}
         fitted = fit_to(model, stand_ins)
+        self._non_finite = non_finite
+        self._parameters = {name for name, _ in model.named_parameters()}
         first: dict[int, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._sources: dict[str, Place | Tensor] = {}
@@ -53,7 +59,12 @@ class LazyWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         source = self._sources[name]
         tensor = source.read() if isinstance(source, Place) else source.clone()
-        return tensor.to(self.dtypes[name])
+        return checked(
+            name,
+            tensor.to(self.dtypes[name]),
+            is_buffer=name not in self._parameters,
+            non_finite=self._non_finite,
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)

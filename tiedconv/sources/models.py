@@ -16,9 +16,10 @@ import tiedconv.sources as sources
 from tiedconv.errors import CheckpointError, UserError
 from tiedconv.io.checkpoint import Checkpoint, install, read
 from tiedconv.io.safetensors_file import SafetensorsFile
+from tiedconv.runtime.finite import check_finite
 from tiedconv.runtime.forward_check import check_size
 from tiedconv.runtime.tie import is_tied, state_of
-from tiedconv.sources import LazyWeights, Preprocess, Source
+from tiedconv.sources import LazyWeights, Preprocess, Reading, Source
 from tiedconv.sources.size_guard import bounded
 
 PreprocessChange = Callable[[Preprocess], Preprocess]
@@ -60,6 +61,7 @@ def open_model(
     model_args: Mapping[str, Any] | None = None,
     preprocess: PreprocessChange | None = None,
     seed: int = 0,
+    reading: Reading = sources.AS_PUBLISHED,
     lazy: bool = False,
     compact: bool = False,
     trust_code: bool = False,
@@ -74,6 +76,8 @@ def open_model(
         model_args: arguments of the model's constructor, for a spec.
         preprocess: changes how images are prepared.
         seed: of random weights.
+        reading: which weights of a file, and what to do where they are not finite. A module's own
+            are refused then.
         lazy: open the weights, but read none of them before `OpenedModel.load`, or one at a time.
         compact: open compact files and tied modules too, rather than refusing them.
         trust_code: allow a compact file to name a function that builds the model.
@@ -82,7 +86,8 @@ def open_model(
         UserError: it is tied already (`already-tied`, `already-compact`), or can't take images
             of the size asked for.
         CheckpointError: the compact file is missing, damaged, or for another model.
-        SourceError, WeightsError, MissingExtra: the model or its weights can't be opened.
+        SourceError, WeightsError, MissingExtra: the model or its weights can't be opened, or hold
+            values that are not finite.
     """
     if isinstance(model, nn.Module):
         if is_tied(model) and not compact:
@@ -91,6 +96,7 @@ def open_model(
                 hint="Call tiedconv.untie on it first",
                 code="already-tied",
             )
+        check_finite(model)
         return OpenedModel(model, with_preprocess(Source("", weights="memory"), preprocess))
     if compact and looks_like_file(model):
         network = load(model, trust_code=trust_code)
@@ -111,9 +117,12 @@ def open_model(
         return OpenedModel(network, with_preprocess(source, preprocess))
 
     def load_all() -> tuple[nn.Module, Source]:
-        return sources.open_source(spec, model_args, weights, seed=seed)
+        return sources.open_source(spec, model_args, weights, seed=seed, reading=reading)
 
-    if lazy and (opened := sources.open_lazily(spec, model_args, weights)) is not None:
+    if (
+        lazy
+        and (opened := sources.open_lazily(spec, model_args, weights, reading=reading)) is not None
+    ):
         network, source, tensors = opened
         return OpenedModel(network, with_preprocess(source, preprocess), tensors, load_all)
     if lazy and weights == "default":  # what is wrong shows before weights are fetched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -95,6 +95,8 @@ class Source:
         weights: "default" (pretrained), "none" (random), "file" or "memory".
         weights_sha256: of the weights file, when there is one.
         weights_name: base name of that file, never its path.
+        weights_part: the key in that file under which they lay, such as `state_dict_ema`. Written
+            only where there is one, as older releases refuse what they do not know.
         config: for Hugging Face models, the configuration and the name of the "architecture".
         preprocess: how images are prepared, when the source says so.
         versions: of the libraries that the model was built with.
@@ -105,6 +107,7 @@ class Source:
     weights: str = "none"
     weights_sha256: str | None = None
     weights_name: str | None = None
+    weights_part: str | None = None
     config: Mapping[str, JSON] | None = None
     preprocess: Preprocess | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -117,6 +120,7 @@ class Source:
             "weights": self.weights,
             "weights_sha256": self.weights_sha256,
             "weights_name": self.weights_name,
+            **({} if self.weights_part is None else {"weights_part": self.weights_part}),
             "config": None if self.config is None else dict(self.config),
             "preprocess": None if self.preprocess is None else self.preprocess.to_json(),
             "versions": dict(self.versions),
@@ -129,8 +133,9 @@ class Source:
         Raises:
             CheckpointError: a key is missing or unknown, or a value has the wrong type.
         """
-        items = _object_with(cls, data, "The model source", CheckpointError)
+        items = _object_with(cls, data, "The model source", CheckpointError, ("weights_part",))
         sha, name = items["weights_sha256"], items["weights_name"]
+        part = items.setdefault("weights_part", None)
         config, preprocess = items["config"], items["preprocess"]
         checks = {
             "spec": isinstance(items["spec"], str),
@@ -138,6 +143,7 @@ class Source:
             "weights": items["weights"] in _WEIGHTS,
             "weights_sha256": sha is None or _is_sha256(sha),
             "weights_name": name is None or (isinstance(name, str) and _is_base_name(name)),
+            "weights_part": part is None or (isinstance(part, str) and len(part) <= 100),
             "config": config is None or is_object(config),
             "versions": is_object(items["versions"])
             and all(isinstance(version, str) for version in items["versions"].values()),
@@ -175,9 +181,13 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 
 def _object_with(
-    cls: type[Preprocess] | type[Source], data: object, what: str, error: type[UserError]
+    cls: type[Preprocess] | type[Source],
+    data: object,
+    what: str,
+    error: type[UserError],
+    optional: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`data` as a dict with exactly the fields of `cls`."""
+    """`data` as a dict with exactly the fields of `cls`, of which some are optional."""
     if not isinstance(data, dict):
         raise error(
             f"{what} is not a JSON object but {type(data).__name__}", code="not-a-json-object"
@@ -189,6 +199,6 @@ def _object_with(
             "It can't be read",
             code="unknown-key",
         )
-    if missing := sorted(names - set(data)):
+    if missing := sorted(names - set(data) - set(optional)):
         raise error(f"{what} lacks the key {missing[0]!r}", "It can't be read", code="missing-key")
     return dict(data)

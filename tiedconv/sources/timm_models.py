@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tiedconv.errors import MissingExtra, SourceError
+from tiedconv.errors import MissingExtra, SourceError, WeightsError
 from tiedconv.sources.arguments import JSON, image_size, refuse_arguments
 from tiedconv.sources.hub import hub_if_reachable
+from tiedconv.sources.name_matching import match_names
 from tiedconv.sources.provider import (
     construct,
     is_download_error,
@@ -85,8 +86,41 @@ class TimmModel:
                 raise not_downloaded(self._spec, error, unreachable) from error
 
     def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Loads weights by name."""
-        load_into(model, tensors)
+        """Loads weights by name, or as timm loads files of this model if need be.
+
+        timm renames what older releases and the authors of a model wrote, and brings position
+        embeddings to the model's image size.
+        """
+        try:
+            load_into(model, tensors)
+        except WeightsError as error:
+            converted = self._converted(tensors)
+            if converted is None:
+                raise error from None
+            load_into(model, converted)
+
+    def _converted(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        """The weights as timm loads them into this model; None if it can't."""
+        plain = self.build()
+        own = dict(getattr(plain, "pretrained_cfg", None) or {})
+        size = (own.get("input_size") or (3, 224, 224))[1:]
+        settings = {
+            **own,
+            "state_dict": match_names(tensors, plain.state_dict()),
+            "source": "",
+            # Else timm drops a classifier of another size, or adds up the channels of the first
+            # layer: the model would then not be the file's.
+            "classifier": None,
+            "input_size": (self.kwargs.get("in_chans", 3), *size),
+        }
+        architecture = self._name.partition(".")[0]
+        try:
+            model: nn.Module = self._timm.create_model(
+                architecture, pretrained=True, pretrained_cfg=settings, **self.kwargs
+            )
+        except Exception:  # the filters of its models raise anything for a file that is not theirs
+            return None
+        return model.state_dict()
 
     def preprocess(self, model: nn.Module) -> Preprocess | None:
         """As the configuration of the pretrained weights says."""

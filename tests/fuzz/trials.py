@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from cli_helpers import SIZES, SPEC
-from fuzz_mutations import DAMAGE, KINDS, mutated
 from micro import all_micros, settle
+from mutations import DAMAGE, KINDS, mutated
 from safetensors import safe_open
 from torch import Tensor, nn
 from typer.testing import CliRunner

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fuzz_mutations import DAMAGE, KINDS, Random, mutated, unpack
-from fuzz_trials import Tally, attempt, sound_files, warm
+from mutations import DAMAGE, KINDS, Random, mutated, unpack
+from trials import Tally, attempt, sound_files, warm
 
 import tiedconv
 

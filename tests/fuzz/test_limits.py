@@ -17,10 +17,10 @@ import pytest
 import torch
 from cli_helpers import SPEC
 from error_codes import raises
-from fuzz_mutations import Entry, Parts, hash_of, pack, refs, unpack
-from fuzz_trials import sound_files
 from micro import all_micros
+from mutations import Entry, Parts, hash_of, pack, refs, unpack
 from torch import nn
+from trials import sound_files
 from typer.testing import CliRunner
 
 import tiedconv
