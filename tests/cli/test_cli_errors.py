@@ -331,18 +331,6 @@ def test_data_folders_that_can_not_be_used(
     monkeypatch.undo()  # pytest cleans up with it
 
 
-def test_fewer_classes_than_outputs_are_reported_once(world: World, tmp_path: Path) -> None:
-    data = tmp_path / "images"
-    shutil.copytree(world.data, data)
-    for part in ("train", "val"):
-        shutil.rmtree(data / part / "red")
-    words = "the data have 2 classes and the model 3 outputs"
-    assert words in run("evaluate", world.tied, "--data", data, "--workers", 0).stderr
-    assert words not in run("evaluate", world.tied, "--data", world.data, "--workers", 0).stderr
-    command = ("finetune", world.tied, "--data", data, "-o", tmp_path / "out.safetensors", *QUICK)
-    assert run(*command, "--teacher", "none").stderr.count(words) == 1
-
-
 def test_more_classes_than_outputs(world: World, here: Path, tmp_path: Path) -> None:
     data = tmp_path / "images"
     shutil.copytree(world.data, data)

@@ -116,6 +116,15 @@ Task = Annotated[
 Limit = Annotated[
     int | None, option_in(IMAGES, "Maximum number of images, spread evenly over the classes.")
 ]
+ClassMap = Annotated[
+    str | None,
+    option_in(
+        IMAGES,
+        "Which output each class of the data is: [b]imagenet[/b]; a file with one name in each "
+        "line, or JSON; or [b]position[/b]. Default: by name where both sides have names.",
+        metavar="imagenet|FILE|position",
+    ),
+]
 Strict = Annotated[
     bool,
     typer.Option(

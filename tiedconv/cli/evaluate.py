@@ -27,6 +27,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     task: common.Task = "auto",
     limit: common.Limit = None,
+    class_map: common.ClassMap = None,
     images: ImageOptions,
     device: common.Device = "auto",
     workers: common.Workers = None,
@@ -43,8 +44,8 @@ def evaluate(
         done = run(
             model, data, weights=weights, reading=reading.reading(),
             model_args=common.model_args(model_arg), preprocess=change, batch_size=batch_size,
-            task=task, limit=limit, device=device, workers=workers, strict=strict,
-            trust_code=trust_code, on_event=bar,
+            task=task, limit=limit, class_map=class_map, device=device, workers=workers,
+            strict=strict, trust_code=trust_code, on_event=bar,
         )  # fmt: skip
     if json_:
         common.print_json(done)

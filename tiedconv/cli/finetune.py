@@ -102,6 +102,7 @@ def finetune(
     ] = 0.1,
     task: common.Task = "auto",
     limit: common.Limit = None,
+    class_map: common.ClassMap = None,
     unlabelled: Annotated[
         bool,
         typer.Option(
@@ -163,8 +164,9 @@ def finetune(
     """
     from tiedconv.cli import training_logs
     from tiedconv.cli.progress import TrainingBar
-    from tiedconv.commands.finetune import FinetuneRequest, run
     from tiedconv.commands.finetune import dry_run as forecast
+    from tiedconv.commands.finetune import run
+    from tiedconv.commands.finetune_inputs import FinetuneRequest
     from tiedconv.io.run_dir import RunDir
     from tiedconv.training import TrainConfig, rank_in_environment
 
@@ -188,8 +190,8 @@ def finetune(
         checkpoint_minutes=checkpoint_minutes, keep=keep,
     )  # fmt: skip
     request = FinetuneRequest(
-        file, data, config, teacher, images.change(), val_split, limit, unlabelled, task, device,
-        strict, trust_code,
+        file, data, config, teacher, images.change(), val_split, limit, class_map, unlabelled, task,
+        device, strict, trust_code,
     )  # fmt: skip
     if dry_run:
         found = forecast(request)

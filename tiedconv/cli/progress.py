@@ -26,11 +26,11 @@ from tiedconv.training import (
     METRIC_TITLES,
     Baseline,
     Checkpointed,
+    ClassesMatched,
     Detecting,
     EpochEnd,
     EvalStep,
     Event,
-    FewClasses,
     Metrics,
     NotCompiled,
     Resumed,
@@ -170,7 +170,6 @@ class TrainingBar(Bar):
         # Training reports the time left; the bar's estimate is upset by evaluations in between.
         super().__init__(what, BarColumn(bar_width=_bar_width()), MofNCompleteColumn())
         self._total = self._epochs = 0
-        self._few_classes_shown = False
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -204,12 +203,14 @@ class TrainingBar(Bar):
             case Skipped(count, example):
                 what = "image that can't be read:" if count == 1 else "images that can't be read,"
                 self.line(f"skipped {count} {what} {'' if count == 1 else 'such as '}{example}")
-            case FewClasses(classes, outputs) if not self._few_classes_shown:
-                self._few_classes_shown = True
-                self.line(
-                    f"the data have {classes} classes and the model {outputs} outputs: labels are "
-                    f"matched to the first {classes} outputs, in the order of the class names"
-                )
+            case ClassesMatched(how, classes, odd):
+                if how in ("name", "class map"):
+                    self.line(f"{classes:,} classes are matched to the model's by {how}")
+                elif odd:
+                    self.line(
+                        f"folder names are numbers, sorted as text: {odd} is not label {odd}. "
+                        "--class-map FILE changes that"
+                    )
             case Unlabelled(images):
                 self.line(f"{images:,} images have no labels: measuring agreement with the teacher")
             case Detecting(images, objects):

@@ -11,12 +11,15 @@ from torch import nn
 
 import tiedconv.sources as sources
 from tiedconv.data import ImageList, eval_transform, open_images
+from tiedconv.data.class_match import match_classes
 from tiedconv.detection import DetectionList, detects
 from tiedconv.errors import UserError
 from tiedconv.runtime.finite import check_finite
+from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading, Source
+from tiedconv.sources.class_names import class_names_of
 from tiedconv.sources.models import is_compact, looks_like_file, open_model
-from tiedconv.training import EvalResult, OnEvent, evaluate_model, fit_inputs
+from tiedconv.training import ClassesMatched, EvalResult, OnEvent, evaluate_model, fit_inputs
 
 Change = Callable[[Preprocess], Preprocess]
 
@@ -54,6 +57,7 @@ def evaluate(
     preprocess: Change | None = None,
     batch_size: int = 64,
     limit: int | None = None,
+    class_map: str | Path | None = None,
     device: str = "auto",
     workers: int | None = None,
     task: str = "auto",
@@ -74,6 +78,9 @@ def evaluate(
         preprocess: changes how images are prepared.
         batch_size: images at a time.
         limit: at most so many images, spread evenly over the classes.
+        class_map: which output each class of the data is: `imagenet`, `position`, or a file (see
+            `data.class_match`). Without it, classes are matched by name where both sides have
+            names.
         device: `auto`, `cpu`, `cuda`, ...
         workers: processes that decode images, None to choose.
         task: `classification`, `detection`, or `auto`: what the data are for.
@@ -94,6 +101,12 @@ def evaluate(
         compact=True,
         trust_code=trust_code,
     )
+    classes = images.classes if images.objects is None else images.objects.names
+    history = state_of(opened.model).history if is_tied(opened.model) else ()
+    known = class_names_of(opened.source, opened.model, history)
+    images, match = match_classes(images, known, class_map)
+    if match is not None and on_event is not None:
+        on_event(ClassesMatched(**vars(match)))
     wanted = opened.source.preprocess or Preprocess(224)
     listed = (
         DetectionList(images, wanted, strict=strict)
@@ -108,7 +121,6 @@ def evaluate(
         workers=workers,
         on_event=on_event,
     )
-    classes = images.classes if images.objects is None else images.objects.names
     return Evaluation(str(model), result, wanted, len(classes))
 
 

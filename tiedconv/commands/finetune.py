@@ -7,29 +7,26 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
-from tiedconv.commands.evaluate import open_teacher
+from tiedconv.commands.finetune_inputs import FinetuneInputs, FinetuneRequest, open_inputs
 from tiedconv.conversion.original_blend import OriginalBlend
-from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, train_transform
-from tiedconv.detection import DetectionList, detects, for_detector
-from tiedconv.errors import DataError, UserError
+from tiedconv.errors import DataError
 from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import save
 from tiedconv.io.run_dir import RunDir
 from tiedconv.io.run_state import weights_digest
 from tiedconv.runtime.tie import set_state, state_of
-from tiedconv.sources import Preprocess, Source, sha256_of_file
-from tiedconv.sources.models import load, source_of, with_preprocess
+from tiedconv.sources import Preprocess, sha256_of_file
 from tiedconv.training import (
     ACCURACY,
     FREE_TO_CHANGE,
+    ClassesMatched,
     Detecting,
     Forecast,
     OnEvent,
@@ -43,23 +40,7 @@ from tiedconv.training import (
 from tiedconv.training import forecast as training_forecast
 from tiedconv.version import __version__
 
-
-@dataclass(frozen=True)
-class FinetuneRequest:
-    """Which model to train on which images, and how; fields as the arguments of `finetune`."""
-
-    file: str | Path
-    data: str | Path
-    config: TrainConfig = field(default_factory=TrainConfig)
-    teacher: str | nn.Module = "auto"
-    preprocess: Callable[[Preprocess], Preprocess] | None = None
-    val_split: float = 0.1
-    limit: int | None = None
-    unlabelled: bool = False
-    task: str = "auto"
-    device: str = "auto"
-    strict: bool = False
-    trust_code: bool = False
+_CLASS_TEXT = 50_000  # characters of class names that a history may hold
 
 
 @dataclass(frozen=True)
@@ -117,6 +98,7 @@ def finetune(
     preprocess: Callable[[Preprocess], Preprocess] | None = None,
     val_split: float = 0.1,
     limit: int | None = None,
+    class_map: str | Path | None = None,
     unlabelled: bool = False,
     task: str = "auto",
     device: str = "auto",
@@ -149,6 +131,9 @@ def finetune(
         preprocess: changes how images are prepared; the new file records it.
         val_split: fraction of the images to hold out where there is no validation folder.
         limit: maximum number of images in each part.
+        class_map: which output each class of the data is: `imagenet`, `position`, or a file (see
+            `data.class_match`). Without it, classes are matched by name where both sides have
+            names.
         unlabelled: ignore labels: class folders may be any folders.
         task: `classification`, `detection`, or `auto`: by the data.
         device: `auto`, `cpu`, `cuda`, ...
@@ -164,7 +149,8 @@ def finetune(
         TrainingError: the loss became infinite.
     """
     request = FinetuneRequest(
-        file, data, config or TrainConfig(), teacher, preprocess, val_split, limit, unlabelled,
+        file, data, config or TrainConfig(), teacher, preprocess, val_split, limit, class_map,
+        unlabelled,
         task, device, strict, trust_code,
     )  # fmt: skip
     return run(
@@ -181,6 +167,7 @@ def forecast(
     preprocess: Callable[[Preprocess], Preprocess] | None = None,
     val_split: float = 0.1,
     limit: int | None = None,
+    class_map: str | Path | None = None,
     unlabelled: bool = False,
     task: str = "auto",
     device: str = "auto",
@@ -193,7 +180,8 @@ def forecast(
     `finetune`.
     """
     return dry_run(FinetuneRequest(
-        file, data, config or TrainConfig(), teacher, preprocess, val_split, limit, unlabelled,
+        file, data, config or TrainConfig(), teacher, preprocess, val_split, limit, class_map,
+        unlabelled,
         task, device, strict, trust_code,
     ))  # fmt: skip
 
@@ -213,7 +201,7 @@ def run(
     folder = RunDir.beside(output)
     if not (resume or force):
         folder.require_new()
-    work = _open(request)
+    work = open_inputs(request)
     model, split = work.model, work.split
     blend = OriginalBlend(model, work.teacher) if work.config.progressive > 0 else None
     with init_distributed(request.device) as (processes, place):
@@ -247,64 +235,17 @@ def run(
 
 def dry_run(request: FinetuneRequest) -> Forecast:
     """What `forecast` does."""
-    work = _open(request)
+    work = open_inputs(request)
     return training_forecast(
         work.model, work.train_data, work.val_data, work.config, teacher=work.teacher,
         device=request.device,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What a training needs: the model, its teacher and the images."""
-
-    model: nn.Module
-    source: Source
-    teacher: nn.Module | None
-    name: str
-    split: Split
-    train_data: Dataset[Any]
-    val_data: Dataset[Any]
-    config: TrainConfig
-
-    @property
-    def detects(self) -> bool:
-        """Whether a detector is trained."""
-        return isinstance(self.train_data, DetectionList)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the images have labels or boxes."""
-        return self.detects or self.split.labelled
-
-
-def _open(request: FinetuneRequest) -> _Work:
-    config, teacher, strict = request.config, request.teacher, request.strict
-    split = open_split(
-        request.data, val_fraction=request.val_split, seed=config.seed, limit=request.limit,
-        labels=_label_use(request),
-    )  # fmt: skip
-    model = load(request.file, trust_code=request.trust_code)
-    source = with_preprocess(source_of(state_of(model).source), request.preprocess)
-    if isinstance(teacher, str):
-        network, name = open_teacher(teacher, source, trust_code=request.trust_code)
-    else:
-        network, name = teacher, type(teacher).__name__
-    prepared = source.preprocess or Preprocess(224)
-    train: Dataset[Any]
-    val: Dataset[Any]
-    if detects(request.task, split.train):
-        config = for_detector(config)
-        train, val = (DetectionList(p, prepared, strict=strict) for p in (split.train, split.val))
-    else:
-        transform = train_transform(prepared, config.augment, config.erasing)
-        train = ImageList(split.train, transform, strict=strict)
-        val = ImageList(split.val, eval_transform(prepared), strict=strict)
-    return _Work(model, source, network, name, split, train, val, config)
-
-
-def _announce(work: _Work, on_event: OnEvent) -> None:
-    """Reports what is measured, where it isn't accuracy."""
+def _announce(work: FinetuneInputs, on_event: OnEvent) -> None:
+    """Reports how classes were matched, and what is measured where it isn't accuracy."""
+    if work.match is not None:
+        on_event(ClassesMatched(**vars(work.match)))
     images = work.split.train
     if images.objects is not None and work.detects:
         on_event(Detecting(len(images), images.objects.count(images.places)))
@@ -318,7 +259,7 @@ def _write(model: nn.Module, output: Path, folder: RunDir, *, force: bool) -> No
     folder.clear()
 
 
-def _made_of(work: _Work, file: str | Path) -> dict[str, str]:
+def _made_of(work: FinetuneInputs, file: str | Path) -> dict[str, str]:
     """Digests of what a run depends on besides its options."""
     prepared = work.source.preprocess
     return {
@@ -330,21 +271,7 @@ def _made_of(work: _Work, file: str | Path) -> dict[str, str]:
     }
 
 
-def _label_use(request: FinetuneRequest) -> Labels:
-    """Whether labels are needed: not where the distillation is the whole loss."""
-    weight, teacher = request.config.distill_weight, request.teacher
-    distilled = weight == 1 and teacher != "none"
-    if request.unlabelled and not distilled:
-        raise UserError(
-            "Training without labels needs a teacher, and distillation as the whole loss",
-            f"The distillation's weight is {weight:g}, the teacher {teacher}",
-            "Use --distill 1 with a teacher, or leave --unlabelled out",
-            code="unlabelled-needs-distillation",
-        )
-    return "ignore" if request.unlabelled else "optional" if distilled else "required"
-
-
-def _required_teacher(work: _Work, data: str | Path) -> nn.Module:
+def _required_teacher(work: FinetuneInputs, data: str | Path) -> nn.Module:
     if work.teacher is None:
         raise DataError(
             f"The images of {data} have no labels, and there is no teacher",
@@ -356,7 +283,7 @@ def _required_teacher(work: _Work, data: str | Path) -> nn.Module:
 
 
 def _entry(
-    work: _Work, result: TrainResult, command: str | None, processes: int
+    work: FinetuneInputs, result: TrainResult, command: str | None, processes: int
 ) -> Mapping[str, Any]:
     """The entry of this run in the file's history. Metrics that are not finite become None."""
     # What does not change the result is left out: a resumed run ends with the same bytes.
@@ -369,6 +296,7 @@ def _entry(
         "train_images": len(work.split.train),
         "val_images": len(work.split.val),
         "held_out": work.split.held_out,
+        **_classes(work),
         "teacher": work.name,
         "options": options,
         "epochs": result.epochs,
@@ -381,6 +309,14 @@ def _entry(
         "command": command,
         "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
     }
+
+
+def _classes(work: FinetuneInputs) -> dict[str, Any]:
+    """The names of the classes that were learned, where there are any and they are not immense."""
+    names = list(work.classes)
+    numbers = names == [str(i) for i in range(len(names))]
+    short = sum(map(len, names)) <= _CLASS_TEXT
+    return {"classes": names} if work.labelled and names and short and not numbers else {}
 
 
 def _finite(value: float) -> float | None:

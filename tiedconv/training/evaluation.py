@@ -19,7 +19,7 @@ from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.distributed import ALONE, DistContext, PaddingImage
-from tiedconv.training.events import EvalStep, FewClasses, OnEvent, Skipped, ignore
+from tiedconv.training.events import EvalStep, OnEvent, Skipped, ignore
 from tiedconv.training.losses import rows_of
 from tiedconv.training.metrics import ACCURACY, Metrics, metric_names
 
@@ -127,8 +127,6 @@ def score(
     broken: list[str] = []
     for batch, output in answers(model, loader, placement, broken, on_event, processes):
         logits = rows_of(output)
-        if not outputs and classes and classes < logits.shape[-1]:
-            on_event(FewClasses(classes, logits.shape[-1]))
         outputs = logits.shape[-1]
         check_labels(batch.labels, outputs, classes)
         sums += _sums(logits, batch.labels.to(placement.device, non_blocking=True))
@@ -213,13 +211,29 @@ def scorer_of(data: Dataset[Any]) -> Scorer:
 
 
 def class_count(data: Dataset[Any]) -> int | None:
-    """The number of classes of a data set that names them, else None."""
-    classes = getattr(data, "classes", None)
-    return None if classes is None else len(classes)
+    """The number of classes of a data set that names them; None where labels are indices."""
+    classes: Sequence[str] | None = getattr(data, "classes", None)
+    if not classes or list(classes) == [str(i) for i in range(len(classes))]:
+        return None
+    return len(classes)
 
 
 def check_labels(labels: Tensor, outputs: int, classes: int | None = None) -> None:
-    """Raises DataError when data have labels that a model with so many outputs can't give."""
+    """Refuse data whose classes are not those of a model with so many outputs.
+
+    Raises:
+        DataError: there are fewer classes (`classes-unmatched`), or more (`classes-mismatch`).
+    """
+    if classes and classes < outputs:
+        raise DataError(
+            f"The data have {classes} classes and the model {outputs} outputs, and the names of "
+            "the model's classes are not known",
+            "Which output belongs to which class would be a guess",
+            "Say it with --class-map FILE (one name for each output), --class-map imagenet, or "
+            "--class-map position if the first outputs are meant; a class without images needs an "
+            "empty folder",
+            code="classes-unmatched",
+        )
     needed = max(classes or 0, int(labels.max()) + 1)
     if needed > outputs:
         raise DataError(

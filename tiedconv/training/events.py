@@ -97,11 +97,18 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class FewClasses:
-    """The data have fewer classes than the model has outputs; sent at each evaluation."""
+class ClassesMatched:
+    """How the classes of the data were matched to the model's outputs.
 
+    Args:
+        how: `name`, `class map`, `position` or `index`.
+        classes: the number of classes of the data.
+        numbers_as_text: a folder whose name is another number than its label, "" if none.
+    """
+
+    how: str
     classes: int
-    outputs: int
+    numbers_as_text: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ Event = (
     | EvalStep
     | EpochEnd
     | Skipped
-    | FewClasses
+    | ClassesMatched
     | Checkpointed
     | Unlabelled
     | Detecting

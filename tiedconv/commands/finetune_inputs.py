@@ -1,0 +1,137 @@
+"""What a fine-tuning reads: the compact model, its teacher, and images with matched classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from tiedconv.commands.evaluate import open_teacher
+from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, train_transform
+from tiedconv.data.class_match import ClassMatch, match_classes
+from tiedconv.detection import DetectionList, detects, for_detector
+from tiedconv.errors import UserError
+from tiedconv.runtime.tie import state_of
+from tiedconv.sources import Preprocess, Source
+from tiedconv.sources.class_names import ClassNames, class_names_of
+from tiedconv.sources.models import load, source_of, with_preprocess
+from tiedconv.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class FinetuneRequest:
+    """Which model to train on which images, and how; fields as the arguments of `finetune`."""
+
+    file: str | Path
+    data: str | Path
+    config: TrainConfig = field(default_factory=TrainConfig)
+    teacher: str | nn.Module = "auto"
+    preprocess: Callable[[Preprocess], Preprocess] | None = None
+    val_split: float = 0.1
+    limit: int | None = None
+    class_map: str | Path | None = None
+    unlabelled: bool = False
+    task: str = "auto"
+    device: str = "auto"
+    strict: bool = False
+    trust_code: bool = False
+
+
+@dataclass(frozen=True)
+class FinetuneInputs:
+    """What a training needs: the model, its teacher and the images.
+
+    Args:
+        model: the compact model.
+        source: where it came from, with the preprocessing of this run.
+        teacher: None for none.
+        name: of the teacher, or `none`.
+        split: the images, their labels those of the model's outputs.
+        train_data, val_data: the same, prepared for the model.
+        config: the training options, for the task.
+        match: how classes were matched; None without labels.
+        classes: the names of the classes, where they are to be recorded.
+    """
+
+    model: nn.Module
+    source: Source
+    teacher: nn.Module | None
+    name: str
+    split: Split
+    train_data: Dataset[Any]
+    val_data: Dataset[Any]
+    config: TrainConfig
+    match: ClassMatch | None
+    classes: tuple[str, ...]
+
+    @property
+    def detects(self) -> bool:
+        """Whether a detector is trained."""
+        return isinstance(self.train_data, DetectionList)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels or boxes."""
+        return self.detects or self.split.labelled
+
+
+def open_inputs(request: FinetuneRequest) -> FinetuneInputs:
+    """Open the model, the teacher and the images.
+
+    Raises:
+        UserError: one of them can't be used, or the classes are not those of the model.
+    """
+    config, teacher, strict = request.config, request.teacher, request.strict
+    split = open_split(
+        request.data, val_fraction=request.val_split, seed=config.seed, limit=request.limit,
+        labels=_label_use(request),
+    )  # fmt: skip
+    model = load(request.file, trust_code=request.trust_code)
+    source = with_preprocess(source_of(state_of(model).source), request.preprocess)
+    if isinstance(teacher, str):
+        network, name = open_teacher(teacher, source, trust_code=request.trust_code)
+    else:
+        network, name = teacher, type(teacher).__name__
+    known = class_names_of(source, model, state_of(model).history)
+    split, match = _matched(split, known, request.class_map)
+    prepared = source.preprocess or Preprocess(224)
+    train: Dataset[Any]
+    val: Dataset[Any]
+    if detects(request.task, split.train):
+        config = for_detector(config)
+        train, val = (DetectionList(p, prepared, strict=strict) for p in (split.train, split.val))
+    else:
+        transform = train_transform(prepared, config.augment, config.erasing)
+        train = ImageList(split.train, transform, strict=strict)
+        val = ImageList(split.val, eval_transform(prepared), strict=strict)
+    # What the file or its source says already need not be recorded again.
+    classes = () if known is not None and match and match.how == "name" else split.classes
+    return FinetuneInputs(model, source, network, name, split, train, val, config, match, classes)
+
+
+def _matched(
+    split: Split, known: ClassNames | None, class_map: str | Path | None
+) -> tuple[Split, ClassMatch | None]:
+    """Both parts, with the labels of the model's outputs."""
+    train, match = match_classes(split.train, known, class_map)
+    val, _ = match_classes(split.val, known, class_map)
+    return dataclasses.replace(split, train=train, val=val), match
+
+
+def _label_use(request: FinetuneRequest) -> Labels:
+    """Whether labels are needed: not where the distillation is the whole loss."""
+    weight, teacher = request.config.distill_weight, request.teacher
+    distilled = weight == 1 and teacher != "none"
+    if request.unlabelled and not distilled:
+        raise UserError(
+            "Training without labels needs a teacher, and distillation as the whole loss",
+            f"The distillation's weight is {weight:g}, the teacher {teacher}",
+            "Use --distill 1 with a teacher, or leave --unlabelled out",
+            code="unlabelled-needs-distillation",
+        )
+    return "ignore" if request.unlabelled else "optional" if distilled else "required"
