@@ -305,7 +305,8 @@ def _show(done: Conversion, *, each: bool, budget: bool) -> None:
         if any("lors" in how and stored < 0.5 * figures.original for how, stored in done.smaller):
             say("  Or choose ranks for a budget: --scheme lors --params 50%")
     if done.path:
-        say(f"Wrote {done.path} ({render.size(done.size)}, fitted in {done.seconds:.1f} s).")
+        took = f"fitted in {done.seconds:.1f} s"
+        say(f"Wrote {done.path} ({render.against_original(figures)}; {took}).")
         hint(f"Next: tiedconv finetune {done.path} --data IMAGES -o finetuned.safetensors")
     else:
         hint("Nothing was written: this was a dry run.")

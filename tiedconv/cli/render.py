@@ -220,6 +220,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
+def against_original(found: Report) -> str:
+    """The bytes of a file, against those of the original's tensors."""
+    share = percent(found.file_bytes / max(1, found.original_bytes))
+    original = f"{size(found.original_bytes)} ({found.original_dtype})"
+    return f"{size(found.file_bytes)}, {share} of the original's {original}"
+
+
 def work(found: Report) -> str:
     """What the converted layers take to run."""
     text = "FLOPs are unchanged: every weight keeps its shape when it is used."

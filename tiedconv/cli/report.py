@@ -108,7 +108,7 @@ def _show(one: Report, *, each: bool) -> None:
     common.show_groups(_rows(one, each=each), title)
     say(
         f"{one.original:,} parameters became {one.stored:,} ({render.percent(one.ratio)}); the "
-        f"file takes up {render.size(one.file_bytes)}. {render.work(one)}"
+        f"file takes up {render.against_original(one)}. {render.work(one)}"
     )
     say(render.LEGEND)
     on_images = any(entry.get("calibration") for entry in one.history)

@@ -224,7 +224,7 @@ def _stream(
         opened.model, planned, opened.tensors, output, on_group, own_process=own_process
     ) as fitted:
         seconds = time.perf_counter() - start
-        history = (history_entry(fitted, command),)
+        history = (history_entry(fitted, opened.source, command),)
         record, tensor = opened.source.to_json(), fitted.tensors.__getitem__
         written = write_compact(output, fitted.plan, record, history, tensor, force=force)
     return dataclasses.replace(todo, plan=fitted.plan, written=written, seconds=seconds)

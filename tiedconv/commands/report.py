@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Report:
         original, stored: total parameters.
         kept: parameters stored unchanged (included in both figures).
         tensor_bytes: bytes of all stored tensors, buffers included.
+        original_bytes: bytes of the original's tensors, in the type that they were published in.
+        original_dtype: that type.
         file_bytes: size of the file, 0 for a model in memory.
         history: entries of the steps, oldest first.
         source: the recorded source.
@@ -75,6 +77,8 @@ class Report:
     stored: int
     kept: int
     tensor_bytes: int
+    original_bytes: int
+    original_dtype: str
     file_bytes: int
     history: tuple[Mapping[str, Any], ...]
     source: Mapping[str, Any] | None
@@ -153,6 +157,7 @@ def _report(
 ) -> Report:
     views = {weight: expr.is_view for weight, expr in plan.weights.items()}
     stored = {**plan.kept, **plan.factors}
+    dtype = str((source or {}).get("weights_dtype") or _own_dtype(stored, sizes, history))
     kept = sum(math.prod(s) for n, s in plan.kept.items() if n not in plan.buffers)
     return Report(
         name=name,
@@ -161,12 +166,31 @@ def _report(
         original=plan.original,
         stored=plan.stored,
         kept=kept,
+        original_bytes=_numbers(plan) * (4 if dtype == "float32" else 2),
+        original_dtype=dtype,
         tensor_bytes=sum(math.prod(s) * sizes[n] for n, s in stored.items()),
         file_bytes=file_bytes,
         history=history,
         source=source,
         factored_flops=_factored_flops(plan),
     )
+
+
+def _own_dtype(
+    stored: Mapping[str, Sequence[int]],
+    sizes: Mapping[str, int],
+    history: Sequence[Mapping[str, Any]],
+) -> str:
+    """The original's type, where its source does not say: a model in memory keeps its own."""
+    halved = all(sizes[name] == 2 for name, shape in stored.items() if len(shape) > 1)
+    exported = any("computes_in" in step for step in history)
+    return "half precision" if halved and not exported else "float32"
+
+
+def _numbers(plan: Plan) -> int:
+    """The numbers of the original's tensors, buffers included."""
+    shapes = [*plan.kept.values(), *(expr.shape for expr in plan.weights.values())]
+    return sum(map(math.prod, shapes))
 
 
 def _measured(entry: Mapping[str, Any]) -> bool:

@@ -120,7 +120,7 @@ def convert_in_memory(
         original = copy.deepcopy(model)  # before aligning, which may change the model's tensors
         found = shortlist(model, original, info, candidates, calib, data, record, on_group)
         fitted, extra = calibrate_shortlist(model, original, found, calib, data, record)
-    set_state(model, history=({**history_entry(fitted, command), **extra},))
+    set_state(model, history=({**history_entry(fitted, source, command), **extra},))
 
 
 @contextmanager
@@ -163,8 +163,9 @@ def fit_streamed(
             fitted.close()
 
 
-def history_entry(fitted: Fit, command: str | None) -> dict[str, Any]:
-    """The history's record of a conversion."""
+def history_entry(fitted: Fit, source: Source, command: str | None) -> dict[str, Any]:
+    """The history's record of a conversion, which says in what type weights are stored."""
+    half = source.weights_dtype
     return {
         "step": "convert",
         "recipe": fitted.recipe.to_json(),
@@ -172,5 +173,6 @@ def history_entry(fitted: Fit, command: str | None) -> dict[str, Any]:
         "original": fitted.plan.original,
         "stored": fitted.plan.stored,
         "symmetries": fitted.symmetries,
+        **({} if half is None else {"stored_as": half, "computes_in": "float32"}),
         "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 from tiedconv.errors import UserError
 from tiedconv.exporters._format import Format, Job, Written, is_weight
 from tiedconv.io.checkpoint import read, save
+from tiedconv.io.narrowing import stored_as
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources.models import load
@@ -39,8 +40,11 @@ class Compact(Format):
                         code="dtype-overflow",
                     )
                 tensor.data = narrow
-        if kind is not torch.float32:
+        before = stored_as(state_of(model).history)
+        if kind is not torch.float32 or before is not None:
             step = {"step": "export", "dtype": job.dtype, "computes_in": "float32"}
+            # An original in half precision would be stored so again.
+            step |= {} if before is None else {"stored_as": job.dtype}
             set_state(model, history=(*state_of(model).history, step))
         save(model, job.path, force=True)
         return Written.of(model.state_dict().values())

@@ -29,6 +29,7 @@ from tiedconv.errors import CheckpointError, PlanError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.io.atomic import replacing
 from tiedconv.io.json_text import compact_json, strict_json
+from tiedconv.io.narrowing import narrowed, stored_as
 from tiedconv.io.raw import bytes_of
 from tiedconv.io.safetensors_file import DTYPES, Form, SafetensorsFile, write_tensors
 from tiedconv.io.validation import check_plan, checked_history, checked_source
@@ -135,7 +136,8 @@ def write_compact(
         path: of the file, which must not exist unless `force`.
         plan: of the conversion.
         source: how to build the model, plain data.
-        history: what was done with the model, oldest first.
+        history: what was done with the model, oldest first; `stored_as` in it decides the type
+            of the weights.
         tensor: from the name of a kept tensor or a factor to the tensor; called twice for each,
             for its hash, which the header holds, and to write it.
 
@@ -147,10 +149,16 @@ def write_compact(
         PlanError: the file would be beyond the limits of what is read again.
     """
     check_plan(plan)
+    history = tuple(history)
+    half = stored_as(history)
+
+    def stored(name: str) -> Tensor:
+        return narrowed(tensor(name), half)
+
     forms: dict[str, Form] = {}
     hashes: dict[str, str] = {}
     for name in (*plan.kept, *plan.factors):
-        value = tensor(name)
+        value = stored(name)
         forms[name], hashes[name] = (value.dtype, tuple(value.shape)), tensor_hash(value)
     record = {
         "format": FORMAT,
@@ -161,7 +169,7 @@ def write_compact(
     metadata = {"tiedconv": compact_json(record), "source": compact_json(source)}
     metadata["digest"] = _digest(metadata)
     with replacing(path, force=force) as temp:
-        write_tensors(temp, forms, tensor, metadata)
+        write_tensors(temp, forms, stored, metadata)
         return _read_back(temp, path)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from tiedconv.errors import SourceError, UserError, WeightsError
+from tiedconv.io.narrowing import half_type
 from tiedconv.runtime.finite import check_finite
 from tiedconv.sources.arguments import JSON, is_json, parse_model_args
 from tiedconv.sources.init import seeded, skip_init, skip_memory
@@ -97,7 +98,7 @@ def open_source(
         MissingExtra: the library of the spec is not installed.
     """
     provider = _provider(spec, kwargs or {}, network=True)
-    sha256 = name = part = None
+    sha256 = name = part = dtype = None
     if reading.ema is not None and weights in ("none", "default"):
         raise UserError(
             "--ema and --no-ema choose between the weights of a file, and none was given",
@@ -111,7 +112,7 @@ def open_source(
     elif weights == "default":
         with seeded(seed):
             model = provider.pretrained()
-        kind = "default"
+        kind, dtype = "default", provider.published_dtype
     else:
         path = weights_file(weights)
         name, kind = path.name, "file"
@@ -123,8 +124,9 @@ def open_source(
                 model = provider.build()
             provider.load(model, read.tensors)
             sha256, part = digest.result(), read.part or None
+            dtype = half_type((t.dtype, tuple(t.shape)) for t in read.tensors.values())
     check_finite(model, reading.non_finite)
-    return model.eval(), _source(spec, provider, model, kind, sha256, name, part)
+    return model.eval(), _source(spec, provider, model, kind, sha256, name, part, dtype)
 
 
 def open_lazily(
@@ -176,9 +178,11 @@ def open_lazily(
     if weights == "default":
         # Only what has its own name is sure to be taken as it is.
         own = all(name in found for name in tensors)
-        return (model.eval(), _source(spec, provider, model, "default"), tensors) if own else None
+        source = _source(spec, provider, model, "default", dtype=tensors.file_dtype)
+        return (model.eval(), source, tensors) if own else None
     digest = sha256_of_weights(path)
-    return model.eval(), _source(spec, provider, model, "file", digest, path.name), tensors
+    source = _source(spec, provider, model, "file", digest, path.name, dtype=tensors.file_dtype)
+    return model.eval(), source, tensors
 
 
 def outline(spec: str, kwargs: Mapping[str, JSON] | None = None) -> tuple[nn.Module, Source]:
@@ -311,6 +315,11 @@ def _provider(
     return TorchvisionModel(spec, kwargs)
 
 
+def _in_float32(model: nn.Module) -> bool:
+    """Whether the model's own parameters are wider than half precision."""
+    return all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
+
+
 def _source(
     spec: str,
     provider: Provider,
@@ -319,6 +328,7 @@ def _source(
     sha256: str | None = None,
     name: str | None = None,
     part: str | None = None,
+    dtype: str | None = None,
 ) -> Source:
     versions = {package: importlib.metadata.version(package) for package in provider.packages}
     return Source(
@@ -328,6 +338,7 @@ def _source(
         weights_sha256=sha256,
         weights_name=name,
         weights_part=part,
+        weights_dtype=dtype if _in_float32(model) else None,
         config=provider.config,
         preprocess=provider.preprocess(model),
         versions={"torch": torch.__version__, **versions},

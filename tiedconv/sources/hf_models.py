@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import MissingExtra, SourceError, WeightsError
+from tiedconv.io.narrowing import HALVES
 from tiedconv.sources.arguments import JSON, refuse_arguments
 from tiedconv.sources.hf_config import architecture, from_data, to_data
 from tiedconv.sources.hf_preprocess import from_image_processor, from_model_config
@@ -35,6 +36,7 @@ class HfModel:
     """
 
     packages: tuple[str, ...] = ("torchvision", "transformers")
+    published_dtype: str | None = None
 
     def __init__(
         self,
@@ -79,6 +81,8 @@ class HfModel:
             ),
             "configuration",
         )
+        stated = str(getattr(config, "dtype", None)).removeprefix("torch.")
+        self.published_dtype = stated if stated in HALVES else None
         return to_data(self._transformers, self._spec, config, self.kwargs)
 
     def _configuration(self) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from tiedconv.io.narrowing import half_type
 from tiedconv.runtime.finite import checked
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.sources.sharded_safetensors import Place
@@ -31,6 +32,10 @@ class LazyWeights(Mapping[str, Tensor]):
         found: where the file's tensors lie, by the file's names.
         non_finite: as in `Reading`.
 
+    Attributes:
+        dtypes: of the model's tensors, by name.
+        file_dtype: the half type of the file's weights, if they have one; see `half_type`.
+
     Raises:
         WeightsError: they don't fit, as `fit_to` says.
     """
@@ -48,6 +53,7 @@ class LazyWeights(Mapping[str, Tensor]):
         self._parameters = {name for name, _ in model.named_parameters()}
         first: dict[int, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self.file_dtype = half_type((place.dtype, place.shape) for place in found.values())
         self._sources: dict[str, Place | Tensor] = {}
         for name, own in state_tensors(model).items():
             # A tensor with several names is given by the last, as when a state dict is loaded.

@@ -31,6 +31,10 @@ class Provider(Protocol):
     def packages(self) -> tuple[str, ...]:
         """The packages it is built with, whose versions are recorded."""
 
+    @property
+    def published_dtype(self) -> str | None:
+        """`float16` or `bfloat16` where the published weights are in it."""
+
     def build(self) -> nn.Module:
         """The model, with whatever initialisation is in force."""
 

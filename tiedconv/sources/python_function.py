@@ -35,6 +35,7 @@ class PythonFunction:
 
     config: Mapping[str, JSON] | None = None
     packages: tuple[str, ...] = ()
+    published_dtype: str | None = None
 
     def __init__(self, spec: str, kwargs: Mapping[str, JSON]) -> None:
         self._spec = spec

@@ -16,6 +16,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _INTERPOLATIONS = ("bilinear", "bicubic")
 _WEIGHTS = ("default", "none", "file", "memory")
 _LARGEST_SIDE = 65536
+_OPTIONAL = ("weights_part", "weights_dtype")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class Source:
         weights_name: base name of that file, never its path.
         weights_part: the key in that file under which they lay, such as `state_dict_ema`. Written
             only where there is one, as older releases refuse what they do not know.
+        weights_dtype: `float16` or `bfloat16` where the original's weights are published in it;
+            likewise.
         config: for Hugging Face models, the configuration and the name of the "architecture".
         preprocess: how images are prepared, when the source says so.
         versions: of the libraries that the model was built with.
@@ -108,6 +111,7 @@ class Source:
     weights_sha256: str | None = None
     weights_name: str | None = None
     weights_part: str | None = None
+    weights_dtype: str | None = None
     config: Mapping[str, JSON] | None = None
     preprocess: Preprocess | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -120,7 +124,7 @@ class Source:
             "weights": self.weights,
             "weights_sha256": self.weights_sha256,
             "weights_name": self.weights_name,
-            **({} if self.weights_part is None else {"weights_part": self.weights_part}),
+            **{name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None},
             "config": None if self.config is None else dict(self.config),
             "preprocess": None if self.preprocess is None else self.preprocess.to_json(),
             "versions": dict(self.versions),
@@ -133,9 +137,9 @@ class Source:
         Raises:
             CheckpointError: a key is missing or unknown, or a value has the wrong type.
         """
-        items = _object_with(cls, data, "The model source", CheckpointError, ("weights_part",))
+        items = _object_with(cls, data, "The model source", CheckpointError, _OPTIONAL)
         sha, name = items["weights_sha256"], items["weights_name"]
-        part = items.setdefault("weights_part", None)
+        part, dtype = (items.setdefault(name, None) for name in _OPTIONAL)
         config, preprocess = items["config"], items["preprocess"]
         checks = {
             "spec": isinstance(items["spec"], str),
@@ -144,6 +148,7 @@ class Source:
             "weights_sha256": sha is None or _is_sha256(sha),
             "weights_name": name is None or (isinstance(name, str) and _is_base_name(name)),
             "weights_part": part is None or (isinstance(part, str) and len(part) <= 100),
+            "weights_dtype": dtype in (None, "float16", "bfloat16"),
             "config": config is None or is_object(config),
             "versions": is_object(items["versions"])
             and all(isinstance(version, str) for version in items["versions"].values()),

@@ -38,6 +38,7 @@ class TimmModel:
 
     config: Mapping[str, JSON] | None = None
     packages: tuple[str, ...] = ("torchvision", "timm")
+    published_dtype: str | None = None
 
     def __init__(self, name: str, kwargs: Mapping[str, JSON]) -> None:
         self._timm = _import_timm()

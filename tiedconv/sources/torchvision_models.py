@@ -36,6 +36,7 @@ class TorchvisionModel:
 
     config: Mapping[str, JSON] | None = None
     packages: tuple[str, ...] = ("torchvision",)
+    published_dtype: str | None = None
 
     def __init__(self, name: str, kwargs: Mapping[str, JSON]) -> None:
         self._models: Any = import_torchvision().models
