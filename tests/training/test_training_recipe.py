@@ -281,7 +281,7 @@ def test_the_forward_may_be_a_wrapper_around_the_student() -> None:
     wrapper = Wrapper(student)
     pixels, labels = images(4).read_batch(range(4), range(4))
     config = TrainConfig(features=1.0)
-    wrapped = Objective(config, wrapper, student, teacher, 3, CPU)(pixels, labels, 0)
+    wrapped = Objective(config, wrapper, student, teacher, 7, CPU)(pixels, labels, 0)
     assert wrapper.calls == 1
     torch.testing.assert_close(wrapped, objective(config, student, teacher)(pixels, labels, 0))
 
@@ -294,7 +294,7 @@ def test_both_run_under_autocast_and_the_loss_is_single() -> None:
     pixels, labels = images(4).read_batch(range(4), range(4))
     config = TrainConfig(features=0.5, mixup=0.4)
     half = Placement(torch.device("cpu"), autocast_in=torch.bfloat16)
-    found = Objective(config, student, student, teacher, 3, half)(pixels, labels, 0)
+    found = Objective(config, student, student, teacher, 7, half)(pixels, labels, 0)
     assert seen == [torch.bfloat16] * 2
     assert (found.loss.dtype, found.logits.dtype) == (torch.float32, torch.float32)
     whole = objective(config, student, teacher)(pixels, labels, 0)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Plan
-from tiedconv.errors import CheckpointError, PlanError
+from tiedconv.errors import CheckpointError, PlanError, UserError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.io.atomic import replacing
 from tiedconv.io.json_text import compact_json, strict_json
@@ -33,6 +33,7 @@ from tiedconv.io.narrowing import narrowed, stored_as
 from tiedconv.io.raw import bytes_of
 from tiedconv.io.safetensors_file import DTYPES, Form, SafetensorsFile, write_tensors
 from tiedconv.io.validation import check_plan, checked_history, checked_source
+from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import state_of, tie
 
 FORMAT = 1
@@ -110,7 +111,8 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
 def write_model(model: nn.Module, path: Path, *, force: bool = False) -> Checkpoint:
     """As `save`; returns the file as it was read back."""
     state = state_of(model)
-    own = model.state_dict()
+    own = state_tensors(model)
+    _same_as_planned(own, state.plan)
     return write_compact(
         path,
         state.plan,
@@ -119,6 +121,30 @@ def write_model(model: nn.Module, path: Path, *, force: bool = False) -> Checkpo
         lambda name: own[name].detach().cpu(),
         force=force,
     )
+
+
+def _same_as_planned(own: Mapping[str, Tensor], plan: Plan) -> None:
+    """Refuse a model to which something was done that its plan does not know.
+
+    Raises:
+        UserError: tensors are missing, are new, or have another shape (`model-changed`).
+    """
+    expected = {**plan.kept, **plan.factors}
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    found = [
+        f"it lacks {name}" if name not in shapes else f"{name} is {shapes[name]}, not {shape}"
+        for name, shape in expected.items()
+        if shapes.get(name) != shape
+    ]
+    found += [f"{n} is new" for n in shapes if n not in expected and n not in plan.aliases]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(
+            f"The model was changed after its conversion: {', '.join(found[:3])}{more}",
+            "The file would not be this model, and nothing was written",
+            "Save before the change; or call tiedconv.untie(model) and convert the changed model",
+            code="model-changed",
+        )
 
 
 def write_compact(

@@ -13,6 +13,7 @@ never written.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from tiedconv.core.expr import Expr
 from tiedconv.core.plan import Plan
 from tiedconv.errors import PlanError, UserError
+from tiedconv.runtime.computed_weight import plain
+from tiedconv.runtime.other_tools import unwatch_tools, watch_tools
 from tiedconv.runtime.tied_module import (
     EXPRS,
     FROZEN,
@@ -34,6 +37,7 @@ from tiedconv.runtime.tied_module import (
 )
 
 _STATE = "_tiedconv_state"
+_ORDER = "_tiedconv_order"  # of a module's parameters before some of them were tied
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def tie(
     for name, module, attribute in converted:
         _bind(module, attribute, plan.weights[_canonical_name(plan, name)], model)
     model.__dict__[_STATE] = State(plan, source, history)
+    watch_tools(model)
 
 
 def untie(model: nn.Module) -> nn.Module:
@@ -126,8 +131,10 @@ def untie(model: nn.Module) -> nn.Module:
         exprs = module.__dict__[EXPRS]
         set_expressions(module, {a: e for a, e in exprs.items() if a != attribute}, model)
         module._parameters[attribute] = dense[_canonical_name(plan, name)]
+        _restore_order(module)
     for name in plan.factors:
         del model._parameters[name]
+    unwatch_tools(model)
     del model.__dict__[_STATE]
     return model
 
@@ -165,12 +172,14 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     plan = state_of(model).plan
     own = model.state_dict()
-    dense = {n: t for n, t in own.items() if n not in plan.factors}
+    dense = OrderedDict((n, t) for n, t in own.items() if n not in plan.factors)
     with torch.no_grad():
         for name, expr in plan.weights.items():
             dense[name] = expr.evaluate(own.__getitem__).detach().contiguous()
     for alias, name in plan.aliases.items():
         dense[alias] = dense[name]
+    # The versions of its modules, which some loaders ask for.
+    dense._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
     return dense
 
 
@@ -196,11 +205,8 @@ def freeze(model: nn.Module) -> nn.Module:
     for _, module, attribute in list(_iter_converted(model, state_of(model).plan)):
         if not (module.__dict__[EXPRS][attribute].is_view or is_factored(module, attribute)):
             with torch.no_grad():
-                module.register_buffer(
-                    FROZEN + attribute,
-                    getattr(module, attribute).detach().contiguous(),
-                    persistent=False,
-                )
+                value = plain(getattr(module, attribute)).detach().contiguous()
+                module.register_buffer(FROZEN + attribute, value, persistent=False)
     return model
 
 
@@ -285,8 +291,20 @@ def has_offsets(model: nn.Module) -> bool:
 
 def _bind(module: nn.Module, attribute: str, expr: Expr, root: nn.Module) -> None:
     exprs = {**module.__dict__.get(EXPRS, {}), attribute: expr}
+    module.__dict__.setdefault(_ORDER, tuple(module._parameters))
     del module._parameters[attribute]
     set_expressions(module, exprs, root)
+
+
+def _restore_order(module: nn.Module) -> None:
+    """Put parameters where the class has them: the state of an optimiser goes by position."""
+    if EXPRS in module.__dict__:
+        return  # another weight of it is still computed
+    order = [name for name in module.__dict__.pop(_ORDER, ()) if name in module._parameters]
+    found = {name: module._parameters.pop(name) for name in order}
+    later = dict(module._parameters)
+    module._parameters.clear()
+    module._parameters.update({**found, **later})
 
 
 def _iter_converted(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:

@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tiedconv.core.expr import Expr, Lookup
+from tiedconv.runtime.computed_weight import (
+    ComputedWeight,
+    guarded,
+    is_read_by_a_forward,
+    refusal,
+    refuse_rewriters,
+)
 from tiedconv.runtime.factored_torch import linear
 from tiedconv.runtime.flops import never_materialized
 
@@ -124,10 +131,31 @@ def _make_tied_class(
         drop_buffers(self, FROZEN)
         base._load_from_state_dict(self, *args)
 
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        if name in attributes:
+            raise refusal(f"Assigning {name}", self.__dict__[EXPRS][name].refs)
+        base.__setattr__(self, name, value)
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if name in attributes or isinstance(param, ComputedWeight):
+            raise refusal(f"Registering {name}")
+        base.register_parameter(self, name, param)
+
+    def parametrizations(self: nn.Module) -> Any:
+        refuse_rewriters()
+        raise AttributeError("parametrizations")  # this module has none
+
+    def scriptable(self: nn.Module) -> nn.Module:
+        raise refusal("torch.jit.script()")
+
     namespace: dict[str, Any] = {
         "__reduce_ex__": reduce_ex,
         "train": train,
         "_load_from_state_dict": load,
+        "__setattr__": set_attribute,
+        "register_parameter": register,
+        "parametrizations": property(parametrizations),
+        "__prepare_scriptable__": scriptable,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -147,14 +175,18 @@ def _empty(base: type[nn.Module], attributes: frozenset[str], forward: Forward) 
 def _getter(attribute: str) -> Any:
     frozen_name, offset_name = FROZEN + attribute, OFFSET + attribute
 
-    def get(self: nn.Module) -> Tensor:
+    def value_of(self: nn.Module, expr: Expr) -> Tensor:
         frozen = self._buffers.get(frozen_name)
         if frozen is not None:
             return frozen
-        expr: Expr = self.__dict__[EXPRS][attribute]
         value = expr.evaluate(lookup_of(self))
         offset, scale = _offset_of(self, offset_name)
         return value if offset is None else torch.add(value, offset, alpha=scale)
+
+    def get(self: nn.Module) -> Tensor:
+        expr: Expr = self.__dict__[EXPRS][attribute]
+        value = value_of(self, expr)
+        return value if is_read_by_a_forward() else guarded(value, expr.refs)
 
     return get
 
