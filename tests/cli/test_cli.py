@@ -609,7 +609,8 @@ def test_a_function_of_the_users(
                 words=["cli_test_models:net", "--trust-code"],
             )
         else:
-            assert "--trust-code" in run(*command).stdout
+            assert "--trust-code" in run(*command, code=3).stdout
+            run(*command, "--allow-unchecked")
     run("verify", file, "--trust-code")
     run("evaluate", file, "--data", world.data, "--trust-code", "--workers", 0)
     run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -19,18 +20,20 @@ import pytest
 import torch
 from cli_helpers import figures, files_of, refused, run, write_images
 from covering import slow_unless
+from error_codes import raises
 from export_helpers import MODEL_ARGS, SPEC, with_image_size
 from micro import Micro, all_micros
 from torch import Tensor, nn
 
 import tiedconv
 from tiedconv import exporters as exporting
-from tiedconv.commands._reference import images_for, reference
+from tiedconv.commands._reference import images_for, outputs_differ_by, outputs_of, reference
 from tiedconv.commands.verify_export import _size as check_size
 from tiedconv.errors import CheckpointError, UserError, VerifyError
 from tiedconv.exporters import Job, _onnx_lower, all_formats
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.exporters._onnx_lower import onnx_graph
+from tiedconv.runtime.outputs import named_outputs
 from tiedconv.runtime.tie import dense_state_dict, set_state, state_of
 from tiedconv.sources import Source
 
@@ -221,9 +224,9 @@ def test_narrower_weights_keep_the_ties(
     form = type(all_formats()[wrote["format"]])
     plain = form.run
 
-    def run_off(self: Any, path: Path, images: Tensor) -> Tensor:
-        logits = plain(self, path, images)
-        return logits + 1.5 * expected.tolerance * expected.exact.abs().max().clamp(min=1.0)
+    def run_off(self: Any, path: Path, images: Tensor) -> dict[str, Tensor]:
+        logits, exact = plain(self, path, images)["logits"], expected.exact["logits"]
+        return {"logits": logits + 1.5 * expected.tolerance * exact.abs().max().clamp(min=1.0)}
 
     monkeypatch.setattr(form, "run", run_off)
     command = ["export", compact, "-o", f"n.{output}", "--dtype", dtype, *to]
@@ -261,19 +264,20 @@ def test_what_could_not_be_compared_is_reported(
 ) -> None:
     file = flat_file(here / "flat.safetensors", monkeypatch)
     command = ("export", file, "-o", "m.safetensors", "--to", "compact", "--trust-code")
-    assert "Not checked: the logits. The model can't take images" in run(*command).stdout
+    assert "Not checked: the outputs. The model can't take images" in run(*command).stdout
     wrote = figures(*command, "--force")
     assert wrote["difference"] is None
     assert "224 x 224" in wrote["not_checked"]
-    found = figures("verify", file, "--trust-code")
+    found = json.loads(run("verify", file, "--trust-code", "--json", code=3).stdout)
     assert found["not_checked"] == ["outputs"]
     check = next(c for c in found["checks"] if c["name"] == "outputs")
     assert check["passed"] is None
     assert check["detail"].startswith("not checked: ")
-    text = run("verify", file, "--trust-code").stdout
+    text = run("verify", file, "--trust-code", code=3).stdout
     assert "--   outputs  not checked: The model can't take images" in text
     assert text.endswith("5 checks passed, not checked: outputs.\n")
-    found = figures("verify", file)  # the model can't be built without --trust-code
+    # The model can't be built without --trust-code.
+    found = figures("verify", file, "--allow-unchecked")
     assert found["not_checked"] == ["model"]
 
 
@@ -424,7 +428,7 @@ def test_a_lost_tie_or_other_logits_leave_no_file(
         patch.setattr(type(pt2), "write", doubled)
         refused("export", compact, "-o", "m.pt2", error_code="tie-lost", code=1)
     with monkeypatch.context() as patch:
-        patch.setattr(type(pt2), "run", lambda self, path, images: torch.ones(2, 5))
+        patch.setattr(type(pt2), "run", lambda self, path, images: {"logits": torch.ones(2, 5)})
         refused("export", compact, "-o", "m.pt2", error_code="outputs-differ", code=1)
     assert not files_of(here)
 
@@ -525,3 +529,79 @@ def test_a_changed_number_of_a_dense_file_is_found(compact: Path, here: Path) ->
         tiedconv.verify(compact, against="m.pth")
     assert caught.value.code == "tensors-differ"
     assert "head.bias is missing" in caught.value.what
+
+
+class Detector(nn.Module):
+    """Boxes and integers beside the logits, and features if they are asked for."""
+
+    def __init__(self, random: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(96, 96) for _ in range(3))
+        self.boxes, self.random = nn.Linear(96, 4), random
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        """`(n, 3, H, W)` to a dict."""
+        x = images.mean((2, 3)).repeat(1, 32)
+        if self.random:
+            x = x + torch.rand_like(x)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return {
+            "logits": x,
+            "pred_boxes": self.boxes(x).sigmoid(),
+            "states": (x * 2, {"last": x + 1}),
+            "nothing": None,
+        }
+
+
+NAMES = ("logits", "pred_boxes", "states.0", "states.1.last")
+
+
+def detector_file(path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
+    model = tiedconv.convert(Detector(**options), "lors", rank=2)
+    tiedconv.save(model, path)
+    monkeypatch.setattr(
+        "tiedconv.sources.models.skeleton_of", lambda *_, **__: Detector(**options).eval()
+    )
+    monkeypatch.setattr(
+        "tiedconv.commands.verify.skeleton_of", lambda *_, **__: Detector(**options).eval()
+    )
+    return path
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx", "xml"])
+def test_an_export_has_all_outputs_unless_some_are_asked_for(
+    here: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    file = detector_file(here / "d.safetensors", monkeypatch)
+    done = tiedconv.export(file, here / f"a.{ending}")
+    assert done.outputs == NAMES
+    assert done.difference is not None
+    x = images_for(tiedconv.load(file))
+    form = all_formats()[done.format]
+    found, expected = form.run(here / f"a.{ending}", x), named_outputs(tiedconv.load(file)(x))
+    assert tuple(found) == tuple(expected) == NAMES
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    checks = tiedconv.verify(file, against=here / f"a.{ending}")
+    assert all(check.passed for check in checks)
+    few = tiedconv.export(file, here / f"b.{ending}", outputs=["pred_boxes", "logits"])
+    assert few.outputs == ("pred_boxes", "logits")
+    missing = [c for c in tiedconv.verify(file, against=here / f"b.{ending}") if c.passed is None]
+    assert len(missing) == 1
+    assert "states.0" in missing[0].detail
+    with raises(UserError, "unknown-output", "pred_masks", "pred_boxes"):
+        tiedconv.export(file, here / f"c.{ending}", outputs=["pred_masks"])
+    assert not (here / f"c.{ending}").exists()
+
+
+def test_a_model_that_is_random_in_evaluation_is_seeded(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = detector_file(here / "d.safetensors", monkeypatch, random=True)
+    assert all(check.passed for check in tiedconv.verify(file))
+    model, x = tiedconv.load(file), torch.rand(2, 3, 8, 8)
+    state = torch.get_rng_state()
+    one, other = outputs_of(model, x), outputs_of(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert outputs_differ_by(one, other) == 0

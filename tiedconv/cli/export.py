@@ -45,13 +45,19 @@ def export(
         ),
     ] = "auto",
     opset: Annotated[int | None, typer.Option(help="ONNX opset; chosen if not given.")] = None,
+    outputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Outputs to export, such as logits,pred_boxes; default all."
+        ),
+    ] = None,
     trust_code: common.TrustCode = False,
     force: common.Force = False,
     json_: common.Json = False,
 ) -> None:
     """Export a compact model to a format that runs without tiedconv.
 
-    ONNX, OpenVINO and torch's pt2 hold each stored tensor once. The size is checked, and the logits
+    ONNX, OpenVINO and torch's pt2 hold each stored tensor once. The size is checked, and outputs
     are compared with the model's, before the file is moved into place; if they can't be compared,
     the output says "Not checked" and why. The dense form is the plain state dict of the original
     class, at the original's size.
@@ -59,7 +65,15 @@ def export(
     from tiedconv.commands.export import export as run
 
     done = run(
-        file, output, to, dtype=dtype, lower=lower, opset=opset, trust_code=trust_code, force=force
+        file,
+        output,
+        to,
+        dtype=dtype,
+        lower=lower,
+        opset=opset,
+        trust_code=trust_code,
+        force=force,
+        outputs=[n.strip() for n in outputs.split(",")] if outputs else (),
     )
     if json_:
         common.print_json(done)
@@ -78,9 +92,10 @@ def _facts(done: Exported) -> list[str]:
         times = done.weight_bytes / done.stored_bytes
         lines.append(f"Its tensors take up {times:.3f} times the stored bytes.")
     if done.difference is None:
-        lines.append(f"Not checked: the logits. {done.not_checked}.")
+        lines.append(f"Not checked: the outputs. {done.not_checked}.")
     else:
-        lines.append(f"Checked: on random images its logits differ by {done.difference:.1e}.")
+        what = " and ".join(done.outputs) or "outputs"
+        lines.append(f"Checked: on random images its {what} differ by {done.difference:.1e}.")
     if done.facts.get("one_copy"):
         lines.append(
             "Some matrices are also read transposed. For one copy of them in memory, set ONNX "

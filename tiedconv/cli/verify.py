@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,10 @@ def verify(
         typer.Option(metavar="DIR", help="A folder of images to compare on, besides random ones."),
     ] = None,
     count: Annotated[int, typer.Option("-n", "--count", help="Number of them.", min=2)] = 16,
+    allow_unchecked: Annotated[
+        bool,
+        typer.Option("--allow-unchecked", help="End with 0 although something was not compared."),
+    ] = False,
     trust_code: common.TrustCode = False,
     json_: common.Json = False,
 ) -> None:
@@ -40,8 +45,9 @@ def verify(
 
     Hashes, references and shapes; the model builds and holds each stored tensor once; its outputs
     agree with those of the dense form. With --against, an exported file too holds each tensor once
-    and gives the same logits. What could not be run is listed as "not checked". Exit code 0: no
-    check failed; 1: a check failed; 2: the file is missing or damaged.
+    and gives the same outputs. Exit code 0: all that is listed was compared; 1: a check failed;
+    2: the file is missing or damaged; 3: something could not be compared and is listed as
+    "not checked".
     """
     from tiedconv.commands.verify import verify as run
 
@@ -49,9 +55,17 @@ def verify(
     not_checked = [check.name for check in checks if check.passed is None]
     if json_:
         common.print_json({"file": file, "checks": checks, "not_checked": not_checked})
+        _end(not_checked, allow_unchecked=allow_unchecked)
         return
     for check in checks:
         line = Text.assemble(_MARKS[check.passed], f"  {check.name:<8} {check.detail}")
         out.print(line, soft_wrap=True)
     rest = f", not checked: {', '.join(not_checked)}" if not_checked else ""
     common.say(f"{render.counted(len(checks) - len(not_checked), 'check')} passed{rest}.")
+    _end(not_checked, allow_unchecked=allow_unchecked)
+
+
+def _end(not_checked: Sequence[str], *, allow_unchecked: bool) -> None:
+    """End with 3 if something was not compared, unless that was allowed."""
+    if not_checked and not allow_unchecked:
+        raise typer.Exit(3)

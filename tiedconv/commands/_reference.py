@@ -1,76 +1,107 @@
-"""The logits that a written file must give, and how far it may be off."""
+"""The outputs that a written file must give, and how far they may be off."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tiedconv.exporters._format import is_weight, random_images
-from tiedconv.runtime.forward_check import checked_forward
+from tiedconv.runtime.forward_check import checked_forward, further_inputs
+from tiedconv.runtime.outputs import chosen, named_outputs
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import Preprocess, Source
-from tiedconv.training import logits_of
 
 TOLERANCE = 1e-4
-"""How far float32 logits may be off, relative to the largest logit: another order of sums."""
+"""How far float32 outputs may be off, relative to the largest: another order of sums."""
 
 INT8_MARGIN = 3.0
-"""How many times the effect of rounding to int8, as measured in torch, the logits may be off."""
+"""How many times the effect of rounding to int8, as measured in torch, the outputs may be off."""
+
+
+Outputs = Mapping[str, Tensor]
+"""What a model returns, by name."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The logits of a compact model on some images.
+    """The outputs of a compact model on some images, by name.
 
     Args:
-        exact: with the weights as they are, `(n, classes)`.
+        exact: with the weights as they are.
         rounded: with the weights rounded as the file stores them.
-        tolerance: how far a file's logits may be from `rounded`, see `relative_difference`.
+        tolerance: how far a file's outputs may be from `rounded`, see `outputs_differ_by`.
     """
 
-    exact: Tensor
-    rounded: Tensor
+    exact: Outputs
+    rounded: Outputs
     tolerance: float
 
 
-def reference(model: nn.Module, images: Tensor, dtype: str) -> Reference:
+def reference(model: nn.Module, images: Tensor, dtype: str, names: Sequence[str] = ()) -> Reference:
     """What a file with weights of this dtype must give.
 
     Rounding to float16 or bfloat16 does not depend on a tensor's layout: the file must agree with
     the rounded model as closely as in float32. int8 has a scale for each row, and a file may store
     a factor transposed: the effect of both is measured, and bounds the difference from the exact
-    logits.
+    outputs.
 
     Args:
         model: tied, in evaluation mode.
         images: `(n, C, H, W)`.
         dtype: one of `exporters.DTYPES`.
+        names: of the outputs; all without any.
 
     Raises:
         UserError: the model rejects such images (code `images-rejected`).
     """
-    exact = _logits(model, images)
+
+    def outputs(of: nn.Module) -> Outputs:
+        return chosen(outputs_of(of, images), names)
+
+    exact = outputs(model)
     if dtype == "float32":
         return Reference(exact, exact, TOLERANCE)
     if dtype == "int8":
         off = max(
-            relative_difference(_logits(_rounded(model, _int8_along(dim)), images), exact)
-            for dim in (0, 1)
+            outputs_differ_by(outputs(_rounded(model, _int8_along(dim))), exact) for dim in (0, 1)
         )
         return Reference(exact, exact, TOLERANCE + INT8_MARGIN * off)
     kind: torch.dtype = getattr(torch, dtype)
-    rounded = _logits(_rounded(model, lambda t: t.to(kind).to(t.dtype)), images)
+    rounded = outputs(_rounded(model, lambda t: t.to(kind).to(t.dtype)))
     return Reference(exact, rounded, TOLERANCE)
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference of two tensors, relative to the largest expected value or to 1."""
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
+def outputs_differ_by(found: Outputs, expected: Outputs) -> float:
+    """The largest `relative_difference` of the outputs; NaN if one is missing or has other sides.
+
+    Outputs of integers or truth values differ by infinity if they differ at all.
+    """
+    if found.keys() != expected.keys():
+        return math.nan
+    worst = 0.0
+    for name, value in expected.items():
+        other = found[name]
+        if other.shape != value.shape:
+            return math.nan
+        if not value.is_floating_point():
+            off = 0.0 if torch.equal(other.to(value.dtype), value) else math.inf
+        else:
+            off = relative_difference(other.float(), value.float()) if value.numel() else 0.0
+        worst = off if off != off else max(worst, off)
+        if worst != worst:
+            return worst
+    return worst
 
 
 def images_for(model: nn.Module) -> Tensor:
@@ -81,8 +112,21 @@ def images_for(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return logits_of(checked_forward(model, images))
+def outputs_of(model: nn.Module, images: Tensor, *, with_text: bool = False) -> Outputs:
+    """Every output of a model, by name. What is random in it is drawn alike in each call.
+
+    Args:
+        model: in evaluation mode.
+        images: `(n, C, H, W)`.
+        with_text: give models that take text as well some text.
+
+    Raises:
+        UserError: the model rejects such images (`images-rejected`), or returns no tensors.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        further = further_inputs(model, images) if with_text else {}
+        return named_outputs(checked_forward(model, images, **further))
 
 
 @torch.no_grad()

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from tiedconv.commands._reference import Reference, images_for, reference, relative_difference
+from tiedconv.commands._reference import (
+    Reference,
+    images_for,
+    outputs_differ_by,
+    outputs_of,
+    reference,
+)
 from tiedconv.errors import UserError, VerifyError
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.io.atomic import check_output, replacing_files
+from tiedconv.runtime.outputs import ONLY, chosen
 from tiedconv.sources.models import load
 
 GROWTH = 1.02
@@ -36,6 +43,7 @@ class Exported:
             images, relative to the largest logit; None if the file was not run.
         not_checked: why the file was not run; None if it was.
         facts: further figures of the format.
+        outputs: names of the outputs in the file; empty for a format without a graph.
     """
 
     path: Path
@@ -48,6 +56,7 @@ class Exported:
     difference: float | None
     not_checked: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
 
 
 def export(
@@ -58,6 +67,7 @@ def export(
     dtype: str = "float32",
     lower: str = "auto",
     opset: int | None = None,
+    outputs: Sequence[str] = (),
     force: bool = False,
     trust_code: bool = False,
 ) -> Exported:
@@ -73,6 +83,7 @@ def export(
             the runtime loads the file: `auto` (where it is as fast), `always` (least memory),
             `never`.
         opset: ONNX opset, None to choose.
+        outputs: names of the outputs that the file is to have, such as `logits`; all without any.
         force: replace an existing output.
         trust_code: allow the file to name a function that builds the model.
 
@@ -92,18 +103,19 @@ def export(
     model = load(file, trust_code=trust_code)
     stored = stored_bytes(model, dtype)
     images = images_for(model)
-    expected, not_checked = _reference(form, model, images, dtype)
+    names = _output_names(form, model, images, outputs)
+    expected, not_checked = _reference(form, model, images, dtype, names)
     difference = None
     with replacing_files(output, force=force) as folder:
-        job = Job(model, images, folder, output.name, dtype, lower, opset)
+        job = Job(model, images, folder, output.name, names, dtype, lower, opset)
         written = form.write(job)
         _check_size(form, written, stored, output)
         if expected is not None:
-            difference = _check_logits(form, job, expected, output)
+            difference = _check_outputs(form, job, expected, output)
         size = sum(f.stat().st_size for f in folder.iterdir())
     return Exported(
         output, form.name, size, written.tensors, written.parameters, written.weight_bytes,
-        stored, difference, not_checked, written.facts,
+        stored, difference, not_checked, written.facts, names,
     )  # fmt: skip
 
 
@@ -117,18 +129,32 @@ def _check_choices(dtype: str, lower: str) -> None:
 
 
 def _reference(
-    form: Format, model: nn.Module, images: Tensor, dtype: str
+    form: Format, model: nn.Module, images: Tensor, dtype: str, names: Sequence[str]
 ) -> tuple[Reference | None, str | None]:  # fmt: skip
-    """The logits to compare with, or why there is nothing to compare."""
+    """The outputs to compare with, or why there is nothing to compare."""
     reason = form.why_not_run()
     if reason is not None:
         return None, reason
     try:
-        return reference(model, images, dtype), None
+        return reference(model, images, dtype, names), None
     except UserError as error:
         if error.code != "images-rejected":
             raise
         return None, error.what
+
+
+def _output_names(
+    form: Format, model: nn.Module, images: Tensor, wanted: Sequence[str]
+) -> tuple[str, ...]:
+    """The names of the outputs to write, all of the model's unless others are wanted."""
+    if not form.has_graph:
+        return ()
+    try:
+        return tuple(chosen(outputs_of(model, images), wanted))
+    except UserError as error:
+        if error.code != "images-rejected":
+            raise
+        return tuple(wanted) or (ONLY,)  # the exporter says what is wrong
 
 
 def _check_size(form: Format, written: Written, stored: int, output: Path) -> None:
@@ -141,16 +167,16 @@ def _check_size(form: Format, written: Written, stored: int, output: Path) -> No
         )
 
 
-def _check_logits(form: Format, job: Job, expected: Reference, output: Path) -> float:
-    """The difference from the exact logits, which rounding may explain."""
+def _check_outputs(form: Format, job: Job, expected: Reference, output: Path) -> float:
+    """The difference from the exact outputs, which rounding may explain."""
     found = form.run(job.path, job.images)
-    difference = relative_difference(found, expected.rounded)
+    difference = outputs_differ_by(found, expected.rounded)
     if not difference <= expected.tolerance:
         raise VerifyError(
-            f"{output} would give logits that differ by {difference:.2g} of the largest "
+            f"{output} would give outputs that differ by {difference:.2g} of the largest "
             f"(at most {expected.tolerance:.2g})",
             "It was not written",
             "Report this as a bug, with the model and scheme",
             code="outputs-differ",
         )
-    return relative_difference(found, expected.exact)
+    return outputs_differ_by(found, expected.exact)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.commands._bench_worker import BenchTarget, Process
-from tiedconv.commands._reference import reference, relative_difference
+from tiedconv.commands._reference import outputs_differ_by, reference
 from tiedconv.commands.export import GROWTH
 from tiedconv.errors import CheckpointError, UserError, VerifyError
 from tiedconv.exporters import Format, choose_format
@@ -62,7 +62,8 @@ def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[C
     tensors = form.tensors(path)
     dtype = _dtype(tensors)
     checks = [_size(path, tensors, stored_bytes(model, dtype))]
-    checks += [_logits(path, form, model, name, x, dtype) for name, x in shown.items()]
+    for name, x in shown.items():
+        checks += _outputs(path, form, model, name, x, dtype)
     if form.name in ("onnx", "pt2") and checks[-1].passed:
         checks.append(_memory(path, form, next(iter(shown.values()))))
     return checks
@@ -129,30 +130,36 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(values.data).digest()
 
 
-def _logits(
+def _outputs(
     path: Path, form: Format, model: nn.Module, name: str, images: Tensor, dtype: str
-) -> Check:  # fmt: skip
+) -> list[Check]:  # fmt: skip
     reason = form.why_not_run()
     if reason is not None:
-        return Check.not_run("logits", reason)
+        return [Check.not_run("outputs", reason)]
     try:
         expected = reference(model, images, dtype)
     except UserError as error:
         if error.code != "images-rejected":
             raise
-        return Check.not_run("logits", error.what)
-    found, rounded = form.run(path, images), expected.rounded
-    same_shape = found.shape == rounded.shape
-    off = relative_difference(found, rounded) if same_shape else float("nan")
+        return [Check.not_run("outputs", error.what)]
+    found = form.run(path, images)
+    missing = [output for output in expected.rounded if output not in found]
+    shared = {n: value for n, value in expected.rounded.items() if n in found}
+    off = outputs_differ_by(found, shared) if shared else float("nan")
     if not off <= expected.tolerance:
         raise VerifyError(
-            f"{path}: logits on {name} images differ by {off:.2g} of the largest "
+            f"{path}: outputs on {name} images differ by {off:.2g} of the largest "
             f"(at most {expected.tolerance:.2g})",
             "It is of another model, or it was changed",
             "Export it again",
             code="outputs-differ",
         )
-    return Check("logits", f"{len(images)} {name} images: they agree to {off:.1e}")
+    what = f"{' and '.join(shared)} on {len(images)} {name} images: they agree to {off:.1e}"
+    checks = [Check("outputs", what)]
+    if missing:
+        reason = f"the file lacks {', '.join(missing)}, which the model gives"
+        checks.insert(0, Check.not_run("outputs", reason))
+    return checks
 
 
 def _memory(path: Path, form: Format, images: Tensor) -> Check:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import CheckpointError, MissingExtra, first_line
+from tiedconv.runtime.outputs import chosen, named_outputs
 from tiedconv.runtime.tie import state_of
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -31,6 +32,7 @@ class Job:
         images: random images to trace with, `(2, C, H, W)`.
         folder: the folder to write into.
         name: file name of the main file.
+        outputs: names of the outputs to export; none for a format without a graph.
         dtype: dtype of stored kernels and matrices; the rest stays float32.
         lower: one of `LOWERINGS`.
         opset: ONNX opset, None to choose.
@@ -40,6 +42,7 @@ class Job:
     images: Tensor
     folder: Path
     name: str
+    outputs: tuple[str, ...]
     dtype: str = "float32"
     lower: str = "auto"
     opset: int | None = None
@@ -78,7 +81,8 @@ class Format(ABC):
 
     `name` is the value of `--to`, `endings` the extensions of its file, `dtypes` those it stores,
     `packages` the packages it needs besides torch, `extra` the extra of tiedconv that installs
-    them, and `compact` whether each stored tensor is in the file once.
+    them, `compact` whether each stored tensor is in the file once, and `has_graph` whether the file
+    runs without the model's class.
     """
 
     name: ClassVar[str]
@@ -87,6 +91,7 @@ class Format(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     compact: ClassVar[bool] = True
+    has_graph: ClassVar[bool] = True
 
     def check(self) -> None:
         """Raise MissingExtra if a package that the format needs is not installed."""
@@ -111,12 +116,33 @@ class Format(ABC):
         return None
 
     @abstractmethod
-    def run(self, path: Path, images: Tensor) -> Tensor:
-        """The logits `(n, classes)` of a written file.
+    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
+        """The outputs of a written file, by name.
 
         Raises:
             CheckpointError: the file can't be read.
         """
+
+
+class Outputs(nn.Module):
+    """A model from images to some of its outputs, taken out of its output object.
+
+    Args:
+        model: of any output that `named_outputs` knows.
+        names: of the outputs.
+        form: what several are given as: `dict` or `tuple`. A single one is given as it is.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], form: type) -> None:
+        super().__init__()
+        self.model, self._names, self._form = model, tuple(names), form
+
+    def forward(self, images: Tensor) -> Any:
+        """`(n, C, H, W)` to the outputs."""
+        found = chosen(named_outputs(self.model(images)), self._names)
+        if len(found) == 1:
+            return next(iter(found.values()))
+        return found if self._form is dict else tuple(found.values())
 
 
 def unreadable(path: Path, expected: str, error: Exception) -> CheckpointError:

@@ -8,7 +8,7 @@ expression of the weight. Either way each stored tensor is one initializer.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import UserError, first_line
+from tiedconv.exporters._format import Outputs
 from tiedconv.runtime.forward_check import is_out_of_memory
-from tiedconv.training import logits_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-IMAGES, LOGITS = "images", "logits"
+IMAGES = "images"
 
 
 @dataclass(frozen=True)
@@ -44,36 +44,27 @@ class Site:
     weight: ir.Value
 
 
-class Logits(nn.Module):
-    """A model from images to logits, taken out of its output object."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """`(n, C, H, W)` to `(n, classes)`."""
-        return logits_of(self.model(images))
-
-
-def trace(model: nn.Module, images: Tensor, opset: int | None = None) -> ir.Model:
+def trace(
+    model: nn.Module, images: Tensor, outputs: Sequence[str], opset: int | None = None
+) -> ir.Model:
     """The graph of a plain model, its initializers under the names of its state dict.
 
     Args:
         model: in evaluation mode.
         images: an example `(2 or more, C, H, W)`; the batch size is dynamic.
+        outputs: the names of those that the graph is to have.
         opset: ONNX opset; None for the exporter's default.
 
     Raises:
         UserError: torch can't export this model.
     """
-    wrapped = Logits(model).eval()
+    wrapped = Outputs(model, outputs, tuple).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         try:
             program = torch.onnx.export(
                 wrapped, (images,), dynamo=True, optimize=False, opset_version=opset,
-                input_names=[IMAGES], output_names=[LOGITS], verbose=False,
+                input_names=[IMAGES], output_names=list(outputs), verbose=False,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:

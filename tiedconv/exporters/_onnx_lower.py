@@ -11,7 +11,7 @@ of its own anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,7 @@ from tiedconv.runtime.factored import (
     matrix_of,
 )
 from tiedconv.runtime.flops import apply_flops, never_materialized, reads_transposed
+from tiedconv.runtime.outputs import ONLY
 from tiedconv.runtime.tie import state_of, untie
 
 if TYPE_CHECKING:
@@ -76,13 +77,19 @@ class Lowered:
 
 
 def onnx_graph(
-    model: nn.Module, images: Tensor, *, lower: str = "auto", opset: int | None = None
+    model: nn.Module,
+    images: Tensor,
+    outputs: Sequence[str] = (ONLY,),
+    *,
+    lower: str = "auto",
+    opset: int | None = None,
 ) -> tuple[ir.Model, Lowered]:
     """The graph of a tied model, which holds each stored tensor once.
 
     Args:
         model: tied; it is untied here, so give a copy.
         images: an example `(n, C, H, W)`, n at least 2.
+        outputs: the names of those that the graph is to have.
         lower: where factors are applied instead of materialising weights: `auto`, `always`
             (wherever possible), or `never`.
         opset: ONNX opset, None to choose.
@@ -92,7 +99,7 @@ def onnx_graph(
     """
     plan = state_of(model).plan
     tensors = {n: p.detach() for n, p in model.named_parameters() if n in plan.factors}
-    graph = _traced(_disambiguated(untie(model), plan), images, opset)
+    graph = _traced(_disambiguated(untie(model), plan), images, outputs, opset)
     return graph, put_factors(graph, plan, tensors, lower)
 
 
@@ -108,13 +115,15 @@ def _disambiguated(model: nn.Module, plan: Plan) -> nn.Module:
 
 def dense_graph(model: nn.Module, images: Tensor) -> ir.Model:
     """The graph of a plain model, simplified in the same way."""
-    graph = _traced(model, images, None)
+    graph = _traced(model, images, (ONLY,), None)
     _clean(graph, frozenset())
     return graph
 
 
-def _traced(model: nn.Module, images: Tensor, opset: int | None) -> ir.Model:
-    graph = trace(model, images, opset)
+def _traced(
+    model: nn.Module, images: Tensor, outputs: Sequence[str], opset: int | None
+) -> ir.Model:
+    graph = trace(model, images, outputs, opset)
     _simplify(graph)
     drop_zero_biases(graph.graph)
     return graph

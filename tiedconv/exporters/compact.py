@@ -12,16 +12,17 @@ from tiedconv.errors import UserError
 from tiedconv.exporters._format import Format, Job, Written, is_weight
 from tiedconv.io.checkpoint import read, save
 from tiedconv.io.narrowing import stored_as
+from tiedconv.runtime.outputs import named_outputs
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources.models import load
-from tiedconv.training import logits_of
 
 
 class Compact(Format):
     """The same file with half the bytes; it is loaded to float32 and computes in float32."""
 
     name: ClassVar = "compact"
+    has_graph: ClassVar = False
     endings: ClassVar = (".safetensors",)
     dtypes: ClassVar = ("float32", "float16", "bfloat16")
 
@@ -53,10 +54,10 @@ class Compact(Format):
         """The stored tensors."""
         return dict(read(path).tensors())
 
-    def run(self, path: Path, images: Tensor) -> Tensor:
+    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
         """By `tiedconv.load`."""
         with torch.no_grad():
-            return logits_of(load(path)(images))
+            return named_outputs(load(path)(images))
 
 
 FORMAT = Compact()

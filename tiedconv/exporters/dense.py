@@ -21,6 +21,7 @@ class Dense(Format):
     """Every weight under its own name, at the original's size."""
 
     name: ClassVar = "dense"
+    has_graph: ClassVar = False
     endings: ClassVar = (".safetensors", ".pth", ".pt")
     compact: ClassVar = False
 
@@ -52,7 +53,7 @@ class Dense(Format):
         """Without the class of the model it has no forward pass."""
         return "a state dict has no graph to run"
 
-    def run(self, path: Path, images: Tensor) -> Tensor:
+    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
         """Not possible."""
         raise NotImplementedError
 

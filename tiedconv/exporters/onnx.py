@@ -32,7 +32,9 @@ class Onnx(Format):
         import onnx_ir as ir
 
         plan = state_of(job.model).plan
-        graph, lowered = onnx_graph(job.model, job.images, lower=job.lower, opset=job.opset)
+        graph, lowered = onnx_graph(
+            job.model, job.images, job.outputs, lower=job.lower, opset=job.opset
+        )
         if job.dtype != "float32":
             narrowed(graph, job.dtype)
         facts = {
@@ -70,7 +72,7 @@ class Onnx(Format):
         found = importlib.util.find_spec("onnxruntime")
         return "ONNX Runtime is not installed" if found is None else None
 
-    def run(self, path: Path, images: Tensor) -> Tensor:
+    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
         """By ONNX Runtime."""
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -84,8 +86,9 @@ class Onnx(Format):
             state.NoSuchFile, state.NotImplemented, state.RuntimeException,
         ) as error:  # fmt: skip
             raise unreadable(path, "a model that ONNX Runtime can load", error) from error
-        (found,) = session.run(None, {IMAGES: images.numpy()})
-        return torch.from_numpy(found)
+        names = [output.name for output in session.get_outputs()]
+        found = session.run(names, {IMAGES: images.numpy()})
+        return {n: torch.from_numpy(value) for n, value in zip(names, found, strict=True)}
 
 
 def write_dense(model: nn.Module, images: Tensor, path: Path) -> None:

@@ -47,12 +47,13 @@ class OpenVino(Format):
         constants = [op for op in operations if op.get_type_name() == "Constant"]
         return {op.get_friendly_name(): torch.from_numpy(op.data.copy()) for op in constants}
 
-    def run(self, path: Path, images: Tensor) -> Tensor:
+    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
         """By OpenVINO on the CPU, in float32: by default it uses bfloat16 where the CPU has it."""
         import openvino as ov
 
         compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        return torch.from_numpy(compiled(images.numpy())[0])
+        found = compiled(images.numpy())
+        return {port.get_any_name(): torch.from_numpy(found[port]) for port in compiled.outputs}
 
 
 FORMAT = OpenVino()

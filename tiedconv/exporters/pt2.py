@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tiedconv.errors import UserError, first_line
-from tiedconv.exporters._format import Format, Job, Written, unreadable
-from tiedconv.exporters._onnx_graph import Logits
+from tiedconv.exporters._format import Format, Job, Outputs, Written, unreadable
 from tiedconv.runtime.forward_check import is_out_of_memory
+from tiedconv.runtime.outputs import named_outputs
 
 
 class Pt2(Format):
@@ -36,7 +36,10 @@ class Pt2(Format):
             warnings.simplefilter("ignore")  # of the exporter about itself
             try:
                 program = torch.export.export(
-                    Logits(job.model), (job.images,), dynamic_shapes=({0: batch},), strict=False
+                    Outputs(job.model, job.outputs, dict),
+                    (job.images,),
+                    dynamic_shapes=({0: batch},),
+                    strict=False,
                 )
             except Exception as error:  # tracing runs the model's code: no common base
                 if is_out_of_memory(error):
@@ -59,11 +62,10 @@ class Pt2(Format):
         constants = {n: t for n, t in program.constants.items() if isinstance(t, Tensor)}
         return {**program.state_dict, **constants}
 
-    def run(self, path: Path, images: Tensor) -> Tensor:
+    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
         """By `torch.export.load`."""
         with torch.no_grad():
-            found: Tensor = _opened(path).module()(images)
-        return found
+            return named_outputs(_opened(path).module()(images))
 
 
 def _opened(path: Path) -> torch.export.ExportedProgram:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,16 +16,32 @@ from tiedconv.errors import UserError, first_line
 _REJECTIONS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
 
 
-def checked_forward(model: Callable[[Tensor], Any], images: Tensor) -> Any:
+def further_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """What a model of transformers takes besides images, to try it: some text for each image.
+
+    Empty for a model that takes images alone, or that does not take them as its first input.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    if "pixel_values" not in names or names[0] == "pixel_values" or "input_ids" not in names:
+        return {}
+    return {"input_ids": torch.ones(len(images), 4, dtype=torch.int64, device=images.device)}
+
+
+def checked_forward(model: Callable[..., Any], images: Tensor, **further: Tensor) -> Any:
     """The model's output for the first images (B, C, H, W).
+
+    Args:
+        model: called with the images; by name (`pixel_values`) if there are further inputs.
+        images: the images.
+        further: from `further_inputs`.
 
     Raises:
         UserError: the model rejects images of this size (code `images-rejected`).
     """
     try:
-        return model(images)
-    except _REJECTIONS as error:
-        if is_out_of_memory(error):
+        return model(pixel_values=images, **further) if further else model(images)
+    except (*_REJECTIONS, AttributeError) as error:
+        if is_out_of_memory(error) or not _is_rejection(model, error, further):
             raise
         height, width = images.shape[-2:]
         raise UserError(
@@ -34,6 +51,17 @@ def checked_forward(model: Callable[[Tensor], Any], images: Tensor) -> Any:
             "Choose the size it was made for (--image-size), or leave that option out",
             code="images-rejected",
         ) from error
+
+
+def _is_rejection(
+    model: Callable[..., Any], error: Exception, further: Mapping[str, Tensor]
+) -> bool:
+    """Whether an error comes of the images. A missing text gives AttributeErrors."""
+    if not isinstance(error, AttributeError):
+        return True
+    zero = torch.zeros(1, 3, 1, 1)
+    takes_more = isinstance(model, nn.Module) and bool(further_inputs(model, zero))
+    return takes_more and not further
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -58,7 +59,13 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         WeightsError: they don't fit, as `fit_to` says.
     """
-    model.load_state_dict(fit_to(model, tensors), strict=True)
+    fitted = OrderedDict(fit_to(model, tensors))
+    # The versions of modules, by which some loaders convert older layouts. Those of the file are
+    # under its own names; a safetensors file has none, and is of today's layout.
+    stated = getattr(tensors, "_metadata", None) if fitted.keys() <= tensors.keys() else None
+    own = model.state_dict()._metadata  # type: ignore[attr-defined]
+    fitted._metadata = stated or own  # type: ignore[attr-defined]
+    model.load_state_dict(fitted, strict=True)
 
 
 def _fill_in(fitted: dict[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,11 +212,12 @@ def _parts(content: object, part: str = "", averaged: bool = False) -> Iterator[
         name = f"{part}.{key}" if part else key
         inner += _parts(content.get(key), name, averaged or key in AVERAGED)
     yield from inner
-    own = {
-        name: value.detach()
+    own = OrderedDict(
+        (name, value.detach())
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, Tensor)
-    }
+    )
+    own._metadata = getattr(content, "_metadata", None)  # type: ignore[attr-defined]
     if own and not inner:
         yield WeightsFile(own, part, averaged)
 
