@@ -43,7 +43,7 @@ class TiedconvError(Exception):
     def __init__(
         self, what: str, consequence: str = "", hint: str = "", *, code: str | None = None
     ) -> None:
-        parts = [part.strip().rstrip(".") for part in (what, consequence, hint)]
+        parts = [printable(part).strip().rstrip(".") for part in (what, consequence, hint)]
         super().__init__(". ".join(part for part in parts if part) + ".")
         self.what, self.consequence, self.hint = parts
         self.code = code or self.default_code
@@ -59,6 +59,17 @@ def _rebuilt(
     error = kind(*parts)
     vars(error).update(state)
     return error
+
+
+def printable(text: str) -> str:
+    """Text in one line that any terminal shows: control characters and lone surrogates escaped.
+
+    Names of files may hold anything, a sequence that clears the screen included.
+    """
+    return "".join(
+        c if c.isprintable() else " " if c in "\n\t" else c.encode("unicode_escape").decode()
+        for c in text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import inspect
 import json
 import logging
+import os
 import pkgutil
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -155,6 +157,11 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
         except TiedconvError as error:
             _print_error(error)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.filename is not None or error.errno not in _OUTPUT_ERRORS:
+                raise
+            _close_output(error)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt as interrupt:
             if _rank() == 0:
                 typer.echo("Interrupted. Nothing half-written was left behind.", err=True)
@@ -167,6 +174,21 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in flat}
     return run
+
+
+# What writing to standard output fails with: a full disk, or a device that went away. A reader
+# that has ended (EPIPE) is click's to handle.
+_OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG})
+
+
+def _close_output(error: OSError) -> None:
+    """Say that standard output can't be written, and let nothing try again as Python ends."""
+    reason = error.strerror or str(error)
+    typer.echo(
+        f"error: Standard output can't be written ({reason}). [output-not-written]", err=True
+    )
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _options_of(parameter: inspect.Parameter) -> list[inspect.Parameter]:
@@ -250,9 +272,21 @@ def refuse_without_images(context: typer.Context, *options: str) -> None:
 def command_line() -> str:
     """The command as the user typed it, for a file's history.
 
-    Without --resume: a resumed run ends with the bytes of one that was not interrupted.
+    Without --resume: a resumed run ends with the bytes of one that was not interrupted. Of paths
+    the last part alone: a file tells nothing of the machine it was made on.
     """
-    return shlex.join(["tiedconv", *(word for word in sys.argv[1:] if word != "--resume")])
+    words = (_without_folders(word) for word in sys.argv[1:] if word != "--resume")
+    return shlex.join(["tiedconv", *words])
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command line, a path in it cut to its last part; names on a hub are kept."""
+    start, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    kind, colon, name = value.partition(":")
+    if kind == "hf" and colon:
+        is_path = name.startswith(("/", ".", "~", os.sep)) or Path(name).exists()
+        return f"{start}{equals}hf:{Path(name).name if is_path else name}"
+    return f"{start}{equals}{PurePath(value).name if os.sep in value else value}"
 
 
 def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
@@ -184,27 +185,28 @@ def convert_file(
     if output is not None:
         check_output(output, force=force)
         folder = RunDir.beside(output) if calib is not None else None
-    if folder is not None and calib is not None and not (calib.resume or force):
-        folder.require_new()
-    opened = open_model(
-        spec,
-        weights=None if output is None else weights,
-        reading=reading,
-        model_args=model_args,
-        preprocess=preprocess,
-        seed=seed,
-        lazy=calib is None or weights == "default",
-    )
-    planned = plan_on(opened.model, recipe)
-    done = Conversion(spec, planned.sketch, opened.source)
-    if output is None:
-        if calib is not None:
-            calib.open(opened.source)  # or raises
-    elif opened.tensors is not None and calib is None:
-        done = _stream(done, opened, planned, output, force, command, on_group, own_process)
-    else:
-        done = _load(done, opened, planned, output, force, command, on_group, calib, folder)
-    return dataclasses.replace(done, smaller=_smaller(planned, recipe, done.plan))
+    with folder.locked() if folder is not None else contextlib.nullcontext():
+        if folder is not None and calib is not None and not (calib.resume or force):
+            folder.require_new()
+        opened = open_model(
+            spec,
+            weights=None if output is None else weights,
+            reading=reading,
+            model_args=model_args,
+            preprocess=preprocess,
+            seed=seed,
+            lazy=calib is None or weights == "default",
+        )
+        planned = plan_on(opened.model, recipe)
+        done = Conversion(spec, planned.sketch, opened.source)
+        if output is None:
+            if calib is not None:
+                calib.open(opened.source)  # or raises
+        elif opened.tensors is not None and calib is None:
+            done = _stream(done, opened, planned, output, force, command, on_group, own_process)
+        else:
+            done = _load(done, opened, planned, output, force, command, on_group, calib, folder)
+        return dataclasses.replace(done, smaller=_smaller(planned, recipe, done.plan))
 
 
 def _stream(

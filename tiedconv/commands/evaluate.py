@@ -142,6 +142,13 @@ def open_teacher(
     if teacher == "none" or (teacher == "auto" and source.weights == "none"):
         return None, "none"
     if teacher == "auto":
+        if source.weights == "default" and source.spec.startswith("hf:"):
+            raise UserError(
+                f"The teacher should be the original model, which the file says is {source.spec}",
+                "A file's own word for a folder or a repository is not followed unasked",
+                f"Pass --teacher {source.spec} if you trust it, or --teacher none",
+                code="original-unavailable",
+            )
         if source.weights == "default":
             return open_model(source.spec, model_args=source.kwargs).model, source.spec
         origin = source.weights_name or "a model in memory"

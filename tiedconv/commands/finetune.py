@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -34,6 +35,7 @@ from tiedconv.training import (
     TrainResult,
     Unlabelled,
     init_distributed,
+    rank_in_environment,
     train,
     with_teacher_labels,
 )
@@ -196,9 +198,23 @@ def run(
     on_event: OnEvent | None = None,
 ) -> Finetuned:
     """What `finetune` does; the arguments are its own."""
-    started = time.monotonic()
     check_output(output, force=force)
     folder = RunDir.beside(output)
+    # Of several processes the first holds it for all.
+    with folder.locked() if rank_in_environment() == 0 else contextlib.nullcontext():
+        return _locked(request, output, folder, resume, force, command, on_event)
+
+
+def _locked(
+    request: FinetuneRequest,
+    output: Path,
+    folder: RunDir,
+    resume: bool,
+    force: bool,
+    command: str | None,
+    on_event: OnEvent | None,
+) -> Finetuned:
+    started = time.monotonic()
     if not (resume or force):
         folder.require_new()
     work = open_inputs(request)
@@ -215,11 +231,12 @@ def run(
         if processes.first and not resume:
             folder.clear()
         try:
-            result = train(
-                model, work.train_data, val_data, work.config, teacher=work.teacher, blend=blend,
-                device=place, checkpoint_dir=folder.path, resume=resume,
-                made_of=_made_of(work, request.file), started=started, on_event=on_event,
-            )  # fmt: skip
+            with processes.losses_as_errors():
+                result = train(
+                    model, work.train_data, val_data, work.config, teacher=work.teacher,
+                    blend=blend, device=place, checkpoint_dir=folder.path, resume=resume,
+                    made_of=_made_of(work, request.file), started=started, on_event=on_event,
+                )  # fmt: skip
         finally:
             if processes.first:
                 folder.close()

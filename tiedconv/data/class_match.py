@@ -13,6 +13,7 @@ import numpy as np
 from tiedconv.data.images import Images
 from tiedconv.data.layouts._base import listed
 from tiedconv.errors import DataError, UserError
+from tiedconv.io.plain_file import read_text
 from tiedconv.sources.class_names import ClassNames, imagenet_names
 
 BY_POSITION = "position"
@@ -82,12 +83,7 @@ def read_class_map(path: str | Path) -> ClassNames:
         return imagenet_names()
     path = Path(path)
     try:
-        if not path.is_file():
-            raise ValueError("there is no such file")
-        if path.stat().st_size > _MOST:
-            raise ValueError(f"it is larger than {_MOST:,} bytes")
-        text = path.read_text("utf-8")
-        return _parsed(text)
+        return _parsed(read_text(path, _MOST))
     except (OSError, ValueError) as error:
         raise UserError(
             f"The class map {path} can't be read ({error})",

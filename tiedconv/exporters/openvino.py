@@ -51,7 +51,10 @@ class OpenVino(Format):
         """By OpenVINO on the CPU, in float32: by default it uses bfloat16 where the CPU has it."""
         import openvino as ov
 
-        compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        try:
+            compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        except RuntimeError as error:
+            raise unreadable(path, "an OpenVINO model", error) from error
         found = compiled(images.numpy())
         return {port.get_any_name(): torch.from_numpy(found[port]) for port in compiled.outputs}
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tiedconv.errors import UserError, first_line
+from tiedconv.errors import CheckpointError, UserError, first_line
 from tiedconv.exporters._format import Format, Job, Outputs, Written, unreadable
+from tiedconv.exporters._pt2_safety import checked_archive
 from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.runtime.outputs import named_outputs
 
@@ -72,11 +76,27 @@ def _opened(path: Path) -> torch.export.ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.load(path)
+            with _silent():
+                program = torch.export.load(checked_archive(path))
+            program._guards_code = []  # Python text that running it would execute
+            return program
+        except CheckpointError:
+            raise
         except Exception as error:  # a damaged archive may fail anywhere: no common base
             if is_out_of_memory(error):
                 raise
             raise unreadable(path, "an exported program of torch", error) from error
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Within it, torch logs nothing: of a damaged file the error alone is told."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _strip(program: torch.export.ExportedProgram) -> None:

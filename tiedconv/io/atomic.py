@@ -134,6 +134,7 @@ def _remove_temp_files() -> None:
 
 def _check_place(path: Path, force: bool, option: str = "-o") -> None:
     parent = path.parent
+    require_file_name(path, option)
     if path.is_dir():
         raise OutputError(
             f"{path} is a folder",
@@ -149,6 +150,21 @@ def _check_place(path: Path, force: bool, option: str = "-o") -> None:
         )
     if path.exists() and not force:
         raise _exists(path)
+
+
+def require_file_name(path: Path, option: str = "-o") -> None:
+    """Refuse `.`, `/` and the like.
+
+    Raises:
+        OutputError: the path has no last part (`output-is-folder`).
+    """
+    if not path.name:
+        raise OutputError(
+            f"{str(path)!r} is not the name of a file",
+            "Nothing can be written there",
+            f"Name a file, such as {option} model.safetensors",
+            code="output-is-folder",
+        )
 
 
 def _move(temp: Path, path: Path, force: bool) -> None:

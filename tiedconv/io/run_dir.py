@@ -6,12 +6,22 @@ Each file is written atomically; temporary files of killed processes are removed
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiedconv.errors import UserError
-from tiedconv.io.atomic import stale_temp_files
+from tiedconv.errors import OutputError, UserError
+from tiedconv.io.atomic import require_file_name, stale_temp_files
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LOCK = ".lock"
 STATES = "step-*.safetensors"
 """Names of the states of a training."""
 OLD_STATES = "step-*.pt"
@@ -35,8 +45,52 @@ class RunDir:
 
     @classmethod
     def beside(cls, output: Path) -> RunDir:
-        """The folder of the run that writes this file."""
+        """The folder of the run that writes this file.
+
+        Raises:
+            OutputError: the output is not the name of a file.
+        """
+        require_file_name(output)
         return cls(output.with_name(output.name + ".run"))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it, no other process may work in this folder; a killed one leaves no lock.
+
+        Raises:
+            UserError: another process does (`run-in-progress`).
+            OutputError: the folder can't be made.
+        """
+        if fcntl is None:  # Windows
+            yield
+            return
+        path = self.path / _LOCK
+        try:
+            self.path.mkdir(exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise OutputError(
+                f"The folder {self.path} can't be written to ({error.strerror})",
+                hint="Choose another output, or change its permissions",
+                code="folder-not-writable",
+            ) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise _in_progress(self.path, file.read(200)) from None
+            except OSError:  # a file system without locks
+                pass
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    self.path.rmdir()
 
     def kept(self) -> list[Path]:
         """The files that a run can resume from, oldest state first."""
@@ -98,3 +152,12 @@ class RunDir:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             self.path.rmdir()
+
+
+def _in_progress(folder: Path, who: str) -> UserError:
+    return UserError(
+        f"Another run is running in {folder} ({who.strip() or 'its process is not known'})",
+        "Two runs would overwrite each other's states and results",
+        "Wait until it has ended, stop it, or choose another output",
+        code="run-in-progress",
+    )

@@ -13,8 +13,10 @@ from typing import Any
 
 from tiedconv.core.options import current_options
 from tiedconv.errors import RecipeError
+from tiedconv.io.plain_file import read_text
 from tiedconv.schemes import make_scheme
 
+_MOST = 2**20  # bytes of a recipe
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
@@ -153,7 +155,7 @@ class Recipe:
             RecipeError: it can't be read, or holds a key that means nothing.
         """
         try:
-            data = tomllib.loads(path.read_text("utf-8"))
+            data = tomllib.loads(read_text(path, _MOST))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(
                 f"The recipe {path} can't be read ({error})",

@@ -315,6 +315,14 @@ def _provider(
     return TorchvisionModel(spec, kwargs)
 
 
+def _recorded(spec: str) -> str:
+    """A spec as a file keeps it: of a folder the name, as its place tells of this machine."""
+    name = spec.removeprefix("hf:")
+    if _prefix(spec) != "hf" or not Path(name).expanduser().is_dir():
+        return spec
+    return f"hf:{Path(name).expanduser().resolve().name}"
+
+
 def _in_float32(model: nn.Module) -> bool:
     """Whether the model's own parameters are wider than half precision."""
     return all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
@@ -332,7 +340,7 @@ def _source(
 ) -> Source:
     versions = {package: importlib.metadata.version(package) for package in provider.packages}
     return Source(
-        spec=spec,
+        spec=_recorded(spec),
         kwargs=dict(provider.kwargs),
         weights=weights,
         weights_sha256=sha256,

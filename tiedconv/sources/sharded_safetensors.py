@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiedconv.errors import CheckpointError, WeightsError
 from tiedconv.io.json_text import strict_json
+from tiedconv.io.plain_file import read_text
 from tiedconv.io.safetensors_file import DTYPES, FOREIGN, SafetensorsFile
 
 NOT_WEIGHTS = "Give a .safetensors file or a state dict that torch.save wrote"
@@ -106,7 +107,7 @@ def shards(index: Path) -> dict[str, list[str]]:
         WeightsError: it can't be read, is malformed, or names a file outside its folder.
     """
     try:
-        data = strict_json(index.read_text("utf-8"))
+        data = strict_json(read_text(index, FOREIGN.header))
     except OSError as error:
         raise WeightsError(
             f"The index {index} can't be read ({error.strerror or error})",

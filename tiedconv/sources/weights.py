@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tiedconv.errors import UserError, WeightsError
+from tiedconv.io.plain_file import require_plain_file
 from tiedconv.sources.sharded_safetensors import (
     NOT_WEIGHTS,
     damaged,
@@ -123,6 +124,7 @@ def read_weights(path: str | Path, ema: bool | None = None) -> WeightsFile:
     if is_index(path):
         return _of_kind(path, WeightsFile(_read_safetensors(path)), ema)
     try:
+        require_plain_file(path)
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
@@ -145,6 +147,7 @@ def is_safetensors(path: Path) -> bool:
     if is_index(path):
         return True
     try:
+        require_plain_file(path)
         with path.open("rb") as file:
             return file.read(9)[8:] == b"{"
     except OSError:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tiedconv.data import Batch
+from tiedconv.errors import UserError
 from tiedconv.training.device import Placement
 from tiedconv.training.distributed import ALONE, DistContext, PaddingImage
 
@@ -111,3 +112,24 @@ def norms_of(*models: nn.Module) -> list[_BatchNorm]:
     """The batch norms that keep statistics, each once."""
     modules = dict.fromkeys(module for model in models for module in model.modules())
     return [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+@contextmanager
+def batch_norm_errors(images: int) -> Iterator[None]:
+    """Within it, a batch too small for batch norm is an error of this package.
+
+    Raises:
+        UserError: a batch norm got one value for each channel, of which there is no variance.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"Batch norm can't train on {images} image{'s' * (images != 1)} at a time: a layer has "
+            "one value for each channel, of which there is no variance",
+            "Nothing was trained",
+            "Use a larger --batch-size (or --image-size), or a smaller --accumulate",
+            code="batch-too-small",
+        ) from error

@@ -18,7 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tiedconv.errors import DataError, OutputError, TiedconvError, UserError
+from tiedconv.errors import (
+    DataError,
+    OutputError,
+    RunError,
+    TiedconvError,
+    UserError,
+    first_line,
+)
 from tiedconv.training.device import pick_device
 
 T = TypeVar("T")
@@ -45,6 +52,27 @@ class DistContext:
     def several(self) -> bool:
         """Whether there is more than one process."""
         return self.count > 1
+
+    @contextlib.contextmanager
+    def losses_as_errors(self) -> Iterator[None]:
+        """Within it, a process that ended or can't be reached any more is an error of ours.
+
+        Raises:
+            RunError: another process of this run is gone (`process-lost`).
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+            if not self.several or not lost:
+                raise
+            raise RunError(
+                f"Another process of this run is gone ({first_line(error)[:120]})",
+                "No process can go on alone; the last checkpoint is kept",
+                "See what ended it (memory, a signal), then run the same command with --resume and "
+                f"{self.count} processes",
+                code="process-lost",
+            ) from error
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes, in place."""

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
+# Windows has no SIGHUP.
+_ENDING = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
 
 class Interrupted(KeyboardInterrupt):
     """A run stopped because it was asked to; its state was saved, where there is a place for it.
@@ -24,29 +27,31 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def sigterm_as_keyboard_interrupt() -> Iterator[None]:
-    """Within it, SIGTERM ends the work as Ctrl-C does, so that it too leaves nothing half-written.
+    """Within it, SIGTERM and SIGHUP end the work as Ctrl-C does: nothing is left half-written.
 
-    Where someone else handles the signal already, and outside the main thread, nothing is changed.
+    SIGHUP is what a closed terminal sends; under nohup it is ignored, as before. Where someone
+    else handles a signal already, and outside the main thread, nothing is changed.
     """
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)
 
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
+    free = [s for s in _ENDING if main and signal.getsignal(s) == signal.SIG_DFL]
+    for signum in free:
+        signal.signal(signum, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for signum in free:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 class Interrupts:
     """Within it, the first signal is only noted.
 
-    Schedulers of clusters send SIGTERM some time before they end a job. Outside the main thread,
+    Schedulers of clusters send SIGTERM some time before they end a job, and a closed terminal sends
+    SIGHUP. Outside the main thread,
     where Python gives no signals, nothing is changed.
     """
 
@@ -56,7 +61,7 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in (signal.SIGINT, *_ENDING):
                 # A job in the background ignores them; None is a handler that is not Python's.
                 if signal.getsignal(signum) not in (signal.SIG_IGN, None):
                     self._before[signum] = signal.signal(signum, self._note)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tiedconv.data.seeds import step_seed
+from tiedconv.training.batchnorm import batch_norm_errors
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
 from tiedconv.training.distributed import DistContext
@@ -78,7 +79,8 @@ class TrainStep:
             fraction = weight * len(some) / len(images) if parts > 1 else weight
             last = i == parts - 1
             with nullcontext() if last and exchange else self.learner.accumulating():
-                loss = self.objective(some, their, seed + i).loss
+                with batch_norm_errors(len(some)):
+                    loss = self.objective(some, their, seed + i).loss
                 loss = loss * fraction if fraction != 1.0 else loss
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

@@ -20,6 +20,7 @@ from tiedconv.data.annotations import Floats, Ints, Objects
 from tiedconv.data.images import Images
 from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts, part_of
 from tiedconv.errors import DataError
+from tiedconv.io.plain_file import require_plain_file
 
 
 class Coco(Layout):
@@ -66,7 +67,9 @@ class _Photos:
         return str(Path(self.root, self.names[at]))
 
     def open(self, at: int) -> str:
-        return self.name(at)
+        path = self.name(at)
+        require_plain_file(Path(path))
+        return path
 
 
 def _files(root: Path) -> dict[str, Path]:

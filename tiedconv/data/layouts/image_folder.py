@@ -22,6 +22,7 @@ from tiedconv.data.images import SUFFIXES, Images
 from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts, listed
 from tiedconv.data.packed_strings import Names
 from tiedconv.errors import DataError
+from tiedconv.io.plain_file import require_plain_file
 
 _ANY_FOLDER = f"Give a folder that holds images ({', '.join(SUFFIXES)}), at any depth"
 
@@ -80,8 +81,17 @@ class Files:
         return os.path.join(self.root, self.names[at])
 
     def open(self, at: int) -> str:
-        """The path of a file, for Pillow."""
-        return self.name(at)
+        """The path of a file, for Pillow; an OSError if it is a pipe or a device."""
+        path = self.name(at)
+        require_plain_file(Path(path))
+        return path
+
+    def size(self, at: int) -> int:
+        """Bytes of a file; -1 if it can't be reached."""
+        try:
+            return os.path.getsize(self.name(at))
+        except OSError:
+            return -1
 
 
 def class_names(root: Path) -> tuple[str, ...]:
