@@ -44,7 +44,7 @@ IMPORTS: dict[str, str] = {
     "calibration": "core data detection errors io numerics runtime training",
     "conversion": "calibration core data errors families io numerics planning runtime schemes"
     " sources version",
-    "exporters": "core errors io runtime sources training version",
+    "exporters": "core errors io runtime sources version",
     "commands": "calibration conversion core data detection errors exporters families io"
     " numerics planning runtime schemes sources training utils version",
     "loggers": "commands errors io training utils",

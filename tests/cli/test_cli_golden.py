@@ -31,7 +31,7 @@ def output_of(*arguments: object) -> str:
     text = plain(run(*arguments).stdout)
     text = re.sub(r"(- made with ).*", r"\1...", text)
     text = re.sub(r"\b0\.\d{3}\b", "0.###", text)  # errors of fits
-    return re.sub(r"the file takes up [\d.]+ kB", "the file takes up ...", text)
+    return re.sub(r"the file takes up [\d.]+ kB, [\d.]+ %", "the file takes up ..., ... %", text)
 
 
 def tables(text: str) -> list[str]:

@@ -29,7 +29,7 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from tiedconv.cli import render
-from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError
+from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError, printable
 
 IMAGES = "Images"
 """The part of a command's help on how images are chosen and prepared."""
@@ -291,12 +291,17 @@ def _without_folders(word: str) -> str:
 
 def say(text: str) -> None:
     """Plain text on standard output; only a terminal breaks its lines."""
-    out.print(Text(text), soft_wrap=not out.is_terminal)
+    out.print(Text(shown(text)), soft_wrap=not out.is_terminal)
+
+
+def shown(text: str) -> str:
+    """Text as a terminal may show it: names in it may hold anything."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def hint(text: str) -> None:
     """A line of plain text on standard error."""
-    err.print(Text(text), soft_wrap=True)
+    err.print(Text(shown(text)), soft_wrap=True)
 
 
 def show_table(

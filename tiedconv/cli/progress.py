@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tiedconv.calibration import Fitted, Fitting, Joint
-from tiedconv.cli.common import err
+from tiedconv.cli.common import err, shown
 from tiedconv.cli.render import accuracy, counted, duration, size
 from tiedconv.conversion.calibrate import CandidateChosen, CandidateStarted, Measuring, ResumedFits
 from tiedconv.conversion.calibrate import Event as CalibrationEvent
@@ -83,7 +83,7 @@ class Bar:
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(Text(text), soft_wrap=True)
+        self._progress.console.print(Text(shown(text)), soft_wrap=True)
 
     def log_line(self, text: str) -> None:
         """At most one line a minute where no bar is drawn, as in the log of a batch job."""

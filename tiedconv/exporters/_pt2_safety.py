@@ -24,12 +24,12 @@ from tiedconv.errors import CheckpointError
 _EXPRESSION = re.compile(r"(?:[\w\s+\-*/%(),<>=&|~]|\d\.\d*|'\w+')*")
 _CALL = re.compile(r"(\w+|[\])'])\s*\(")
 _CALLED = frozenset(
-    """Symbol Dummy Integer Float Rational One Zero NegativeOne Add Mul Pow Abs Max Min Mod
-    floor ceiling Piecewise Eq Ne Lt Le Gt Ge And Or Not Equality Unequality StrictLessThan
-    LessThan StrictGreaterThan GreaterThan FloorDiv CeilDiv CeilToInt FloorToInt TruncToInt
-    RoundToInt PythonMod CleanDiv ModularIndexing IntTrueDiv FloatTrueDiv FloatPow PowByNatural
-    LShift RShift ToFloat Identity TruncToFloat RoundDecimal Where IsNonOverlappingAndDenseIndicator
-    """.split()
+    """Symbol Dummy Integer Float Rational One Zero NegativeOne Add Mul Pow Abs Max Min Mod floor
+    ceiling Piecewise Eq Ne Lt Le Gt Ge And Or Not Equality Unequality StrictLessThan LessThan
+    StrictGreaterThan GreaterThan FloorDiv CeilDiv CeilToInt FloorToInt TruncToInt RoundToInt
+    PythonMod CleanDiv ModularIndexing IntTrueDiv FloatTrueDiv FloatPow PowByNatural LShift
+    RShift ToFloat Identity TruncToFloat RoundDecimal Where IsNonOverlappingAndDenseIndicator
+    """.split()  # noqa: SIM905
 )
 _MOST_JSON = 512 * 2**20
 _TEXT_KEYS = ("expr_str", "as_expr")
