@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.detection import drawn_loss
+from tiedconv.numerics.linalg import cholesky
 from tiedconv.training.device import Placement
 from tiedconv.training.losses import logits_of
 from tiedconv.training.objective import first_tensor
@@ -121,7 +122,7 @@ def _output_metric(places: Tensor, channels: Tensor, first: bool) -> OutputMetri
     weights = (1 - RIDGE) * places / places.mean() + RIDGE
     moment = (1 - RIDGE) * channels.cpu().double() / float(channels.diagonal().mean())
     moment.diagonal().add_(RIDGE)
-    root = torch.linalg.cholesky(moment).to(places.device, places.dtype)
+    root = cholesky(moment).to(places.device, places.dtype)
     return OutputMetric(weights.sqrt().unsqueeze(1), root, first)
 
 

@@ -41,12 +41,22 @@ class ImageOptions:
         str | None, option_in(IMAGES, "Standard deviation of each channel.", metavar="R,G,B")
     ] = None
     interpolation: Annotated[str | None, option_in(IMAGES, "bilinear or bicubic.")] = None
+    exif: Annotated[
+        bool | None,
+        option_in(
+            IMAGES,
+            "Turn images as their EXIF orientation says; model libraries do not.",
+            "--exif/--no-exif",
+        ),
+    ] = None
 
     @property
     def given(self) -> dict[str, str]:
-        """The options that were given, as they are typed."""
-        named = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
-        return {name: str(value) for name, value in named.items() if value is not None}
+        """The options that were given, as they are typed; a switch has no value."""
+        values = {name: value for name, value in vars(self).items() if name != "exif"}
+        named = {f"--{n.replace('_', '-')}": str(v) for n, v in values.items() if v is not None}
+        switch = {None: {}, True: {"--exif": ""}, False: {"--no-exif": ""}}[self.exif]
+        return {**named, **switch}
 
     def change(self) -> Callable[[Preprocess], Preprocess] | None:
         """What they change of a model's own preprocessing; None if nothing.
@@ -75,6 +85,7 @@ class ImageOptions:
                 mean * channels if len(mean) == 1 else mean,
                 std * channels if len(std) == 1 else std,
                 self.interpolation or own.interpolation,
+                own.exif if self.exif is None else self.exif,
             )
 
         return change

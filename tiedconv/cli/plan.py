@@ -78,7 +78,7 @@ def plan(
     _show(found)
     again = [("--model-arg", pair) for pair in model_arg or []]
     again += [] if weights == "default" else [("--weights", weights)]
-    words = [word for pair in (*again, *images.given.items()) for word in pair]
+    words = [word for pair in (*again, *images.given.items()) for word in pair if word]
     _show_next(found, words, calib)
 
 

@@ -111,7 +111,13 @@ def evaluate(
     listed = (
         DetectionList(images, wanted, strict=strict)
         if detects(task, images)
-        else ImageList(images, eval_transform(wanted), strict=strict)
+        else ImageList(
+            images,
+            eval_transform(wanted),
+            strict=strict,
+            channels=wanted.channels,
+            exif=wanted.exif,
+        )
     )
     result = evaluate_model(
         opened.model,

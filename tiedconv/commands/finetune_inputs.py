@@ -107,8 +107,11 @@ def open_inputs(request: FinetuneRequest) -> FinetuneInputs:
         train, val = (DetectionList(p, prepared, strict=strict) for p in (split.train, split.val))
     else:
         transform = train_transform(prepared, config.augment, config.erasing)
-        train = ImageList(split.train, transform, strict=strict)
-        val = ImageList(split.val, eval_transform(prepared), strict=strict)
+        form: dict[str, Any] = {
+            "strict": strict, "channels": prepared.channels, "exif": prepared.exif,
+        }  # fmt: skip
+        train = ImageList(split.train, transform, **form)
+        val = ImageList(split.val, eval_transform(prepared), **form)
     # What the file or its source says already need not be recorded again.
     classes = () if known is not None and match and match.how == "name" else split.classes
     return FinetuneInputs(model, source, network, name, split, train, val, config, match, classes)

@@ -120,7 +120,13 @@ class Calibration:
             return self.data
         found = open_unlabelled(self.data, count=self.images, seed=self.config.seed)
         wanted = source.preprocess or Preprocess(224)
-        return ImageList(found, eval_transform(wanted), strict=self.strict)
+        return ImageList(
+            found,
+            eval_transform(wanted),
+            strict=self.strict,
+            channels=wanted.channels,
+            exif=wanted.exif,
+        )
 
     def measure(
         self,

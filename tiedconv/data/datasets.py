@@ -7,14 +7,14 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tiedconv.data.decoding import check_channels, decode
 from tiedconv.data.images import Images
 from tiedconv.data.normalize import Normalization
 from tiedconv.data.seeds import uniforms
@@ -44,19 +44,33 @@ class Broken:
 
 
 class ImageList(Dataset[Sample | Broken]):
-    """Encoded images, wherever they lie, decoded to RGB when they are read.
+    """Encoded images, wherever they lie, decoded when they are read.
 
     Args:
         images: what they are and their labels; without labels, each has the label 0.
-        transform: makes a tensor of shape (C, H, W) of a PIL image in RGB.
+        transform: makes a tensor of shape (C, H, W) of a PIL image.
         strict: a broken image raises DataError; otherwise it is given as `Broken`.
+        channels: of the decoded images: 1 (grey), 3 (RGB) or 4 (RGBA).
+        exif: turn images as their EXIF orientation says. Where boxes say how large an image is,
+            it is turned to that size in any case.
+
+    Raises:
+        DataError: another number of channels (`channels-unsupported`).
     """
 
     in_memory = False
 
     def __init__(
-        self, images: Images, transform: Callable[[Any], Tensor], *, strict: bool = False
+        self,
+        images: Images,
+        transform: Callable[[Any], Tensor],
+        *,
+        strict: bool = False,
+        channels: int = 3,
+        exif: bool = False,
     ) -> None:
+        check_channels(channels)
+        self.channels, self.exif = channels, exif
         self.images = images
         self.transform = transform
         self.strict = strict
@@ -71,7 +85,7 @@ class ImageList(Dataset[Sample | Broken]):
 
     def __getitem__(self, index: int) -> Sample | Broken:
         try:
-            image = _decode(self.images.open(index))
+            image = self._decoded(index)
         except _DECODING_ERRORS as error:
             name, reason = self.images.name(index), _reason(error)
             if self.strict:
@@ -83,6 +97,13 @@ class ImageList(Dataset[Sample | Broken]):
                 ) from error
             return Broken(name, reason)
         return self.transform(image), self.label(index)
+
+    def _decoded(self, index: int) -> Any:
+        objects, size = self.images.objects, None
+        if objects is not None:
+            width, height = objects.sizes[int(self.images.places[index])]
+            size = (int(width), int(height))
+        return decode(self.images.open(index), self.channels, exif=self.exif, size=size)
 
     def label(self, index: int) -> int:
         """What stands beside an image; here its class."""
@@ -101,7 +122,7 @@ class ImageList(Dataset[Sample | Broken]):
 
 
 # What Pillow raises for files that are cut off, altered or not images. Its error for images that
-# are implausibly large is not among them by class, but by name (see _decode).
+# are implausibly large is not among them by class, but by name (see `decode`).
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -119,23 +140,6 @@ def _reason(error: Exception) -> str:
         return "not an image that Pillow can identify"  # Pillow would show a memory address
     text = str(error).strip()
     return text.splitlines()[0] if text else repr(error)
-
-
-def _decode(file: str | Path | BinaryIO) -> Any:
-    """A PIL image in RGB."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I"):
-                # Pillow would clip 16-bit grey values at 255: nearly all of the image to white.
-                high_bytes = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
-                return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise OSError(str(error)) from error
 
 
 class TensorList(Dataset[Sample]):

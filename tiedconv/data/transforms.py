@@ -101,7 +101,10 @@ class ImageTransform:
             image = fit(image)
         # Not torchvision's ToDtype and Normalize: for small images their checks would take longer
         # than the decoding.
-        pixels = erase(torch.from_numpy(np.array(augment(image))).permute(2, 0, 1))
+        values = np.array(augment(image))
+        if values.ndim == 2:  # grey
+            values = values[..., None]
+        pixels = erase(torch.from_numpy(values).permute(2, 0, 1))
         return self.normalisation(pixels) if self.normalise else pixels
 
     @property

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tiedconv.numerics.linalg import truncate
+from tiedconv.numerics.linalg import cholesky, truncate
 
 # Cholesky roots kept for reuse, of all metrics together. The candidates for one block use the same
 # roots one after another; the roots of a whole model would take as much memory as its moments.
@@ -128,8 +128,7 @@ class _Root:
     def of(self, dtype: torch.dtype) -> Tensor:
         """L, computed in float64 and rounded to `dtype`."""
         if dtype not in self._by_dtype:
-            root: Tensor = torch.linalg.cholesky(self._moment.double())
-            self._by_dtype[dtype] = root.to(dtype)
+            self._by_dtype[dtype] = cholesky(self._moment).to(dtype)
         root = self._by_dtype[dtype]
         _recent.pop(self, None)
         _recent[self] = sum(r.nbytes for r in self._by_dtype.values())

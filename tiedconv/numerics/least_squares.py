@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Permute, Ref, Reshape, Slice
 from tiedconv.numerics.kfac_metric import KfacMetric, mean_metric
+from tiedconv.numerics.linalg import cholesky
 
 SWEEPS = 3
 STEPS = 8
@@ -211,4 +212,4 @@ def _other_terms(
 
 
 def _cholesky(moment: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if moment is None else torch.linalg.cholesky(moment.double()).to(like.dtype)
+    return None if moment is None else cholesky(moment).to(like.dtype)

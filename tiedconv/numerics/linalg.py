@@ -254,3 +254,28 @@ def linear_assignment(similarity: Tensor) -> Tensor:
     # Negated and widened in one copy: scipy would make one for each.
     _, order = linear_sum_assignment(similarity.to(torch.float64, copy=True).neg_().numpy())
     return torch.from_numpy(order)
+
+
+def cholesky(moment: Tensor) -> Tensor:
+    """The lower triangular L with `L L^T` a second moment, `(n, n)`, in float64.
+
+    A moment may be singular, such as of images with a constant channel, and rounding may make it
+    indefinite: then as little as needed of its mean is added to the diagonal.
+
+    Raises:
+        torch.linalg.LinAlgError: it is far from positive semidefinite, or not finite.
+    """
+    matrix = moment.double()
+    mean = matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    root: Tensor
+    for share in (0.0, *(10.0**power for power in range(-14, -2))):
+        root, failed = torch.linalg.cholesky_ex(matrix + (share * mean) * eye if share else matrix)
+        if not failed:
+            return root
+    return _cholesky(matrix)  # raises
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    root: Tensor = torch.linalg.cholesky(matrix)
+    return root

@@ -65,13 +65,13 @@ def _is_rejection(
 
 
 @torch.no_grad()
-def check_size(model: nn.Module, size: int) -> None:
-    """Run a model, in evaluation mode, on one black RGB image of `size` x `size` pixels.
+def check_size(model: nn.Module, size: int, channels: int = 3) -> None:
+    """Run a model, in evaluation mode, on one black image of `size` x `size` pixels.
 
     Raises:
         UserError: the model rejects images of this size.
     """
-    checked_forward(model, torch.zeros(1, 3, size, size))
+    checked_forward(model, torch.zeros(1, channels, size, size))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

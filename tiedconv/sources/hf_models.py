@@ -136,10 +136,15 @@ class HfModel:
 
     def preprocess(self, model: nn.Module) -> Preprocess | None:
         """As preprocessor_config.json says, else the usual one for ImageNet."""
-        stated = self._processor_file()
+        stated, config = self._processor_file(), self.config or {}
         if stated is None:
-            return from_model_config(self.config or {})
-        return from_image_processor(self._spec, stated, self.kwargs)
+            found = from_model_config(config)
+        else:
+            found = from_image_processor(self._spec, stated, self.kwargs)
+        channels = config.get("num_channels", 3)
+        if found is None or not isinstance(channels, int) or channels < 1:
+            return found
+        return found.for_channels(channels)
 
     def _processor_file(self) -> Path | None:
         name = "preprocessor_config.json"

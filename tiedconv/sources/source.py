@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from tiedconv.errors import CheckpointError, PlanError, UserError
@@ -30,6 +30,7 @@ class Preprocess:
         mean: subtracted from each channel, whose values lie in 0..1.
         std: divides each channel then.
         interpolation: "bilinear" or "bicubic".
+        exif: turn images as their EXIF orientation says, which model libraries do not.
     """
 
     size: int
@@ -37,13 +38,30 @@ class Preprocess:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
+    exif: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Of the model's input: 1 (grey), 3 (RGB) or 4 (RGBA)."""
+        return len(self.mean)
+
+    def for_channels(self, channels: int) -> Preprocess:
+        """The same for inputs of another number of channels: with the mean of the values."""
+        if channels == self.channels:
+            return self
+
+        def fitted(values: tuple[float, ...]) -> tuple[float, ...]:
+            middle = sum(values) / len(values)
+            return (middle,) if channels == 1 else (*values, *[middle] * channels)[:channels]
+
+        return replace(self, mean=fitted(self.mean), std=fitted(self.std))
 
     def scaled_to(self, size: int | None) -> Preprocess:
         """The same at another input size, with the crop in the same proportion."""
         if size is None or size == self.size:
             return self
         resize = None if self.resize is None else round(self.resize * size / self.size)
-        return Preprocess(size, resize, self.mean, self.std, self.interpolation)
+        return replace(self, size=size, resize=resize)
 
     def to_json(self) -> dict[str, JSON]:
         """As a JSON object, that `from_json` reads back."""
@@ -53,6 +71,7 @@ class Preprocess:
             "mean": list(self.mean),
             "std": list(self.std),
             "interpolation": self.interpolation,
+            **({"exif": True} if self.exif else {}),
         }
 
     @classmethod
@@ -63,7 +82,7 @@ class Preprocess:
             PlanError: a key is missing or unknown, or a value has the wrong type or range.
         """
         what = "The image preprocessing"
-        items = _object_with(cls, data, what, PlanError)
+        items = _object_with(cls, data, what, PlanError, ("exif",))
         sizes = [items["size"]] if items["resize"] is None else [items["size"], items["resize"]]
         if not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sizes):
             raise PlanError(
@@ -83,7 +102,12 @@ class Preprocess:
                 hint=f"Known are {' and '.join(_INTERPOLATIONS)}",
                 code="unknown-interpolation",
             )
-        return cls(items["size"], items["resize"], mean, std, items["interpolation"])
+        exif = items.get("exif", False)
+        if type(exif) is not bool:
+            raise PlanError(
+                f"{what} has an exif that is neither true nor false", code="invalid-exif"
+            )
+        return cls(items["size"], items["resize"], mean, std, items["interpolation"], exif)
 
 
 @dataclass(frozen=True)

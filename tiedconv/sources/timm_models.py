@@ -133,13 +133,15 @@ class TimmModel:
         squashed = settings["crop_mode"] == "squash"
         # timm rounds the side before the crop down.
         resize = None if squashed else math.floor(size / settings["crop_pct"])
-        return Preprocess(
+        channels = self.kwargs.get("in_chans", 3)
+        found = Preprocess(
             size=size,
             resize=resize,
             mean=tuple(map(float, settings["mean"])),
             std=tuple(map(float, settings["std"])),
             interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
         )
+        return found.for_channels(channels) if isinstance(channels, int) else found
 
 
 def _import_timm() -> ModuleType:
