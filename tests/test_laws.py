@@ -82,7 +82,7 @@ PAIRS = [
 VARIANTS |= MEANT_VARIANTS
 FAST = covering(PLAIN, 1, 2) | covering([p for p in PAIRS if p not in PLAIN], 1, 1)
 FAST -= {("generators", "lors-adaptive, budget")}  # seconds for each law
-EXACT = 1e-4
+EXACT = 1e-5
 
 each_pair = pytest.mark.parametrize(("name", "scheme"), slow_unless(PAIRS, FAST))
 each_micro = pytest.mark.parametrize("name", all_micros())

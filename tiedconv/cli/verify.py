@@ -33,6 +33,13 @@ def verify(
         Path | None,
         typer.Option(metavar="DIR", help="A folder of images to compare on, besides random ones."),
     ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|WEIGHTS|auto",
+            help="The model that the file was made from: compare each block with it.",
+        ),
+    ] = None,
     count: Annotated[int, typer.Option("-n", "--count", help="Number of them.", min=2)] = 16,
     allow_unchecked: Annotated[
         bool,
@@ -45,13 +52,18 @@ def verify(
 
     Hashes, references and shapes; the model builds and holds each stored tensor once; its outputs
     agree with those of the dense form. With --against, an exported file too holds each tensor once
-    and gives the same outputs. Exit code 0: all that is listed was compared; 1: a check failed;
-    2: the file is missing or damaged; 3: something could not be compared and is listed as
-    "not checked".
+    and gives the same outputs. With --original, each block is compared with the original's, and
+    its distance with the error that the file reports.
+
+    Exit code 0: all that is listed was compared; 1: a check failed; 2: the file is missing or
+    damaged; 3: something could not be compared and is listed as "not checked".
     """
     from tiedconv.commands.verify import verify as run
 
-    checks = run(file, against=against, images=images, count=count, trust_code=trust_code)
+    checks = run(
+        file, against=against, images=images, original=original, count=count,
+        trust_code=trust_code,
+    )  # fmt: skip
     not_checked = [check.name for check in checks if check.passed is None]
     if json_:
         common.print_json({"file": file, "checks": checks, "not_checked": not_checked})

@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tiedconv.commands._reference import TOLERANCE, images_for, outputs_differ_by, outputs_of
+from tiedconv.commands.evaluate import open_teacher
 from tiedconv.commands.verify_export import Check, compare
+from tiedconv.commands.verify_original import compare_with_original
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import Loader
 from tiedconv.errors import CheckpointError, SourceError, UserError, VerifyError
@@ -23,6 +25,7 @@ def verify(
     *,
     against: str | Path | None = None,
     images: str | Path | None = None,
+    original: str | nn.Module | None = None,
     count: int = 16,
     trust_code: bool = False,
 ) -> list[Check]:
@@ -33,6 +36,8 @@ def verify(
         against: an exported file of the same model: `.onnx`, `.pt2`, `.xml`, or a dense state dict;
             its tensors, bytes and logits are compared.
         images: a folder of images to compare on, besides random ones.
+        original: the model that the file was made from, to compare each block with: a model, its
+            weights, a module, or `auto` for the source that the file names.
         count: how many of these images are used, at least 2.
         trust_code: allow the file to name a function that builds the model.
 
@@ -68,9 +73,30 @@ def verify(
     if images is not None:
         shown["given"] = _given(images, model, count)
     checks += [_outputs(model, name, x) for name, x in shown.items()]
+    if original is not None:
+        plain = _original(original, model, trust_code=trust_code)
+        for name, x in shown.items():
+            checks += compare_with_original(model, plain, name, x)
     if against is not None:
         checks += compare(Path(against), model, shown)
     return checks
+
+
+def _original(
+    original: str | nn.Module, model: nn.Module, *, trust_code: bool
+) -> nn.Module:  # fmt: skip
+    if isinstance(original, nn.Module):
+        return original.eval()
+    source = source_of(state_of(model).source)
+    found, _ = open_teacher(original, source, trust_code=trust_code)
+    if found is None:
+        raise UserError(
+            "The original's weights were random, and no file holds them",
+            "There is nothing to compare with",
+            "Leave --original out",
+            code="original-unavailable",
+        )
+    return found.eval()
 
 
 def _given(folder: str | Path, model: nn.Module, count: int) -> Tensor:
