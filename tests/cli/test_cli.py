@@ -449,6 +449,7 @@ def test_images_are_prepared_as_asked(world: World, tmp_path: Path) -> None:
     assert used == {
         "size": 32, "resize": None, "mean": [0.1, 0.2, 0.3], "std": [0.5] * 3,
         "interpolation": "bilinear",
+        "exif": False,
     }  # fmt: skip
 
 

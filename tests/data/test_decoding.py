@@ -153,7 +153,7 @@ def test_preprocessing_follows_the_channels() -> None:
     assert own.for_channels(2).mean == (0.1, 0.2)
     _, source = describe("timm:test_vit", {"in_chans": 1})
     assert source.preprocess is not None
-    assert source.preprocess.channels == 1
+    assert source.preprocess.channel_count() == 1
 
 
 def test_a_singular_moment_has_a_root() -> None:

@@ -299,6 +299,12 @@ def shown(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def warn(text: str) -> None:
+    """A line on standard error, if there is something to say."""
+    if text:
+        hint(text)
+
+
 def hint(text: str) -> None:
     """A line of plain text on standard error."""
     err.print(Text(shown(text)), soft_wrap=True)

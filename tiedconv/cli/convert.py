@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tiedconv.cli import common, render
-from tiedconv.cli.common import CALIBRATION, hint, option_in, say
+from tiedconv.cli.common import CALIBRATION, hint, option_in, say, warn
 from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOptions
 from tiedconv.errors import UserError
 
@@ -285,6 +285,9 @@ def _show(done: Conversion, *, each: bool, budget: bool) -> None:
             "This is an estimate: the budget holds, but schemes and ranks depend on the weights, "
             "and on the images of --calib. Here each group is given the same ratio."
         )
+    say(render.preparation(done.source.preprocess))
+    if done.source.preprocess is not None:
+        warn(render.other_size(done.native_size, done.source.preprocess.size))
     if done.source.weights_part:
         say(render.weights_part(done.source))
     if done.path:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import common, render
-from tiedconv.cli.common import say
+from tiedconv.cli.common import say, warn
 from tiedconv.cli.option_groups import ImageOptions, ReadingOptions
 
 
@@ -57,6 +57,8 @@ def evaluate(
         row = (done.model, f"{result.images:,}", render.accuracy(result.top1))
         columns = ("model", "images", "top-1", "top-5", "loss")
         common.show_table(columns, [(*row, render.accuracy(result.top5), f"{result.loss:.4f}")])
+    say(render.preparation(done.preprocess))
+    warn(render.other_size(done.native_size, done.preprocess.size))
     if result.skipped:
         say(render.skipped(result.skipped))
 

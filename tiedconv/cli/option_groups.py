@@ -78,7 +78,7 @@ class ImageOptions:
         def change(own: Preprocess) -> Preprocess:
             own = own.scaled_to(self.image_size)
             mean, std = means or own.mean, stds or own.std
-            channels = max(len(mean), len(std))  # one value stands for all channels
+            channels = own.channel_count()  # one value stands for all channels
             return Preprocess(
                 own.size,
                 own.resize if self.resize is None else (self.resize or None),

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tiedconv.calibration import Fitted, Fitting, Joint
 from tiedconv.cli.common import err, shown
-from tiedconv.cli.render import accuracy, counted, duration, size
+from tiedconv.cli.render import accuracy, counted, duration, other_size, preparation, size
 from tiedconv.conversion.calibrate import CandidateChosen, CandidateStarted, Measuring, ResumedFits
 from tiedconv.conversion.calibrate import Event as CalibrationEvent
 from tiedconv.loggers import memory_in_use
@@ -31,6 +31,7 @@ from tiedconv.training import (
     EpochEnd,
     EvalStep,
     Event,
+    ImagesPrepared,
     Metrics,
     NotCompiled,
     Resumed,
@@ -170,11 +171,14 @@ class TrainingBar(Bar):
         # Training reports the time left; the bar's estimate is upset by evaluations in between.
         super().__init__(what, BarColumn(bar_width=_bar_width()), MofNCompleteColumn())
         self._total = self._epochs = 0
+        self._prepared: list[str] = []
 
     def __call__(self, event: Event) -> None:
         match event:
             case Start(steps, epochs, images):
                 self._total, self._epochs = steps, epochs
+                for text in filter(None, self._prepared):  # once nothing is refused any more
+                    self.line(text)
                 done, times = counted(steps, "step"), counted(epochs, "epoch")
                 self.line(f"{done}, {times} of {counted(images, 'image')}")
             case Resumed(epoch, step):
@@ -203,6 +207,9 @@ class TrainingBar(Bar):
             case Skipped(count, example):
                 what = "image that can't be read:" if count == 1 else "images that can't be read,"
                 self.line(f"skipped {count} {what} {'' if count == 1 else 'such as '}{example}")
+            case ImagesPrepared(prepared, native):
+                side = 224 if prepared is None else int(prepared["size"])
+                self._prepared = [preparation(prepared), other_size(native, side)]
             case ClassesMatched(how, classes, odd):
                 if how in ("name", "class map"):
                     self.line(f"{classes:,} classes are matched to the model's by {how}")

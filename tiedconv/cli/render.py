@@ -17,7 +17,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from tiedconv.commands.report import GroupReport, Report
-    from tiedconv.sources import Source
+    from tiedconv.sources import Preprocess, Source
 
 Row = Sequence[str]
 
@@ -218,6 +218,32 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def preparation(prepared: Preprocess | Mapping[str, Any] | None) -> str:
+    """How images become the model's input, in one line."""
+    if prepared is None:
+        return "Images: the model does not say how they are prepared; 224 pixels are assumed."
+    p: Mapping[str, Any] = prepared if isinstance(prepared, Mapping) else prepared.to_json()
+    side, shorter = p["size"], p["resize"]
+    how = f"resized to {side} x {side} pixels"
+    if shorter is not None:
+        how = f"shorter side to {shorter} pixels, centre crop of {side} x {side}"
+    mean, std = (", ".join(f"{v:.3g}" for v in p[key]) for key in ("mean", "std"))
+    turned = ", turned by EXIF" if p.get("exif") else ""
+    return f"Images: {how}, {p['interpolation']}{turned}, mean {mean}, std {std}."
+
+
+def other_size(native: tuple[int, int] | None, size: int) -> str:
+    """A warning where a model was built for another size than images are prepared at; else ""."""
+    if native is None or native == (size, size):
+        return ""
+    height, width = native
+    remedy = f": --image-size {height} may be meant" if height == width else ""
+    return (
+        f"Warning: the model was built for {height} x {width} pixels, and images are prepared at "
+        f"{size} x {size}{remedy}."
+    )
 
 
 def against_original(found: Report) -> str:

@@ -111,6 +111,7 @@ def _show(one: Report, *, each: bool) -> None:
         f"file takes up {render.against_original(one)}. {render.work(one)}"
     )
     say(render.LEGEND)
+    say(render.preparation((one.source or {}).get("preprocess")))
     on_images = any(entry.get("calibration") for entry in one.history)
     say(render.FIT_ERROR_ON_IMAGES if on_images else render.FIT_ERROR)
     for entry in one.history:

@@ -29,6 +29,7 @@ from tiedconv.io.checkpoint import Checkpoint, write_compact, write_model
 from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import smaller_options
 from tiedconv.planning.recipe import Recipe
+from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import AS_PUBLISHED, Reading, Source
 from tiedconv.sources.models import OpenedModel, PreprocessChange, open_model
@@ -46,6 +47,7 @@ class Conversion:
         seconds: time of the fit.
         smaller: options and schemes that would store less, with their parameters.
         calibration: the history's record of it, None without images.
+        native_size: height and width that the model was built for, if it says so.
     """
 
     spec: str
@@ -55,6 +57,7 @@ class Conversion:
     seconds: float = 0.0
     smaller: tuple[tuple[str, int], ...] = ()
     calibration: Mapping[str, Any] | None = None
+    native_size: tuple[int, int] | None = None
 
     @property
     def path(self) -> Path | None:
@@ -198,7 +201,8 @@ def convert_file(
             lazy=calib is None or weights == "default",
         )
         planned = plan_on(opened.model, recipe)
-        done = Conversion(spec, planned.sketch, opened.source)
+        size = native_size(opened.model)
+        done = Conversion(spec, planned.sketch, opened.source, native_size=size)
         if output is None:
             if calib is not None:
                 calib.open(opened.source)  # or raises

@@ -15,6 +15,7 @@ from tiedconv.data.class_match import match_classes
 from tiedconv.detection import DetectionList, detects
 from tiedconv.errors import UserError
 from tiedconv.runtime.finite import check_finite
+from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading, Source
 from tiedconv.sources.class_names import class_names_of
@@ -33,12 +34,14 @@ class Evaluation:
         result: the metrics.
         preprocess: how images were prepared.
         classes: number of classes in the data.
+        native_size: height and width that the model was built for, if it says so.
     """
 
     model: str
     result: EvalResult
     preprocess: Preprocess
     classes: int
+    native_size: tuple[int, int] | None = None
 
     @property
     def precision(self) -> dict[str, float] | None:
@@ -115,7 +118,7 @@ def evaluate(
             images,
             eval_transform(wanted),
             strict=strict,
-            channels=wanted.channels,
+            channels=wanted.channel_count(),
             exif=wanted.exif,
         )
     )
@@ -127,7 +130,7 @@ def evaluate(
         workers=workers,
         on_event=on_event,
     )
-    return Evaluation(str(model), result, wanted, len(classes))
+    return Evaluation(str(model), result, wanted, len(classes), native_size(opened.model))
 
 
 def open_teacher(

@@ -22,6 +22,7 @@ from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import save
 from tiedconv.io.run_dir import RunDir
 from tiedconv.io.run_state import weights_digest
+from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources import Preprocess, sha256_of_file
 from tiedconv.training import (
@@ -30,6 +31,7 @@ from tiedconv.training import (
     ClassesMatched,
     Detecting,
     Forecast,
+    ImagesPrepared,
     OnEvent,
     TrainConfig,
     TrainResult,
@@ -260,7 +262,10 @@ def dry_run(request: FinetuneRequest) -> Forecast:
 
 
 def _announce(work: FinetuneInputs, on_event: OnEvent) -> None:
-    """Reports how classes were matched, and what is measured where it isn't accuracy."""
+    """Reports how images are prepared and classes matched, and what is measured."""
+    prepared = work.source.preprocess
+    stated = None if prepared is None else prepared.to_json()
+    on_event(ImagesPrepared(stated, native_size(work.model)))
     if work.match is not None:
         on_event(ClassesMatched(**vars(work.match)))
     images = work.split.train

@@ -108,7 +108,7 @@ def open_inputs(request: FinetuneRequest) -> FinetuneInputs:
     else:
         transform = train_transform(prepared, config.augment, config.erasing)
         form: dict[str, Any] = {
-            "strict": strict, "channels": prepared.channels, "exif": prepared.exif,
+            "strict": strict, "channels": prepared.channel_count(), "exif": prepared.exif,
         }  # fmt: skip
         train = ImageList(split.train, transform, **form)
         val = ImageList(split.val, eval_transform(prepared), **form)

@@ -124,7 +124,7 @@ class Calibration:
             found,
             eval_transform(wanted),
             strict=self.strict,
-            channels=wanted.channels,
+            channels=wanted.channel_count(),
             exif=wanted.exif,
         )
 

@@ -11,8 +11,10 @@ from typing import Any, Self
 from tiedconv.commands.report import Report
 from tiedconv.errors import TiedconvError
 from tiedconv.training import (
+    ClassesMatched,
     Detecting,
     Event,
+    ImagesPrepared,
     Resumed,
     Start,
     TrainResult,
@@ -97,7 +99,7 @@ class Watchers:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Unlabelled() | Detecting():
+            case Unlabelled() | Detecting() | ClassesMatched() | ImagesPrepared():
                 pass  # `Start` names the metrics
             case Start():
                 self._start = event

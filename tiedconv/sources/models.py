@@ -197,7 +197,7 @@ def _check_preprocess(
     own = source.preprocess or Preprocess(224)
     wanted = change(own)
     if wanted.size != own.size:
-        check_size(model, wanted.size, wanted.channels)
+        check_size(model, wanted.size, wanted.channel_count())
 
 
 def is_compact(path: str | Path) -> bool:

@@ -40,14 +40,13 @@ class Preprocess:
     interpolation: str = "bilinear"
     exif: bool = False
 
-    @property
-    def channels(self) -> int:
+    def channel_count(self) -> int:
         """Of the model's input: 1 (grey), 3 (RGB) or 4 (RGBA)."""
         return len(self.mean)
 
     def for_channels(self, channels: int) -> Preprocess:
         """The same for inputs of another number of channels: with the mean of the values."""
-        if channels == self.channels:
+        if channels == self.channel_count():
             return self
 
         def fitted(values: tuple[float, ...]) -> tuple[float, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tiedconv.training.metrics import ACCURACY, Metrics
 
@@ -112,6 +113,19 @@ class ClassesMatched:
 
 
 @dataclass(frozen=True)
+class ImagesPrepared:
+    """How images are prepared.
+
+    Args:
+        preprocess: as `Preprocess.to_json` gives it; None if the model does not say.
+        native_size: height and width that the model was built for, if it says so.
+    """
+
+    preprocess: Mapping[str, Any] | None
+    native_size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class Unlabelled:
     """The images have no labels: the agreement with the teacher is measured."""
 
@@ -151,6 +165,7 @@ Event = (
     | EpochEnd
     | Skipped
     | ClassesMatched
+    | ImagesPrepared
     | Checkpointed
     | Unlabelled
     | Detecting
