@@ -586,7 +586,7 @@ def test_the_command_fades_the_original_by_name(
         return tiny_model(), SPEC
 
     # By this way, as the package's own name `finetune` is the function.
-    monkeypatch.setattr(import_module("tiedconv.commands.finetune"), "open_teacher", opened)
+    monkeypatch.setattr(import_module("tiedconv.commands.finetune_inputs"), "open_teacher", opened)
     seen: list[Tensor] = []
     begin = OriginalBlend.begin
 

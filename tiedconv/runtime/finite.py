@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tiedconv.errors import WeightsError
 from tiedconv.runtime.tensors import state_tensors
@@ -24,7 +25,7 @@ def unsound_values(tensor: Tensor, *, is_buffer: bool = False) -> Tensor | None:
     Returns:
         Booleans of the tensor's shape.
     """
-    if tensor.is_meta or not tensor.numel():
+    if is_lazy(tensor) or tensor.is_meta or not tensor.numel():
         return None
     if tensor.is_complex():
         tensor = tensor.abs()
