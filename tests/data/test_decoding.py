@@ -167,3 +167,16 @@ def test_a_singular_moment_has_a_root() -> None:
     assert torch.equal(exact, torch.eye(3, dtype=torch.float64))
     with pytest.raises(torch.linalg.LinAlgError):
         cholesky(-torch.eye(3))
+
+
+def test_links_in_circles_list_each_image_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "d" / name / "deep").mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "d" / name / "deep" / "0.png")
+    (tmp_path / "d" / "a" / "loop").symlink_to(tmp_path / "d" / "a")
+    (tmp_path / "d" / "a" / "deep" / "up").symlink_to(tmp_path / "d")
+    images = open_images(tmp_path / "d")
+    names = [Path(images.name(i)).resolve() for i in range(len(images))]
+    labels = [images.label(i) for i in range(len(images))]
+    assert names.count(tmp_path / "d" / "a" / "deep" / "0.png") == 1
+    assert labels.count(1) == 1

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tiedconv.data.datasets import Broken
 from tiedconv.data.normalize import as_uint8
 from tiedconv.data.seeds import epoch_seed, sample_seeds
-from tiedconv.errors import DataError, TiedconvError
+from tiedconv.errors import DataError, RunError, TiedconvError, first_line
 
 SampleKey = tuple[int, int]
 """An index into the data set, and the seed for what is random in reading it."""
@@ -103,7 +103,7 @@ class Loader:
         self._sampler.epoch, self._sampler.start = epoch, start
         if self._loader is None:
             self._loader = self._open()
-        for batch in self._loader:
+        for batch in _from_workers(self._loader):
             if batch.error is not None:
                 self.close()
                 raise batch.error
@@ -140,6 +140,21 @@ class Loader:
             # Its own generator: otherwise making an iterator draws from the global one.
             generator=torch.Generator(),
         )
+
+
+def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The batches; a worker that was killed is an error of this package."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"A process that reads images has ended ({first_line(error)[:120]})",
+            "The rest of the images can't be read",
+            "It may have run out of memory: use fewer --workers, or --workers 0 to see the error",
+            code="worker-lost",
+        ) from error
 
 
 class _EpochBatches(Sampler[list[SampleKey]]):

@@ -18,7 +18,7 @@ from tiedconv.detection.outputs import (
     tensor_in,
 )
 from tiedconv.errors import MissingExtra, UserError
-from tiedconv.training.losses import distillation_loss, logits_of
+from tiedconv.training.losses import class_logits_of, distillation_loss, logits_of
 
 L1, GIOU = 5.0, 2.0
 """Weights of the parts of the distance between boxes, as in DETR (arXiv 2005.12872)."""
@@ -93,7 +93,7 @@ def output_distance(output: Any, answer: Any, model: nn.Module) -> Tensor:
     """
     if tensor_in(output, "pred_boxes") is not None:
         return detection_distillation_loss(output, answer, model)
-    return distillation_loss(logits_of(output), logits_of(answer), 1.0)
+    return distillation_loss(class_logits_of(output), class_logits_of(answer), 1.0)
 
 
 def drawn_loss(output: Any, model: nn.Module, generator: torch.Generator) -> Tensor:
@@ -110,7 +110,7 @@ def drawn_loss(output: Any, model: nn.Module, generator: torch.Generator) -> Ten
     """
     boxes = tensor_in(output, "pred_boxes")
     if boxes is None:
-        return _drawn_class(logits_of(output), generator)
+        return _drawn_class(class_logits_of(output), generator)
     logits = logits_of(output)
     labels = label_count(model, logits.shape[-1])
     probs = probabilities(logits.detach(), labels)
@@ -136,6 +136,7 @@ def divergence(output: Any, answer: Any, model: nn.Module) -> Tensor:
     """
     found, known = (logits_of(part).cpu().double() for part in (output, answer))
     if tensor_in(answer, "pred_boxes") is None:
+        class_logits_of(answer)
         return _softmax_divergence(found, known)
     boxes, aims = (parts_of(part)[1].cpu().double() for part in (output, answer))
     labels = label_count(model, known.shape[-1])

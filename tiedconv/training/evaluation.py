@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.data import Batch, Loader
-from tiedconv.errors import DataError
+from tiedconv.errors import DataError, RunError
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement, pick_device
@@ -136,6 +136,13 @@ def score(
     images, skipped = processes.sum(counts).tolist()
     require_some(images, broken)
     *hits, loss = (sums / images).tolist()
+    if math.isnan(loss):
+        raise RunError(
+            "The model answers NaN or infinite numbers",
+            "Such answers have no accuracy",
+            "Check its weights, and the mean and standard deviation of its images",
+            code="outputs-not-finite",
+        )
     seconds = time.perf_counter() - start
     example = broken[0] if broken else None
     metrics = dict(zip(names, hits, strict=False))

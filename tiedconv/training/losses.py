@@ -39,6 +39,25 @@ def logits_of(output: Any) -> Tensor:
     return logits_of(logits)
 
 
+def class_logits_of(output: Any) -> Tensor:
+    """The logits over whose last axis a model decides between classes.
+
+    Raises:
+        UserError: it returns something else, such as a map of pixels (`not-class-logits`).
+    """
+    logits = logits_of(output)
+    named = not isinstance(output, Tensor | tuple | list)
+    if logits.ndim == 2 or (logits.ndim == 3 and named):
+        return logits
+    raise UserError(
+        f"The model returns {'logits' if named else 'a tensor'} of the shape "
+        f"{tuple(logits.shape)}, and not one row of class logits for each image",
+        "A distance of class probabilities would mean nothing for them",
+        "Convert it without --calib, or give a model that returns (images, classes)",
+        code="not-class-logits",
+    )
+
+
 def rows_of(output: Any) -> Tensor:
     """The logits of a classifier: one row for each image, (B, classes).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -25,8 +26,9 @@ from tiedconv.errors import DataError
 BLOCK = tarfile.BLOCKSIZE
 _ENDINGS = tuple(suffix[1:] for suffix in SUFFIXES)
 _LABEL_BYTES = 1 << 20
-_VERSION = 1
+_VERSION = 2
 """Of the cached file; another number makes older ones unused."""
+_HASH = 32  # bytes of the SHA-256 that a kept index begins with
 _LOG_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
@@ -49,17 +51,31 @@ def index_of(paths: Sequence[str], labels: bool, expected: str) -> Ints:
     """
     place = _cache_file(paths, labels)
     with contextlib.suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        kept: Ints = np.load(place, allow_pickle=False)
-        if kept.dtype == np.int64 and kept.ndim == 2 and len(kept) == 4:
-            return kept
+        data = place.read_bytes()
+        if hashlib.sha256(data[_HASH:]).digest() == data[:_HASH]:
+            kept: Ints = np.load(io.BytesIO(data[_HASH:]), allow_pickle=False)
+            if _may_be_of(kept, paths):
+                return kept
     index = _read(paths, labels, expected)
     with contextlib.suppress(OSError):  # without a cache it is read again each time
         place.parent.mkdir(parents=True, exist_ok=True)
         draft = place.with_name(f"{place.name}.{os.getpid()}")
-        with open(draft, "wb") as file:
-            np.save(file, index, allow_pickle=False)
+        buffer = io.BytesIO()
+        np.save(buffer, index, allow_pickle=False)
+        draft.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
         os.replace(draft, place)
     return index
+
+
+def _may_be_of(index: Ints, paths: Sequence[str]) -> bool:
+    """Whether a kept index could be of these shards: a damaged one is read anew."""
+    if index.dtype != np.int64 or index.ndim != 2 or len(index) != 4 or not index.size:
+        return False
+    number, start, size, _ = index
+    if number.min() < 0 or number.max() >= len(paths) or start.min() < 0 or size.min() < 0:
+        return False
+    sizes = np.array([os.path.getsize(path) for path in paths], np.int64)
+    return bool((start + size <= sizes[number]).all())
 
 
 def _cache_file(paths: Sequence[str], labels: bool) -> Path:

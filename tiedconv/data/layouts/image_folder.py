@@ -201,10 +201,14 @@ def _is_flat(folder: Path) -> bool:
 
 def _images_below(root: Path, class_name: str) -> list[str]:
     start = len(os.path.join(root, ""))
-    found = (
-        os.path.join(where, name)[start:]
-        for where, _, names in os.walk(root / class_name, followlinks=True)
-        for name in names
-        if _is_image(name)
-    )
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for where, folders, names in os.walk(root / class_name, followlinks=True):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen:  # a link back up: its images were listed
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()  # the same of two links is followed on any file system
+        found += [os.path.join(where, name)[start:] for name in names if _is_image(name)]
     return sorted(found)
