@@ -24,7 +24,10 @@ from release to release; programs and tests compare classes and codes, never wor
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # which libraries write for terminals
 
 
 class TiedconvError(Exception):
@@ -74,7 +77,8 @@ def printable(text: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class if it has none: fit for one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = _COLOUR.sub("", str(error)).strip()
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
 class UserError(TiedconvError):
