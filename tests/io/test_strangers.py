@@ -318,17 +318,21 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
 def test_a_hangup_leaves_nothing_half_written(world: World, tmp_path: Path) -> None:
     words = ("finetune", world.tied, "--data", world.data, "-o", tmp_path / "o.safetensors")
-    process = subprocess.Popen(
+    with subprocess.Popen(
         program_of(*words, "--teacher", "none", "--steps", 100_000, *QUICK),
         stderr=subprocess.PIPE,
         text=True,
-    )
-    folder = tmp_path / "o.safetensors.run"
-    while not folder.exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGHUP)
-    _, text = process.communicate(timeout=60)
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
+    ) as process:
+        folder = tmp_path / "o.safetensors.run"
+        while not folder.exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGHUP)
+        try:
+            _, text = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signal.SIGHUP, text
     assert "Traceback" not in text
     assert not list(tmp_path.rglob("*.part"))
