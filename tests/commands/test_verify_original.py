@@ -21,7 +21,16 @@ MODEL = ("timm:vit_tiny_patch16_224", *MODEL_ARGS)
 
 
 @pytest.mark.parametrize("scheme", ["tied", "lors", "lowrank"])
-@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet", "hf-vit", "timm-resnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm-vit",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("torchvision-resnet", "hf-vit", "timm-resnet")
+        ),
+    ],
+)
 def test_a_conversion_at_full_rank_is_the_original_block_by_block(name: str, scheme: str) -> None:
     micro = all_micros()[name]
     original = micro.model()

@@ -158,6 +158,7 @@ def test_what_the_code_between_the_matrices_forbids_is_not_used(
         assert set(refused).isdisjoint(expected)
 
 
+@pytest.mark.slow
 def test_symmetries_of_the_known_architectures_are_proven() -> None:
     """All but those of a model that takes five tokens, no more and no fewer, and is run by none."""
     for name, micro in every_micro().items():

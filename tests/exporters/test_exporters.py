@@ -569,7 +569,14 @@ def detector_file(path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -
     return path
 
 
-@pytest.mark.parametrize("ending", ["pt2", "onnx", "xml"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "pt2",
+        pytest.param("onnx", marks=pytest.mark.slow),
+        pytest.param("xml", marks=pytest.mark.slow),
+    ],
+)
 def test_an_export_has_all_outputs_unless_some_are_asked_for(
     here: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:

@@ -27,7 +27,7 @@ def half_file(world: World, path: Path, dtype: torch.dtype) -> Path:
     return path
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize("ending", ["safetensors", pytest.param("pth", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_file_stays_so_through_convert_verify_and_finetune(
     world: World, tmp_path: Path, dtype: torch.dtype, ending: str

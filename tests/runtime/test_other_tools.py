@@ -28,7 +28,7 @@ import timm  # noqa: E402
 SCHEMES: dict[str, dict[str, Any]] = {"lors": {"rank": 2}, "tied": {}}
 
 
-@pytest.fixture(params=SCHEMES)
+@pytest.fixture(params=["lors", pytest.param("tied", marks=pytest.mark.slow)])
 def tied(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     model = all_micros()["timm-vit"].model()
@@ -214,7 +214,13 @@ def test_save_pretrained_is_refused_until_the_model_is_untied(tmp_path: Path) ->
     assert all(torch.equal(a, again.state_dict()[n]) for n, a in dense.state_dict().items())
 
 
-@pytest.mark.parametrize("name", all_micros())
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("timm-vit", "torchvision-resnet") else pytest.param(n, marks=pytest.mark.slow)
+        for n in all_micros()
+    ],
+)
 def test_untie_gives_the_order_of_parameters_and_the_versions_of_modules_back(name: str) -> None:
     model = all_micros()[name].model()
     names = [n for n, _ in model.named_parameters()]

@@ -119,9 +119,12 @@ def test_convert_says_which_weights_it_took_and_the_file_records_it(
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("scheme", ["tied", "lors"])
+@pytest.mark.parametrize("scheme", ["tied", pytest.param("lors", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
-@pytest.mark.parametrize("value", [NAN, INF, -INF, 3e38, 2 * IMMENSE])
+@pytest.mark.parametrize(
+    "value",
+    [NAN, 2 * IMMENSE, *(pytest.param(v, marks=pytest.mark.slow) for v in (INF, -INF, 3e38))],
+)
 def test_what_is_not_finite_is_named_and_never_written(
     tmp_path: Path, last: dict[str, Tensor], form: str, scheme: str, value: float
 ) -> None:

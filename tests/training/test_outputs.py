@@ -91,6 +91,7 @@ class Killed(Dataset[Any]):
         return torch.zeros(3, 8, 8), 0
 
 
+@pytest.mark.slow
 def test_a_killed_reader_is_one_line(tmp_path: Path) -> None:
     loader = Loader(Killed(os.getpid()), 4, workers=1)
     with raises(RunError, "worker-lost", "--workers"):
