@@ -400,3 +400,11 @@ def test_a_damaged_weights_index_names_what_is_wrong(world: World, tmp_path: Pat
     index.write_text(json.dumps({"weight_map": {"x": "a.safetensors"}}))
     words = ("convert", *MODEL, "-o", tmp_path / "o.safetensors", "--weights", index)
     refused(*words, error_code="shards-inconsistent", words=["x"])
+
+
+def test_sizes_too_many_to_look_at_are_not_loaded(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiedconv.exporters._pt2_safety._MOST_JSON", 10)
+    with raises(CheckpointError, "file-damaged", "larger than 10 bytes"):
+        all_formats()["pt2"].tensors(program)

@@ -51,7 +51,9 @@ def checked_archive(path: Path) -> io.BytesIO:
             # The weights of the archive itself are raw bytes; whatever may be a pickle is tried.
             if name.endswith((".pt", ".pkl", ".pickle")) or start[:1] == b"\x80" or start == b"PK":
                 _require_tensors(path, name, archive.read(member))
-            if name.endswith(".json") and member.file_size <= _MOST_JSON:
+            if name.endswith(".json"):
+                if member.file_size > _MOST_JSON:
+                    raise ValueError(f"{name} is larger than {_MOST_JSON:,} bytes")
                 _require_plain_sizes(path, name, archive.read(member))
             if name.rpartition("/")[2].startswith("custom_obj"):
                 raise _has_code(path, f"it holds the object {name}")
