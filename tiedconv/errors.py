@@ -65,7 +65,7 @@ def _rebuilt(
 
 
 def printable(text: str) -> str:
-    """Text in one line that any terminal shows: control characters and lone surrogates escaped.
+    """Text in one line that any terminal shows: control characters and unpaired surrogates escaped.
 
     Names of files may hold anything, a sequence that clears the screen included.
     """

@@ -154,7 +154,7 @@ def open_teacher(
         if source.weights == "default" and source.spec.startswith("hf:"):
             raise UserError(
                 f"The teacher should be the original model, which the file says is {source.spec}",
-                "A file's own word for a folder or a repository is not followed unasked",
+                "A file's own word for a folder or a repository is not followed by default",
                 f"Pass --teacher {source.spec} if you trust it, or --teacher none",
                 code="original-unavailable",
             )

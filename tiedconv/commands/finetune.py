@@ -17,6 +17,7 @@ from torch import nn
 
 from tiedconv.commands.finetune_inputs import FinetuneInputs, FinetuneRequest, open_inputs
 from tiedconv.conversion.original_blend import OriginalBlend
+from tiedconv.data.images import are_indices
 from tiedconv.errors import DataError
 from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import save
@@ -336,9 +337,10 @@ def _entry(
 def _classes(work: FinetuneInputs) -> dict[str, Any]:
     """The names of the classes that were learned, where there are any and they are not immense."""
     names = list(work.classes)
-    numbers = names == [str(i) for i in range(len(names))]
     short = sum(map(len, names)) <= _CLASS_TEXT
-    return {"classes": names} if work.labelled and names and short and not numbers else {}
+    return (
+        {"classes": names} if work.labelled and names and short and not are_indices(names) else {}
+    )
 
 
 def _finite(value: float) -> float | None:

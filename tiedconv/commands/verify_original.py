@@ -140,7 +140,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _whole(model: nn.Module, original: nn.Module, name: str, images: Tensor) -> Check:
-    """How far the whole model's outputs are from the original's; told, not judged."""
+    """How far the whole model's outputs are from the original's; reported, without a limit."""
     try:
         found, expected = outputs_of(model, images), outputs_of(original, images)
     except UserError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiedconv.data.images import Images
+from tiedconv.data.images import Images, are_indices
 from tiedconv.data.layouts._base import listed
 from tiedconv.errors import DataError, UserError
 from tiedconv.io.plain_file import read_text
@@ -59,7 +59,7 @@ def match_classes(
         return images, None
     if class_map is not None and str(class_map) != BY_POSITION:
         return _renumbered(images, read_class_map(class_map), "class map")
-    if names == tuple(map(str, range(len(names)))):
+    if are_indices(names):
         return images, ClassMatch("index", len(names))
     if known is not None and class_map is None:
         return _renumbered(images, known, "name")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -19,6 +20,11 @@ _CONTENTS = 2000  # images that a digest reads
 
 MAX_CLASSES = 1_000_000
 """A larger label is not a class index but something else, such as a time."""
+
+
+def are_indices(classes: Sequence[str]) -> bool:
+    """Whether names of classes are only their own labels: `0`, `1`, `2`, ..."""
+    return list(classes) == [str(i) for i in range(len(classes))]
 
 
 class Store(Protocol):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tiedconv.data.images import Images
+from tiedconv.data.images import Images, are_indices
 from tiedconv.data.layouts import Layout, Parts, layout_of
 from tiedconv.data.layouts._base import listed
 from tiedconv.data.splitting import hold_out, limited, some_of
@@ -193,7 +193,7 @@ def _matched(train: Images, val: Images) -> tuple[Images, Images]:
     if train.classes == val.classes:
         return train, val
     longer = max(train.classes, val.classes, key=len)
-    if all(_are_numbers(images.classes) for images in (train, val)):
+    if all(are_indices(images.classes) for images in (train, val)):
         # The classes have no names: one part just lacks images of the last few.
         return replace(train, classes=longer), replace(val, classes=longer)
     only_train = sorted(set(train.classes) - set(val.classes))
@@ -209,7 +209,3 @@ def _matched(train: Images, val: Images) -> tuple[Images, Images]:
         "Give both parts the same classes (an empty class folder will do in validation)",
         code="classes-differ",
     )
-
-
-def _are_numbers(classes: tuple[str, ...]) -> bool:
-    return classes == tuple(map(str, range(len(classes))))

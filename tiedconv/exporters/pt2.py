@@ -90,7 +90,7 @@ def _opened(path: Path) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Within it, torch logs nothing: of a damaged file the error alone is told."""
+    """Within it, torch logs nothing: of a damaged file only the error is shown."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

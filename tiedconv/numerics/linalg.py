@@ -273,9 +273,5 @@ def cholesky(moment: Tensor) -> Tensor:
         root, failed = torch.linalg.cholesky_ex(matrix + (share * mean) * eye if share else matrix)
         if not failed:
             return root
-    return _cholesky(matrix)  # raises
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    root: Tensor = torch.linalg.cholesky(matrix)
+    root = torch.linalg.cholesky(matrix)  # raises
     return root

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.data import Batch, Loader
+from tiedconv.data.images import are_indices
 from tiedconv.errors import DataError, RunError
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training.batchnorm import modes_kept
@@ -220,7 +221,7 @@ def scorer_of(data: Dataset[Any]) -> Scorer:
 def class_count(data: Dataset[Any]) -> int | None:
     """The number of classes of a data set that names them; None where labels are indices."""
     classes: Sequence[str] | None = getattr(data, "classes", None)
-    if not classes or list(classes) == [str(i) for i in range(len(classes))]:
+    if not classes or are_indices(classes):
         return None
     return len(classes)
 

@@ -68,7 +68,7 @@ def index_of(paths: Sequence[str], labels: bool, expected: str) -> Ints:
 
 
 def _may_be_of(index: Ints, paths: Sequence[str]) -> bool:
-    """Whether a kept index could be of these shards: a damaged one is read anew."""
+    """Whether a kept index could be of these shards: a damaged one is read again."""
     if index.dtype != np.int64 or index.ndim != 2 or len(index) != 4 or not index.size:
         return False
     number, start, size, _ = index
