@@ -40,7 +40,9 @@ def verify(
             help="The model that the file was made from: compare each block with it.",
         ),
     ] = None,
-    count: Annotated[int, typer.Option("-n", "--count", help="Number of them.", min=2)] = 16,
+    count: Annotated[
+        int, typer.Option("-n", "--count", help="Number of images of --images.", min=2)
+    ] = 16,
     allow_unchecked: Annotated[
         bool,
         typer.Option("--allow-unchecked", help="End with 0 although something was not compared."),
