@@ -659,9 +659,10 @@ def compiles_whole(name: str) -> bool:
 
 
 COMPILED = list(itertools.product([family.name for family in all_families()], ["tied", "lors"]))
+COMPILED_FAST = [("timm-vit", "lors"), ("resnet", "tied")]
 
 
-@pytest.mark.parametrize(("family", "scheme"), slow_unless(COMPILED, covering(COMPILED, 0, 1)))
+@pytest.mark.parametrize(("family", "scheme"), slow_unless(COMPILED, COMPILED_FAST))
 def test_compiling_gives_the_same_outputs_in_as_few_graphs_as_before(
     family: str, scheme: str
 ) -> None:

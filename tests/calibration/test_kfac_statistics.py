@@ -327,10 +327,10 @@ def measured(name: str) -> tuple[KfacStatistics, Tensor]:
     ("name", "factor", "mean"),
     [
         ("timm-vit", 2.0, 1.5),
-        ("torchvision-resnext", 5.0, 1.5),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("torchvision-resnext", 5.0, 1.5),
                 ("torchvision-vit", 2.5, 1.5),
                 ("perceptron", 2.0, 1.5),
                 ("hf-resnet", 3.5, 1.5),

@@ -227,6 +227,7 @@ def test_what_libraries_print_is_no_answer_and_blocks_nothing(
         assert process.peak() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("deadline")
 def test_a_process_that_ends_is_reported_with_its_last_line(
     tmp_path: Path, importable: None

@@ -215,6 +215,7 @@ def test_what_is_printed(world: World) -> None:
     assert gc.isenabled()
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_left_out_and_reported(world: World, tmp_path: Path) -> None:
     write_images(tmp_path)
     images = sorted((tmp_path / "train").rglob("*.png"))

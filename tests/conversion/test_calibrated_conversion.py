@@ -121,6 +121,7 @@ def test_the_given_model_stays_and_the_seed_decides_the_rest(name: str) -> None:
     assert state_of(converted(name)).history == state_of(again).history
 
 
+@pytest.mark.slow
 def test_a_caller_without_gradients_gets_the_same_model() -> None:
     name = "timm-vit"
     with torch.no_grad():
@@ -132,6 +133,7 @@ def test_a_caller_without_gradients_gets_the_same_model() -> None:
     assert all(torch.equal(tensor, expected[n]) for n, tensor in made.state_dict().items())
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_numbers() -> None:
     name = "timm-vit"
     other = CalibConfig(steps=8, passes=1, joint_steps=10, batch_size=8, seed=1)

@@ -154,7 +154,7 @@ def test_the_file_is_the_same_to_the_byte(
 
 
 @pytest.mark.parametrize("resident", [0, 2**30])
-@pytest.mark.parametrize("recipe", ["lors", "tied, one W", "auto, 70 %"])
+@pytest.mark.parametrize("recipe", slow_unless(["lors", "tied, one W", "auto, 70 %"], ["lors"]))
 def test_matrices_that_do_not_stay_in_memory_give_the_same(
     recipe: str, resident: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,7 @@ def trace_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_onnx_lower, "trace", traced)
 
 
-FAST = ("tied", "kernels low rank")
+FAST = ("tied",)
 
 
 @pytest.mark.parametrize("way", slow_unless(IMAGES, FAST))
@@ -447,6 +447,7 @@ def test_numbers_too_large_for_half_are_named(here: Path) -> None:
     assert files_of(here) == {"m.safetensors", "b.safetensors"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_leaves_what_was_there(
     compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -569,14 +570,8 @@ def detector_file(path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -
     return path
 
 
-@pytest.mark.parametrize(
-    "ending",
-    [
-        "pt2",
-        pytest.param("onnx", marks=pytest.mark.slow),
-        pytest.param("xml", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["pt2", "onnx", "xml"])
 def test_an_export_has_all_outputs_unless_some_are_asked_for(
     here: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:

@@ -414,6 +414,7 @@ def test_a_file_can_have_the_longest_name_there_is(tmp_path: Path) -> None:
     assert same(load(path), model())
 
 
+@pytest.mark.slow
 def test_many_writers_of_one_file_and_a_reader_that_never_sees_half_of_it(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     first, second = model(), copy.deepcopy(model())

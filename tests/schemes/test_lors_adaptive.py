@@ -170,6 +170,7 @@ def test_a_stack_of_that_form_is_found_exactly(groups: int) -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(few, st.integers(1, 5), st.integers(1, 5), few, few, st.integers(0, 99))
 def test_the_error_never_rises_and_more_terms_fit_no_worse(
@@ -345,6 +346,7 @@ def test_it_stays_so_in_copies_pickles_casts_and_when_cached_and_ends_with_the_t
     assert torch.allclose(MICRO.logits(plain), before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_and_exported_it_is_factored_too() -> None:
     model = tied(**SPATIAL)
     before = MICRO.logits(model)

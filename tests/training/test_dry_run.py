@@ -107,6 +107,7 @@ def test_steps_within_a_time(every: bool) -> None:
     assert 0.9 * 1000 < slower.seconds_of(steps, 20, config) - 4.0 <= 1000
 
 
+@pytest.mark.slow
 def test_a_time_that_evaluations_alone_take_up_is_refused() -> None:
     config = replace(CONFIG, epochs=None, time_budget=0.2)
     for call in (train_net, lambda *a: forecast(a[0], make_data(), make_data(48, 1), a[1])):
