@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tiedconv
+from tiedconv.conversion.symmetry_proof import SymmetryProof
 from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.families import all_families, find_blocks
 from tiedconv.families.inspect import inspect_model
@@ -287,7 +288,8 @@ def test_the_reported_error_is_that_of_the_weights(name: str, scheme: str) -> No
         for r in copy.deepcopy(entry["rules"])
     )
     recipe = Recipe(rules, Budget(entry["params"]) if entry["params"] else None)
-    _, moved = make_plan(info, recipe, {n: own[n] for n in info.shapes})
+    allows = SymmetryProof(info, model)
+    _, moved = make_plan(info, recipe, {n: own[n] for n in info.shapes}, allows=allows)
     now = {n: w.detach() for n, w in weights_of(tied)}
     for group in state_of(tied).plan.groups:
         wanted = torch.cat(

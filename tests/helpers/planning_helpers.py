@@ -10,6 +10,7 @@ from tiedconv.conversion.fit import OnGroup, fit_factors
 from tiedconv.conversion.tensor_store import MemoryStore, Workspace
 from tiedconv.core.plan import Plan
 from tiedconv.families.inspect import ModelInfo
+from tiedconv.numerics.symmetries import Allows
 from tiedconv.planning.planner import align_weights, choose_ranks, outline
 from tiedconv.planning.rank_allocation import KfacMetrics
 from tiedconv.planning.recipe import Recipe
@@ -21,13 +22,14 @@ def make_plan(
     tensors: Mapping[str, Tensor] | None = None,
     *,
     in_place: bool = False,
+    allows: Allows | None = None,
     measure: Callable[[Mapping[str, Tensor]], KfacMetrics] | None = None,
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The plan of a recipe, and the aligned weights; without weights, its outline's plan."""
     outlined = outline(info, recipe)
     if tensors is None:
         return outlined.plan, {}
-    workspace = MemoryStore(tensors, in_place=in_place).open()
+    workspace = MemoryStore(tensors, in_place=in_place, allows=allows).open()
     align_weights(outlined.tasks, workspace.editor)
     aligned = {name: workspace.aligned(name) for name in tensors}
     metrics = {} if measure is None else measure(aligned)

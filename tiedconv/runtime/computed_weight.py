@@ -81,12 +81,14 @@ class ComputedWeight(Tensor):
 
 
 def guarded(weight: Tensor, stored: Iterable[str]) -> Tensor:
-    """A weight that refuses to be changed.
+    """A weight that refuses to be changed; a tensor of another library's class stays as it is.
 
     Args:
         weight: as it was computed.
         stored: the tensors that it is computed from, for the error.
     """
+    if type(weight) not in (Tensor, torch.nn.Parameter, ComputedWeight):
+        return weight  # such as a shard, whose class can't be joined with this one
     result = weight.as_subclass(ComputedWeight)
     result._tiedconv_stored = tuple(stored)
     return result
