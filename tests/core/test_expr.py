@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiedconv.core.expr import (
-    MAX_DEPTH,
-    MAX_NODES,
     Add,
     Cat,
+    Dequantize,
     Expr,
     MatMul,
     Mul,
@@ -26,10 +25,11 @@ from tiedconv.core.expr import (
     Reshape,
     Shape,
     Slice,
-    from_json,
     reshape,
     transpose,
 )
+from tiedconv.core.expr_json import MAX_DEPTH, MAX_NODES, from_json
+from tiedconv.core.packed_codes import WIDTHS, packed, packed_length, unpacked
 from tiedconv.errors import PlanError
 
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=4).map(tuple)
@@ -44,6 +44,7 @@ def exprs(draw: st.DrawFn, shape: Shape | None = None, depth: int = 3) -> Expr:
         kinds += ["permute", "reshape", "add", "mul"]
         kinds += ["slice", "cat"] if shape else []
         kinds += ["matmul"] * 2 if len(shape) >= 2 else []
+        kinds += ["dequantize"] if len(shape) == 2 else []
     kind = draw(st.sampled_from(kinds))
 
     def below(of: Shape) -> Expr:
@@ -64,6 +65,11 @@ def exprs(draw: st.DrawFn, shape: Shape | None = None, depth: int = 3) -> Expr:
         batch, less = shape[:-2], draw(narrowed(shape[:-2]))
         batch, less = (less, batch) if draw(st.booleans()) else (batch, less)
         return MatMul(below((*batch, shape[-2], inner)), below((*less, inner, shape[-1])))
+    if kind == "dequantize":
+        width, bits = draw(st.integers(1, shape[1])), draw(st.sampled_from(WIDTHS))
+        length = packed_length(math.prod(shape), bits)
+        codes = Ref(f"tied/codes/{length}", (length,))
+        return Dequantize(codes, below((shape[0], -(-shape[1] // width))), bits, shape[1])
     if kind == "slice":
         d = draw(st.integers(0, len(shape) - 1))
         before, after = draw(st.integers(0, 2)), draw(st.integers(0, 2))
@@ -99,7 +105,9 @@ def stored_for(expr: Expr) -> dict[str, torch.Tensor]:
     """A tensor for every reference."""
     generator = torch.Generator().manual_seed(3)
     return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        name: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        if "codes" in name
+        else torch.randn(shape, generator=generator, dtype=torch.float64)
         for name, shape in sorted(expr.refs.items())
     }
 
@@ -123,7 +131,25 @@ def oracle(expr: Expr, stored: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
             return np.asarray(oracle(a, stored) * oracle(b, stored))
         case MatMul(a=a, b=b):
             return np.asarray(oracle(a, stored) @ oracle(b, stored))
+        case Dequantize(codes=codes, scales=scales, bits=bits, columns=columns):
+            stream = np.unpackbits(oracle(codes, stored), bitorder="little")
+            count = scales.shape[0] * columns
+            each = stream[: count * bits].reshape(count, bits) @ (2 ** np.arange(bits))
+            factor = oracle(scales, stored)
+            width = -(-columns // factor.shape[1])
+            whole = each.reshape(-1, columns) - 2.0 ** (bits - 1)
+            return np.asarray(whole * np.repeat(factor, width, axis=1)[:, :columns])
     raise AssertionError(expr)
+
+
+@given(st.sampled_from(WIDTHS), st.lists(st.integers(-128, 127), max_size=40))
+def test_packing_keeps_every_integer_that_its_width_holds(bits: int, values: list[int]) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    whole = torch.tensor(values, dtype=torch.int64).clamp(low, high)
+    codes = packed(whole, bits)
+    assert codes.dtype == torch.uint8
+    assert len(codes) == packed_length(len(values), bits)
+    assert torch.equal(unpacked(codes, (len(values),), bits).long(), whole)
 
 
 @given(exprs())
@@ -170,10 +196,11 @@ def test_evaluation_does_not_change_what_is_stored(expr: Expr) -> None:
 
 @given(exprs(), st.data())
 def test_gradients_reach_every_stored_tensor(expr: Expr, data: st.DataObject) -> None:
-    stored = {name: t.requires_grad_() for name, t in stored_for(expr).items()}
+    found = stored_for(expr)  # but codes, which are integers
+    stored = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in found.items()}
     # What a slice leaves out gets a gradient of zeros, so every tensor has one.
     expr.evaluate(stored.__getitem__).sum().backward()
-    assert all(t.grad is not None for t in stored.values())
+    assert all(t.grad is not None for t in stored.values() if t.is_floating_point())
 
 
 def test_walk_goes_parents_first_and_copies_are_the_expression_itself() -> None:

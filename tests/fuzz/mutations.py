@@ -377,7 +377,7 @@ def explode(rng: Random, parts: Parts) -> bytes:
 
 
 def _shape(expr: list[Any]) -> list[int]:
-    from tiedconv.core.expr import from_json
+    from tiedconv.core.expr_json import from_json
 
     return list(from_json(expr).shape)
 

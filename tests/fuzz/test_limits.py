@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 
 import tiedconv
 from tiedconv.cli import app
-from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Slice, all_from_json
+from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Slice
+from tiedconv.core.expr_json import all_from_json
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError, SourceError, TiedconvError
 from tiedconv.io.checkpoint import read

@@ -17,7 +17,7 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.core import expr
+from tiedconv.core import expr, expr_json
 from tiedconv.core.plan import Plan
 from tiedconv.errors import PlanError
 from tiedconv.io import validation as limits
@@ -144,7 +144,7 @@ def test_the_reader_refuses_damage_and_explosions(tmp_path: Path) -> None:
 def test_the_page_says_which_limits_there_are() -> None:
     for number in (
         COMPACT.values, MAX_NESTING, COMPACT.tensors, expr.MAX_NAME, limits.MAX_WEIGHTS,
-        expr.MAX_NODES, expr.MAX_NODES_IN_ALL, expr.MAX_DEPTH, limits.MAX_ENTRIES,
+        expr_json.MAX_NODES, expr_json.MAX_NODES_IN_ALL, expr_json.MAX_DEPTH, limits.MAX_ENTRIES,
         limits.PER_WEIGHT, limits.PER_PLAN, limits.PRODUCTS_PER_WEIGHT, limits.PRODUCTS_PER_PLAN,
     ):  # fmt: skip
         assert re.search(rf"(?<![\d,]){number:,}(?!\d|,\d)", PAGE), number

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiedconv
-from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, from_json, transpose
+from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, transpose
+from tiedconv.core.expr_json import from_json
 from tiedconv.errors import NothingToConvert, PlanError, SchemeError, TiedconvError
 from tiedconv.io.validation import check_plan
 from tiedconv.numerics.linalg import energy

@@ -1,8 +1,8 @@
 """The expression algebra: how a weight is computed from stored tensors.
 
 An expression is a small tree of frozen nodes. Its leaves are `Ref`s, names of stored tensors
-with their shapes; inner nodes permute, reshape, slice, join, add, multiply. Nothing else exists:
-a file that holds expressions can describe weights, but it can never name code to run.
+with their shapes; inner nodes permute, reshape, slice, join, add, multiply, dequantize. Nothing
+else exists: a file that holds expressions can describe weights, but it can never name code to run.
 
     >>> W = Ref("W", (64, 256))
     >>> conv3 = Reshape(Permute(W, (1, 0)), (256, 64, 1, 1))   # W^T as a 1x1 convolution
@@ -15,14 +15,14 @@ Shapes are checked when a node is built, so an expression that exists is well-ty
 from __future__ import annotations
 
 import math
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tiedconv.core.packed_codes import WIDTHS, packed_length, unpacked
 from tiedconv.core.row_col_scale import scaled
 from tiedconv.errors import PlanError
 
@@ -30,9 +30,6 @@ Shape = tuple[int, ...]
 Lookup = Callable[[str], Tensor]
 
 # Far above what any scheme builds, far below what could hurt a reader of an untrusted file.
-MAX_DEPTH = 24
-MAX_NODES = 512
-MAX_NODES_IN_ALL = 30_000  # of a plan
 MAX_ELEMENTS = 2**40
 MAX_NAME = 500
 
@@ -87,7 +84,7 @@ class Expr:
     @property
     def is_view(self) -> bool:
         """True if evaluating allocates nothing: the result shares the stored tensor's memory."""
-        if any(isinstance(node, Cat | Add | Mul | MatMul) for node in self.walk()):
+        if any(isinstance(node, Cat | Add | Mul | MatMul | Dequantize) for node in self.walk()):
             return False
         shape = next(iter(self.refs.values()))
         # Whether a reshape can stay a view depends on strides; torch itself knows best.
@@ -95,9 +92,13 @@ class Expr:
         result = self.evaluate(lambda _: stored)
         return result is stored or result._base is stored
 
+    def substitute(self, to: Callable[[Ref], Expr]) -> Expr:
+        """The same expression with other expressions, of the same shapes, in place of its refs."""
+        return self._with(tuple(child.substitute(to) for child in self.children))
+
     def rename(self, to: Callable[[str], str]) -> Expr:
         """The same expression over stored tensors of other names."""
-        return self._with(tuple(child.rename(to) for child in self.children))
+        return self.substitute(lambda ref: Ref(to(ref.name), ref.shape))
 
     def _with(self, children: tuple[Expr, ...]) -> Expr:
         raise NotImplementedError
@@ -121,8 +122,8 @@ class Ref(Expr):
     def evaluate(self, lookup: Lookup) -> Tensor:
         return lookup(self.name)
 
-    def rename(self, to: Callable[[str], str]) -> Expr:
-        return Ref(to(self.name), self.of)
+    def substitute(self, to: Callable[[Ref], Expr]) -> Expr:
+        return to(self)
 
     def to_json(self) -> list[Any]:
         return [self.tag, self.name, list(self.of)]
@@ -138,7 +139,7 @@ class Permute(Expr):
 
     def _infer_shape(self) -> Shape:
         if sorted(self.dims) != list(range(len(self.x.shape))):
-            raise _mismatch(f"permute{self.dims} of shape {self.x.shape}")
+            raise malformed(f"permute{self.dims} of shape {self.x.shape}")
         return tuple(self.x.shape[d] for d in self.dims)
 
     @property
@@ -165,7 +166,7 @@ class Reshape(Expr):
 
     def _infer_shape(self) -> Shape:
         if math.prod(self.to) != math.prod(self.x.shape):
-            raise _mismatch(f"reshape of {self.x.shape} to {self.to}")
+            raise malformed(f"reshape of {self.x.shape} to {self.to}")
         return self.to
 
     @property
@@ -195,7 +196,7 @@ class Slice(Expr):
     def _infer_shape(self) -> Shape:
         shape = self.x.shape
         if not (0 <= self.dim < len(shape) and 0 <= self.start < self.stop <= shape[self.dim]):
-            raise _mismatch(f"slice {self.start}:{self.stop} of dimension {self.dim} of {shape}")
+            raise malformed(f"slice {self.start}:{self.stop} of dimension {self.dim} of {shape}")
         return (*shape[: self.dim], self.stop - self.start, *shape[self.dim + 1 :])
 
     @property
@@ -224,9 +225,9 @@ class Cat(Expr):
         shapes = [x.shape for x in self.xs]
         d = self.dim
         if not shapes or not 0 <= d < len(shapes[0]):
-            raise _mismatch(f"cat of {shapes} along dimension {d}")
+            raise malformed(f"cat of {shapes} along dimension {d}")
         if len({(*s[:d], 0, *s[d + 1 :]) for s in shapes}) != 1:
-            raise _mismatch(f"cat of {shapes} along dimension {d}")
+            raise malformed(f"cat of {shapes} along dimension {d}")
         return (*shapes[0][:d], sum(s[d] for s in shapes), *shapes[0][d + 1 :])
 
     @property
@@ -264,7 +265,7 @@ class _Binary(Expr):
         count = max(len(a), len(b))
         pairs = list(zip((1,) * (count - len(a)) + a, (1,) * (count - len(b)) + b, strict=True))
         if any(m != n and 1 not in (m, n) for m, n in pairs):
-            raise _mismatch(f"{self.tag} of {self.a.shape} and {self.b.shape}")
+            raise malformed(f"{self.tag} of {self.a.shape} and {self.b.shape}")
         return tuple(max(pair) for pair in pairs)
 
 
@@ -323,11 +324,64 @@ class MatMul(_Binary):
     def _infer_shape(self) -> Shape:
         a, b = self.a.shape, self.b.shape
         if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
-            raise _mismatch(f"matmul of {a} and {b}")
+            raise malformed(f"matmul of {a} and {b}")
         return (*self._broadcast(last=2), a[-2], b[-1])
 
     def evaluate(self, lookup: Lookup) -> Tensor:
         return self.a.evaluate(lookup) @ self.b.evaluate(lookup)
+
+
+@dataclass(frozen=True)
+class Dequantize(Expr):
+    """A matrix of integers times their scales: `codes * scales`, in the type of the scales.
+
+    Args:
+        codes: uint8, packed (see `packed_codes`): rows after one another, `bits` each.
+        scales: `(rows, groups)`; the columns are cut into groups of equal width, the last one
+            may be narrower.
+        bits: of each code.
+        columns: of the matrix.
+    """
+
+    tag: ClassVar[str] = "dequantize"
+    codes: Expr = field(default_factory=Expr)
+    scales: Expr = field(default_factory=Expr)
+    bits: int = 8
+    columns: int = 1
+
+    def _infer_shape(self) -> Shape:
+        scales = self.scales.shape
+        if len(scales) != 2 or self.columns < 1:
+            raise malformed(f"dequantize with scales of shape {scales}, {self.columns} columns")
+        shape = (scales[0], self.columns)
+        # As many groups as columns of that width fill, no more.
+        fits = scales[1] == -(-self.columns // -(-self.columns // scales[1]))
+        fits = fits and isinstance(self.codes, Ref) and self.bits in WIDTHS
+        if not fits or self.codes.shape != (packed_length(math.prod(shape), self.bits),):
+            raise malformed(
+                f"{self.bits}-bit codes of shape {self.codes.shape} for scales of shape {scales} "
+                f"and {self.columns} columns"
+            )
+        return shape
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.codes, self.scales)
+
+    def _with(self, children: tuple[Expr, ...]) -> Expr:
+        codes, scales = children
+        return Dequantize(codes, scales, self.bits, self.columns)
+
+    def evaluate(self, lookup: Lookup) -> Tensor:
+        scales = self.scales.evaluate(lookup)
+        codes = unpacked(self.codes.evaluate(lookup), self.shape, self.bits).to(scales.dtype)
+        groups = scales.shape[1]
+        if groups > 1:
+            scales = scales.repeat_interleave(-(-self.columns // groups), 1)[:, : self.columns]
+        return codes * scales
+
+    def to_json(self) -> list[Any]:
+        return [self.tag, self.codes.to_json(), self.scales.to_json(), self.bits, self.columns]
 
 
 def transpose(x: Expr) -> Expr:
@@ -342,68 +396,13 @@ def reshape(x: Expr, shape: Sequence[int]) -> Expr:
     return x if x.shape == tuple(shape) else Reshape(x, tuple(shape))
 
 
-def from_json(data: object) -> Expr:
-    """The expression of a nested list made by `Expr.to_json`.
-
-    Raises:
-        PlanError: unknown tag, wrong arguments, shapes that don't fit, too deep or too large.
-    """
-    return _parse(data, 0, [MAX_NODES])
-
-
-def check_size(exprs: Iterable[Expr]) -> None:
-    """Raise PlanError if these have more nodes than would be read again."""
-    if sum(1 for expr in exprs for _ in expr.walk()) > MAX_NODES_IN_ALL:
-        raise _mismatch(f"the plan has more than {MAX_NODES_IN_ALL:,} nodes", "plan-too-large")
-
-
-def all_from_json(data: Mapping[str, object]) -> dict[str, Expr]:
-    """Named expressions, likewise, of bounded size in all."""
-    left, found = MAX_NODES_IN_ALL, {}
-    for name, one in data.items():
-        budget = [min(MAX_NODES, left)]
-        before = budget[0]
-        found[name] = _parse(one, 0, budget)
-        left -= before - budget[0]
-    return found
-
-
 def is_name(text: object) -> bool:
     """Whether this can be the name of a tensor or group: a printable text of bounded length."""
     return isinstance(text, str) and 0 < len(text) <= MAX_NAME and text.isprintable()
 
 
-def _parse(data: object, depth: int, budget: list[int]) -> Expr:
-    budget[0] -= 1
-    if depth > MAX_DEPTH or budget[0] < 0:
-        raise _mismatch(
-            f"more than {MAX_DEPTH} levels, or {MAX_NODES} nodes, or {MAX_NODES_IN_ALL:,} in all",
-            "plan-too-large",
-        )
-    match data:
-        case ["ref", str(name), list(shape)] if is_name(name):
-            return Ref(name, _ints(shape))
-        case ["permute", x, list(dims)]:
-            return Permute(_parse(x, depth + 1, budget), _ints(dims))
-        case ["reshape", x, list(shape)]:
-            return Reshape(_parse(x, depth + 1, budget), _ints(shape))
-        case ["slice", x, *bounds] if len(bounds) == 3:
-            return Slice(_parse(x, depth + 1, budget), *_ints(bounds))
-        case ["cat", list(xs), dim] if 0 < len(xs) <= MAX_NODES:
-            return Cat(tuple(_parse(x, depth + 1, budget) for x in xs), _ints([dim])[0])
-        case [("add" | "mul" | "matmul") as tag, a, b]:
-            node = {"add": Add, "mul": Mul, "matmul": MatMul}[tag]
-            return node(_parse(a, depth + 1, budget), _parse(b, depth + 1, budget))
-    raise _mismatch(f"{reprlib.repr(data)}")
-
-
-def _ints(values: list[object]) -> tuple[int, ...]:
-    if len(values) > 8 or any(type(v) is not int or abs(v) > MAX_ELEMENTS for v in values):
-        raise _mismatch(f"{reprlib.repr(values)} where small whole numbers belong")
-    return tuple(v for v in values if isinstance(v, int))
-
-
-def _mismatch(what: str, code: str = "malformed-expression") -> PlanError:
+def malformed(what: str, code: str = "malformed-expression") -> PlanError:
+    """The error for an expression that can't be computed."""
     return PlanError(
         f"A weight's expression is malformed: {what[:300]}",
         "The weight can't be computed",

@@ -15,14 +15,14 @@ import dataclasses
 import functools
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-import tiedconv.core.expr as algebra
-from tiedconv.core.expr import Expr, Ref, Shape, all_from_json, is_name
+from tiedconv.core.expr import Dequantize, Expr, Ref, Shape, is_name
+from tiedconv.core.expr_json import all_from_json, check_size
 from tiedconv.core.options import current_options
 from tiedconv.errors import PlanError
 
@@ -281,11 +281,28 @@ class Plan:
                     )
         return found
 
+    @functools.cached_property
+    def codes(self) -> dict[str, Dequantize]:
+        """Stored tensors that hold packed integers: name to the matrix that they are read as."""
+        found: dict[str, Dequantize] = {}
+        for name, expr in self.weights.items():
+            for node in (node for node in expr.walk() if isinstance(node, Dequantize)):
+                (codes, *_) = node.codes.refs
+                if found.setdefault(codes, node) != node:
+                    raise PlanError(
+                        f"{name} reads the codes {codes} in another way than a weight before it",
+                        "The plan contradicts itself",
+                        "The file is damaged or forged: convert the model again",
+                        code="contradictory-plan",
+                    )
+        return found
+
     @property
     def stored(self) -> int:
-        """Parameters after conversion."""
+        """Parameters after conversion; a code is one."""
         kept = sum(math.prod(s) for n, s in self.kept.items() if n not in self.buffers)
-        return kept + sum(math.prod(s) for s in self.factors.values())
+        codes = {name: node.shape for name, node in self.codes.items()}
+        return kept + sum(math.prod(codes.get(n, s)) for n, s in self.factors.items())
 
     @property
     def original(self) -> int:
@@ -295,8 +312,12 @@ class Plan:
 
     def validate(self) -> None:
         """Raise PlanError unless shapes, names and references are consistent."""
-        factors = self.factors
-        algebra.check_size(self.weights.values())
+        factors, codes = self.factors, self.codes
+        for name, expr in self.weights.items():
+            nodes = [type(n) for n in expr.walk() if isinstance(n, Dequantize) or _is_ref(n, codes)]
+            if nodes.count(Ref) != nodes.count(Dequantize):
+                raise _bad(f"{name} reads codes as if they were a weight", "contradictory-plan")
+        check_size(self.weights.values())
         for name, shape in factors.items():
             if not name.startswith(PREFIX) or "." in name or name in self.kept:
                 raise _bad(
@@ -350,6 +371,10 @@ class Plan:
                 plan.validate()
                 return plan
         raise _bad("its entries are not those of a plan")
+
+
+def _is_ref(node: Expr, names: Collection[str]) -> bool:
+    return isinstance(node, Ref) and node.name in names
 
 
 def stored_name(group: str, factor: str) -> str:

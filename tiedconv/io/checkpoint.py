@@ -2,7 +2,7 @@
 
 Kept tensors have their original names, factors `tied/...`. The metadata holds
 
-- `tiedconv`: format version, plan, SHA-256 of every tensor, history;
+- `tiedconv`: format version, plan, SHA-256 of every tensor, history, which codes are deflated;
 - `source`: how to build the model's class;
 - `digest`: SHA-256 of the two above.
 
@@ -26,17 +26,18 @@ from torch import Tensor, nn
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError, UserError
-from tiedconv.families.inspect import inspect_model
 from tiedconv.io.atomic import replacing
+from tiedconv.io.deflated import deflated, inflated
 from tiedconv.io.json_text import compact_json, strict_json
 from tiedconv.io.narrowing import narrowed, stored_as
 from tiedconv.io.raw import bytes_of
-from tiedconv.io.safetensors_file import DTYPES, Form, SafetensorsFile, write_tensors
+from tiedconv.io.safetensors_file import Form, SafetensorsFile, write_tensors
 from tiedconv.io.validation import check_plan, checked_history, checked_source
 from tiedconv.runtime.tensors import state_tensors
-from tiedconv.runtime.tie import state_of, tie
+from tiedconv.runtime.tie import state_of
 
-FORMAT = 1
+FORMAT = 2
+"""The newest: files with codes. All others are written as version 1, which older releases read."""
 # safetensors' names of dtypes that readers of version 1 need not know.
 _LATER_DTYPES = frozenset({"F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -53,10 +54,11 @@ class Checkpoint:
         source: how to build the model, plain data.
         history: what was done with the model, oldest first.
         hashes: tensor name to SHA-256.
-        shapes: tensor name to shape.
+        shapes: tensor name to shape, in the file: codes may be deflated.
         dtypes: tensor name to safetensors' name of its dtype.
         size: of the file, in bytes.
         file: the open file. If another replaces it, tensors are still read from this one.
+        deflated: names of codes that the file holds deflated.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Checkpoint:
     dtypes: Mapping[str, str]
     size: int
     file: SafetensorsFile = field(repr=False, compare=False)
+    deflated: frozenset[str] = frozenset()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor, its bytes checked against the hash.
@@ -78,13 +81,21 @@ class Checkpoint:
         for name in self.shapes:
             tensor = self.file.tensor(name)
             if tensor_hash(tensor) != self.hashes.get(name):
-                raise CheckpointError(
-                    f"{self.path}: the tensor {name} is not what was written (SHA-256 differs)",
-                    "The file is damaged and was not used",
-                    _AGAIN,
-                    code="tensor-damaged",
-                )
+                raise self._damaged(name, "is not what was written (SHA-256 differs)")
+            if name in self.deflated:
+                try:
+                    tensor = inflated(tensor, *self.plan.factors[name])
+                except ValueError as error:
+                    raise self._damaged(name, f"is of no use: {error}") from None
             yield name, tensor
+
+    def _damaged(self, name: str, how: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: the tensor {name} {how}",
+            "The file is damaged and was not used",
+            _AGAIN,
+            code="tensor-damaged",
+        )
 
     def close(self) -> None:
         """Close the file; no tensor can be read then."""
@@ -179,7 +190,11 @@ def write_compact(
     half = stored_as(history)
 
     def stored(name: str) -> Tensor:
-        return narrowed(tensor(name), half)
+        value = tensor(name)
+        if name in plan.codes:
+            smaller = deflated(value)
+            return value if smaller is None else smaller
+        return narrowed(value, half)
 
     forms: dict[str, Form] = {}
     hashes: dict[str, str] = {}
@@ -187,11 +202,13 @@ def write_compact(
         value = stored(name)
         forms[name], hashes[name] = (value.dtype, tuple(value.shape)), tensor_hash(value)
     record = {
-        "format": FORMAT,
+        "format": FORMAT if plan.codes else 1,
         "plan": plan.to_json(),
         "sha256": hashes,
         "history": list(history),
     }
+    if plan.codes:
+        record["deflated"] = [n for n in plan.codes if forms[n][1] != plan.factors[n]]
     metadata = {"tiedconv": compact_json(record), "source": compact_json(source)}
     metadata["digest"] = _digest(metadata)
     with replacing(path, force=force) as temp:
@@ -247,98 +264,6 @@ def _unusable(path: str | Path, what: str, code: str) -> CheckpointError:
     return CheckpointError(f"{path} can't be used: {what}", hint=_AGAIN, code=code)
 
 
-def install(checkpoint: Checkpoint, skeleton: nn.Module) -> nn.Module:
-    """Load a file's tensors and ties into a model of the original class, returned in eval mode.
-
-    Raises:
-        CheckpointError: the model has other tensors than the file, or a tensor is damaged.
-    """
-    _same_names(checkpoint, skeleton)
-    # All are read and checked before the first is loaded: a damaged file changes nothing.
-    tensors = dict(checkpoint.tensors())
-    for name in checkpoint.plan.kept:
-        _put(skeleton, name, tensors.pop(name))
-    for alias, name in checkpoint.plan.aliases.items():
-        if name in checkpoint.plan.kept:
-            _alias(skeleton, alias, name)
-    tie(
-        skeleton,
-        checkpoint.plan,
-        tensors,
-        source=checkpoint.source,
-        history=checkpoint.history,
-    )
-    return skeleton.eval()
-
-
-def _same_names(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
-    info = inspect_model(skeleton)
-    plan = checkpoint.plan
-    expected = {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}}
-    if dict(info.shapes) == expected and dict(info.aliases) == dict(plan.aliases):
-        _same_kinds(checkpoint, skeleton)
-        return
-    differing = [
-        f"{n} is {expected.get(n, 'missing')} in the file, {info.shapes.get(n, 'missing')} in "
-        f"the model"
-        for n in sorted(expected.keys() | info.shapes.keys())
-        if expected.get(n) != info.shapes.get(n)
-    ] or ["other tensors are shared"]
-    raise CheckpointError(
-        f"{checkpoint.path} is for another model: {'; '.join(differing[:3])}",
-        "It was not loaded",
-        "Use the library versions that the file names (tiedconv report FILE), or the right model",
-        code="wrong-model",
-    )
-
-
-def _same_kinds(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
-    """Refuse integers where the model has floats, and the reverse."""
-    own = skeleton.state_dict()
-    for name in checkpoint.plan.kept:
-        here, there = own[name].dtype, DTYPES[checkpoint.dtypes[name]]
-        if here != there and not (here.is_floating_point and there.is_floating_point):
-            raise CheckpointError(
-                f"{checkpoint.path} is for another model: {name} is {there} in the file, {here} "
-                "in the model",
-                "It was not loaded",
-                "Use the right model, or convert it again",
-                code="wrong-model",
-            )
-    buffers = {name for name, _ in skeleton.named_buffers(remove_duplicate=False)}
-    if computed := sorted(buffers & checkpoint.plan.weights.keys()):
-        raise CheckpointError(
-            f"{checkpoint.path} is for another model: it computes {computed[0]}, which is a "
-            "buffer of the model",
-            "It was not loaded",
-            "Use the right model, or convert it again",
-            code="wrong-model",
-        )
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter or buffer by the file's tensor, keeping sharing among modules."""
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = module._parameters.get(attribute)
-    if old is not None:
-        module._parameters[attribute] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    else:
-        module._buffers[attribute] = tensor
-
-
-def _alias(model: nn.Module, alias: str, name: str) -> None:
-    path, _, attribute = alias.rpartition(".")
-    source_path, _, source_attribute = name.rpartition(".")
-    module, source = model.get_submodule(path), model.get_submodule(source_path)
-    for table, other in (
-        (module._parameters, source._parameters),
-        (module._buffers, source._buffers),
-    ):
-        if attribute in table and source_attribute in other:
-            table[attribute] = other[source_attribute]  # type: ignore[assignment]
-
-
 def _checked(
     file: SafetensorsFile, shapes: dict[str, Shape], record: Any, source: Any
 ) -> Checkpoint:
@@ -355,15 +280,23 @@ def _checked(
             "plan": data,
             "sha256": dict(hashes),
             "history": [*entries],
-        } if version == FORMAT and version is not True:
+            **rest,
+        } if (
+            version in (1, FORMAT)
+            and version is not True
+            and rest.keys() == ({"deflated"} if version > 1 else set())
+        ):
             plan = Plan.from_json(data)
         case _:
             raise ValueError("its metadata lacks a part")
     check_plan(plan)
     history = checked_history(entries)
     expected = {**plan.kept, **plan.factors}
+    shorter = _checked_deflated(rest.get("deflated", []), plan, shapes)
+    if plan.codes and version < FORMAT:
+        raise ValueError(f"a file of version {version} has no codes")
     for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
+        if expected.get(name) != shapes.get(name) and name not in shorter:
             got, want = shapes.get(name, "missing"), expected.get(name, "not used")
             raise ValueError(f"the tensor {name} is {got}, and by the plan {want}")
     if hashes.keys() != shapes.keys():
@@ -380,15 +313,31 @@ def _checked(
         file.dtypes,
         file.size,
         file,
+        shorter,
     )
+
+
+def _checked_deflated(
+    names: object, plan: Plan, shapes: Mapping[str, Shape]
+) -> frozenset[str]:  # fmt: skip
+    """The names of deflated codes, each of which is shorter than what it inflates to."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its list of deflated codes is malformed")
+    for name in names:
+        shape = shapes.get(name, ())
+        if name not in plan.codes or len(shape) != 1 or shape >= plan.factors[name]:
+            raise ValueError(f"{name[:200]} is no codes that were deflated")
+    return frozenset(names)
 
 
 def _check_dtypes(plan: Plan, dtypes: Mapping[str, str], mixed: bool) -> None:
     """Only floats of one kind can be multiplied, unless all of them are widened first."""
     if later := sorted(_LATER_DTYPES & set(dtypes.values())):
         raise ValueError(f"it has a tensor of the type {later[0]}, which the format does not have")
+    if wrong := [name for name in plan.codes if dtypes[name] != "U8"]:
+        raise ValueError(f"{wrong[0]} holds codes, and is of the type {dtypes[wrong[0]]}")
     for name, expr in plan.weights.items():
-        kinds = {dtypes[ref] for ref in expr.refs}
+        kinds = {dtypes[ref] for ref in expr.refs if ref not in plan.codes}
         if not kinds <= _FLOATS or (len(kinds) > 1 and not mixed):
             raise ValueError(f"{name} would be computed from {' and '.join(sorted(kinds))}")
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiedconv.core.plan import Group, Plan
+from tiedconv.core.storage import quantised_shape
 from tiedconv.errors import PlanError
 from tiedconv.runtime.flops import eval_flops
 
@@ -105,7 +106,9 @@ def _check_groups(plan: Plan) -> None:
                 "group-inconsistent",
             )
         for factor, shape in group.factors.items():
-            if len(shape) != 2 or factors.get(group.stored_name(factor)) != shape:
+            name = group.stored_name(factor)
+            found = factors.get(name) or quantised_shape(plan, name)
+            if len(shape) != 2 or found != shape:
                 raise _bad(
                     f"the group {group.name} has a factor {factor} that nothing reads",
                     "group-inconsistent",

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Permute, Ref, Reshape, Slice
+from tiedconv.core.expr import Add, Cat, Dequantize, Expr, MatMul, Mul, Permute, Ref, Reshape, Slice
 from tiedconv.runtime.generator import Generated, parts_of
 
 V = TypeVar("V")
@@ -95,14 +95,14 @@ def apply(expr: Expr, x: V, on: Operations[V], transpose: bool = False) -> V:
             for term in terms[1:]:
                 total = on.add(total, term)
             return total
-        case Ref() | Slice() | Reshape() if len(expr.shape) == 2 and _is_stored(expr):
+        case Ref() | Slice() | Reshape() | Dequantize() if len(expr.shape) == 2 and is_stored(expr):
             return on.product(x, expr, transpose)
     raise NotFactorableError
 
 
 def _scaled(matrix: Expr, vector: Expr, x: V, on: Operations[V], transpose: bool) -> V:
     rows, columns = matrix.shape
-    if not _is_stored(vector) or vector.shape not in ((rows, 1), (1, columns), (1, 1)):
+    if not is_stored(vector) or vector.shape not in ((rows, 1), (1, columns), (1, 1)):
         raise NotFactorableError
     of_rows = vector.shape == (rows, 1)
     # A scale of the inputs comes first; a scale of the outputs, or a scalar, comes last.
@@ -111,5 +111,6 @@ def _scaled(matrix: Expr, vector: Expr, x: V, on: Operations[V], transpose: bool
     return on.scale(apply(matrix, x, on, transpose), vector)
 
 
-def _is_stored(expr: Expr) -> bool:
-    return all(isinstance(node, Ref | Slice | Reshape) for node in expr.walk())
+def is_stored(expr: Expr) -> bool:
+    """Whether a matrix is read rather than computed: a stored one, or a part of one."""
+    return all(isinstance(node, Ref | Slice | Reshape | Dequantize) for node in expr.walk())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Reshape
+from tiedconv.core.expr import Add, Cat, Dequantize, Expr, MatMul, Mul, Reshape
 from tiedconv.runtime.factored import NotFactorableError, apply, matrix_of
 from tiedconv.runtime.generator import Generated, parts_of
 
@@ -29,7 +29,7 @@ def eval_flops(expr: Expr) -> tuple[int, int]:
     """Values written while evaluating, the result included, and multiplications of the products."""
     written = products = 0
     for node in expr.walk():
-        if isinstance(node, Add | Cat | MatMul | Mul | Reshape):
+        if isinstance(node, Add | Cat | Dequantize | MatMul | Mul | Reshape):
             written += math.prod(node.shape)
         if isinstance(node, MatMul):
             products += math.prod(node.shape) * node.a.shape[-1]

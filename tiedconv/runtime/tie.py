@@ -100,7 +100,8 @@ def tie(
         if parameter.requires_grad:
             trained |= plan.weights[_canonical_name(plan, name)].refs.keys()
     for name in plan.factors:
-        model.register_parameter(name, nn.Parameter(factors[name], requires_grad=name in trained))
+        trains = name in trained and factors[name].is_floating_point()
+        model.register_parameter(name, nn.Parameter(factors[name], requires_grad=trains))
     for name, module, attribute in converted:
         _bind(module, attribute, plan.weights[_canonical_name(plan, name)], model)
     model.__dict__[_STATE] = State(plan, source, history)
@@ -259,7 +260,8 @@ def set_offsets(model: nn.Module, offsets: Mapping[str, Tensor], scale: float = 
     for name, module, attribute in list(_iter_converted(model, plan)):
         offset_of = offsets.get(_canonical_name(plan, name))
         if offset_of is not None:
-            like = _parameter(model, next(iter(module.__dict__[EXPRS][attribute].refs)))
+            stored = (_parameter(model, n) for n in module.__dict__[EXPRS][attribute].refs)
+            like = next(p for p in stored if p.is_floating_point())
             value = offset_of.detach().to(like.device, like.dtype)
             module.register_buffer(OFFSET + attribute, value, persistent=False)
     model.__dict__[OFFSET_SCALE] = scale

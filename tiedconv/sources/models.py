@@ -14,7 +14,8 @@ from torch import nn
 
 import tiedconv.sources as sources
 from tiedconv.errors import CheckpointError, UserError
-from tiedconv.io.checkpoint import Checkpoint, install, read
+from tiedconv.io.checkpoint import Checkpoint, read
+from tiedconv.io.install import install
 from tiedconv.io.safetensors_file import SafetensorsFile
 from tiedconv.runtime.finite import check_finite
 from tiedconv.runtime.forward_check import check_size

@@ -1,0 +1,246 @@
+"""Rounding a matrix to integers with the least cost, by error feedback.
+
+A matrix W becomes `diag(rows) Q diag(columns)` with Q whole numbers. Its entries are rounded one
+after another, and what rounding has cost so far is made good by the entries that are still free: of
+later columns through the second moment C of the inputs (GPTQ, https://arxiv.org/abs/2210.17323),
+of later rows through that of the gradients, G (both sides: as for successive interference
+cancellation). Each scale is chosen so that one unit of any entry costs the same, `step ** 2 / 24`
+on average: then one step serves all matrices of a model, as their costs are in one unit, and the
+number of bits each gets follows from its weights. Frequent integers take few bits in the file
+(`io.deflated`), so no entry has to be clipped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tiedconv.numerics.kfac_metric import KfacMetric
+from tiedconv.numerics.linalg import cholesky
+
+LARGEST = 127
+"""The codes have 8 bits at most."""
+
+ROW_BLOCKS = 8
+"""Rows are rounded in so many parts; within one, no row makes good what another cost."""
+
+SHARE_OF_DIAGONAL, RIDGE = 0.7, 0.03
+"""Of G and C, how much is not trusted: both are estimates, and large errors are not quadratic."""
+
+AT_ONCE = 64  # columns, between updates of all later ones
+HALF_LEAST, HALF_MOST = 2.0**-14, 65504.0  # of float16, where it has all its digits
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix as integers.
+
+    Args:
+        values: whole numbers, int8 `(out, in)`.
+        rows: scale of each row, `(out, 1)`.
+        columns: factor of each column, `(1, in)`; None for none.
+    """
+
+    values: Tensor
+    rows: Tensor
+    columns: Tensor | None
+
+    @property
+    def matrix(self) -> Tensor:
+        """What it stands for, `(out, in)`."""
+        matrix = self.values.to(self.rows.dtype) * self.rows
+        return matrix if self.columns is None else matrix * self.columns
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A second moment, prepared: later entries make good what earlier ones cost.
+
+    Args:
+        weights: of each entry's error, once later ones have made good what they can.
+        feedback: unit upper triangular; row j moves later entries by the error of entry j.
+    """
+
+    weights: Tensor
+    feedback: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor) -> _Side:
+        inverse = torch.cholesky_inverse(cholesky(moment))
+        upper = cholesky(inverse).t()
+        diagonal = upper.diagonal()
+        return cls(1 / diagonal.square(), upper / diagonal.unsqueeze(1))
+
+
+class Rounding:
+    """The rounding of one matrix at any step.
+
+    Args:
+        matrix: `(out, in)`.
+        metric: what its errors cost.
+    """
+
+    def __init__(self, matrix: Tensor, metric: KfacMetric) -> None:
+        self._matrix = matrix.detach().double()
+        self._metric = metric
+        rows, columns = matrix.shape
+        self._right = _Side.of(self._moment(metric.right, columns, RIDGE, 0.0))
+        # Neighbouring rows are alike (a head's): they go into different parts.
+        count = min(ROW_BLOCKS, rows) if metric.left is not None else 1
+        parts = [torch.arange(k, rows, count) for k in range(count)]
+        self._order = torch.cat(parts)
+        self._sizes = [len(part) for part in parts]
+        self._left = self._moment(metric.left, rows, 0.0, SHARE_OF_DIAGONAL)[self._order][
+            :, self._order
+        ]
+
+    @staticmethod
+    def _moment(moment: Tensor | None, size: int, ridge: float, share: float) -> Tensor:
+        if moment is None:
+            return torch.eye(size, dtype=torch.float64)
+        moment = moment.double()
+        diagonal = moment.diagonal()
+        mean = float(diagonal.mean())
+        return (1 - share) * moment + torch.diag(share * diagonal + (ridge + 1e-6) * mean)
+
+    @cached_property
+    def columns(self) -> Tensor | None:
+        """Factors of the columns, `(1, in)`; None where they take more bits than they save."""
+        weights = self._right.weights
+        gain = weights.mean().log2() - weights.log2().mean()
+        if 0.5 * len(self._matrix) * float(gain) < 16:
+            return None
+        # A coarse grid costs little, and keeps the factors compressible.
+        factors = torch.exp2(-0.5 * weights.log2())
+        middle = factors.log2().mean()
+        return torch.exp2((2 * (factors.log2() - middle)).round() / 2).unsqueeze(0)
+
+    @cached_property
+    def _column_weight(self) -> float:
+        """The mean cost of an error of one unit in a column, before scales of rows."""
+        weights = self._right.weights
+        if self.columns is not None:
+            weights = weights * self.columns.square().squeeze(0)
+        return float(weights.mean())
+
+    @cached_property
+    def _row_weights(self) -> list[Tensor]:
+        """For each part of the rows, the weights of errors once later parts made good."""
+        found, start = [], 0
+        for size in self._sizes:
+            inverse = torch.cholesky_inverse(cholesky(self._left[start:, start:]))
+            found.append(torch.cholesky_inverse(cholesky(inverse[:size, :size])).diagonal())
+            start += size
+        return found
+
+    @cached_property
+    def _normalised(self) -> Tensor:
+        """The matrix where an error of 1 costs the same in every entry, in the parts' order."""
+        weights = torch.cat(self._row_weights) * self._column_weight
+        matrix = self._matrix[self._order] * weights.sqrt().unsqueeze(1)
+        return matrix if self.columns is None else matrix / self.columns
+
+    def bits(self, step: float) -> float:
+        """An estimate of the bits that the integers take, entropy-coded, without the scales."""
+        values = (self._normalised / step).round().clamp(-LARGEST, LARGEST)
+        return values.numel() * entropy(values)
+
+    def at(self, step: float, largest: int = LARGEST) -> Rounded:
+        """The matrix as integers.
+
+        Args:
+            step: the error of an entry is up to half of it, in units of the root of the cost.
+            largest: the integers are from `-largest` to `largest`.
+        """
+        matrix, columns = self._matrix[self._order], self.columns
+        factors = torch.ones(1, matrix.shape[1]).double() if columns is None else columns.double()
+        values, errors = torch.empty_like(matrix), torch.zeros_like(matrix)
+        scales = torch.empty(len(matrix), 1, dtype=matrix.dtype)
+        start = 0
+        for size, weights in zip(self._sizes, self._row_weights, strict=True):
+            stop = start + size
+            scale = step / (weights * self._column_weight).sqrt().unsqueeze(1)
+            scale = _as_half(scale.clamp(min=_least_scale(matrix[start:stop] / factors, largest)))
+            target = matrix[start:stop]
+            if start:
+                # What these rows should err by, given the errors of those before.
+                root = cholesky(self._left[start:, start:])
+                wanted = torch.cholesky_solve(self._left[start:, :start] @ errors[:start], root)
+                target = target + wanted[:size]
+            values[start:stop] = self._rounded(target, scale, factors, largest)
+            errors[start:stop] = matrix[start:stop] - values[start:stop] * scale * factors
+            scales[start:stop] = scale
+            start = stop
+        back = torch.argsort(self._order)
+        return Rounded(values[back].to(torch.int8), scales[back].float(), _float(columns))
+
+    def _rounded(self, target: Tensor, scale: Tensor, factors: Tensor, largest: int) -> Tensor:
+        """GPTQ: the integers of some rows, column by column."""
+        target, values = target.clone(), torch.empty_like(target)
+        feedback = self._right.feedback
+        for start in range(0, target.shape[1], AT_ONCE):
+            stop = min(start + AT_ONCE, target.shape[1])
+            errors = torch.empty(len(target), stop - start, dtype=target.dtype)
+            for j in range(start, stop):
+                unit = scale.squeeze(1) * factors[0, j]
+                values[:, j] = (target[:, j] / unit).round().clamp(-largest, largest)
+                error = target[:, j] - values[:, j] * unit
+                errors[:, j - start] = error
+                target[:, j + 1 : stop] -= torch.outer(error, feedback[j, j + 1 : stop])
+            target[:, stop:] -= errors @ feedback[start:stop, stop:]
+        return values
+
+    def cost(self, rounded: Rounded) -> float:
+        """What rounding costs."""
+        return self._metric.cost(self._matrix - rounded.matrix.double())
+
+
+def entropy(values: Tensor) -> float:
+    """Bits that a whole number takes on average, by how often each occurs."""
+    whole = values.reshape(-1).long()
+    counts = torch.bincount(whole - whole.min()).double()
+    share = counts[counts > 0] / len(whole)
+    return -float((share * share.log2()).sum())
+
+
+def _least_scale(rows: Tensor, largest: int) -> Tensor:
+    """Scales below which more than a few entries of a row would be clipped, `(out, 1)`."""
+    if largest >= LARGEST:
+        return rows.abs().amax(1, keepdim=True).clamp(min=HALF_LEAST * LARGEST) / LARGEST
+    # Of a few, that with the least squared error.
+    ends = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / largest
+    tried = torch.stack([ends * share for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)])
+    rounded = (rows / tried).round().clamp(-largest, largest) * tried
+    best = (rounded - rows).square().sum(2, keepdim=True).argmin(0, keepdim=True)
+    return tried.gather(0, best).squeeze(0)
+
+
+def _as_half(scales: Tensor) -> Tensor:
+    """Scales that float16 holds exactly, where they are within its range."""
+    halves = scales.half().to(scales.dtype)
+    within = bool(scales.min() >= HALF_LEAST) and bool(scales.max() <= HALF_MOST)
+    return halves if within else scales.float().to(scales.dtype)
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def width_of(values: Tensor) -> int:
+    """The fewest bits, of those that lie within one byte, that hold all of these integers."""
+    low, high = int(values.min()), int(values.max())
+    return next(b for b in (2, 4, 8) if -(2 ** (b - 1)) <= low and high < 2 ** (b - 1))
+
+
+def cost_of_step(step: float, count: int) -> float:
+    """The cost of so many entries, each off by half a step at most."""
+    return count * step**2 / 24
+
+
+def step_of(cost: float, count: int) -> float:
+    """The step at which so many entries cost that."""
+    return math.sqrt(24 * max(cost, 1e-30) / count)
