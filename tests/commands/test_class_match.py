@@ -18,7 +18,7 @@ from tiedconv.data import open_images
 from tiedconv.data.class_match import match_classes, read_class_map
 from tiedconv.data.images import Images
 from tiedconv.errors import DataError, UserError
-from tiedconv.io.checkpoint import read
+from tiedconv.io.checkpoint_reader import read
 from tiedconv.sources import Source
 from tiedconv.sources.class_names import class_names_of, imagenet_names
 from tiedconv.sources.torchvision_compat import import_torchvision

@@ -17,7 +17,7 @@ from tiedconv.data import ImageList, eval_transform, open_images
 from tiedconv.data.decoding import decode
 from tiedconv.detection import DetectionList
 from tiedconv.errors import DataError, PlanError
-from tiedconv.io.checkpoint import read
+from tiedconv.io.checkpoint_reader import read
 from tiedconv.numerics.linalg import cholesky
 from tiedconv.sources import Preprocess, describe
 

@@ -29,7 +29,7 @@ from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Slice
 from tiedconv.core.expr_json import all_from_json
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError, SourceError, TiedconvError
-from tiedconv.io.checkpoint import read
+from tiedconv.io.checkpoint_reader import read
 from tiedconv.io.json_text import MAX_VALUES, strict_json
 from tiedconv.io.safetensors_file import SafetensorsFile
 from tiedconv.io.validation import check_plan, printable

@@ -24,7 +24,7 @@ import tiedconv
 import tiedconv.sources as sources
 from tiedconv.cli import app
 from tiedconv.errors import TiedconvError
-from tiedconv.io.checkpoint import Checkpoint, read
+from tiedconv.io.checkpoint_reader import Checkpoint, read
 from tiedconv.runtime.tie import dense_state_dict, set_state, state_of
 
 SECONDS, MEGABYTES = 1.0, 200

@@ -21,7 +21,7 @@ from tiedconv.core import expr, expr_json
 from tiedconv.core.plan import Plan
 from tiedconv.errors import PlanError
 from tiedconv.io import validation as limits
-from tiedconv.io.checkpoint import FORMAT
+from tiedconv.io.checkpoint_reader import FORMAT
 from tiedconv.io.json_text import MAX_NESTING
 from tiedconv.io.safetensors_file import COMPACT
 from tiedconv.runtime.tie import dense_state_dict, set_state, state_of

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import tiedconv
 from tiedconv.core.expr import MatMul
-from tiedconv.io.checkpoint import read, tensor_hash
+from tiedconv.io.checkpoint_reader import read, tensor_hash
 from tiedconv.runtime.tie import dense_state_dict
 
 GOLDEN = Path(__file__).parent / "golden"

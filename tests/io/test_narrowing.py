@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiedconv
-from tiedconv.io.checkpoint import read
+from tiedconv.io.checkpoint_reader import read
 from tiedconv.io.narrowing import half_type, narrowed
 
 MODEL = ("timm:vit_tiny_patch16_224", *MODEL_ARGS)

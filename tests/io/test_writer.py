@@ -17,7 +17,8 @@ import tiedconv
 from tiedconv.core.plan import Plan
 from tiedconv.errors import PlanError
 from tiedconv.io import json_text, safetensors_file, validation
-from tiedconv.io.checkpoint import Checkpoint, read, write_compact
+from tiedconv.io.checkpoint import write_compact
+from tiedconv.io.checkpoint_reader import Checkpoint, read
 from tiedconv.io.safetensors_file import DTYPES, SafetensorsFile, forms_of, write_tensors
 from tiedconv.runtime.tie import state_of
 

@@ -25,7 +25,8 @@ from tiedconv.conversion.pipeline import (
 )
 from tiedconv.core.plan import Plan
 from tiedconv.io.atomic import check_output
-from tiedconv.io.checkpoint import Checkpoint, write_compact, write_model
+from tiedconv.io.checkpoint import write_compact, write_model
+from tiedconv.io.checkpoint_reader import Checkpoint
 from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import smaller_options
 from tiedconv.planning.recipe import Recipe
@@ -96,7 +97,8 @@ def plan(
         UserError: unknown model or scheme, nothing to convert, a budget that can't be met.
     """
     opened = open_model(model, weights=None, model_args=model_args)
-    return plan_on(opened.model, recipe or Recipe.of(scheme, **options)).sketch
+    recipe = recipe or Recipe.of(scheme, **options)
+    return plan_on(opened.model, recipe, opened.source).sketch
 
 
 def convert(
@@ -139,7 +141,7 @@ def convert(
     network = opened.model
     if network is model and not inplace:
         network = copy.deepcopy(network)
-    planned = plan_on(network, recipe or Recipe.of(scheme, **options))
+    planned = plan_on(network, recipe or Recipe.of(scheme, **options), opened.source)
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib)
     convert_in_memory(network, opened.source, planned, calib, on_group=on_group)
@@ -198,9 +200,9 @@ def convert_file(
             model_args=model_args,
             preprocess=preprocess,
             seed=seed,
-            lazy=calib is None or weights == "default",
+            lazy=recipe.bytes is None and (calib is None or weights == "default"),
         )
-        planned = plan_on(opened.model, recipe)
+        planned = plan_on(opened.model, recipe, opened.source)
         size = native_size(opened.model)
         done = Conversion(spec, planned.sketch, opened.source, native_size=size)
         if output is None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tiedconv.core.plan import Group, Plan
-from tiedconv.io.checkpoint import Checkpoint, read
+from tiedconv.io.checkpoint_reader import Checkpoint, read
 from tiedconv.io.safetensors_file import DTYPES
 from tiedconv.runtime.flops import apply_flops
 from tiedconv.runtime.tensors import state_tensors

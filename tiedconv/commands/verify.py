@@ -15,7 +15,7 @@ from tiedconv.commands.verify_original import compare_with_original
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import Loader
 from tiedconv.errors import CheckpointError, SourceError, UserError, VerifyError
-from tiedconv.io.checkpoint import Checkpoint, read
+from tiedconv.io.checkpoint_reader import Checkpoint, read
 from tiedconv.io.install import install
 from tiedconv.runtime.tie import freeze, state_of, untie
 from tiedconv.sources.models import skeleton_of, source_of, widened

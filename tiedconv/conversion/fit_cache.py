@@ -21,7 +21,8 @@ from tiedconv.calibration.state import KIND, settings_of
 from tiedconv.conversion.fit import Fit
 from tiedconv.data import ImageList, Loader
 from tiedconv.errors import CheckpointError
-from tiedconv.io.checkpoint import Checkpoint, read, write_compact
+from tiedconv.io.checkpoint import write_compact
+from tiedconv.io.checkpoint_reader import Checkpoint, read
 from tiedconv.io.run_dir import FIT, RunDir
 from tiedconv.io.run_state import (
     foreign,

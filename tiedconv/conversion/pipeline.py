@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
+from tiedconv.conversion.byte_search import convert_to_bytes
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.candidates import (
     calibrate_shortlist,
@@ -47,6 +47,7 @@ from tiedconv.conversion.streaming import (
 from tiedconv.conversion.symmetry_proof import SymmetryProof
 from tiedconv.core.plan import Plan
 from tiedconv.families.inspect import ModelInfo, inspect_model
+from tiedconv.planning.byte_budget import ByteBudget, byte_budget, byte_outlines
 from tiedconv.planning.planner import Outline, outlines
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.tie import set_state, tie
@@ -61,10 +62,12 @@ class Planned:
     Args:
         info: names, shapes and facts about modules.
         outlines: the recipe and its alternatives, those that can be carried out.
+        budget: bytes of the file, where the recipe has such a budget.
     """
 
     info: ModelInfo
     outlines: tuple[Outline, ...]
+    budget: ByteBudget | None = None
 
     @property
     def sketch(self) -> Plan:
@@ -72,18 +75,24 @@ class Planned:
         return self.outlines[0].plan
 
 
-def plan_on(model: nn.Module, recipe: Recipe) -> Planned:
+def plan_on(model: nn.Module, recipe: Recipe, source: Source | None = None) -> Planned:
     """Inspect a model and plan a recipe on it; what can't be done is refused here.
 
     Args:
         model: plain; its parameters may be on the meta device.
         recipe: what is wanted.
+        source: where it came from, which tells in what type its weights are published.
 
     Raises:
         NothingToConvert, BudgetError: the recipe can't be carried out.
     """
     info = inspect_model(model)
-    return Planned(info, outlines(info, recipe))
+    if recipe.bytes is None:
+        return Planned(info, outlines(info, recipe))
+    numbers = sum(math.prod(shape) for shape in info.shapes.values())
+    half = source is not None and source.weights_dtype is not None
+    budget = byte_budget(recipe.bytes, numbers * (2 if half else 4))
+    return Planned(info, byte_outlines(info, recipe, budget), budget)
 
 
 def convert_in_memory(
@@ -111,12 +120,19 @@ def convert_in_memory(
     """
     info, candidates, record = planned.info, planned.outlines, source.to_json()
     extra: Mapping[str, Any] = {}
-    if calib is None:
+    if planned.budget is not None:
+        data = None if calib is None else calib.open(source)
+        sketch = Fit(candidates[0].recipe, planned.sketch, 0.0, None, {})
+        entry = history_entry(sketch, source, command)
+        fitted, extra = convert_to_bytes(
+            model, info, candidates, planned.budget, source, entry, calib, data, on_group
+        )
+    elif calib is None:
         store = memory_store(model, info, in_place=len(candidates) == 1)
         (fitted,) = fit_candidates(info, candidates, store, on_group=on_group)
         tie_fit(model, fitted, record)
     else:
-        data: Dataset[Any] = calib.open(source)
+        data = calib.open(source)
         original = copy.deepcopy(model)  # before aligning, which may change the model's tensors
         found = shortlist(model, original, info, candidates, calib, data, record, on_group)
         fitted, extra = calibrate_shortlist(model, original, found, calib, data, record)
@@ -165,7 +181,7 @@ def fit_streamed(
 
 def history_entry(fitted: Fit, source: Source, command: str | None) -> dict[str, Any]:
     """The history's record of a conversion, which says in what type weights are stored."""
-    half = source.weights_dtype
+    half = "float16" if fitted.recipe.bytes is not None else source.weights_dtype
     return {
         "step": "convert",
         "recipe": fitted.recipe.to_json(),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tiedconv.errors import UserError
 from tiedconv.exporters._format import Format, Job, Written, is_weight
-from tiedconv.io.checkpoint import read, save
+from tiedconv.io.checkpoint import save
+from tiedconv.io.checkpoint_reader import read
 from tiedconv.io.narrowing import stored_as
 from tiedconv.runtime.outputs import named_outputs
 from tiedconv.runtime.tensors import state_tensors

@@ -7,6 +7,7 @@ that any zlib reads it.
 
 from __future__ import annotations
 
+import base64
 import zlib
 
 import torch
@@ -16,6 +17,10 @@ from tiedconv.io.raw import bytes_of
 
 WORTH = 0.98
 """Of its length at most, or a tensor stays as it is."""
+
+PREFIX = "deflated:"
+LONGEST = 32 * 2**20
+"""Characters of a text."""
 
 
 def deflated(codes: Tensor) -> Tensor | None:
@@ -51,3 +56,25 @@ def inflated(data: Tensor, length: int) -> Tensor:
     if len(found) != length or rest or not coder.eof or coder.unused_data:
         raise ValueError(f"its codes are not {length:,} bytes")
     return torch.frombuffer(bytearray(found), dtype=torch.uint8)
+
+
+def deflated_text(text: str) -> str:
+    """A text of ASCII in fewer characters."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    return PREFIX + base64.b85encode(coder.compress(text.encode()) + coder.flush()).decode()
+
+
+def inflated_text(text: str) -> str:
+    """What `deflated_text` was given.
+
+    Raises:
+        ValueError: it is not what that gives, or longer than `LONGEST`.
+    """
+    coder = zlib.decompressobj(-15)
+    try:
+        data = coder.decompress(base64.b85decode(text.removeprefix(PREFIX)), LONGEST)
+    except (zlib.error, ValueError) as error:
+        raise ValueError(f"its metadata can't be inflated: {error}") from None
+    if not coder.eof or coder.unused_data:
+        raise ValueError("its metadata is longer than any model's, or cut off")
+    return data.decode()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tiedconv.errors import CheckpointError
 from tiedconv.families.inspect import inspect_model
-from tiedconv.io.checkpoint import Checkpoint
+from tiedconv.io.checkpoint_reader import Checkpoint
 from tiedconv.io.safetensors_file import DTYPES
 from tiedconv.runtime.tie import tie
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tiedconv.errors import CheckpointError, OutputError, UserError
 from tiedconv.io.atomic import replacing
-from tiedconv.io.checkpoint import tensor_hash
+from tiedconv.io.checkpoint_reader import tensor_hash
 from tiedconv.io.json_text import strict_json
 from tiedconv.io.raw import bytes_of
 from tiedconv.io.safetensors_file import FOREIGN, SafetensorsFile, save_tensors

@@ -249,6 +249,25 @@ def write_tensors(
     Raises:
         OSError: the disk is full.
     """
+    head, names, _ = _head_of(forms, metadata)
+    with path.open("wb", buffering=0) as file:
+        write_all(file, memoryview(head))
+        for name in names:
+            value = tensor(name).detach().cpu()
+            assert (value.dtype, tuple(value.shape)) == forms[name]
+            write_all(file, bytes_of(value))
+
+
+def size_of_tensors(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> int:
+    """The bytes that `write_tensors` writes, given the same."""
+    head, _, end = _head_of(forms, metadata)
+    return len(head) + end
+
+
+def _head_of(
+    forms: Mapping[str, Form], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str], int]:
+    """What a file begins with, the names in the order of their tensors, and their bytes in all."""
     header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
     end = 0
     for name, entry in _layout(forms).items():
@@ -256,12 +275,7 @@ def write_tensors(
         header[name] = {**entry, "shape": list(forms[name][1]), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    with path.open("wb", buffering=0) as file:
-        write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
-        for name in list(header)[1:]:
-            value = tensor(name).detach().cpu()
-            assert (value.dtype, tuple(value.shape)) == forms[name]
-            write_all(file, bytes_of(value))
+    return len(text).to_bytes(8, "little") + text, list(header)[1:], end
 
 
 def save_tensors(

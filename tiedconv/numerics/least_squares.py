@@ -75,6 +75,34 @@ def improve(
     return found
 
 
+def refit(
+    weights: Sequence[Expr],
+    factors: Mapping[str, Tensor],
+    matrices: Sequence[Tensor],
+    metrics: Sequence[KfacMetric],
+    names: Sequence[str],
+    *,
+    steps: int = STEPS,
+) -> Factors:
+    """Factors with a lower cost, of which only some may change.
+
+    Args:
+        weights, factors, matrices, metrics, steps: see `improve`.
+        names: of those that may.
+    """
+    found = dict(factors)
+    cost = total_cost(weights, found, matrices, metrics)
+    for name in names:
+        before = found[name]
+        _descend(found, name, weights, matrices, metrics, steps)
+        after = total_cost(weights, found, matrices, metrics)
+        if after <= cost:
+            cost = after
+        else:  # rounding, where a metric is nearly singular
+            found[name] = before
+    return found
+
+
 def _unshared_pairs(weights: Sequence[Expr]) -> list[tuple[str, str, int]]:
     """Products B A that are a term of one matrix and are read nowhere else: B, A, its place."""
     uses = Counter(node.name for e in weights for node in e.walk() if isinstance(node, Ref))

@@ -31,6 +31,7 @@ ROW_BLOCKS = 8
 SHARE_OF_DIAGONAL, RIDGE = 0.7, 0.03
 """Of G and C, how much is not trusted: both are estimates, and large errors are not quadratic."""
 
+SAMPLED_ROWS = 32
 AT_ONCE = 64  # columns, between updates of all later ones
 HALF_LEAST, HALF_MOST = 2.0**-14, 65504.0  # of float16, where it has all its digits
 
@@ -137,17 +138,15 @@ class Rounding:
             start += size
         return found
 
-    @cached_property
-    def _normalised(self) -> Tensor:
-        """The matrix where an error of 1 costs the same in every entry, in the parts' order."""
-        weights = torch.cat(self._row_weights) * self._column_weight
-        matrix = self._matrix[self._order] * weights.sqrt().unsqueeze(1)
-        return matrix if self.columns is None else matrix / self.columns
-
-    def bits(self, step: float) -> float:
-        """An estimate of the bits that the integers take, entropy-coded, without the scales."""
-        values = (self._normalised / step).round().clamp(-LARGEST, LARGEST)
-        return values.numel() * entropy(values)
+    def sample(self) -> RoundingSample:
+        """Some rows, by which the bits of all are estimated."""
+        rows = torch.linspace(0, len(self._matrix) - 1, min(SAMPLED_ROWS, len(self._matrix))).long()
+        weights = torch.cat(self._row_weights)[rows] * self._column_weight
+        factors = torch.ones(1, self._matrix.shape[1]).double()
+        if self.columns is not None:
+            factors = self.columns.double()
+        matrix = self._matrix[self._order][rows]
+        return RoundingSample(matrix, weights, factors, self._right.feedback, self._matrix.numel())
 
     def at(self, step: float, largest: int = LARGEST) -> Rounded:
         """The matrix as integers.
@@ -164,39 +163,76 @@ class Rounding:
         for size, weights in zip(self._sizes, self._row_weights, strict=True):
             stop = start + size
             scale = step / (weights * self._column_weight).sqrt().unsqueeze(1)
-            scale = _as_half(scale.clamp(min=_least_scale(matrix[start:stop] / factors, largest)))
+            least = _least_scale(matrix[start:stop] / factors, largest)
+            scale = half_exact(torch.maximum(scale, least))
             target = matrix[start:stop]
             if start:
                 # What these rows should err by, given the errors of those before.
                 root = cholesky(self._left[start:, start:])
                 wanted = torch.cholesky_solve(self._left[start:, :start] @ errors[:start], root)
                 target = target + wanted[:size]
-            values[start:stop] = self._rounded(target, scale, factors, largest)
+            values[start:stop] = gptq(target, scale, factors, self._right.feedback, largest)
             errors[start:stop] = matrix[start:stop] - values[start:stop] * scale * factors
             scales[start:stop] = scale
             start = stop
         back = torch.argsort(self._order)
         return Rounded(values[back].to(torch.int8), scales[back].float(), _float(columns))
 
-    def _rounded(self, target: Tensor, scale: Tensor, factors: Tensor, largest: int) -> Tensor:
-        """GPTQ: the integers of some rows, column by column."""
-        target, values = target.clone(), torch.empty_like(target)
-        feedback = self._right.feedback
-        for start in range(0, target.shape[1], AT_ONCE):
-            stop = min(start + AT_ONCE, target.shape[1])
-            errors = torch.empty(len(target), stop - start, dtype=target.dtype)
-            for j in range(start, stop):
-                unit = scale.squeeze(1) * factors[0, j]
-                values[:, j] = (target[:, j] / unit).round().clamp(-largest, largest)
-                error = target[:, j] - values[:, j] * unit
-                errors[:, j - start] = error
-                target[:, j + 1 : stop] -= torch.outer(error, feedback[j, j + 1 : stop])
-            target[:, stop:] -= errors @ feedback[start:stop, stop:]
-        return values
-
     def cost(self, rounded: Rounded) -> float:
         """What rounding costs."""
         return self._metric.cost(self._matrix - rounded.matrix.double())
+
+
+@dataclass(frozen=True)
+class RoundingSample:
+    """Some rows of a matrix, ready to be rounded at any step.
+
+    Args:
+        matrix: `(rows, in)`.
+        weights: of the errors of each row.
+        factors: of the columns, `(1, in)`.
+        feedback: of errors to later columns.
+        count: entries of the whole matrix.
+    """
+
+    matrix: Tensor
+    weights: Tensor
+    factors: Tensor
+    feedback: Tensor
+    count: int
+
+    def bits(self, step: float) -> float:
+        """An estimate of the bits of the whole, entropy-coded, without its scales."""
+        scale = step / self.weights.sqrt().unsqueeze(1)
+        scale = torch.maximum(scale, _least_scale(self.matrix / self.factors, LARGEST))
+        values = gptq(self.matrix, scale, self.factors, self.feedback, LARGEST)
+        return self.count * entropy(values)
+
+
+def gptq(
+    target: Tensor, scale: Tensor, factors: Tensor, feedback: Tensor, largest: int
+) -> Tensor:  # fmt: skip
+    """Whole numbers for some rows, column by column; later columns make good earlier errors.
+
+    Args:
+        target: `(rows, in)`.
+        scale: of each row, `(rows, 1)`.
+        factors: of each column, `(1, in)`.
+        feedback: unit upper triangular; row j moves later columns by the error of column j.
+        largest: the numbers are from `-largest` to `largest`.
+    """
+    target, values = target.clone(), torch.empty_like(target)
+    for start in range(0, target.shape[1], AT_ONCE):
+        stop = min(start + AT_ONCE, target.shape[1])
+        errors = torch.empty(len(target), stop - start, dtype=target.dtype)
+        for j in range(start, stop):
+            unit = scale.squeeze(1) * factors[0, j]
+            values[:, j] = (target[:, j] / unit).round().clamp(-largest, largest)
+            error = target[:, j] - values[:, j] * unit
+            errors[:, j - start] = error
+            target[:, j + 1 : stop] -= torch.outer(error, feedback[j, j + 1 : stop])
+        target[:, stop:] -= errors @ feedback[start:stop, stop:]
+    return values
 
 
 def entropy(values: Tensor) -> float:
@@ -219,7 +255,7 @@ def _least_scale(rows: Tensor, largest: int) -> Tensor:
     return tried.gather(0, best).squeeze(0)
 
 
-def _as_half(scales: Tensor) -> Tensor:
+def half_exact(scales: Tensor) -> Tensor:
     """Scales that float16 holds exactly, where they are within its range."""
     halves = scales.half().to(scales.dtype)
     within = bool(scales.min() >= HALF_LEAST) and bool(scales.max() <= HALF_MOST)
@@ -230,10 +266,16 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-def width_of(values: Tensor) -> int:
-    """The fewest bits, of those that lie within one byte, that hold all of these integers."""
+def width_of(values: Tensor, least: int = 2, most: int = 8) -> int:
+    """The fewest bits that hold all of these integers.
+
+    Args:
+        values: whole numbers.
+        least, most: bits. Between them, only widths that lie within one byte.
+    """
     low, high = int(values.min()), int(values.max())
-    return next(b for b in (2, 4, 8) if -(2 ** (b - 1)) <= low and high < 2 ** (b - 1))
+    widths = sorted({least, most, *(b for b in (2, 4, 8) if least <= b <= most)})
+    return next(b for b in widths if -(2 ** (b - 1)) <= low and high < 2 ** (b - 1))
 
 
 def cost_of_step(step: float, count: int) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from tiedconv.core.assemble import assemble, member_expr
 from tiedconv.core.expr import Expr
@@ -48,18 +48,21 @@ class Outline:
         budget: parameters that may be stored; None without a budget.
         plan: with each rank the same fraction of its matrix. `choose_ranks` replaces it by the plan
             for the weights.
+        rounded: weights whose errors are measured because they are rounded, whether or not a rule
+            governs them, and whether each is stored as `(in, out)`.
     """
 
     recipe: Recipe
     tasks: tuple[Task, ...]
     budget: int | None
     plan: Plan
+    rounded: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, bool]:
-        """The weights that the recipe governs, and whether each is stored as `(in, out)`."""
+        """The weights whose errors count, and whether each is stored as `(in, out)`."""
         slots = (s for task in self.tasks for block in task.blocks for s in block.slots.values())
-        return {slot.tensor: slot.transposed for slot in slots}
+        return {**self.rounded, **{slot.tensor: slot.transposed for slot in slots}}
 
     @property
     def alignment(self) -> Hashable:
@@ -222,7 +225,8 @@ def alternatives(recipe: Recipe) -> list[Recipe]:
             options = {k: v for k, v in other.to_json().items() if v != usual[k]}
             changed = dataclasses.replace(rule, scheme=other.name, options=options)
             rules = (*recipe.rules[:i], changed, *recipe.rules[i + 1 :])
-            found.append(Recipe(rules, recipe.budget or Budget(OPEN_BUDGET)))
+            budget = recipe.budget or Budget(OPEN_BUDGET)
+            found.append(dataclasses.replace(recipe, rules=rules, budget=budget))
     return found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedconv.core.options import current_options
+from tiedconv.core.packed_codes import WIDTHS
 from tiedconv.errors import RecipeError
 from tiedconv.io.plain_file import read_text
 from tiedconv.schemes import make_scheme
@@ -118,6 +119,12 @@ class Rule:
 class Recipe:
     """Rules, tried in order for each tensor, and a budget for the whole model.
 
+    Args:
+        rules: which scheme for which tensors.
+        budget: parameters that may be stored.
+        bytes: that the file may take, such as `8%`, `700kB` or `2MB`: weights become integers.
+        bits: of those integers, the most or `least:most`, such as `4` or `4:8`.
+
     The same as a TOML file:
 
         [[rule]]
@@ -129,6 +136,8 @@ class Recipe:
 
     rules: tuple[Rule, ...] = (Rule(),)
     budget: Budget | None = None
+    bytes: str | None = None
+    bits: str | None = None
 
     @classmethod
     def of(
@@ -136,6 +145,8 @@ class Recipe:
         scheme: str = "tied",
         *,
         params: str | None = None,
+        bytes: str | None = None,
+        bits: str | int | None = None,
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
         **options: Any,
@@ -145,7 +156,8 @@ class Recipe:
         include = (include,) if isinstance(include, str) else include
         exclude = (exclude,) if isinstance(exclude, str) else exclude
         rule = Rule(scheme, options, tuple(include) or ("*",), tuple(exclude))
-        return cls((rule,), Budget(params) if params else None).asked()
+        budget = Budget(params) if params else None
+        return cls((rule,), budget, bytes, None if bits is None else str(bits)).asked()
 
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:
@@ -162,18 +174,19 @@ class Recipe:
                 hint="Give a TOML file as docs/recipes.md shows",
                 code="recipe-unreadable",
             ) from None
-        unknown = data.keys() - {"params", "rule"}
+        unknown = data.keys() - {"params", "bytes", "bits", "rule"}
         rules = data.get("rule", [])
         sound = isinstance(rules, list) and all(isinstance(rule, dict) for rule in rules)
         if unknown or not rules or not sound:
             what = f"has the unknown key {sorted(unknown)[0]!r}" if unknown else "has no [[rule]]"
             raise RecipeError(
                 f"The recipe {path} {what}",
-                hint="It takes params and one [[rule]] table or more, as docs/recipes.md shows",
+                hint="It takes params, bytes, bits and [[rule]] tables, as docs/recipes.md shows",
                 code="recipe-malformed",
             )
         budget = Budget(str(data["params"])) if "params" in data else None
-        return cls(tuple(_rule(rule) for rule in rules), budget).asked()
+        size, bits = (str(data[k]) if k in data else None for k in ("bytes", "bits"))
+        return cls(tuple(_rule(rule) for rule in rules), budget, size, bits).asked()
 
     def asked(self) -> Recipe:
         """The recipe, as someone asks for it now; histories hold older ones.
@@ -181,6 +194,14 @@ class Recipe:
         Raises:
             RecipeError: it gives a rank that its budget would choose instead.
         """
+        if self.bits is not None and self.bytes is None:
+            raise RecipeError(
+                f"bits={self.bits!r} was given without bytes",
+                "Nothing would be rounded",
+                "Give a budget of bytes too, such as 10%",
+                code="bits-without-bytes",
+            )
+        _ = self.widths
         for rule in self.rules if self.budget else ():
             if given := " and ".join(rule.chosen_by_a_budget()):
                 raise RecipeError(
@@ -190,6 +211,25 @@ class Recipe:
                     code="rank-and-budget",
                 )
         return self
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The fewest and the most bits of an integer.
+
+        Raises:
+            RecipeError: `bits` names no width that there is (`invalid-bits`).
+        """
+        if self.bits is None:
+            return WIDTHS[0], WIDTHS[-1]
+        least, _, most = self.bits.rpartition(":")
+        known = {str(width): width for width in WIDTHS}
+        if most not in known or (least or "2") not in known or known[most] < known[least or "2"]:
+            raise RecipeError(
+                f"Invalid bits={self.bits!r}",
+                hint=f"Give one of {', '.join(known)}, or two of them as 4:8",
+                code="invalid-bits",
+            )
+        return known[least or "2"], known[most]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a file's history."""
@@ -202,7 +242,10 @@ class Recipe:
             }
             for r in self.rules
         ]
-        return {"params": self.budget.text if self.budget else None, "rules": rules}
+        budget = self.budget.text if self.budget else None
+        sizes = {"bytes": self.bytes, "bits": self.bits}
+        given = {name: text for name, text in sizes.items() if text is not None}
+        return {"params": budget, **given, "rules": rules}
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:

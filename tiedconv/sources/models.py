@@ -14,7 +14,7 @@ from torch import nn
 
 import tiedconv.sources as sources
 from tiedconv.errors import CheckpointError, UserError
-from tiedconv.io.checkpoint import Checkpoint, read
+from tiedconv.io.checkpoint_reader import Checkpoint, read
 from tiedconv.io.install import install
 from tiedconv.io.safetensors_file import SafetensorsFile
 from tiedconv.runtime.finite import check_finite

@@ -1,0 +1,198 @@
+"""A conversion to a budget of bytes: how much to share, and in how many bits to store it.
+
+Each plan (the whole model; schemes at several numbers of parameters) is fitted, and the cost of
+rounding it to the budget is forecast. Both costs are in one unit (see `numerics.kfac_metric`), so
+the plan with the least sum is taken, rounded and calibrated.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tiedconv.calibration import KfacStatistics
+from tiedconv.conversion.calibrate import Calibration, calibration_record
+from tiedconv.conversion.candidates import by_alignment, memory_store, tie_fit
+from tiedconv.conversion.fit import Fit, OnGroup
+from tiedconv.conversion.random_images import random_images
+from tiedconv.conversion.rounding import Forecast, RoundedModel, halved, round_to_bytes
+from tiedconv.conversion.stages import align, fit, measure
+from tiedconv.conversion.statistics_cache import StatisticsCache
+from tiedconv.core.plan import Plan
+from tiedconv.errors import TiedconvError
+from tiedconv.families.inspect import ModelInfo
+from tiedconv.io.checkpoint import file_size
+from tiedconv.planning.byte_budget import EACH, OVERHEAD, ByteBudget
+from tiedconv.planning.planner import Outline
+from tiedconv.runtime.native_size import native_size
+from tiedconv.runtime.tensors import state_tensors
+from tiedconv.runtime.tie import untie
+from tiedconv.sources import Source
+
+RECORD, RECORD_EACH = 200, 30
+"""Bytes of a file that the record of a calibration takes, and for each of its blocks."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The plan of the least cost.
+
+    Args:
+        fitted: its fit, in floats.
+        metrics: of all weights, as it aligned them.
+        forecast: its cost in all, at the budget.
+        tried: how many plans there were.
+    """
+
+    fitted: Fit
+    metrics: KfacStatistics | None
+    forecast: float
+    tried: int
+
+
+@torch.no_grad()
+def choose_plan(
+    model: nn.Module,
+    info: ModelInfo,
+    outlined: tuple[Outline, ...],
+    budget: ByteBudget,
+    cache: StatisticsCache | None,
+    data: Dataset[Any] | None,
+    on_group: OnGroup | None = None,
+) -> Chosen:
+    """Fit each plan, forecast its cost at the budget, and keep the best.
+
+    Args:
+        model: plain, with its weights; they stay as they are.
+        info: of the model.
+        outlined: the plans.
+        budget: of bytes.
+        cache: measures statistics on images; None without any.
+        data: images that the model takes, to prove symmetries on.
+        on_group: called with (groups fitted, groups in all), for each plan.
+    """
+    store = memory_store(model, info, data)
+    best: Chosen | None = None
+    for i in by_alignment(outlined):
+        workspace = align(outlined[i], store)
+        try:
+            statistics = measure(outlined[i], workspace, cache)
+            found = fit(info, outlined[i], workspace, statistics, on_group)
+        except BaseException:
+            workspace.close()
+            raise
+        metrics = {} if statistics is None else statistics.metrics
+        forecast = Forecast(found.plan, found.tensors, metrics)
+        step = forecast.step_for(8 * (budget.bytes - _overhead(found.plan)))
+        cost = found.cost + forecast.cost(step)
+        if best is None or cost < best.forecast:
+            if best is not None:
+                best.fitted.close()
+            best = Chosen(found, statistics, cost, len(outlined))
+        else:
+            found.close()
+    assert best is not None  # there is a plan, or the recipe was refused
+    return best
+
+
+def convert_to_bytes(
+    model: nn.Module,
+    info: ModelInfo,
+    outlined: tuple[Outline, ...],
+    budget: ByteBudget,
+    source: Source,
+    history: Mapping[str, Any],
+    calib: Calibration | None,
+    data: Dataset[Any] | None,
+    on_group: OnGroup | None = None,
+) -> tuple[Fit, dict[str, Any]]:
+    """Convert a model such that its file takes at most so many bytes, in place.
+
+    Args:
+        model: plain, with its weights.
+        info, outlined, budget, on_group: see `choose_plan`.
+        source: where the model came from.
+        history: what the file's history will say of the conversion, but for the calibration.
+        calib, data: images, if there are any.
+
+    Returns:
+        the fit that was taken, its plan with integers, and what else the history says.
+
+    Raises:
+        BudgetError: the budget can't be met (`budget-too-small`).
+        DataError: no image could be read.
+    """
+    original, record = copy.deepcopy(model), source.to_json()
+    chosen = choose_plan(
+        model, info, outlined, budget, _cache(model, source, calib, data), data, on_group
+    )
+    fitted, metrics = chosen.fitted, {} if chosen.metrics is None else chosen.metrics.metrics
+    tie_fit(model, fitted, record)
+    found: dict[str, Any] = {}
+    if calib is not None and data is not None and fitted.plan.groups and calib.config.fits:
+        calib.part(0, 2).fit(model, original, data)
+        model.cpu()
+        fitted = dataclasses.replace(fitted, tensors=_tensors(model, fitted.plan))
+    blocks = 0 if calib is None else len({name.rpartition(".")[0] for name in info.shapes})
+    spare = 0 if calib is None else RECORD + RECORD_EACH * min(blocks, 24)
+
+    def size_of(plan: Plan, tensors: Mapping[str, Tensor]) -> int:
+        return spare + file_size(plan, record, [history], tensors.__getitem__)
+
+    rounded = round_to_bytes(
+        fitted.plan, fitted.tensors, metrics, budget.bytes, size_of, outlined[0].recipe.widths
+    )
+    untie(model)
+    fitted = dataclasses.replace(fitted, plan=rounded.plan, tensors=rounded.tensors)
+    tie_fit(model, fitted, record)
+    found["rounding"] = _rounding_record(rounded, chosen, budget)
+    if calib is not None and data is not None:
+        result = calib.part(1, 2).fit(model, original, data)
+        model.cpu()
+        for tensor in state_tensors(model).values():
+            tensor.data.copy_(halved(tensor.detach()))
+        found["calibration"] = calibration_record(fitted.ridge, result, calib)
+    return fitted, found
+
+
+def _cache(
+    model: nn.Module, source: Source, calib: Calibration | None, data: Dataset[Any] | None
+) -> StatisticsCache | None:
+    """What measures statistics: on the images, or on random ones; None where these fail."""
+    if calib is not None and data is not None:
+        return StatisticsCache(model, calib, data)
+    wanted = source.preprocess
+    size = native_size(model) or ((224, 224) if wanted is None else (wanted.size, wanted.size))
+    random = random_images(size, 3 if wanted is None else wanted.channel_count())
+    measuring = Calibration(random, workers=0)
+    try:
+        measuring.measure(model, {}, random)
+    except TiedconvError:  # it takes no images, or gives no class logits
+        return None
+    return StatisticsCache(model, measuring, random)
+
+
+def _tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    own = state_tensors(model)
+    return {name: own[name].detach().clone() for name in (*plan.kept, *plan.factors)}
+
+
+def _rounding_record(rounded: RoundedModel, chosen: Chosen, budget: ByteBudget) -> dict[str, Any]:
+    return {
+        "bytes": budget.bytes,
+        "original_bytes": budget.original,
+        "cost": rounded.cost,
+        "fit_cost": chosen.fitted.cost,
+        "plans": chosen.tried,
+    }
+
+
+def _overhead(plan: Plan) -> int:
+    return OVERHEAD + EACH * len({**plan.kept, **plan.factors})
