@@ -40,7 +40,10 @@ def convert(
     model: common.Model,
     *,
     scheme: Annotated[
-        str | None, typer.Option(help=f"{', '.join(common.names_in('schemes'))}; default tied.")
+        str | None,
+        typer.Option(
+            help=f"{', '.join(common.names_in('schemes'))}; default tied, with --bytes auto."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -49,6 +52,22 @@ def convert(
     params: Annotated[
         str | None,
         typer.Option(metavar="BUDGET", help="Choose ranks to fit a parameter budget: 50% or 12M."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--bytes",
+            metavar="BUDGET",
+            help="Store weights as integers, as coarse as a budget of bytes asks for: 10% of the "
+            "original's bytes, 700kB or 2MB. The default scheme is auto then, which chooses how "
+            "much to share besides.",
+        ),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS", help="With --bytes: the most bits of an integer, or least:most (4:8)."
+        ),
     ] = None,
     rank: Annotated[
         str | None,
@@ -127,7 +146,7 @@ def convert(
         common.refuse_without_images(
             context, "calib_images", "effort", "batch_size", "resume", "strict"
         )
-    wanted = make_recipe(scheme, params, rank, option, include, exclude, recipe)
+    wanted = make_recipe(scheme, params, size, bits, rank, option, include, exclude, recipe)
     change = images.change()
     with ConvertBar("fitting") as bar:
         given: Calibration | None = None
@@ -153,7 +172,8 @@ def convert(
     if json_:
         common.print_json(_figures(done))
     else:
-        _show(done, each=all_groups, budget=wanted.budget is not None)
+        budget, sized = wanted.budget is not None, wanted.bytes is not None
+        _show(done, each=all_groups, budget=budget, sized=sized)
 
 
 def _interruptible(
@@ -186,6 +206,8 @@ def default_output(model: str, recipe: Recipe) -> Path:
 def make_recipe(
     scheme: str | None,
     params: str | None,
+    size: str | None,
+    bits: str | None,
     rank: str | None,
     option: list[str] | None,
     include: list[str] | None,
@@ -204,10 +226,12 @@ def make_recipe(
                 code="recipe-and-options",
             )
         read = Recipe.from_toml(file)
-        return read if params is None else Recipe(read.rules, Budget(params)).asked()
+        budget = read.budget if params is None else Budget(params)
+        return Recipe(read.rules, budget, size or read.bytes, bits or read.bits).asked()
     options = {**_options(option), **({} if rank is None else {"rank": _rank(rank)})}
-    rule = Rule(scheme or "tied", options, tuple(include or ["*"]), tuple(exclude or []))
-    return Recipe((rule,), None if params is None else Budget(params)).asked()
+    usual = "tied" if size is None else "auto"
+    rule = Rule(scheme or usual, options, tuple(include or ["*"]), tuple(exclude or []))
+    return Recipe((rule,), None if params is None else Budget(params), size, bits).asked()
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:
@@ -259,6 +283,9 @@ def _figures(done: Conversion) -> dict[str, Any]:
         "ratio": done.plan.stored / done.plan.original,
         "file_bytes": done.size,
         "fit_seconds": round(done.seconds, 3),
+        "original_bytes": figures.original_bytes,
+        "integers": figures.integers,
+        "rounding": done.record.get("rounding"),
         "calibration": done.calibration,
         "weights_part": done.source.weights_part,
         "symmetries": done.record.get("symmetries"),
@@ -267,20 +294,27 @@ def _figures(done: Conversion) -> dict[str, Any]:
     }
 
 
-def _show(done: Conversion, *, each: bool, budget: bool) -> None:
+def _show(done: Conversion, *, each: bool, budget: bool, sized: bool) -> None:
     figures = _report(done)
     rows = [*render.group_rows(figures, each=each), render.kept_row(figures)]
     common.show_groups([*rows, render.total_row(figures)])
     saved = 1 - figures.ratio
-    gain = f"saves {render.percent(saved)}" if saved > 0 else "saves nothing"
+    gain = f"saves {render.percent(saved)}" if saved > 0 else "saves no parameters"
     say(
         f"{done.spec}: {figures.original:,} parameters become {figures.stored:,} "
         f"({render.percent(figures.ratio)}), which {gain}. {render.work(figures)}"
     )
-    if saved <= 0:
+    if figures.integers:
+        say(render.precision(figures))
+    elif saved <= 0:
         hint("Lower the ranks (or the number of bases), or let --params choose them.")
     say(render.LEGEND)
-    if budget and not done.path:
+    if sized and not done.path:
+        say(
+            "How many parameters to share, and the bits of each weight, are chosen by the weights "
+            "and the images of --calib; here nothing is shared or rounded yet."
+        )
+    elif budget and not done.path:
         say(
             "This is an estimate: the budget holds, but schemes and ranks depend on the weights, "
             "and on the images of --calib. Here each group is given the same ratio."

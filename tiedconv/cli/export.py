@@ -96,6 +96,11 @@ def _facts(done: Exported) -> list[str]:
     else:
         what = " and ".join(done.outputs) or "outputs"
         lines.append(f"Checked: on random images its {what} differ by {done.difference:.1e}.")
+    if done.facts.get("integers_as_floats"):
+        lines.append(
+            "This format has no packed integers yet: they are floats in it. --dtype float16 or "
+            "int8 stores fewer bytes."
+        )
     if done.facts.get("one_copy"):
         lines.append(
             "Some matrices are also read transposed. For one copy of them in memory, set ONNX "

@@ -253,6 +253,16 @@ def against_original(found: Report) -> str:
     return f"{size(found.file_bytes)}, {share} of the original's {original}"
 
 
+def precision(found: Report) -> str:
+    """How many parameters are stored as integers, and in how many bits."""
+    share = percent(found.integers / max(1, found.stored))
+    bits = 8 * found.tensor_bytes / max(1, found.stored)
+    return (
+        f"{found.integers:,} of them ({share}) are stored as integers; with scales, and what stays "
+        f"float16, a parameter takes {bits:.2f} bits on average."
+    )
+
+
 def work(found: Report) -> str:
     """What the converted layers take to run."""
     text = "FLOPs are unchanged: every weight keeps its shape when it is used."

@@ -110,6 +110,8 @@ def _show(one: Report, *, each: bool) -> None:
         f"{one.original:,} parameters became {one.stored:,} ({render.percent(one.ratio)}); the "
         f"file takes up {render.against_original(one)}. {render.work(one)}"
     )
+    if one.integers:
+        say(render.precision(one))
     say(render.LEGEND)
     say(render.preparation((one.source or {}).get("preprocess")))
     on_images = any(entry.get("calibration") for entry in one.history)

@@ -20,7 +20,9 @@ from tiedconv.errors import UserError, VerifyError
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.io.atomic import check_output, replacing_files
+from tiedconv.runtime.dequantize import dequantize
 from tiedconv.runtime.outputs import ONLY, chosen
+from tiedconv.runtime.tie import state_of
 from tiedconv.sources.models import load
 
 GROWTH = 1.02
@@ -87,6 +89,8 @@ def export(
         force: replace an existing output.
         trust_code: allow the file to name a function that builds the model.
 
+    Integers become floats in formats with a graph; `dtype` narrows them again.
+
     Returns:
         the figures of the file; `not_checked` gives the reason if its logits were not compared.
 
@@ -101,6 +105,9 @@ def export(
     form.check()
     check_output(output, force=force)
     model = load(file, trust_code=trust_code)
+    integers = bool(state_of(model).plan.codes) and form.has_graph
+    if integers:
+        dequantize(model)
     stored = stored_bytes(model, dtype)
     images = images_for(model)
     names = _output_names(form, model, images, outputs)
@@ -115,7 +122,7 @@ def export(
         size = sum(f.stat().st_size for f in folder.iterdir())
     return Exported(
         output, form.name, size, written.tensors, written.parameters, written.weight_bytes,
-        stored, difference, not_checked, written.facts, names,
+        stored, difference, not_checked, {**written.facts, "integers_as_floats": integers}, names,
     )  # fmt: skip
 
 

@@ -11,11 +11,15 @@ from typing import Any
 from torch import nn
 
 from tiedconv.core.plan import Group, Plan
+from tiedconv.core.storage import PARTS
 from tiedconv.io.checkpoint_reader import Checkpoint, read
 from tiedconv.io.safetensors_file import DTYPES
 from tiedconv.runtime.flops import apply_flops
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import state_of
+
+ROUNDED = "rounded"
+"""In place of a scheme: weights that are stored as integers and share nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class GroupReport:
         """Stored over original parameters."""
         return self.stored / self.original
 
+    @property
+    def bits(self) -> float:
+        """Bits for each stored parameter, scales included."""
+        return 8 * self.size / self.stored
+
 
 @dataclass(frozen=True)
 class Report:
@@ -61,6 +70,7 @@ class Report:
         original, stored: total parameters.
         kept: parameters stored unchanged (included in both figures).
         tensor_bytes: bytes of all stored tensors, buffers included.
+        integers: parameters that are stored as integers.
         original_bytes: bytes of the original's tensors, in the type that they were published in.
         original_dtype: that type.
         file_bytes: size of the file, 0 for a model in memory.
@@ -77,6 +87,7 @@ class Report:
     stored: int
     kept: int
     tensor_bytes: int
+    integers: int
     original_bytes: int
     original_dtype: str
     file_bytes: int
@@ -120,7 +131,7 @@ def report(what: str | Path | nn.Module) -> Report:
     """
     if isinstance(what, nn.Module):
         state = state_of(what)
-        sizes = {n: t.element_size() for n, t in state_tensors(what).items()}
+        sizes = {n: t.nbytes for n, t in state_tensors(what).items()}
         return _report(
             type(what).__name__, state.plan, sizes, state.source, state.history, file_bytes=0
         )
@@ -130,7 +141,10 @@ def report(what: str | Path | nn.Module) -> Report:
 
 def report_of(checkpoint: Checkpoint) -> Report:
     """Figures of a file whose header was read."""
-    sizes = {n: DTYPES[d].itemsize for n, d in checkpoint.dtypes.items()}
+    sizes = {
+        name: DTYPES[dtype].itemsize * math.prod(checkpoint.shapes[name])
+        for name, dtype in checkpoint.dtypes.items()
+    }
     return _report(
         checkpoint.path.name,
         checkpoint.plan,
@@ -143,7 +157,7 @@ def report_of(checkpoint: Checkpoint) -> Report:
 
 def plan_report(plan: Plan, name: str) -> Report:
     """Figures of a plan before the conversion, at 4 bytes per parameter."""
-    sizes = dict.fromkeys([*plan.kept, *plan.factors], 4)
+    sizes = {n: 4 * math.prod(s) for n, s in {**plan.kept, **plan.factors}.items()}
     return _report(name, plan, sizes, {"spec": name}, (), file_bytes=0)
 
 
@@ -159,16 +173,18 @@ def _report(
     stored = {**plan.kept, **plan.factors}
     dtype = str((source or {}).get("weights_dtype") or _own_dtype(stored, sizes, history))
     kept = sum(math.prod(s) for n, s in plan.kept.items() if n not in plan.buffers)
+    alone = _alone(plan, sizes)
     return Report(
         name=name,
         model=str((source or {}).get("spec") or "a model in memory"),
-        groups=tuple(_group(g, views, sizes) for g in plan.groups),
+        groups=(*(_group(g, views, sizes) for g in plan.groups), *alone),
         original=plan.original,
         stored=plan.stored,
         kept=kept,
         original_bytes=_numbers(plan) * (4 if dtype == "float32" else 2),
         original_dtype=dtype,
-        tensor_bytes=sum(math.prod(s) * sizes[n] for n, s in stored.items()),
+        tensor_bytes=sum(sizes[name] for name in stored),
+        integers=sum(math.prod(node.shape) for node in plan.codes.values()),
         file_bytes=file_bytes,
         history=history,
         source=source,
@@ -182,7 +198,7 @@ def _own_dtype(
     history: Sequence[Mapping[str, Any]],
 ) -> str:
     """The original's type, where its source does not say: a model in memory keeps its own."""
-    halved = all(sizes[name] == 2 for name, shape in stored.items() if len(shape) > 1)
+    halved = all(sizes[n] == 2 * math.prod(s) for n, s in stored.items() if len(s) > 1)
     exported = any("computes_in" in step for step in history)
     return "half precision" if halved and not exported else "float32"
 
@@ -214,10 +230,37 @@ def _group(group: Group, views: Mapping[str, bool], sizes: Mapping[str, int]) ->
         matrices=len(group.members),
         original=group.original,
         stored=group.stored,
-        size=sum(
-            math.prod(s) * sizes[group.stored_name(n)] for n, s in group.factors.items()
-        ),
+        size=sum(_bytes_of(group.stored_name(n), sizes) for n in group.factors),
         error=group.error,
         views=seen,
         computed=len(group.members) - seen,
     )  # fmt: skip
+
+
+def _bytes_of(name: str, sizes: Mapping[str, int]) -> int:
+    """Bytes of a factor, or of the integers and scales that stand for it."""
+    return sum(sizes.get(n, 0) for n in (name, *(f"{name}/{part}" for part in PARTS)))
+
+
+def _alone(plan: Plan, sizes: Mapping[str, int]) -> list[GroupReport]:
+    """The weights that no scheme governs and that are stored as integers, as one row."""
+    grouped = {m.slot.tensor for group in plan.groups for m in group.members}
+    exprs = [expr for name, expr in plan.weights.items() if name not in grouped]
+    if not exprs:
+        return []
+    refs = {name: shape for expr in exprs for name, shape in expr.refs.items()}
+    numbers = {n: plan.codes[n].shape if n in plan.codes else s for n, s in refs.items()}
+    return [
+        GroupReport(
+            name="other weights",
+            scheme=ROUNDED,
+            rank="",
+            matrices=len(exprs),
+            original=sum(math.prod(expr.shape) for expr in exprs),
+            stored=sum(map(math.prod, numbers.values())),
+            size=sum(sizes[name] for name in refs),
+            error=None,
+            views=0,
+            computed=len(exprs),
+        )
+    ]

@@ -115,8 +115,12 @@ def _given(folder: str | Path, model: nn.Module, count: int) -> Tensor:
 def _ties(model: nn.Module, checkpoint: Checkpoint) -> Check:
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     stored = len(list(model.parameters()))
-    expected = state_of(model).plan.stored
-    held = sum(p.numel() for p in model.parameters())
+    plan = state_of(model).plan
+    expected = plan.stored
+    held = sum(
+        math.prod(plan.codes[n].shape) if n in plan.codes else p.numel()
+        for n, p in model.named_parameters()
+    )
     if len(storages) != stored or held != expected:
         raise VerifyError(
             f"{checkpoint.path} records {expected:,} parameters and the model holds {held:,}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from tiedconv.commands.export import GROWTH
 from tiedconv.errors import CheckpointError, UserError, VerifyError
 from tiedconv.exporters import Format, choose_format
 from tiedconv.exporters._format import stored_bytes
+from tiedconv.runtime.dequantize import dequantize
 from tiedconv.runtime.tie import dense_state_dict
 
 
@@ -59,6 +61,8 @@ def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[C
     form = choose_format(None, path, "float32")
     if form.name == "dense":
         return [_dense(path, form, model)]
+    if form.has_graph:
+        model = dequantize(copy.deepcopy(model))
     tensors = form.tensors(path)
     dtype = _dtype(tensors)
     checks = [_size(path, tensors, stored_bytes(model, dtype))]

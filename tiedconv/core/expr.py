@@ -92,9 +92,13 @@ class Expr:
         result = self.evaluate(lambda _: stored)
         return result is stored or result._base is stored
 
+    def map_children(self, to: Callable[[Expr], Expr]) -> Expr:
+        """The same node over other children, of the same shapes."""
+        return self._with(tuple(map(to, self.children))) if self.children else self
+
     def substitute(self, to: Callable[[Ref], Expr]) -> Expr:
         """The same expression with other expressions, of the same shapes, in place of its refs."""
-        return self._with(tuple(child.substitute(to) for child in self.children))
+        return self.map_children(lambda child: child.substitute(to))
 
     def rename(self, to: Callable[[str], str]) -> Expr:
         """The same expression over stored tensors of other names."""

@@ -19,6 +19,7 @@ from tiedconv.errors import PlanError
 
 CODES, SCALES, COLUMNS = "codes", "scales", "columns"
 """The names of what is stored for a quantised tensor, after its own."""
+PARTS = (CODES, SCALES, COLUMNS)
 
 
 @dataclass(frozen=True)
