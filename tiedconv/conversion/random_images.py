@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tiedconv.data import TensorList
 
-COUNT = 64
+COUNT = 32
 SIZES = (2, 4, 8, 16, 32, 64, 128)
 """Sides of the random grids, each enlarged to the image."""
 

@@ -153,18 +153,18 @@ class Forecast:
         self._known: dict[int, float] = {}
 
     def bits(self, step: float) -> float:
-        """Bits in all, at a step; between half octaves by interpolation."""
-        place = 2 * math.log2(step)
+        """Bits in all, at a step; between powers of two by interpolation."""
+        place = math.log2(step)
         low = math.floor(place)
         share = place - low
         return (1 - share) * self._bits_at(low) + share * self._bits_at(low + 1)
 
-    def _bits_at(self, half_octaves: int) -> float:
-        if half_octaves not in self._known:
-            step = 2 ** (half_octaves / 2)
+    def _bits_at(self, power: int) -> float:
+        if power not in self._known:
+            step = 2.0**power
             found = sum(sample.bits(step) for sample in self._samples)
-            self._known[half_octaves] = found + 16 * self._floats + 6 * self._tables
-        return self._known[half_octaves]
+            self._known[power] = found + 16 * self._floats + 6 * self._tables
+        return self._known[power]
 
     def cost(self, step: float) -> float:
         """What rounding at a step costs, about."""

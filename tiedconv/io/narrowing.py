@@ -34,8 +34,10 @@ def stored_as(history: Iterable[Mapping[str, Any]]) -> torch.dtype | None:
     return None
 
 
-def narrowed(tensor: Tensor, half: torch.dtype | None) -> Tensor:
+def narrowed(tensor: Tensor, half: torch.dtype | None, *, exactly: bool = False) -> Tensor:
     """A tensor as it is stored: matrices in half precision, vectors where that loses nothing.
+
+    With `exactly`, matrices too are left as they are where it would lose something.
 
     What half precision can't hold, such as 1e5 in float16, is left as it is.
     """
@@ -43,6 +45,6 @@ def narrowed(tensor: Tensor, half: torch.dtype | None) -> Tensor:
         return tensor
     small = tensor.to(half)
     exact = bool((small.to(tensor.dtype) == tensor).all())
-    if exact or (tensor.ndim > 1 and bool(small.isfinite().all())):
+    if exact or (not exactly and tensor.ndim > 1 and bool(small.isfinite().all())):
         return small
     return tensor

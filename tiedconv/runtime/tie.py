@@ -99,7 +99,8 @@ def tie(
             )
         if parameter.requires_grad:
             trained |= plan.weights[_canonical_name(plan, name)].refs.keys()
-    for name in plan.factors:
+    # Floats first: model libraries take the type of the first parameter for that of the model.
+    for name in sorted(plan.factors, key=lambda name: not factors[name].is_floating_point()):
         trains = name in trained and factors[name].is_floating_point()
         model.register_parameter(name, nn.Parameter(factors[name], requires_grad=trains))
     for name, module, attribute in converted:

@@ -1,0 +1,236 @@
+"""Conversions to a budget of bytes, on every tiny model: laws of precision, files and outputs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calibration_helpers import images_of
+from covering import slow_unless
+from error_codes import raises
+from micro import all_micros
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import tiedconv
+from tiedconv.calibration.config import CalibConfig
+from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.rounding import round_at, round_to_bytes
+from tiedconv.core.plan import Plan
+from tiedconv.errors import BudgetError, CheckpointError, PlanError, RecipeError, UserError
+from tiedconv.families.inspect import inspect_model
+from tiedconv.io.checkpoint_reader import read
+from tiedconv.planning.planner import compile_plan
+from tiedconv.planning.recipe import Recipe
+from tiedconv.runtime.dequantize import dequantize
+from tiedconv.runtime.tensors import state_tensors
+from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of, tie, untie
+
+FAST = ("timm-vit", "convmixer", "hf-imagegpt")
+each_micro = pytest.mark.parametrize("name", slow_unless(all_micros(), FAST))
+
+
+def images(name: str, count: int) -> TensorDataset:
+    """Images of a tiny model, without labels of meaning."""
+    return TensorDataset(images_of(name, count), torch.zeros(count, dtype=torch.int64))
+
+
+def whole(model: nn.Module) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan that converts nothing, and the tensors that it stores."""
+    plan = compile_plan(inspect_model(model), [])
+    own = state_tensors(model)
+    return plan, {name: own[name].detach() for name in plan.kept}
+
+
+def rounded(name: str, step: float) -> nn.Module:
+    """A tiny model, all of whose matrices are integers."""
+    model = all_micros()[name].model()
+    plan, tensors = whole(model)
+    found = round_at(plan, tensors, {}, step)
+    own = state_tensors(model)
+    with torch.no_grad():
+        for kept in found.plan.kept:
+            own[kept].copy_(found.tensors[kept])
+    tie(model, found.plan, {n: found.tensors[n] for n in found.plan.factors})
+    return model
+
+
+@each_micro
+def test_eight_bits_move_outputs_little(name: str) -> None:
+    """By what 127 steps to a row's largest value leave: 0.7 % of a weight of random values."""
+    micro = all_micros()[name]
+    before, after = micro.logits(micro.model()), micro.logits(rounded(name, 1e-9))
+    chooses = name == "hf-deformable-detr-refined"  # its best proposals, which may be others then
+    assert chooses or float((before - after).norm() / before.norm()) < 3e-2
+
+
+@each_micro
+def test_packed_and_unpacked_give_the_same_bits(name: str) -> None:
+    micro, model = all_micros()[name], rounded(name, 0.05)
+    codes = state_of(model).plan.codes
+    assert codes
+    assert all(p.dtype == torch.uint8 for n, p in model.named_parameters() if n in codes)
+    expected, dense = micro.logits(model), dense_state_dict(model)
+    plain, floats = untie(copy.deepcopy(model)), dequantize(copy.deepcopy(model))
+    assert is_tied(floats)
+    assert not state_of(floats).plan.codes
+    for other in (plain.state_dict(), dense_state_dict(floats)):
+        assert all(torch.equal(other[name], dense[name]) for name in dense)
+    # torch's encoder layers have a kernel of their own for plain weights.
+    assert torch.allclose(micro.logits(plain), expected, atol=1e-5, rtol=1e-4)
+    assert torch.allclose(micro.logits(floats), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(micro.logits(model), expected)
+
+
+@each_micro
+def test_a_file_meets_its_budget_and_gives_the_same_model_back(name: str, tmp_path: Path) -> None:
+    micro, path = all_micros()[name], tmp_path / "m.safetensors"
+    info = inspect_model(micro.model())
+    original = 4 * sum(math.prod(s) for s in info.shapes.values())
+    try:
+        model = tiedconv.convert(micro.model(), "auto", bytes="70%")
+    except BudgetError:  # what a tiny model's file says of itself takes much of it
+        pytest.skip("a file is never so small")
+    size = tiedconv.save(model, path)
+    assert size <= 0.7 * original
+    loaded = tiedconv.load(path, model=micro.model())
+    own, found = dense_state_dict(model), dense_state_dict(loaded)
+    assert all(torch.equal(own[key], found[key]) for key in own)
+    assert torch.equal(micro.logits(loaded), micro.logits(model))
+    assert tiedconv.report(path).integers > 0
+
+
+def test_fewer_bytes_cost_more() -> None:
+    model = all_micros()["timm-vit"].model()
+    plan, tensors = whole(model)
+    costs = [round_at(plan, tensors, {}, step).cost for step in (0.01, 0.03, 0.1, 0.3)]
+    assert costs == sorted(costs)
+
+
+def test_the_largest_file_within_the_budget_is_taken() -> None:
+    plan, tensors = whole(all_micros()["timm-vit"].model())
+
+    def size_of(plan: Plan, tensors: dict[str, Tensor]) -> int:
+        return sum(tensors[n].nbytes for n in (*plan.kept, *plan.factors))
+
+    for budget in (20_000, 30_000):
+        found = round_to_bytes(plan, tensors, {}, budget, size_of)  # type: ignore[arg-type]
+        assert found.bytes <= budget
+    with raises(BudgetError, "budget-too-small"):
+        round_to_bytes(plan, tensors, {}, 100, size_of)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("effort", ["fast", pytest.param("normal", marks=pytest.mark.slow)])
+def test_images_decide_and_the_history_says_what_was_done(effort: str, tmp_path: Path) -> None:
+    calib = Calibration(
+        images("timm-vit", 24), config=CalibConfig(effort=effort, steps=3, joint_steps=2)
+    )
+    if effort == "fast":
+        calib = Calibration(images("timm-vit", 24), config=CalibConfig(effort=effort))
+    model = tiedconv.convert(
+        all_micros()["timm-vit"].model(), "lors", params="60%", bytes="50%", bits="4:8", calib=calib
+    )
+    entry = state_of(model).history[-1]
+    assert entry["recipe"]["bytes"] == "50%"
+    assert entry["rounding"]["plans"] >= 1
+    assert entry["calibration"]["images"] == 24
+    assert {node.bits for node in state_of(model).plan.codes.values()} <= {4, 8}
+    path = tmp_path / "m.safetensors"
+    tiedconv.save(model, path)
+    loaded = tiedconv.load(path, model=all_micros()["timm-vit"].model())
+    own, found = state_tensors(model), state_tensors(loaded)
+    assert all(torch.equal(own[n], found[n]) for n in own)
+
+
+def test_the_same_bytes_each_time(tmp_path: Path) -> None:
+    texts = []
+    for i in range(2):
+        model = tiedconv.convert(all_micros()["timm-vit"].model(), "auto", bytes="60%")
+        tiedconv.save(model, tmp_path / f"{i}.safetensors")
+        texts.append((tmp_path / f"{i}.safetensors").read_bytes())
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"bytes": "100%"}, "budget-saves-nothing"),
+        ({"bytes": "7"}, "invalid-bytes"),
+        ({"bytes": "-3%"}, "invalid-bytes"),
+        ({"bytes": "0.0001%"}, "budget-too-small"),
+        ({"bytes": "50%", "bits": "7"}, "invalid-bits"),
+        ({"bytes": "50%", "bits": "8:4"}, "invalid-bits"),
+        ({"bits": "4"}, "bits-without-bytes"),
+    ],
+)
+def test_a_budget_that_means_nothing_is_refused(options: dict[str, Any], code: str) -> None:
+    with raises(UserError, code):
+        tiedconv.convert(all_micros()["timm-vit"].model(), "auto", **options)
+
+
+def test_a_recipe_file_has_bytes_too(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('bytes = "8%"\nbits = "4:8"\n[[rule]]\nscheme = "auto"\n')
+    recipe = Recipe.from_toml(path)
+    assert (recipe.bytes, recipe.widths) == ("8%", (4, 8))
+    assert recipe.to_json()["bits"] == "4:8"
+    path.write_text('bits = "9"\nbytes = "8%"\n[[rule]]\nscheme = "auto"\n')
+    with raises(RecipeError, "invalid-bits"):
+        Recipe.from_toml(path)
+
+
+def _codes_of(plan: dict[str, Any]) -> list[Any]:
+    """The first dequantize node of a plan's JSON."""
+    waiting: list[Any] = list(plan["weights"].values())
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            if node and node[0] == "dequantize":
+                return node
+            waiting += node
+    raise AssertionError("there are no codes")
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda node: node.__setitem__(3, 7),
+        lambda node: node.__setitem__(3, 16),
+        lambda node: node.__setitem__(4, node[4] + 8),
+        lambda node: node[1][2].__setitem__(0, node[1][2][0] + 1),
+        lambda node: node[2][2].__setitem__(1, 63),
+        lambda node: node.__setitem__(1, ["add", node[1], node[1]]),
+        lambda node: node.__setitem__(2, node[1]),
+    ],
+    ids=["7 bits", "16 bits", "columns", "codes", "scales", "computed codes", "codes as scales"],
+)
+def test_a_plan_with_wrong_codes_is_refused(forge: Any) -> None:
+    plan = json.loads(json.dumps(state_of(rounded("timm-vit", 0.05)).plan.to_json()))
+    Plan.from_json(plan)
+    forge(_codes_of(plan))
+    with pytest.raises(PlanError) as caught:
+        Plan.from_json(plan)
+    assert caught.value.code in ("malformed-expression", "contradictory-plan")
+
+
+@pytest.mark.parametrize("place", [-3, -4000, -40_000])
+def test_a_flipped_bit_is_told(place: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    model = tiedconv.convert(all_micros()["timm-vit"].model(), "auto", bytes="60%")
+    tiedconv.save(model, path)
+    data = bytearray(path.read_bytes())
+    data[max(place, -len(data) + 20)] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError):
+        tiedconv.load(path, model=all_micros()["timm-vit"].model())
+
+
+def test_older_releases_say_that_a_file_is_newer(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    tiedconv.save(tiedconv.convert(all_micros()["timm-vit"].model(), "auto", bytes="60%"), path)
+    assert read(path).file.metadata["tiedconv"].startswith("deflated:")
