@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tiedconv.calibration import conv_statistics
-from tiedconv.calibration.conv_statistics import ConvGeometry, gradient_energy, patches
+from tiedconv.calibration.conv_statistics import ConvGeometry, gradient_energy, patches, patches_at
 
 CONVOLUTIONS = {
     "3x3": nn.Conv2d(6, 8, 3, padding=1),
@@ -47,6 +47,17 @@ def test_energy_is_that_of_the_gradients_of_single_images(
     assert float(energy) == pytest.approx(expected, rel=1e-6)
     if name in ("wide", "depthwise"):  # each of the two ways is taken
         assert bool(calls) == (name == "depthwise")
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_some_patches_are_those_of_all(name: str) -> None:
+    conv = CONVOLUTIONS[name]
+    x, how = torch.randn(2, conv.in_channels, 6, 7), geometry(conv)
+    every = patches(x, how)  # (images * groups, columns, places)
+    every = every.reshape(2, conv.groups, *every.shape[1:]).permute(0, 3, 1, 2).flatten(1, 2)
+    which = torch.tensor([0, 1, every.shape[1] // 2, every.shape[1] - 1])
+    width = conv(x).shape[3]
+    assert torch.equal(patches_at(x, how, which, width), every[:, which].flatten(0, 1))
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import unfold
+from torch.nn.functional import pad, unfold
 
 _backward = torch.ops.aten.convolution_backward.default
 
@@ -37,6 +37,28 @@ def patches(x: Tensor, how: ConvGeometry) -> Tensor:
             x, tuple(how.kernel), tuple(how.dilation), tuple(how.padding), tuple(how.stride)
         )
     return columns.reshape(len(x) * how.groups, -1, columns.shape[-1])
+
+
+def patches_at(x: Tensor, how: ConvGeometry, which: Tensor, width: int) -> Tensor:
+    """A few of the patches, `(images * n, in / groups * kh * kw)`, without the others.
+
+    Args:
+        x: the input `(images, in, height, width)`.
+        how: the geometry.
+        which: indices of patches of an image, whose groups lie side by side at each place.
+        width: places in a row of the output.
+    """
+    places, group = which // how.groups, which % how.groups
+    starts = places // width * how.stride[0], places % width * how.stride[1]
+    lines, columns = (
+        start[:, None] + how.dilation[i] * torch.arange(how.kernel[i], device=x.device)
+        for i, start in enumerate(starts)
+    )
+    each = x.shape[1] // how.groups
+    channels = group[:, None] * each + torch.arange(each, device=x.device)
+    padded = pad(x, (how.padding[1], how.padding[1], how.padding[0], how.padding[0]))
+    at = channels[:, :, None, None], lines[:, None, :, None], columns[:, None, None, :]
+    return padded[:, *at].flatten(0, 1).flatten(1)
 
 
 def gradient_energy(gradient: Tensor, x: Tensor, how: ConvGeometry) -> Tensor:

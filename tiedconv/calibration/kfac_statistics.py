@@ -10,6 +10,7 @@ and the statistics are those of the Fisher matrix.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from tiedconv.calibration.conv_statistics import ConvGeometry, gradient_energy, patches
+from tiedconv.calibration.conv_statistics import ConvGeometry, gradient_energy, patches_at
 from tiedconv.calibration.frozen import frozen
 from tiedconv.calibration.output_metric import forward_with_grad
 from tiedconv.calibration.second_moments import SecondMoment
@@ -222,7 +223,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _PRODUCTS:
             self._product(*args[-2:])
         elif name == "convolution" and not self.backward:
-            self._convolution(*args[:9])
+            self._convolution(*args[:9], out=out)
         elif name == "convolution_backward":
             self._gradient(*args)
         return out
@@ -239,14 +240,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _convolution(
         self, x: Tensor, weight: Tensor, _: Any, stride: Any, padding: Any, dilation: Any,
-        transposed: bool, __: Any, groups: int,
+        transposed: bool, __: Any, groups: int, out: Tensor,
     ) -> None:  # fmt: skip
         found = self._by_storage.get(_storage(weight))
         if found and not transposed and x.ndim == 4:
             # Groups read as many inputs each: one moment stands for all.
-            read = patches(x, ConvGeometry(weight.shape[2:], stride, padding, dilation, groups))
-            read = read.reshape(len(x), groups, *read.shape[1:]).permute(0, 3, 1, 2)
-            self._add(found[0], read.flatten(0, 2), 0)
+            how = ConvGeometry(weight.shape[2:], stride, padding, dilation, groups)
+            which = _evenly(math.prod(out.shape[2:]) * groups, x.device)
+            self._add(found[0], patches_at(x, how, which, out.shape[3]), 0)
 
     def _gradient(
         self, gradient: Tensor, x: Tensor, weight: Tensor, _: Any, stride: Any, padding: Any,
@@ -277,8 +278,13 @@ def _some(rows: Tensor, images: int) -> tuple[Tensor, float]:
     places = len(rows) // images if images and len(rows) % images == 0 else 1
     if places <= POSITIONS:
         return rows, 1.0
-    kept = torch.linspace(0, places - 1, POSITIONS, device=rows.device).long()
+    kept = _evenly(places, rows.device)
     return rows.reshape(images, places, -1)[:, kept].flatten(0, 1), places / POSITIONS
+
+
+def _evenly(places: int, device: torch.device) -> Tensor:
+    """At most `POSITIONS` of so many places, spread evenly."""
+    return torch.linspace(0, places - 1, min(places, POSITIONS), device=device).long()
 
 
 def _finish(

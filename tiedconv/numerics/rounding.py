@@ -120,7 +120,8 @@ class Rounding:
         # A coarse grid costs little, and keeps the factors compressible.
         factors = torch.exp2(-0.5 * weights.log2())
         middle = factors.log2().mean()
-        return torch.exp2((2 * (factors.log2() - middle)).round() / 2).unsqueeze(0)
+        grid = torch.exp2((2 * (factors.log2() - middle)).round() / 2)
+        return grid.half().double().unsqueeze(0)
 
     @cached_property
     def _column_weight(self) -> float:
