@@ -223,7 +223,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _PRODUCTS:
             self._product(*args[-2:])
         elif name == "convolution" and not self.backward:
-            self._convolution(*args[:9], out=out)
+            self._convolution(out, *args[:9])
         elif name == "convolution_backward":
             self._gradient(*args)
         return out
@@ -239,8 +239,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
 
     def _convolution(
-        self, x: Tensor, weight: Tensor, _: Any, stride: Any, padding: Any, dilation: Any,
-        transposed: bool, __: Any, groups: int, out: Tensor,
+        self, out: Tensor, x: Tensor, weight: Tensor, _: Any, stride: Any, padding: Any,
+        dilation: Any, transposed: bool, __: Any, groups: int,
     ) -> None:  # fmt: skip
         found = self._by_storage.get(_storage(weight))
         if found and not transposed and x.ndim == 4:

@@ -1,0 +1,259 @@
+"""Accuracy against bytes of real files: `auto --bytes` beside rounding and GPTQ of the dense model.
+
+    python benchmarks/frontier.py --model vit-real --weights VIT.safetensors --data CIFAR10
+    python benchmarks/frontier.py --model lite0 --weights LITE0.safetensors --data PHOTOS
+
+Every method gets the same calibration images, without labels. The baselines quantise each linear
+layer and convolution to nearest, or by GPTQ with the second moments of its inputs; scales and all
+other tensors are float16. At each size a baseline has its best width (2, 3, 4, 5, 6, 8 bits) and
+group (a row, 128, 64, 32 columns), chosen by the divergence on the calibration images. Results go
+to `benchmarks/results/frontier.json`, row by row; rows that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import read_pixels
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import tiedconv
+from tiedconv.calibration import gather_statistics
+from tiedconv.calibration.config import CalibConfig
+from tiedconv.conversion.calibrate import Calibration
+from tiedconv.core.packed_codes import packed
+from tiedconv.numerics.linalg import cholesky
+from tiedconv.numerics.rounding import gptq
+from tiedconv.runtime.tie import state_of
+from tiedconv.sources.torchvision_compat import import_torchvision
+
+import_torchvision()
+import timm  # noqa: E402
+
+RESULT = Path(__file__).parent / "results" / "frontier.json"
+WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (0, 128, 64, 32)
+SIZES = {"vit-real": (14, 10, 8, 6, 4, 3), "lite0": (25, 14, 10, 8, 6)}
+Images = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Calibration images, judged images, and the labels of both."""
+
+
+def vit_real(args: argparse.Namespace) -> tuple[nn.Module, Images]:
+    """The ViT that someone else trained on CIFAR-10; 512 training images, all test images."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4,
+        mlp_ratio=2, num_classes=10,
+    )  # fmt: skip
+    pixels = read_pixels(args.data)
+    mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+    std = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+
+    def prepared(images: Tensor) -> Tensor:
+        return (images.float() / 255 - mean) / std
+
+    train, test = pixels["train"], pixels["test"]
+    chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:512]
+    calib, judged = prepared(train.images[chosen]), prepared(test.images)
+    return model, (calib, judged, train.labels[chosen], test.labels)
+
+
+def lite0(args: argparse.Namespace) -> tuple[nn.Module, Images]:
+    """EfficientNet-Lite0 on ImageNet photos in class folders: every second one to calibrate by."""
+    from tiedconv.data import ImageList, eval_transform, open_images
+    from tiedconv.sources import Preprocess
+
+    half = (0.5, 0.5, 0.5)
+    wanted = Preprocess(224, 256, half, half, "bicubic")
+    photos = ImageList(open_images(args.data), eval_transform(wanted))
+    samples = [photos[i] for i in range(len(photos))]
+    images = torch.stack([s[0] for s in samples])
+    labels = torch.tensor([s[1] for s in samples])
+    return timm.create_model("tf_efficientnet_lite0"), (
+        images[::2], images[1::2], labels[::2], labels[1::2],
+    )  # fmt: skip
+
+
+MODELS = {"vit-real": vit_real, "lite0": lite0}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Of all images."""
+    return torch.cat([model(images[i : i + 100]) for i in range(0, len(images), 100)])
+
+
+def divergence(found: Tensor, expected: Tensor) -> float:
+    """The mean KL divergence of the outputs, in nats."""
+    ours, theirs = found.log_softmax(-1), expected.log_softmax(-1)
+    return float(F.kl_div(ours, theirs, log_target=True, reduction="batchmean"))
+
+
+def judged(model: nn.Module, images: Images, expected: Tensor) -> dict[str, float]:
+    """Accuracy, share of equal answers, and divergence on the images that nothing was fitted to."""
+    found = logits(model, images[1])
+    answers = found.argmax(1)
+    return {
+        "top1": round(float((answers == images[3]).float().mean()), 4),
+        "agreement": round(float((answers == expected.argmax(1)).float().mean()), 4),
+        "divergence": round(divergence(found, expected), 5),
+    }
+
+
+def matrices(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that baselines quantise: name to matrix."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return {f"{n}.weight": m.weight.detach().flatten(1) for n, m in layers}
+
+
+def quantised(matrix: Tensor, moment: Tensor | None, bits: int, group: int) -> tuple[Any, ...]:
+    """Integers, scales and the matrix they stand for; GPTQ if there is a moment of the inputs."""
+    rows, columns = matrix.shape
+    width = min(group or columns, columns)
+    largest = 2 ** (bits - 1) - 1 if bits > 2 else 1
+    cut = F.pad(matrix.double(), (0, -columns % width)).reshape(rows, -1, width)
+    ends = cut.abs().amax(2, keepdim=True).clamp(min=1e-12) / largest
+    tried = [ends * s for s in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)]
+    errors = torch.stack(
+        [((cut / t).round().clamp(-largest, largest) * t - cut).square().sum(2) for t in tried]
+    )
+    scales = torch.stack(tried).gather(0, errors.argmin(0)[None, :, :, None])[0].half().double()
+    units = scales.expand_as(cut).reshape(rows, -1)[:, :columns]
+    if moment is None:
+        values = (matrix.double() / units).round().clamp(-largest, largest)
+    else:
+        damped = moment.double() + 0.01 * float(moment.diagonal().mean()) * torch.eye(columns)
+        upper = cholesky(torch.cholesky_inverse(cholesky(damped))).t()
+        feedback = upper / upper.diagonal().unsqueeze(1)
+        # With a unit of its own for each entry, rows are rounded one by one.
+        values = torch.cat(
+            [
+                gptq(matrix[i : i + 1].double(), torch.ones(1, 1).double(), units[i : i + 1],
+                     feedback, largest)
+                for i in range(rows)
+            ]
+        ) if group else gptq(
+            matrix.double(), units[:, :1].contiguous(), torch.ones(1, columns).double(), feedback,
+            largest,
+        )  # fmt: skip
+    return values, scales, (values * units).float()
+
+
+def baseline(
+    model: nn.Module, moments: dict[str, Tensor] | None, bits: int, group: int
+) -> tuple[nn.Module, int]:
+    """The dense model, quantised, and the bytes of its file."""
+    found, stored = copy.deepcopy(model), {}
+    parameters = dict(found.named_parameters())
+    for name, matrix in matrices(model).items():
+        moment = None if moments is None else moments.get(name)
+        if moment is not None and len(moment) != matrix.shape[1]:
+            moment = None
+        values, scales, whole = quantised(matrix, moment, bits, group)
+        parameters[name].data = whole.reshape(parameters[name].shape)
+        stored[f"{name}.codes"], stored[f"{name}.scales"] = packed(values, bits), scales.half()
+    for name, tensor in found.state_dict().items():
+        if f"{name}.codes" not in stored and tensor.is_floating_point():
+            stored[name] = tensor.half()
+            tensor.copy_(stored[name].float())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.safetensors"
+        save_file({n: t.contiguous() for n, t in stored.items()}, path)
+        return found, path.stat().st_size
+
+
+def ours(
+    model: nn.Module, images: Images, size: int, effort: str
+) -> tuple[nn.Module, int, dict[str, Any]]:
+    """`auto --bytes`, the bytes of its file, and what the file says of the conversion."""
+    data = TensorDataset(images[0], torch.zeros(len(images[0]), dtype=torch.int64))
+    calib = None
+    if effort != "none":
+        calib = Calibration(data, config=CalibConfig(effort=effort), workers=0)
+    tied = tiedconv.convert(model, "auto", bytes=f"{size}%", calib=calib)
+    with tempfile.TemporaryDirectory() as folder:
+        written = tiedconv.save(tied, Path(folder) / "m.safetensors")
+    plan = state_of(tied).plan
+    schemes = sorted({group.scheme for group in plan.groups})
+    return tied, written, {"schemes": schemes, "parameters": plan.stored}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--efforts", nargs="*", default=["none", "fast", "normal"])
+    parser.add_argument("--sizes", nargs="*", type=int, help="percent of the float32 bytes")
+    parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    args = parser.parse_args()
+    model, images = MODELS[args.model](args)
+    model.load_state_dict(load_file(args.weights))
+    model.eval()
+    dense = 4 * sum(t.numel() for t in model.state_dict().values())
+    expected = logits(model, images[1])
+    rows: list[dict[str, Any]] = json.loads(args.result.read_text()) if args.result.exists() else []
+
+    def done(**key: Any) -> bool:
+        return any(all(row.get(k) == v for k, v in key.items()) for row in rows)
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append({"model": args.model, **row})
+        print(rows[-1], flush=True)
+        args.result.parent.mkdir(exist_ok=True)
+        text = ",\n".join(json.dumps(r) for r in rows)
+        args.result.write_text(f"[\n{text}\n]\n")
+
+    def row(bytes_: int, **more: Any) -> dict[str, Any]:
+        return {"bytes": bytes_, "percent": round(100 * bytes_ / dense, 2), **more}
+
+    if not done(model=args.model, method="original"):
+        add({"method": "original", **row(dense), **judged(model, images, expected)})
+    if not args.no_baselines:
+        targets = logits(model, images[0])
+        data = TensorDataset(images[0], torch.zeros(len(images[0]), dtype=torch.int64))
+        found = gather_statistics(model, dict.fromkeys(matrices(model), False), data, workers=0)
+        rights = {n: m.right for n, m in found.metrics.items() if m.right is not None}
+        for method, moments in (("nearest", None), ("gptq", rights)):
+            for bits in WIDTHS:
+                for group in GROUPS:
+                    if done(model=args.model, method=method, bits=bits, group=group):
+                        continue
+                    start = time.process_time()
+                    other, size = baseline(model, moments, bits, group)
+                    add({
+                        "method": method, "bits": bits, "group": group, **row(size),
+                        "calibration": round(divergence(logits(other, images[0]), targets), 5),
+                        **judged(other, images, expected),
+                        "seconds": round(time.process_time() - start),
+                    })  # fmt: skip
+    for effort in args.efforts:
+        for size in args.sizes or SIZES[args.model]:
+            if done(model=args.model, method="auto", effort=effort, asked=size):
+                continue
+            start = time.process_time()
+            try:
+                tied, written, facts = ours(model, images, size, effort)
+            except tiedconv.TiedconvError as error:
+                print(size, effort, error, flush=True)
+                continue
+            seconds = round(time.process_time() - start)
+            assert written <= math.floor(size / 100 * dense)
+            add({
+                "method": "auto", "effort": effort, "asked": size, **row(written), **facts,
+                **judged(tied, images, expected), "seconds": seconds,
+            })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
