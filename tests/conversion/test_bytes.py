@@ -147,6 +147,23 @@ def test_images_decide_and_the_history_says_what_was_done(effort: str, tmp_path:
     assert all(torch.equal(own[n], found[n]) for n in own)
 
 
+def test_training_leaves_the_integers_and_the_size_of_the_file(tmp_path: Path) -> None:
+    model = tiedconv.convert(all_micros()["timm-vit"].model(), "auto", bytes="60%")
+    before = tiedconv.save(model, tmp_path / "before.safetensors")
+    plan, start = state_of(model).plan, copy.deepcopy(model.state_dict())
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not set(trained) & plan.codes.keys()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    all_micros()["timm-vit"].forward(model, all_micros()["timm-vit"].input()).sum().backward()
+    optimizer.step()
+    after = model.state_dict()
+    assert all(torch.equal(after[name], start[name]) for name in plan.codes)
+    scales = [name for name in trained if name.endswith("/scales")]
+    assert any(not torch.equal(after[name], start[name]) for name in scales)
+    assert tiedconv.save(model, tmp_path / "after.safetensors") <= before + 200
+
+
 def test_the_same_bytes_each_time(tmp_path: Path) -> None:
     texts = []
     for i in range(2):

@@ -27,7 +27,7 @@ from tiedconv.io.safetensors_file import COMPACT
 from tiedconv.runtime.tie import dense_state_dict, set_state, state_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text("utf-8")
-LONGEST = 60
+LONGEST = 100
 
 # The name is taken by nothing that could be imported; the reader's own folder is not on the path.
 ALONE = """
@@ -55,6 +55,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"shape": [6, 4], "rank": 2, "k": [0, 1, 2], "include": ["*spatial*"]},
     ),
     "halves": ("timm-vit", "lors", {}),
+    "integers": ("timm-vit", "auto", {"bytes": "60%"}),
+    "integers of factors": ("timm-vit", "lors", {"params": "70%", "bytes": "60%", "bits": "3"}),
 }
 
 

@@ -22,13 +22,14 @@ from tiedconv.conversion.calibrate import Calibration, calibration_record
 from tiedconv.conversion.candidates import by_alignment, memory_store, tie_fit
 from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.random_images import random_images
-from tiedconv.conversion.rounding import Forecast, RoundedModel, halved, round_to_bytes
+from tiedconv.conversion.rounding import Forecast, RoundedModel, round_to_bytes
 from tiedconv.conversion.stages import align, fit, measure
 from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.io.checkpoint import file_size
+from tiedconv.io.narrowing import halved
 from tiedconv.planning.byte_budget import EACH, OVERHEAD, ByteBudget
 from tiedconv.planning.planner import Outline
 from tiedconv.runtime.native_size import native_size

@@ -20,6 +20,7 @@ from tiedconv.core.packed_codes import WIDTHS, packed
 from tiedconv.core.plan import Group, Plan
 from tiedconv.core.storage import CODES, COLUMNS, SCALES, IntFormat, prefix_of, quantized
 from tiedconv.errors import BudgetError
+from tiedconv.io.narrowing import halved
 from tiedconv.numerics.factor_metric import factor_metric
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.least_squares import refit
@@ -326,12 +327,3 @@ def _assembled(
         if rounded.columns is not None:
             tensors[f"{prefix}/{COLUMNS}"] = rounded.columns.reshape(1, columns)
     return RoundedModel(quantized(plan, formats), tensors, cost, step, 0)
-
-
-def halved(tensor: Tensor) -> Tensor:
-    """Floats as float16 holds them, where it holds all of them to its precision."""
-    if not tensor.is_floating_point():
-        return tensor
-    small = tensor.half().to(tensor.dtype)
-    near = (small - tensor).abs() <= 2.0**-10 * tensor.abs() + 2.0**-24
-    return small if bool((near & small.isfinite()).all()) else tensor

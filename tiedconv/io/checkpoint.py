@@ -164,7 +164,7 @@ def _content(
         if name in plan.codes:
             smaller = deflated(value)
             return value if smaller is None else smaller
-        return narrowed(value, half, exactly=bool(plan.codes))
+        return narrowed(value, half, closely=bool(plan.codes))
 
     forms: dict[str, Form] = {}
     hashes: dict[str, str] = {}

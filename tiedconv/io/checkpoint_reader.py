@@ -230,5 +230,6 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def digest_of(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the record and the source, as texts."""
     text = f"{metadata.get('tiedconv')}\n{metadata.get('source')}"
     return hashlib.sha256(text.encode()).hexdigest()

@@ -34,17 +34,29 @@ def stored_as(history: Iterable[Mapping[str, Any]]) -> torch.dtype | None:
     return None
 
 
-def narrowed(tensor: Tensor, half: torch.dtype | None, *, exactly: bool = False) -> Tensor:
+def narrowed(tensor: Tensor, half: torch.dtype | None, *, closely: bool = False) -> Tensor:
     """A tensor as it is stored: matrices in half precision, vectors where that loses nothing.
 
-    With `exactly`, matrices too are left as they are where it would lose something.
-
-    What half precision can't hold, such as 1e5 in float16, is left as it is.
+    What half precision can't hold, such as 1e5 in float16, is left as it is. With `closely`, of a
+    file with integers, so is a matrix that has values below its range, and vectors that lose no
+    more than its precision are narrowed too.
     """
     if half is None or tensor.dtype not in (torch.float32, torch.float64):
         return tensor
     small = tensor.to(half)
     exact = bool((small.to(tensor.dtype) == tensor).all())
-    if exact or (not exactly and tensor.ndim > 1 and bool(small.isfinite().all())):
+    if exact:
         return small
-    return tensor
+    if closely:
+        return small if _is_near(small.to(tensor.dtype), tensor) else tensor
+    return small if tensor.ndim > 1 and bool(small.isfinite().all()) else tensor
+
+
+def halved(tensor: Tensor) -> Tensor:
+    """Floats as a file with integers holds them: those of float16, or as they are."""
+    return narrowed(tensor, torch.float16, closely=True).to(tensor.dtype)
+
+
+def _is_near(small: Tensor, tensor: Tensor) -> bool:
+    near = (small - tensor).abs() <= 2.0**-10 * tensor.abs() + 2.0**-24
+    return bool((near & small.isfinite()).all())
