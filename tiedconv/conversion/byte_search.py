@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.calibration import KfacStatistics
+from tiedconv.calibration import BlockwiseResult, KfacStatistics
 from tiedconv.conversion.calibrate import Calibration, calibration_record
 from tiedconv.conversion.candidates import by_alignment, memory_store, tie_fit
 from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.random_images import random_images
-from tiedconv.conversion.rounding import Forecast, RoundedModel, round_to_bytes
+from tiedconv.conversion.rounding import Forecast, RoundedModel, SizeOf, round_to_bytes
 from tiedconv.conversion.stages import align, fit, measure
 from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.core.plan import Plan
@@ -33,8 +33,9 @@ from tiedconv.io.narrowing import halved
 from tiedconv.planning.byte_budget import EACH, OVERHEAD, ByteBudget
 from tiedconv.planning.planner import Outline
 from tiedconv.runtime.native_size import native_size
+from tiedconv.runtime.soft_codes import harden, soften
 from tiedconv.runtime.tensors import state_tensors
-from tiedconv.runtime.tie import untie
+from tiedconv.runtime.tie import state_of, untie
 from tiedconv.sources import Source
 
 RECORD, RECORD_EACH = 200, 30
@@ -138,7 +139,7 @@ def convert_to_bytes(
     tie_fit(model, fitted, record)
     found: dict[str, Any] = {}
     if calib is not None and data is not None and fitted.plan.groups and calib.config.fits:
-        calib.part(0, 2).fit(model, original, data)
+        calib.part(0, 3).fit(model, original, data)
         model.cpu()
         fitted = dataclasses.replace(fitted, tensors=_tensors(model, fitted.plan))
     blocks = 0 if calib is None else len({name.rpartition(".")[0] for name in info.shapes})
@@ -155,12 +156,40 @@ def convert_to_bytes(
     tie_fit(model, fitted, record)
     found["rounding"] = _rounding_record(rounded, chosen, budget)
     if calib is not None and data is not None:
-        result = calib.part(1, 2).fit(model, original, data)
-        model.cpu()
-        for tensor in state_tensors(model).values():
-            tensor.data.copy_(halved(tensor.detach()))
+        result = _calibrated(model, original, calib.part(1, 2), data, size_of, budget)
         found["calibration"] = calibration_record(fitted.ridge, result, calib)
     return fitted, found
+
+
+def _calibrated(
+    model: nn.Module,
+    original: nn.Module,
+    calib: Calibration,
+    data: Dataset[Any],
+    size_of: SizeOf,
+    budget: ByteBudget,
+) -> BlockwiseResult:
+    """Fit a rounded model to the original: its integers too, if the file stays within the budget.
+
+    Trained integers have another distribution, and take more or fewer bits in the file.
+    """
+    plan = state_of(model).plan
+    before = _tensors(model, plan)
+    for train_integers in (True, False) if calib.config.fits else (False,):
+        if train_integers:
+            soften(model)
+        result = calib.part(1 if train_integers else 2, 3).fit(model, original, data)
+        model.cpu()
+        if train_integers:
+            harden(model)
+        own = state_tensors(model)
+        for tensor in own.values():
+            tensor.data.copy_(halved(tensor.detach()))
+        if size_of(plan, {name: own[name].detach() for name in before}) <= budget.bytes:
+            break
+        for name, tensor in before.items():
+            own[name].data.copy_(tensor)
+    return result
 
 
 def _cache(

@@ -378,7 +378,12 @@ class Dequantize(Expr):
 
     def evaluate(self, lookup: Lookup) -> Tensor:
         scales = self.scales.evaluate(lookup)
-        codes = unpacked(self.codes.evaluate(lookup), self.shape, self.bits).to(scales.dtype)
+        codes = self.codes.evaluate(lookup)
+        if codes.is_floating_point():  # in training, see `runtime.soft_codes`
+            low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+            codes = codes + (codes.round().clamp(low, high) - codes).detach()
+        else:
+            codes = unpacked(codes, self.shape, self.bits).to(scales.dtype)
         groups = scales.shape[1]
         if groups > 1:
             scales = scales.repeat_interleave(-(-self.columns // groups), 1)[:, : self.columns]
