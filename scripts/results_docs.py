@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import results_bytes
 import results_detectors
 import results_fits
 import results_training
@@ -189,6 +190,7 @@ def main() -> None:
     parts = [HEAD]
     for name, section in (
         ("accuracy", accuracy),
+        ("frontier", results_bytes.frontier),
         ("detection", results_detectors.detection),
         ("adamixer_overfit", results_detectors.overfit),
         ("adamixer_speed", results_detectors.times),
