@@ -38,6 +38,8 @@ from tiedconv.planning.rank_allocation import KfacMetrics, metrics_of
 from tiedconv.schemes import make_scheme
 
 ANY_WIDTH = (WIDTHS[0], WIDTHS[-1])
+MOST_BITS = WIDTHS[-1]
+"""Depthwise kernels get them: they are few, and one channel may carry much of the answer."""
 
 LEAST = 64
 """Values of a tensor that is worth integers and their scales."""
@@ -208,7 +210,9 @@ def round_at(
     average = bits / max(1.0, count)
     for name, matrix, metric in rest:
         if metric is None:
-            found[name] = _table(matrix, average, widths)
+            depthwise = _is_depthwise(floats[name])
+            bits = MOST_BITS if depthwise else max(4, math.ceil(average) + UNMEASURED_BITS)
+            found[name] = _table(matrix, min(widths[1], bits))
     return _assembled(plan, floats, found, cost, step, widths)
 
 
@@ -274,7 +278,9 @@ def _kept_matrices(
             continue
         matrix = tensor.reshape(len(tensor), -1)
         metric = metrics.get(name)
-        if metric is not None and _fits(metric, matrix):
+        if _is_depthwise(tensor):
+            yield name, matrix, None
+        elif metric is not None and _fits(metric, matrix):
             yield name, matrix, metric
         elif metrics:
             yield name, tensor.reshape(-1, tensor.shape[-1]), None
@@ -289,15 +295,19 @@ def _fits(metric: KfacMetric, matrix: Tensor) -> bool:
     )
 
 
+def _is_depthwise(tensor: Tensor) -> bool:
+    """Whether each output reads one input: the moments of all inputs together say little of it."""
+    return tensor.ndim == 4 and tensor.shape[1] == 1
+
+
 def _is_worth(tensor: Tensor) -> bool:
     """Whether a tensor is a matrix of some size; vectors stay floats."""
     matrix = tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > max(tensor.shape)
     return matrix and tensor.numel() >= LEAST
 
 
-def _table(matrix: Tensor, average: float, widths: tuple[int, int]) -> Rounded:
-    """A table of embeddings, with a scale a row: finer than the average matrix."""
-    bits = min(widths[1], max(4, math.ceil(average) + UNMEASURED_BITS))
+def _table(matrix: Tensor, bits: int) -> Rounded:
+    """A matrix without a metric, with a scale a row: an embedding, or depthwise kernels."""
     largest = 2 ** (bits - 1) - 1
     rows = (matrix.double().abs().amax(1, keepdim=True) / largest).clamp(min=1e-30)
     rows = half_exact(rows)
