@@ -299,7 +299,7 @@ def _show(done: Conversion, *, each: bool, budget: bool, sized: bool) -> None:
     rows = [*render.group_rows(figures, each=each), render.kept_row(figures)]
     common.show_groups([*rows, render.total_row(figures)])
     saved = 1 - figures.ratio
-    gain = f"saves {render.percent(saved)}" if saved > 0 else "saves no parameters"
+    gain = f"saves {render.percent(saved)}" if saved > 0 else "saves nothing"
     say(
         f"{done.spec}: {figures.original:,} parameters become {figures.stored:,} "
         f"({render.percent(figures.ratio)}), which {gain}. {render.work(figures)}"
