@@ -251,3 +251,14 @@ def test_older_releases_say_that_a_file_is_newer(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     tiedconv.save(tiedconv.convert(all_micros()["timm-vit"].model(), "auto", bytes="60%"), path)
     assert read(path).file.metadata["tiedconv"].startswith("deflated:")
+
+
+def test_depthwise_kernels_keep_eight_bits() -> None:
+    """Their channels share one moment of inputs, which may say nothing of the one that matters."""
+    codes = state_of(rounded("convmixer", 0.5)).plan.codes
+    model = all_micros()["convmixer"].model()
+    depthwise = [n for n, p in model.named_parameters() if p.ndim == 4 and p.shape[1] == 1]
+    assert depthwise
+    for name in depthwise:
+        assert codes[f"tied/{name.replace('.', '/')}/values/codes"].bits == 8
+    assert min(node.bits for node in codes.values()) < 8
