@@ -175,3 +175,19 @@ def test_what_cannot_be_is_refused_before_anything_is_written(world: World, tmp_
     ):
         refused(*base[: -len(HERE)], *option, error_code="needs-calib", words=["without --calib"])
     assert files_of(tmp_path) == {"empty"}
+
+
+def test_a_budget_of_bytes_says_what_was_done(world: World, tmp_path: Path) -> None:
+    output = tmp_path / "c.safetensors"
+    command = [
+        "convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "--calib", world.data,
+        "--bytes", "60%", "--effort", "fast", "-o", output, *HERE,
+    ]  # fmt: skip
+    told = figures(*command)
+    assert told["integers"] > 0
+    assert output.stat().st_size <= told["rounding"]["bytes"]
+    assert told["smaller"] == []
+    assert "are stored as integers" in plain(run("report", output).stdout)
+    assert all(check.passed for check in tiedconv.verify(output))
+    refused(*command[: -len(HERE)], "--bits", "7", "--force", error_code="invalid-bits")
+    assert files_of(tmp_path) == {"c.safetensors"}

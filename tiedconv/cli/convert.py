@@ -306,7 +306,7 @@ def _show(done: Conversion, *, each: bool, budget: bool, sized: bool) -> None:
     )
     if figures.integers:
         say(render.precision(figures))
-    elif saved <= 0:
+    elif saved <= 0 and not sized:
         hint("Lower the ranks (or the number of bases), or let --params choose them.")
     say(render.LEGEND)
     if sized and not done.path:
@@ -324,7 +324,7 @@ def _show(done: Conversion, *, each: bool, budget: bool, sized: bool) -> None:
         warn(render.other_size(done.native_size, done.source.preprocess.size))
     if done.source.weights_part:
         say(render.weights_part(done.source))
-    if done.path:
+    if done.path and any(group.error is not None for group in figures.groups):
         say(render.FIT_ERROR_ON_IMAGES if done.calibration else render.FIT_ERROR)
     for line in render.symmetry_lines(done.record):
         say(line)

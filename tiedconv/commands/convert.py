@@ -280,6 +280,7 @@ def _load(
 
 def _smaller(planned: Planned, recipe: Recipe, plan: Plan) -> tuple[tuple[str, int], ...]:
     """What would store less, where the reader may have hoped for it."""
-    if recipe.budget is not None or plan.stored < 0.6 * plan.original:
+    sized = recipe.budget is not None or recipe.bytes is not None
+    if sized or plan.stored < 0.6 * plan.original:
         return ()
     return tuple(smaller_options(planned.info, recipe))

@@ -156,7 +156,7 @@ def convert_to_bytes(
     tie_fit(model, fitted, record)
     found["rounding"] = _rounding_record(rounded, chosen, budget)
     if calib is not None and data is not None:
-        result = _calibrated(model, original, calib.part(1, 2), data, size_of, budget)
+        result = _calibrated(model, original, calib, data, size_of, budget)
         found["calibration"] = calibration_record(fitted.ridge, result, calib)
     return fitted, found
 
