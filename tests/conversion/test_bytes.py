@@ -31,7 +31,7 @@ from tiedconv.runtime.dequantize import dequantize
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of, tie, untie
 
-FAST = ("timm-vit", "convmixer", "hf-imagegpt")
+FAST = ("timm-vit",)
 each_micro = pytest.mark.parametrize("name", slow_unless(all_micros(), FAST))
 
 

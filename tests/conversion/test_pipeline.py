@@ -79,14 +79,14 @@ def test_a_conversion_to_a_file_runs_each_stage_once_and_few_calls_deep(
     weights: str, tmp_path: Path
 ) -> None:
     given = "none" if weights == "none" else weights_of_resnet(tmp_path / "w.safetensors")
-    counted = (*STAGES, "checkpoint.read", "safetensors_file.write_tensors")
+    counted = (*STAGES, "checkpoint_reader.read", "safetensors_file.write_tensors")
     with watched(counted) as (calls, deepest):
         done = convert_file(
             RESNET, Recipe.of("tied"), tmp_path / "m.safetensors", weights=given,
             model_args={"num_classes": 3},
         )  # fmt: skip
     assert {name: calls[name] for name in STAGES} == dict.fromkeys(STAGES, 1)
-    assert calls["checkpoint.read"] == 1  # the file's header, when it is read back
+    assert calls["checkpoint_reader.read"] == 1  # the file's header, when it is read back
     assert deepest["safetensors_file.write_tensors"] <= 6
     assert max(deepest[name] for name in counted) <= 8
     assert deepest["all"] <= 22  # a scheme asks for a symmetry, and a block is run to prove it
