@@ -23,7 +23,7 @@ from tiedconv.conversion.candidates import by_alignment, memory_store, tie_fit
 from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.random_images import random_images
 from tiedconv.conversion.rounding import Forecast, RoundedModel, SizeOf, round_to_bytes
-from tiedconv.conversion.stages import align, fit, measure
+from tiedconv.conversion.stages import carry_out
 from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError
@@ -83,13 +83,7 @@ def choose_plan(
     store = memory_store(model, info, data)
     best: Chosen | None = None
     for i in by_alignment(outlined):
-        workspace = align(outlined[i], store)
-        try:
-            statistics = measure(outlined[i], workspace, cache)
-            found = fit(info, outlined[i], workspace, statistics, on_group)
-        except BaseException:
-            workspace.close()
-            raise
+        found, statistics = carry_out(info, outlined[i], store, cache, on_group)
         metrics = {} if statistics is None else statistics.metrics
         forecast = Forecast(found.plan, found.tensors, metrics)
         step = forecast.step_for(8 * (budget.bytes - _overhead(found.plan)))

@@ -57,7 +57,7 @@ def fit_candidates(
     """
     best: list[tuple[float, int, Fit]] = []
     for i in by_alignment(outlined):
-        found = carry_out(info, outlined[i], store, cache, on_group)
+        found = carry_out(info, outlined[i], store, cache, on_group)[0]
         best = sorted([*best, (found.cost, i, found)], key=lambda entry: entry[:2])
         for entry in best.copy():
             if entry[0] > CLOSE * best[0][0] or entry in best[count:]:

@@ -116,6 +116,7 @@ class CostEstimator:
         """The estimate for a recipe; raises what `planning.planner.outline` raises."""
         key = key_of(recipe)
         if key not in self._found:
-            fitted = carry_out(self._info, outline(self._info, recipe), self._store, self._cache)
+            outlined = outline(self._info, recipe)
+            fitted = carry_out(self._info, outlined, self._store, self._cache)[0]
             self._found[key] = CostEstimate(recipe, fitted.plan.stored, fitted.cost)
         return self._found[key]

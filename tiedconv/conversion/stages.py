@@ -58,8 +58,8 @@ def carry_out(
     store: TensorStore,
     cache: StatisticsCache | None = None,
     on_group: OnGroup | None = None,
-) -> Fit:
-    """All three stages, for one recipe.
+) -> tuple[Fit, KfacStatistics | None]:
+    """All three stages, for one recipe: the fit, and the statistics that it was made by.
 
     Args:
         info: of the model.
@@ -71,7 +71,7 @@ def carry_out(
     workspace = align(outlined, store)
     try:
         statistics = measure(outlined, workspace, cache)
-        return fit(info, outlined, workspace, statistics, on_group)
+        return fit(info, outlined, workspace, statistics, on_group), statistics
     except BaseException:
         workspace.close()
         raise

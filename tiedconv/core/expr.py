@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tiedconv.core.packed_codes import WIDTHS, packed_length, unpacked
+from tiedconv.core.packed_codes import WIDTHS, integers_of, packed_length, unpacked
 from tiedconv.core.row_col_scale import scaled
 from tiedconv.errors import PlanError
 
@@ -380,8 +380,7 @@ class Dequantize(Expr):
         scales = self.scales.evaluate(lookup)
         codes = self.codes.evaluate(lookup)
         if codes.is_floating_point():  # in training, see `runtime.soft_codes`
-            low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-            codes = codes + (codes.round().clamp(low, high) - codes).detach()
+            codes = codes + (codes.round().clamp(*integers_of(self.bits)) - codes).detach()
         else:
             codes = unpacked(codes, self.shape, self.bits).to(scales.dtype)
         groups = scales.shape[1]

@@ -19,6 +19,11 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 _AT_ONCE = 8  # codes that fill whole bytes, whatever their width
 
 
+def integers_of(bits: int) -> tuple[int, int]:
+    """The least and the largest integer of a width."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
 def packed_length(count: int, bits: int) -> int:
     """Bytes that so many codes take."""
     return -(-count * bits // 8)

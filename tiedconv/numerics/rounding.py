@@ -12,7 +12,6 @@ number of bits each gets follows from its weights. Frequent integers take few bi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -285,8 +284,3 @@ def width_of(values: Tensor, least: int = 2, most: int = 8) -> int:
 def cost_of_step(step: float, count: int) -> float:
     """The cost of so many entries, each off by half a step at most."""
     return count * step**2 / 24
-
-
-def step_of(cost: float, count: int) -> float:
-    """The step at which so many entries cost that."""
-    return math.sqrt(24 * max(cost, 1e-30) / count)

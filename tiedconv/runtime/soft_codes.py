@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tiedconv.core.packed_codes import packed, unpacked
+from tiedconv.core.packed_codes import integers_of, packed, unpacked
 from tiedconv.runtime.tie import state_of
 
 
@@ -27,6 +27,5 @@ def harden(model: nn.Module) -> None:
     """Round and pack what `soften` made trainable, in place."""
     for name, node in state_of(model).plan.codes.items():
         values = model.get_parameter(name).detach()
-        low, high = -(2 ** (node.bits - 1)), 2 ** (node.bits - 1) - 1
-        codes = packed(values.round().clamp(low, high), node.bits)
+        codes = packed(values.round().clamp(*integers_of(node.bits)), node.bits)
         model._parameters[name] = nn.Parameter(codes, requires_grad=False)
