@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,26 @@ def test_what_the_code_between_the_matrices_forbids_is_not_used(
         assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
         refused = state_of(tied).history[0]["symmetries"]["refused"]
         assert set(refused).isdisjoint(expected)
+
+
+@pytest.mark.parametrize("scheme", ["lors", "tied"])
+def test_what_a_refused_symmetry_costs_the_fit_is_measured(scheme: str) -> None:
+    """With it the fit is that of the same weights in a model that allows it."""
+    refusing, allowing = Layers("rotary", "gate"), Layers()
+    allowing.load_state_dict(refusing.state_dict(), strict=False)
+    found = state_of(tiedconv.convert(refusing, scheme, rank=8)).history[0]["symmetries"]
+    exact = state_of(tiedconv.convert(allowing, scheme, rank=8))
+    assert "cost" not in exact.history[0]["symmetries"]
+    assert len(found["cost"]) == 2
+    for cost in found["cost"]:
+        groups = [group for group in exact.plan.groups if group.name in cost["groups"]]
+        assert len(groups) == len(cost["groups"]) > 0
+        total = sum(g.original for g in groups)  # the weights are drawn alike
+        error = math.sqrt(sum((g.error or 0.0) ** 2 * g.original for g in groups) / total)
+        assert cost["error_if_exact"] == pytest.approx(error, rel=0.03)
+        assert set(cost["symmetries"]) & {"rotate q and k", *HIDDEN}
+    lost = [cost["error"] > 1.05 * cost["error_if_exact"] for cost in found["cost"]]
+    assert any(lost)
 
 
 @pytest.mark.slow

@@ -314,6 +314,11 @@ def symmetry_lines(entry: Mapping[str, Any]) -> list[str]:
             for name, blocks in found.get(key, {}).items()
         ]:
             lines.append(f"{text}: {', '.join(parts)}.")
+    lines += [
+        f"Relative error of {cost['block']}: {percent(cost['error'])} without "
+        f"{' and '.join(cost['symmetries'])}, {percent(cost['error_if_exact'])} with."
+        for cost in found.get("cost", ())
+    ]
     return lines
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -31,8 +32,9 @@ class Fit:
         cost: of all errors together, Fisher-weighted if statistics were measured.
         ridge: the median ridge of the statistics, None if none were measured.
         tensors: the kept tensors under their names, the factors under their stored names.
-        symmetries: those that were used to align the weights, and those that were refused, see
-            `WeightEditor.symmetries`.
+        symmetries: those that were `used` to align the weights and those `refused`, see
+            `WeightEditor.symmetries`, and what refusing them did to the fit, `cost`, see
+            `conversion.refused_symmetries`.
         close: frees what `tensors` are read from, where they are on disk.
     """
 
@@ -41,7 +43,7 @@ class Fit:
     cost: float
     ridge: float | None
     tensors: Mapping[str, Tensor]
-    symmetries: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    symmetries: Mapping[str, Any] = field(default_factory=dict)
     close: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     @property

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.fit import Fit, OnGroup, fit_factors
+from tiedconv.conversion.refused_symmetries import cost_of_refused
 from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.conversion.tensor_store import TensorStore, Workspace
 from tiedconv.families.inspect import ModelInfo
@@ -46,7 +49,9 @@ def fit(
     plan = choose_ranks(info, outlined, workspace.editor, metrics)
     plan, cost = fit_factors(plan, workspace, metrics, on_group)
     ridge = None if statistics is None else statistics.ridge
-    found = workspace.editor.symmetries
+    found: dict[str, Any] = {**workspace.editor.symmetries}
+    if found["refused"]:
+        found["cost"] = cost_of_refused(outlined, plan, workspace)
     tensors = workspace.fitted(plan)
     return Fit(outlined.recipe, plan, cost, ridge, tensors, found, workspace.close)
 
