@@ -82,7 +82,11 @@ PAIRS = [
 ]
 VARIANTS |= MEANT_VARIANTS
 FAST = covering(PLAIN, 1, 2) | covering([p for p in PAIRS if p not in PLAIN], 1, 1)
-FAST -= {("generators", "lors-adaptive, budget")}  # seconds for each law
+FAST -= {  # seconds for each law
+    ("generators", "lors-adaptive, budget"),
+    *((name, "auto") for name in ("torch-transformer", "timm-resnet", "torchvision-vit")),
+}
+FAST |= {("torch-transformer", "tied"), ("timm-resnet", "tied"), ("torchvision-vit", "lors")}
 EXACT = 1e-5
 
 each_pair = pytest.mark.parametrize(("name", "scheme"), slow_unless(PAIRS, FAST))
@@ -580,7 +584,7 @@ def run_python(*arguments: str | Path) -> str:
 
 @pytest.mark.parametrize(
     ("library", "scheme"),
-    [("timm", "lors"), pytest.param("hf", "tied", marks=pytest.mark.slow)],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in [("timm", "lors"), ("hf", "tied")]],
 )
 def test_a_new_process_gives_the_same_bits(library: str, scheme: str, tmp_path: Path) -> None:
     if library == "timm":
@@ -661,7 +665,7 @@ def compiles_whole(name: str) -> bool:
 
 
 COMPILED = list(itertools.product([family.name for family in all_families()], ["tied", "lors"]))
-COMPILED_FAST = [("timm-vit", "lors"), ("resnet", "tied")]
+COMPILED_FAST = [("timm-vit", "lors")]
 
 
 @pytest.mark.parametrize(("family", "scheme"), slow_unless(COMPILED, COMPILED_FAST))

@@ -255,6 +255,7 @@ def test_an_error_in_a_process_has_its_class_and_traceback(
         assert "in forward" in str(caught.value.__cause__)
 
 
+@pytest.mark.slow
 def test_a_file_that_a_runtime_can_not_load(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"nothing")
     with contextlib.closing(Process(BenchTarget(str(tmp_path / "m.onnx"), "onnx"))) as process:

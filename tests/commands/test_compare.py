@@ -83,6 +83,7 @@ def priced(work: Work) -> Comparison:
 # Sizes
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_a_dry_run() -> None:
     found = figures("plan", SPEC, *MODEL_ARGS, "--params", "80%,50%,25%,9000")
     assert found["budgets"] == ["80%", "50%", "25%", "9000"]
@@ -228,6 +229,7 @@ def test_a_broken_image_is_left_out_and_reported(world: World, tmp_path: Path) -
     refused(*command, "--strict", words=["0.png"], error_code="image-unreadable")
 
 
+@pytest.mark.slow
 def test_the_next_command_runs(world: World, tmp_path: Path) -> None:
     said = run(
         "plan", SPEC, *MODEL_ARGS, "--params", "60%", "--calib", world.data, "-n", 6, "--seed", 1,

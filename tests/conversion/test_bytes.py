@@ -164,6 +164,7 @@ def test_training_leaves_the_integers_and_the_size_of_the_file(tmp_path: Path) -
     assert tiedconv.save(model, tmp_path / "after.safetensors") <= before + 200
 
 
+@pytest.mark.slow
 def test_the_same_bytes_each_time(tmp_path: Path) -> None:
     texts = []
     for i in range(2):

@@ -69,7 +69,7 @@ each_case = pytest.mark.parametrize(
         ("timm-vit", "basis"),
         ("torchvision-vit", "lors"),
         pytest.param("torchvision-resnet", "auto", marks=pytest.mark.slow),
-        ("torchvision-resnet", "lowrank"),
+        pytest.param("torchvision-resnet", "lowrank", marks=pytest.mark.slow),
     ],
 )
 
@@ -287,7 +287,7 @@ def test_auto_costs_as_little_as_any_scheme_alone(params: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["auto", *(pytest.param(s, marks=pytest.mark.slow) for s in ("tied", "lors"))]
+    "scheme", ["tied", *(pytest.param(s, marks=pytest.mark.slow) for s in ("auto", "lors"))]
 )
 def test_of_a_recipe_and_its_alternatives_the_cheapest_is_carried_out(scheme: str) -> None:
     name, x = "timm-vit", images_of("timm-vit", 24)
@@ -398,6 +398,7 @@ def test_a_damaged_fit_is_refused_and_a_missing_one_made_again(tmp_path: Path) -
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
+@pytest.mark.slow
 def test_where_two_fits_are_near_each_other_it_is_reported_which_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

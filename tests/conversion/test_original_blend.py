@@ -478,7 +478,7 @@ def test_the_offsets_are_gone_after_an_error() -> None:
 # After the first epoch the original is half there, after the second it is gone.
 @pytest.mark.parametrize(
     ("name", "epoch"),
-    slow_unless(list(itertools.product(MODELS, [1, 2])), [(MODELS[0], 1), (MODELS[1], 2)]),
+    slow_unless(list(itertools.product(MODELS, [1, 2])), [(MODELS[0], 1)]),
 )
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: str, epoch: int) -> None:
     config = TrainConfig(
@@ -536,6 +536,7 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     run(*[out if word == world.tied else word for word in again])
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

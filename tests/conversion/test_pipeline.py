@@ -74,7 +74,7 @@ def weights_of_resnet(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("weights", ["none", "file"])
+@pytest.mark.parametrize("weights", [pytest.param("none", marks=pytest.mark.slow), "file"])
 def test_a_conversion_to_a_file_runs_each_stage_once_and_few_calls_deep(
     weights: str, tmp_path: Path
 ) -> None:
@@ -114,6 +114,7 @@ def test_a_plan_above_the_budget_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert caught.value.code == "budget-exceeded"
 
 
+@pytest.mark.slow
 def test_statistics_are_measured_once_for_each_alignment_and_one_set_is_kept() -> None:
     model = all_micros()["timm-vit"].model()
     planned = plan_on(model, Recipe.of("auto", params="50%"))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import tiedconv
 from tiedconv.conversion.symmetry_proof import SymmetryProof, first_image
+from tiedconv.errors import UserError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.numerics.random_symmetries import RANDOM, applicable
 from tiedconv.runtime.tie import state_of
@@ -177,6 +178,54 @@ def test_what_a_refused_symmetry_costs_the_fit_is_measured(scheme: str) -> None:
         assert set(cost["symmetries"]) & {"rotate q and k", *HIDDEN}
     lost = [cost["error"] > 1.05 * cost["error_if_exact"] for cost in found["cost"]]
     assert any(lost)
+
+
+class ImageAndText(nn.Module):
+    """A model that no single tensor runs, of layers that take two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+        for block in self.layers.blocks:
+            block.attn = _Shifted(block.attn)
+
+    def forward(self, image: Tensor, *, text: Tensor) -> Tensor:
+        x = image
+        for block in self.layers.blocks:
+            x = x + block.attn(x, text)
+            x = x + block.mlp(x)
+        return x
+
+
+class _Shifted(nn.Module):
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = attn.num_heads, attn.qkv, attn.proj
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return Attention.forward(self, x + text)  # type: ignore[arg-type]
+
+    how = ""
+
+
+@pytest.mark.parametrize("params", [None, "70%"])
+def test_an_example_proves_symmetries_of_a_model_with_unusual_inputs(params: str | None) -> None:
+    model = ImageAndText().eval()
+    options: dict[str, Any] = {"params": params} if params else {"rank": 32}
+    g = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, 9, 32, generator=g), torch.randn(2, 1, 32, generator=g)
+    refused = state_of(tiedconv.convert(model, "tied", **options)).history[0]["symmetries"]
+    assert "rotate v and o" in refused["refused"]
+    with pytest.raises(UserError) as caught:
+        tiedconv.convert(model, "tied", example=x, **options)
+    assert caught.value.code == "example-rejected"
+    given = {"image": x, "text": text}
+    tied = tiedconv.convert(model, "tied", example=given, **options)
+    assert not state_of(tied).history[0]["symmetries"]["refused"]
+    if params is None:
+        with torch.no_grad():
+            before, after = model(**given), tied(**given)
+        assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())
 
 
 @pytest.mark.slow

@@ -178,6 +178,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_each_format_of_the_folder_writes_checks_and_reports(compact: Path, here: Path) -> None:
     stored = stored_bytes(tiedconv.load(compact), "float32")
     for name, form in all_formats().items():
@@ -433,6 +434,7 @@ def test_a_lost_tie_or_other_logits_leave_no_file(
     assert not files_of(here)
 
 
+@pytest.mark.slow
 def test_numbers_too_large_for_half_are_named(here: Path) -> None:
     model = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none")
     with torch.no_grad():
@@ -486,6 +488,7 @@ def test_verify_tells_an_export_from_another(compact: Path, here: Path) -> None:
         refused("verify", compact, "--against", name, error_code="file-damaged", words=[name])
 
 
+@pytest.mark.slow
 def test_verify_finds_a_tensor_that_is_held_twice(compact: Path, here: Path) -> None:
     tiedconv.export(compact, "m.onnx")
     model = ir.load("m.onnx")

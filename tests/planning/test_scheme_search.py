@@ -366,7 +366,10 @@ def test_a_rank_too_dear_is_passed_over_for_one_that_fits() -> None:
     assert ranks(10**6) == (2, 2)
 
 
-@pytest.mark.parametrize(("name", "params"), [("timm-vit", "50%"), ("torchvision-resnet", "80%")])
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("timm-vit", "50%"), pytest.param("torchvision-resnet", "80%", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("scheme_name", ["auto", "lowrank", "tied", "lors", "basis"])
 def test_a_plan_made_with_metrics_costs_less_in_them_than_one_made_without(
     name: str, params: str, scheme_name: str

@@ -650,6 +650,7 @@ def outcomes() -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_every_option_counts(outcomes: dict[str, Tensor]) -> None:
     assert torch.equal(outcomes[""], outcomes["again"])
     names = [name for name in outcomes if name != "again"]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.captured_inputs import Example
 from tiedconv.conversion.fit import OnGroup
 from tiedconv.conversion.pipeline import (
     Planned,
@@ -94,7 +95,8 @@ def plan(
         options: `params`, `include`, `exclude`, and the scheme's options.
 
     Raises:
-        UserError: unknown model or scheme, nothing to convert, a budget that can't be met.
+        UserError: unknown model or scheme, nothing to convert, a budget that can't be met, an
+            example that the model does not take.
     """
     opened = open_model(model, weights=None, model_args=model_args)
     recipe = recipe or Recipe.of(scheme, **options)
@@ -112,6 +114,7 @@ def convert(
     inplace: bool = False,
     seed: int = 0,
     calib: str | Path | Dataset[Any] | Calibration | None = None,
+    example: Example | None = None,
     on_group: OnGroup | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -128,6 +131,9 @@ def convert(
         seed: of random weights.
         calib: images to convert by, without labels: a folder, a data set, or a `Calibration`
             that says how many and with what effort. The model is left on the CPU.
+        example: an input of the model: a tensor, a tuple of arguments or a dict of keyword
+            arguments. Symmetries are tried on it; without it, on inputs of usual shapes. Give it
+            for a model that takes none of these; with `calib` the first image is used.
         on_group: called with (groups fitted, groups in all).
         options: `params`, `include`, `exclude`, and the scheme's options.
 
@@ -141,7 +147,7 @@ def convert(
     network = opened.model
     if network is model and not inplace:
         network = copy.deepcopy(network)
-    planned = plan_on(network, recipe or Recipe.of(scheme, **options), opened.source)
+    planned = plan_on(network, recipe or Recipe.of(scheme, **options), opened.source, example)
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib)
     convert_in_memory(network, opened.source, planned, calib, on_group=on_group)

@@ -19,12 +19,13 @@ from torch.utils.data import Dataset
 
 from tiedconv.calibration import BlockwiseResult, KfacStatistics
 from tiedconv.conversion.calibrate import Calibration, calibration_record
-from tiedconv.conversion.candidates import by_alignment, memory_store, tie_fit
+from tiedconv.conversion.candidates import by_alignment, tie_fit
 from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.random_images import random_images
 from tiedconv.conversion.rounding import Forecast, RoundedModel, SizeOf, round_to_bytes
 from tiedconv.conversion.stages import carry_out
 from tiedconv.conversion.statistics_cache import StatisticsCache
+from tiedconv.conversion.tensor_store import TensorStore
 from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError
 from tiedconv.families.inspect import ModelInfo
@@ -61,26 +62,23 @@ class Chosen:
 
 @torch.no_grad()
 def choose_plan(
-    model: nn.Module,
     info: ModelInfo,
     outlined: tuple[Outline, ...],
     budget: ByteBudget,
+    store: TensorStore,
     cache: StatisticsCache | None,
-    data: Dataset[Any] | None,
     on_group: OnGroup | None = None,
 ) -> Chosen:
     """Fit each plan, forecast its cost at the budget, and keep the best.
 
     Args:
-        model: plain, with its weights; they stay as they are.
         info: of the model.
         outlined: the plans.
         budget: of bytes.
+        store: the weights.
         cache: measures statistics on images; None without any.
-        data: images that the model takes, to prove symmetries on.
         on_group: called with (groups fitted, groups in all), for each plan.
     """
-    store = memory_store(model, info, data)
     best: Chosen | None = None
     for i in by_alignment(outlined):
         found, statistics = carry_out(info, outlined[i], store, cache, on_group)
@@ -103,6 +101,7 @@ def convert_to_bytes(
     info: ModelInfo,
     outlined: tuple[Outline, ...],
     budget: ByteBudget,
+    store: TensorStore,
     source: Source,
     history: Mapping[str, Any],
     calib: Calibration | None,
@@ -113,7 +112,7 @@ def convert_to_bytes(
 
     Args:
         model: plain, with its weights.
-        info, outlined, budget, on_group: see `choose_plan`.
+        info, outlined, budget, store, on_group: see `choose_plan`.
         source: where the model came from.
         history: what the file's history will say of the conversion, but for the calibration.
         calib, data: images, if there are any.
@@ -126,9 +125,8 @@ def convert_to_bytes(
         DataError: no image could be read.
     """
     original, record = copy.deepcopy(model), source.to_json()
-    chosen = choose_plan(
-        model, info, outlined, budget, _cache(model, source, calib, data), data, on_group
-    )
+    cache = _cache(model, source, calib, data)
+    chosen = choose_plan(info, outlined, budget, store, cache, on_group)
     fitted, metrics = chosen.fitted, {} if chosen.metrics is None else chosen.metrics.metrics
     tie_fit(model, fitted, record)
     found: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from tiedconv.conversion.calibrate import (
     ResumedFits,
     calibration_record,
 )
+from tiedconv.conversion.captured_inputs import Example
 from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.fit_cache import identity_of, load_fits, save_fits
 from tiedconv.conversion.stages import carry_out
@@ -85,7 +86,7 @@ def tie_fit(model: nn.Module, fitted: Fit, source: Mapping[str, Any]) -> None:
 def memory_store(
     model: nn.Module,
     info: ModelInfo,
-    data: Dataset[Any] | None = None,
+    example: Callable[[], Example | None] | None = None,
     *,
     in_place: bool = False,
 ) -> MemoryStore:
@@ -94,14 +95,14 @@ def memory_store(
     Args:
         model: with its weights.
         info: of the model.
-        data: images that it takes, if there are any.
+        example: gives an input of the model; None to try usual ones.
         in_place: align the model's own tensors.
     """
     own = {name: t.detach() for name, t in state_tensors(model).items()}
     return MemoryStore(
         {name: own[name] for name in info.shapes},
         in_place=in_place,
-        allows=SymmetryProof(info, model, None if data is None else lambda: first_image(data)),
+        allows=SymmetryProof(info, model, example),
     )
 
 
@@ -137,7 +138,7 @@ def shortlist(
         if calib.resume and (found := load_fits(calib.run_dir, recipes, identity)):
             calib.on_event(ResumedFits(len(found)))
             return found
-    store = memory_store(model, info, data, in_place=len(outlined) == 1)
+    store = memory_store(model, info, lambda: first_image(data), in_place=len(outlined) == 1)
     cache = StatisticsCache(model, calib, data)
     count = SHORTLIST if calib.config.fits else 1
     found = fit_candidates(info, outlined, store, cache, on_group, count=count)

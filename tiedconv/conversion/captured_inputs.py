@@ -12,15 +12,45 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tiedconv.errors import UserError, first_line
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""An input of a model: one tensor, positional arguments, or keyword arguments."""
+
+
+def as_arguments(example: Example) -> Arguments:
+    """An input of a model as positional and keyword arguments."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def require_example(model: nn.Module, example: Example) -> None:
+    """Run a model on an input once.
+
+    Raises:
+        UserError: the model can't be run on it (`example-rejected`).
+    """
+    args, kwargs = as_arguments(example)
+    try:
+        with evaluation(model):
+            model(*args, **kwargs)
+    except Exception as error:  # models reject inputs with any error
+        raise UserError(
+            f"The model can't be run on the example: {type(error).__name__}: {first_line(error)}",
+            "Its blocks would not be run, so symmetries could not be tried on them",
+            "Give a tensor, a tuple of arguments, or a dict of keyword arguments, on its device",
+            code="example-rejected",
+        ) from error
 
 
 def captured_inputs(
-    model: nn.Module, modules: Collection[str], images: Tensor | None = None
+    model: nn.Module, modules: Collection[str], example: Example | None = None
 ) -> list[dict[str, Arguments]]:
     """The arguments of the first call of each module, for each kind of input that the model takes.
 
-    Runs are in evaluation mode and leave the random state as it was. If `images` is None, or
+    Runs are in evaluation mode and leave the random state as it was. If `example` is None, or
     rejected, inputs of usual shapes are tried: images of the sizes that the model or its
     configuration names, tokens, indices. A model may take more than one kind by chance, as an
     image as wide as its tokens, so all that it takes are returned.
@@ -28,14 +58,13 @@ def captured_inputs(
     Args:
         model: with its weights; its modes are restored.
         modules: names of modules.
-        images: an input of the model, such as images `(n, C, H, W)`.
+        example: an input of the model, such as images `(n, C, H, W)`.
 
     Returns:
         for each kind, module name to arguments; modules that were not called are missing.
     """
-    if images is not None:
-        given = images.to(next(model.parameters(), images).device)
-        found = _one_run(model, given, modules)
+    if example is not None:
+        found = _one_run(model, _on_device_of(model, example), modules)
         if found is not None:
             return [found]
     runs: list[dict[str, Arguments]] = []
@@ -48,7 +77,7 @@ def captured_inputs(
 
 
 def _one_run(
-    model: nn.Module, given: Tensor, modules: Collection[str]
+    model: nn.Module, given: Example, modules: Collection[str]
 ) -> dict[str, Arguments] | None:
     """The arguments of each module's first call; None if the model rejects the input."""
     found: dict[str, Arguments] = {}
@@ -57,8 +86,9 @@ def _one_run(
         for name in modules
     ]
     try:
+        args, kwargs = as_arguments(given)
         with evaluation(model):
-            model(given)
+            model(*args, **kwargs)
     except Exception:  # models reject inputs with any error
         return None
     finally:
@@ -133,6 +163,16 @@ def with_random_activations(arguments: Arguments) -> Arguments:
 
 def _is_same(a: Any, b: Tensor) -> bool:
     return isinstance(a, Tensor) and (a is b or (a.shape == b.shape and torch.equal(a, b)))
+
+
+def _on_device_of(model: nn.Module, example: Example) -> Example:
+    first = next(model.parameters(), None)
+    if first is None:
+        return example
+    moved: Example = pytree.tree_map(
+        lambda x: x.to(first.device) if isinstance(x, Tensor) else x, example
+    )
+    return moved
 
 
 def _keeper(found: dict[str, Arguments], name: str) -> Callable[..., None]:

@@ -14,6 +14,7 @@ from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.candidates import by_alignment, memory_store
 from tiedconv.conversion.stages import carry_out
 from tiedconv.conversion.statistics_cache import StatisticsCache
+from tiedconv.conversion.symmetry_proof import first_image
 from tiedconv.errors import NothingToConvert
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.planning.planner import (
@@ -93,7 +94,7 @@ class CostEstimator:
         self, model: nn.Module, info: ModelInfo, calib: Calibration, data: Dataset[object]
     ) -> None:
         self._info = info
-        self._store = memory_store(model, info, data)
+        self._store = memory_store(model, info, lambda: first_image(data))
         self._cache = StatisticsCache(model, calib, data)
         self._found: dict[str, CostEstimate] = {}
 

@@ -37,6 +37,7 @@ from tiedconv.conversion.candidates import (
     shortlist,
     tie_fit,
 )
+from tiedconv.conversion.captured_inputs import Example, require_example
 from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.streaming import (
     LARGE,
@@ -44,7 +45,7 @@ from tiedconv.conversion.streaming import (
     return_freed_memory,
     scratch_errors,
 )
-from tiedconv.conversion.symmetry_proof import SymmetryProof
+from tiedconv.conversion.symmetry_proof import SymmetryProof, first_image
 from tiedconv.core.plan import Plan
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.planning.byte_budget import ByteBudget, byte_budget, byte_outlines
@@ -63,11 +64,13 @@ class Planned:
         info: names, shapes and facts about modules.
         outlines: the recipe and its alternatives, those that can be carried out.
         budget: bytes of the file, where the recipe has such a budget.
+        example: an input of the model, to prove symmetries on where there are no images.
     """
 
     info: ModelInfo
     outlines: tuple[Outline, ...]
     budget: ByteBudget | None = None
+    example: Example | None = None
 
     @property
     def sketch(self) -> Plan:
@@ -75,24 +78,33 @@ class Planned:
         return self.outlines[0].plan
 
 
-def plan_on(model: nn.Module, recipe: Recipe, source: Source | None = None) -> Planned:
+def plan_on(
+    model: nn.Module,
+    recipe: Recipe,
+    source: Source | None = None,
+    example: Example | None = None,
+) -> Planned:
     """Inspect a model and plan a recipe on it; what can't be done is refused here.
 
     Args:
         model: plain; its parameters may be on the meta device.
         recipe: what is wanted.
         source: where it came from, which tells in what type its weights are published.
+        example: an input of the model.
 
     Raises:
         NothingToConvert, BudgetError: the recipe can't be carried out.
+        UserError: the model can't be run on the example (`example-rejected`).
     """
+    if example is not None:
+        require_example(model, example)
     info = inspect_model(model)
     if recipe.bytes is None:
-        return Planned(info, outlines(info, recipe))
+        return Planned(info, outlines(info, recipe), example=example)
     numbers = sum(math.prod(shape) for shape in info.shapes.values())
     half = source is not None and source.weights_dtype is not None
     budget = byte_budget(recipe.bytes, numbers * (2 if half else 4))
-    return Planned(info, byte_outlines(info, recipe, budget), budget)
+    return Planned(info, byte_outlines(info, recipe, budget), budget, example)
 
 
 def convert_in_memory(
@@ -124,11 +136,14 @@ def convert_in_memory(
         data = None if calib is None else calib.open(source)
         sketch = Fit(candidates[0].recipe, planned.sketch, 0.0, None, {})
         entry = history_entry(sketch, source, command)
+        example = planned.example if data is None else first_image(data)
+        store = memory_store(model, info, lambda: example)
         fitted, extra = convert_to_bytes(
-            model, info, candidates, planned.budget, source, entry, calib, data, on_group
+            model, info, candidates, planned.budget, store, source, entry, calib, data, on_group
         )
     elif calib is None:
-        store = memory_store(model, info, in_place=len(candidates) == 1)
+        in_place = len(candidates) == 1
+        store = memory_store(model, info, lambda: planned.example, in_place=in_place)
         (fitted,) = fit_candidates(info, candidates, store, on_group=on_group)
         tie_fit(model, fitted, record)
     else:

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.conversion.captured_inputs import (
     Arguments,
+    Example,
     alone,
     captured_inputs,
     double_copy,
@@ -51,16 +52,16 @@ class SymmetryProof:
     Args:
         info: of the model.
         model: with its weights; None where they can't be loaded.
-        images: what the model is run on, `(n, C, H, W)`; None to try usual inputs.
+        example: gives what the model is run on; None to try usual inputs.
     """
 
     def __init__(
         self,
         info: ModelInfo,
         model: nn.Module | None,
-        images: Callable[[], Tensor | None] | None = None,
+        example: Callable[[], Example | None] | None = None,
     ) -> None:
-        self._info, self._model, self._images = info, model, images
+        self._info, self._model, self._example = info, model, example
         self._found: dict[tuple[str, str], frozenset[str]] = {}
         self._inputs: list[dict[str, Arguments]] | None = None
         self._second_names: dict[str, list[str]] = {}
@@ -147,8 +148,8 @@ class SymmetryProof:
             if applicable(block)
             for place in self._ancestors(block, with_norm=True)
         }
-        images = None if self._images is None else self._images()
-        return captured_inputs(self._model, sorted(places), images)
+        example = None if self._example is None else self._example()
+        return captured_inputs(self._model, sorted(places), example)
 
     def _ancestors(self, block: Block, *, with_norm: bool) -> list[str]:
         """Names of the modules around all tensors of a block, by all their names."""
