@@ -20,6 +20,7 @@ import tiedconv
 from tiedconv.data.layouts import all_layouts
 from tiedconv.exporters import all_formats
 from tiedconv.families import Family, all_families
+from tiedconv.outputs import all_output_kinds
 from tiedconv.schemes import Scheme, all_schemes
 
 PACKAGE = Path(tiedconv.__file__).parent
@@ -41,12 +42,13 @@ IMPORTS: dict[str, str] = {
     "data": "errors io sources",
     "training": "core data errors io runtime utils",
     "detection": "data errors training",
-    "calibration": "core data detection errors io numerics runtime training",
+    "outputs": "detection errors runtime training",
+    "calibration": "core data errors io numerics outputs runtime training",
     "conversion": "calibration core data errors families io numerics planning runtime schemes"
     " sources version",
     "exporters": "core errors io runtime sources version",
     "commands": "calibration conversion core data detection errors exporters families io"
-    " numerics planning runtime schemes sources training utils version",
+    " numerics outputs planning runtime schemes sources training utils version",
     "loggers": "commands errors io training utils",
     "cli": "calibration commands conversion errors io loggers planning sources training utils"
     " version",
@@ -187,6 +189,7 @@ def test_nothing_prints_and_nothing_is_caught_blindly() -> None:
         ("families", "FAMILY"),
         ("exporters", "FORMAT"),
         ("data.layouts", "LAYOUT"),
+        ("outputs", "OUTPUT"),
     ],
 )
 def test_each_file_of_a_folder_holds_exactly_one(folder: str, kind: str) -> None:
@@ -208,6 +211,7 @@ def test_each_file_of_a_folder_holds_exactly_one(folder: str, kind: str) -> None
         "families": all_families,
         "exporters": all_formats,
         "data.layouts": all_layouts,
+        "outputs": all_output_kinds,
     }
     assert len(listing[folder]()) == len(names)
 

@@ -502,7 +502,7 @@ def test_a_model_without_logits_is_refused_and_stays() -> None:
             return str(self.layer(x))
 
     model = Nothing().train()
-    with raises(TiedconvError, "no-logits-returned"):
+    with raises(TiedconvError, "no-tensors-returned"):
         gather(model, {"layer.weight": False}, torch.randn(2, 5))
     assert model.training
     assert model.layer.weight.requires_grad

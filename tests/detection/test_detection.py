@@ -34,16 +34,14 @@ from tiedconv.detection import (
     class_map,
     detection_distillation_loss,
     detections_of,
-    divergence,
-    drawn_loss,
     for_detector,
     generalised_iou,
-    output_distance,
-    top_predictions,
 )
 from tiedconv.detection.objective import some_labels
 from tiedconv.errors import DataError, MissingExtra, UserError
 from tiedconv.loggers.curve import Curve
+from tiedconv.outputs import kind_of
+from tiedconv.outputs.boxes import OUTPUT as BOXES
 from tiedconv.sources import Preprocess
 from tiedconv.training import Baseline, TeacherScore, TrainConfig, TrainResult, train
 from tiedconv.training.device import Placement
@@ -357,7 +355,7 @@ def test_a_teachers_own_answer_costs_nothing_in_any_order(labels: int) -> None:
     same = SimpleNamespace(logits=taught.logits[:, order], pred_boxes=taught.pred_boxes[:, order])
     assert float(detection_distillation_loss(same, taught, model)) == pytest.approx(0, abs=1e-4)
     assert float(detection_distillation_loss(answer(2), taught, model)) > 0.1
-    assert output_distance(same, taught, model) == detection_distillation_loss(same, taught, model)
+    assert kind_of(taught, model) is BOXES
 
 
 def test_an_answer_of_other_queries_is_refused() -> None:
@@ -374,7 +372,7 @@ def test_drawn_answers_have_the_fisher_matrix_as_their_gradients_moment(labels: 
     squares = [torch.zeros_like(logits), torch.zeros_like(boxes)]
     count = 2000
     for _ in range(count):
-        loss = drawn_loss(SimpleNamespace(logits=logits, pred_boxes=boxes), model, generator)
+        loss = BOXES.drawn_loss(SimpleNamespace(logits=logits, pred_boxes=boxes), model, generator)
         for total, gradient in zip(
             squares, torch.autograd.grad(loss, [logits, boxes]), strict=True
         ):
@@ -399,21 +397,23 @@ def test_the_divergence_of_a_small_change_is_what_fisher_says(labels: int) -> No
     else:
         by_fisher = by_fisher * (1 - shares)
     moved = SimpleNamespace(logits=logits, pred_boxes=boxes)
-    assert float(divergence(believed, believed, model)) == 0
-    assert float(divergence(moved, believed, model)) == pytest.approx(
+    assert float(BOXES.divergence(believed, believed, model)) == 0
+    assert float(BOXES.divergence(moved, believed, model)) == pytest.approx(
         float(by_fisher.sum() / 2), rel=0.05
     )
     moved.pred_boxes = boxes + 1e-3
     sure = (shares[..., :1] if labels == 1 else shares).max(-1).values
-    more = divergence(moved, believed, model) - by_fisher.sum() / 2
+    more = BOXES.divergence(moved, believed, model) - by_fisher.sum() / 2
     assert float(more) == pytest.approx(float(4 * (5e-3 * sure).square().sum() / 2), rel=0.05)
 
 
 def test_the_first_answer_of_a_detector_is_one_class_for_an_image() -> None:
     logits = torch.tensor([[[0.0, 1.0], [3.0, 0.0]], [[0.0, 5.0], [3.0, 0.0]]])
     found_ = SimpleNamespace(logits=logits, pred_boxes=torch.rand(2, 2, 4))
-    assert top_predictions(found_, model_with(num_labels=2)).tolist() == [0, 1]
-    assert top_predictions(logits[0], model_with()).tolist() == [1, 0]
+    other = SimpleNamespace(logits=logits.flip(0), pred_boxes=found_.pred_boxes)
+    model = model_with(num_labels=2)
+    assert BOXES.agreement(found_, found_, model).tolist() == [1, 1]
+    assert BOXES.agreement(other, found_, model).tolist() == [0, 0]
 
 
 def objective(

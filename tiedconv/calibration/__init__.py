@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tiedconv.calibration.agreement import Agreement, measure_agreement
 from tiedconv.calibration.blockwise import fit_blocks
 from tiedconv.calibration.config import EFFORTS, CalibConfig, Effort
 from tiedconv.calibration.events import (
@@ -17,6 +18,7 @@ from tiedconv.calibration.kfac_statistics import KfacStatistics, gather_statisti
 
 __all__ = [
     "EFFORTS",
+    "Agreement",
     "BlockwiseResult",
     "CalibConfig",
     "CalibEvent",
@@ -29,4 +31,5 @@ __all__ = [
     "SpanResult",
     "fit_blocks",
     "gather_statistics",
+    "measure_agreement",
 ]

@@ -199,6 +199,7 @@ class _Run:
             skipped=len(broken),
             example_of_skipped=broken[0] if broken else None,
             seconds=self.at.seconds,
+            held_images=self.images[self.held],
         )
 
     def state(self) -> list[Tensor]:

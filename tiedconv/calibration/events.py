@@ -6,7 +6,9 @@ Errors are relative Frobenius errors of outputs: 0 is exact, 1 is as bad as a co
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class BlockwiseResult:
         skipped: number of images that could not be read.
         example_of_skipped: the first of them, or None.
         seconds: time taken, over all resumed parts.
+        held_images: the held-out images.
     """
 
     spans: tuple[SpanResult, ...]
@@ -100,3 +103,4 @@ class BlockwiseResult:
     skipped: int
     example_of_skipped: str | None
     seconds: float
+    held_images: Tensor = field(repr=False, compare=False)

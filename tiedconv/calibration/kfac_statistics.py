@@ -25,9 +25,9 @@ from tiedconv.calibration.frozen import frozen
 from tiedconv.calibration.output_metric import forward_with_grad
 from tiedconv.calibration.second_moments import SecondMoment
 from tiedconv.data import Loader
-from tiedconv.detection import drawn_loss
 from tiedconv.errors import DataError
 from tiedconv.numerics.kfac_metric import KfacMetric, shrinkage_estimate
+from tiedconv.outputs import kind_of
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training import pick_device
 from tiedconv.training.device import Placement
@@ -191,7 +191,8 @@ def _one_batch(
     with torch.enable_grad(), watch:
         images = forward_with_grad(model, images)
         watch.backward = False
-        loss = drawn_loss(checked_forward(model, images), model, generator)
+        output = checked_forward(model, images)
+        loss = kind_of(output, model).drawn_loss(output, model, generator)
         watch.backward = True
         asking = [images] if images.requires_grad else [*model.parameters()]
         torch.autograd.grad(loss, asking, allow_unused=True)

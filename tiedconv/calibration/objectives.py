@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tiedconv.calibration.activation_cache import Stream, chunks, run_tapped, take
 from tiedconv.calibration.output_metric import OutputMetric
 from tiedconv.calibration.probing import Call
-from tiedconv.detection import output_distance
+from tiedconv.outputs import kind_of
 from tiedconv.training.device import Placement
 
 Outputs = Callable[[list[Tensor]], list[Tensor]]
@@ -147,7 +147,7 @@ class JointObjective:
                 self.teacher, self.teacher_units if taps else (), index
             )
         outputs, found = self._tapped(self.model, self.units if taps else (), index)
-        loss = output_distance(found, expected, self.model)
+        loss = kind_of(expected, self.model).distance(found, expected, self.model)
         if taps:
             loss = loss + torch.stack(relative_errors(outputs, targets, self.energies)).mean()
         return loss
@@ -156,7 +156,7 @@ class JointObjective:
         """The distance of the model's outputs on these images alone."""
         _, expected = self._tapped(self.teacher, (), index)
         _, found = self._tapped(self.model, (), index)
-        return float(output_distance(found, expected, self.model))
+        return float(kind_of(expected, self.model).distance(found, expected, self.model))
 
     def run(self, index: Tensor) -> None:
         """Runs the student."""

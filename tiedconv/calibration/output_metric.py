@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.detection import drawn_loss
 from tiedconv.numerics.linalg import cholesky
+from tiedconv.outputs import kind_of
 from tiedconv.training.device import Placement
-from tiedconv.training.losses import logits_of
 from tiedconv.training.objective import first_tensor
 
 RIDGE = 0.1
@@ -83,9 +82,10 @@ def measure_output_metrics(
             for handle in handles:
                 handle.remove()
             model.requires_grad_(False)
-        if not torch.isfinite(logits_of(output)).all():
+        kind = kind_of(output, model)
+        if not all(bool(torch.isfinite(value).all()) for value in kind.values(output)):
             return [None] * len(units)  # the fit raises the error
-        loss = drawn_loss(output, model, generator)
+        loss = kind.drawn_loss(output, model, generator)
         known = [i for i, unit in enumerate(units) if id(unit) in outputs]
         if not known:
             continue

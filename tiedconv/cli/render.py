@@ -286,6 +286,11 @@ def calibrated(figures: Mapping[str, Any]) -> str:
         text += f" -> {after:.3g}"
     # A single image is fitted to and measured on.
     text += " nats" + (", on held-out images." if figures["images"] > 1 else ".")
+    if agreement := figures.get("agreement"):
+        text += (
+            f" {agreement['compares'].capitalize()} as the original: {percent(agreement['mean'])}"
+            f" of {counted(agreement['images'], 'held-out image')}."
+        )
     return text + (f" {skipped(figures['skipped'])}" if figures["skipped"] else "")
 
 

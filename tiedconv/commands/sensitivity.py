@@ -26,11 +26,11 @@ from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.core.plan import Member, Slot
 from tiedconv.data import Loader
-from tiedconv.detection import divergence, top_predictions
 from tiedconv.errors import NothingToConvert, UserError
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.linalg import spectrum
+from tiedconv.outputs import kind_of
 from tiedconv.planning.rank_allocation import metrics_of
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.runtime.tensors import state_tensors
@@ -309,13 +309,13 @@ class _Meter:
     def _batch(self, images: Tensor) -> Tensor:
         # All matrices for one batch, so that images are decoded once and never kept.
         right = checked_forward(self._model, images)
+        kind = kind_of(right, self._model)
         found = torch.zeros(len(self._slots), 2, dtype=torch.float64)
         for i, slot in enumerate(self._slots):
             with self._replaced(slot, self._thin[i]):
                 wrong = self._model(images)
-            found[i, 0] = divergence(wrong, right, self._model)
-            first, other = (top_predictions(each, self._model) for each in (right, wrong))
-            found[i, 1] = (first != other).sum()
+            found[i, 0] = kind.divergence(wrong, right, self._model)
+            found[i, 1] = (1 - kind.agreement(wrong, right, self._model)).sum()
         return found
 
     @contextmanager

@@ -149,7 +149,7 @@ def convert_to_bytes(
     found["rounding"] = _rounding_record(rounded, chosen, budget)
     if calib is not None and data is not None:
         result = _calibrated(model, original, calib, data, size_of, budget)
-        found["calibration"] = calibration_record(fitted.ridge, result, calib)
+        found["calibration"] = calibration_record(fitted.ridge, result, calib, model, original)
     return fitted, found
 
 

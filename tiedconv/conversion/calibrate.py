@@ -19,6 +19,7 @@ from tiedconv.calibration import (
     KfacStatistics,
     fit_blocks,
     gather_statistics,
+    measure_agreement,
 )
 from tiedconv.data import ImageList, eval_transform, open_unlabelled
 from tiedconv.io.run_dir import RunDir
@@ -173,9 +174,22 @@ class Calibration:
 
 
 def calibration_record(
-    ridge: float | None, result: BlockwiseResult, what: Calibration
+    ridge: float | None,
+    result: BlockwiseResult,
+    what: Calibration,
+    model: nn.Module,
+    original: nn.Module,
 ) -> dict[str, Any]:
-    """What a file's history says of a calibration; `ridge` is the median of its metrics'."""
+    """What a file's history says of a calibration.
+
+    Args:
+        ridge: the median of the metrics'.
+        result: of the calibration.
+        what: was asked for.
+        model: as it is written.
+        original: a copy from before.
+    """
+    agreement = measure_agreement(model, original, result.held_images)
     return {
         "images": result.images,
         "skipped": result.skipped,
@@ -184,5 +198,6 @@ def calibration_record(
         "ridge_median": ridge,
         "kl_before": result.kl_before,
         "kl_after": result.kl_after,
+        "agreement": dataclasses.asdict(agreement),
         "blocks": [[list(s.units), s.before, s.after] for s in result.spans],
     }

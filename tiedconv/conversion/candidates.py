@@ -178,7 +178,7 @@ def calibrate_shortlist(
             calib.on_event(CandidateStarted(i + 1, len(found), schemes))
         result = calib.part(i, len(found)).fit(student, original, data)
         student.cpu()
-        record = calibration_record(fitted.ridge, result, calib)
+        record = calibration_record(fitted.ridge, result, calib, student, original)
         results.append((result.kl_after, student, record))
     best = min(range(len(results)), key=lambda i: results[i][0])
     _, student, record = results[best]

@@ -9,13 +9,7 @@ from __future__ import annotations
 
 from tiedconv.detection.classes import class_map
 from tiedconv.detection.lists import DetectionList
-from tiedconv.detection.losses import (
-    detection_distillation_loss,
-    divergence,
-    drawn_loss,
-    output_distance,
-    top_predictions,
-)
+from tiedconv.detection.losses import detection_distillation_loss
 from tiedconv.detection.objective import DetectionObjective
 from tiedconv.detection.outputs import (
     Detections,
@@ -43,11 +37,7 @@ __all__ = [
     "detection_distillation_loss",
     "detections_of",
     "detects",
-    "divergence",
-    "drawn_loss",
     "for_detector",
     "generalised_iou",
-    "output_distance",
     "tensor_in",
-    "top_predictions",
 ]

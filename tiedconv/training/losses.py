@@ -14,14 +14,11 @@ from tiedconv.training.config import TrainConfig
 from tiedconv.training.distributed import ALONE, DistContext
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits (B, classes) in whatever a model returns, as float32.
+def find_logits(output: Any) -> Tensor | None:
+    """The logits (B, classes) in whatever a model returns; None where none are found.
 
     Known are a tensor, an object with `.logits` (transformers), a dict with "logits", and a
     tuple or list whose first entry is one of these.
-
-    Raises:
-        UserError: anything else.
     """
     if isinstance(output, Tensor):
         return output.float()
@@ -30,32 +27,23 @@ def logits_of(output: Any) -> Tensor:
         logits = output.get("logits")
     if logits is None and isinstance(output, tuple | list) and output:
         logits = output[0]
+    return None if logits is None else find_logits(logits)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits that `find_logits` finds, as float32.
+
+    Raises:
+        UserError: there are none (`no-logits-returned`).
+    """
+    logits = find_logits(output)
     if logits is None:
         raise UserError(
             f"The model returns {type(output).__name__}, in which no logits are found",
             hint="Use a model that returns logits: a tensor, an object with .logits or a tuple",
             code="no-logits-returned",
         )
-    return logits_of(logits)
-
-
-def class_logits_of(output: Any) -> Tensor:
-    """The logits over whose last axis a model decides between classes.
-
-    Raises:
-        UserError: it returns something else, such as a map of pixels (`not-class-logits`).
-    """
-    logits = logits_of(output)
-    named = not isinstance(output, Tensor | tuple | list)
-    if logits.ndim == 2 or (logits.ndim == 3 and named):
-        return logits
-    raise UserError(
-        f"The model returns {'logits' if named else 'a tensor'} of the shape "
-        f"{tuple(logits.shape)}, and not one row of class logits for each image",
-        "A distance of class probabilities would mean nothing for them",
-        "Convert it without --calib, or give a model that returns (images, classes)",
-        code="not-class-logits",
-    )
+    return logits
 
 
 def rows_of(output: Any) -> Tensor:

@@ -1,0 +1,49 @@
+"""How often a compact model says what the original does, on images that nothing was fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tiedconv.outputs import kind_of
+from tiedconv.training.batchnorm import modes_kept
+
+AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models say the same.
+
+    Attributes:
+        compares: what was compared, such as `same prediction`.
+        mean: over the images, 1 where they always do.
+        images: how many.
+    """
+
+    compares: str
+    mean: float
+    images: int
+
+
+@torch.no_grad()
+def measure_agreement(model: nn.Module, original: nn.Module, images: Tensor) -> Agreement:
+    """Compare the outputs of two models, both on the CPU, in evaluation mode.
+
+    Args:
+        model: compact.
+        original: what it was made of.
+        images: that nothing was fitted to, `(n, C, H, W)`.
+    """
+    found: list[Tensor] = []
+    compares = ""
+    with modes_kept(model), modes_kept(original):
+        model.eval(), original.eval()
+        for part in torch.split(images, AT_ONCE):
+            answer = original(part)
+            kind = kind_of(answer, original)
+            compares = kind.compares
+            found.append(kind.agreement(model(part), answer, model))
+    return Agreement(compares, float(torch.cat(found).mean()), len(images))
