@@ -58,6 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
+    if not items:  # as --last-failed reports none
+        return
     config = items[0].config
     config.stash[_DESELECTED] = config.stash.get(_DESELECTED, 0) + len(items)
 

@@ -70,7 +70,9 @@ def test_a_forecast_measures_and_changes_nothing() -> None:
     assert found.pace.images_per_second == pytest.approx(16 / found.pace.step_seconds, rel=0.01)
     assert 3 * 0.02 <= found.pace.eval_seconds < 0.6
     assert found.seconds == pytest.approx(
-        42 * found.pace.step_seconds + 8 * found.pace.eval_seconds
+        42 * found.pace.step_seconds
+        + 8 * found.pace.eval_seconds
+        + (1 + 2 + 7) * found.pace.look_seconds  # at the start, twice on the way, after each epoch
     )  # fmt: skip
     assert found.pace.memory > 10**7
     # And a training after it is the training without it.

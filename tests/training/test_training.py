@@ -94,8 +94,10 @@ def test_the_time_left_has_the_evaluations_in_it() -> None:
         config = replace(QUICK, epochs=4, bn_recalibrate=0, eval_every_epoch=every)
         run(Slow(), config, on_event=events.append)
         first = next(event for event in events if isinstance(event, Step))
+        # Before each evaluation, two batches each, and at half of the way, if that is none.
+        looks = evaluations + (not every)
         assert first.eta_seconds == pytest.approx(
-            0.3 * evaluations + 0.03 * (24 - first.step)  # batches: 3 and 6
+            0.3 * evaluations + 0.2 * looks + 0.03 * (24 - first.step)  # batches: 3 and 6
         )
         assert [e for e in events if isinstance(e, Step)][-1].eta_seconds == 0
 
@@ -491,8 +493,9 @@ def test_recalibration_averages_over_batches() -> None:
 
 def test_recalibration_can_be_left_out() -> None:
     fresh, averaged = make_net(), make_net()
-    run(fresh)
-    run(averaged, replace(QUICK, bn_recalibrate=0))
+    config = replace(QUICK, keep_best=False)
+    run(fresh, config)
+    run(averaged, replace(config, bn_recalibrate=0))
     assert torch.equal(fresh.conv.weight, averaged.conv.weight)
     assert not torch.equal(fresh.norm.running_mean, averaged.norm.running_mean)
 
@@ -638,7 +641,7 @@ def test_only_some_parameters_are_trained_and_all_are_trainable_again() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     names = list(before)
     wanted = names[-1].rpartition(".")[0]
-    run(model, replace(QUICK, epochs=1, only=(f"{wanted}.*",)))
+    run(model, replace(QUICK, epochs=1, only=(f"{wanted}.*",), keep_best=False))
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in names if n.startswith(f"{wanted}.")}
     assert all(p.requires_grad for p in model.parameters())

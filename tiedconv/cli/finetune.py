@@ -50,7 +50,10 @@ def finetune(
         str,
         _schedule("Images per step; [b]auto[/b] finds a size that fits into memory and is fast."),
     ] = "64",
-    lr: Annotated[float, _schedule("Peak learning rate.")] = 5e-4,
+    lr: Annotated[
+        float | None,
+        _schedule("Peak learning rate; found for the model by a short test if not given."),
+    ] = None,
     warmup: Annotated[
         float, _schedule("Fraction of steps for linear warmup (then cosine decay).")
     ] = 0.05,
@@ -80,6 +83,10 @@ def finetune(
     bn_batches: Annotated[
         int, _schedule("Batches to re-estimate BatchNorm statistics from; 0 for none.")
     ] = 20,
+    keep_best: Annotated[
+        bool,
+        _schedule("End with the state that did best on held-out images, or with the last."),
+    ] = True,
     teacher: Annotated[
         str,
         _loss("[b]auto[/b] (the original model), [b]none[/b], a weights file, or a model."),
@@ -185,7 +192,7 @@ def finetune(
         distillation=distillation, temperature=temperature, distill_weight=distill,
         features=features, label_smoothing=label_smoothing, clip=clip, ema=ema, augment=augment,
         erasing=erasing, mixup=mixup, cutmix=cutmix, progressive=progressive,
-        bn_recalibrate=bn_batches, seed=seed, workers=workers,
+        bn_recalibrate=bn_batches, keep_best=keep_best, seed=seed, workers=workers,
         accumulate=accumulate, amp=amp, sharding=sharding, compile=compile_,
         checkpoint_minutes=checkpoint_minutes, keep=keep,
     )  # fmt: skip
@@ -264,8 +271,7 @@ def show_forecast(found: Forecast, config: TrainConfig, *, json_: bool) -> None:
         ("validation images", f"{found.val_images:,}"),
         ("steps", f"{found.steps:,} of {render.counted(found.batch_size, 'image')}"),
         ("epochs", f"{found.epochs:,}"),
-        ("learning rate", f"up to {config.lr:g} in {found.warmup:,} steps, "
-                          f"then down to {config.lr * config.min_lr:g}"),
+        ("learning rate", _rate(config, found.warmup)),
         ("trainable parameters", f"{found.trained:,}"),
         ("per step", f"{1000 * pace.step_seconds:,.1f} ms, {pace.images_per_second:,.0f} images/s"),
         ("per evaluation", f"{pace.eval_seconds:,.1f} s"),
@@ -301,9 +307,16 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
     kind = "held-out" if done.held_out else "validation"
     unlabelled_note = "" if done.agreement is None else " without labels"
     common.show_table(columns, rows, f"{done.val_images:,} {kind} images{unlabelled_note}")
-    if result.better is not None:
-        epoch, best = result.better
-        say(f"Epoch {epoch} was better: {render.accuracy(best)}. A lower --lr may help.")
+    if result.kept_step == 0:
+        say(
+            "No step came nearer to the aim on held-out images than the start, so the model is as "
+            "it was before. A lower --lr, more images or a longer training may help."
+        )
+    elif result.kept_step is not None and result.kept_step < result.steps:
+        say(
+            f"Kept as it was after step {result.kept_step:,} of {result.steps:,}, where its loss "
+            "on held-out images was lowest."
+        )
     if result.skipped:
         say(render.skipped(result.skipped))
     say(
@@ -312,6 +325,12 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
     )
     if written["picture"]:
         say(f"Loss and accuracy are drawn in {written['picture']}.")
+
+
+def _rate(config: TrainConfig, warmup: int) -> str:
+    peak = "what suits the model, at most " if config.lr is None else ""
+    low = config.peak_lr * config.min_lr
+    return f"up to {peak}{config.peak_lr:g} in {warmup:,} steps, then down to {low:g}"
 
 
 def _both(first: OnEvent, second: OnEvent) -> OnEvent:

@@ -32,8 +32,10 @@ from tiedconv.training import (
     EvalStep,
     Event,
     ImagesPrepared,
+    KeptBest,
     Metrics,
     NotCompiled,
+    RateFound,
     Resumed,
     Skipped,
     Start,
@@ -224,6 +226,11 @@ class TrainingBar(Bar):
                 self.line(f"{objects:,} objects in {images:,} images: measuring average precision")
             case NotCompiled(reason):
                 self.line(f"not compiled: {reason}")
+            case RateFound(lr, _, _):
+                self.line(f"peak learning rate {lr:g}, found by one step of several lengths")
+            case KeptBest(step, steps, start, loss):
+                where = "at the start" if step == 0 else f"after step {step:,} of {steps:,}"
+                self.line(f"lowest loss on held-out images {where}: {start:.4g} -> {loss:.4g}")
             case Checkpointed():
                 pass
 

@@ -20,10 +20,11 @@ from tiedconv.conversion.original_blend import OriginalBlend
 from tiedconv.data.images import are_indices
 from tiedconv.errors import DataError
 from tiedconv.io.atomic import check_output
-from tiedconv.io.checkpoint import save
+from tiedconv.io.checkpoint import save, size_of_model
 from tiedconv.io.run_dir import RunDir
 from tiedconv.io.run_state import weights_digest
 from tiedconv.runtime.native_size import native_size
+from tiedconv.runtime.soft_codes import harden
 from tiedconv.runtime.tie import set_state, state_of
 from tiedconv.sources import Preprocess, sha256_of_file
 from tiedconv.training import (
@@ -246,6 +247,7 @@ def _locked(
         entry = _entry(work, result, command, processes.count)
         history = (*state_of(model).history, entry)
         set_state(model, source=work.source.to_json(), history=history)
+        pack(model)
         processes.run_on_rank0(lambda: _write(model, output, folder, force=force), place)
     return Finetuned(
         output, output.stat().st_size, work.name, len(split.train), len(split.val),
@@ -274,6 +276,13 @@ def _announce(work: FinetuneInputs, on_event: OnEvent) -> None:
         on_event(Detecting(len(images), images.objects.count(images.places)))
     elif not work.labelled:
         on_event(Unlabelled(len(images)))
+
+
+def pack(model: nn.Module) -> None:
+    """Pack the integers that were trained, such that the file keeps to its budget of bytes."""
+    model.cpu()
+    budgets = [e["rounding"]["bytes"] for e in state_of(model).history if "rounding" in e]
+    harden(model, (lambda: size_of_model(model) <= budgets[-1]) if budgets else None)
 
 
 def _write(model: nn.Module, output: Path, folder: RunDir, *, force: bool) -> None:
@@ -310,7 +319,7 @@ def _entry(
 ) -> Mapping[str, Any]:
     """The entry of this run in the file's history. Metrics that are not finite become None."""
     # What does not change the result is left out: a resumed run ends with the same bytes.
-    used = dataclasses.replace(work.config, batch_size=result.batch_size)
+    used = dataclasses.replace(work.config, batch_size=result.batch_size, lr=result.lr)
     options = {k: v for k, v in dataclasses.asdict(used).items() if k not in FREE_TO_CHANGE}
     accuracies = (name + when for when in ("_before", "", "_teacher") for name in ACCURACY)
     return {
@@ -324,6 +333,7 @@ def _entry(
         "options": options,
         "epochs": result.epochs,
         "steps": result.steps,
+        "kept_step": result.kept_step,
         "loss": _finite(result.loss),
         **dict.fromkeys(accuracies),
         **{name: _finite(value) for name, value in result.by_name().items()},

@@ -16,6 +16,7 @@ from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, 
 from tiedconv.data.class_match import ClassMatch, match_classes
 from tiedconv.detection import DetectionList, detects, for_detector
 from tiedconv.errors import UserError
+from tiedconv.runtime.soft_codes import soften
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import Preprocess, Source
 from tiedconv.sources.class_names import ClassNames, class_names_of
@@ -81,7 +82,7 @@ class FinetuneInputs:
 
 
 def open_inputs(request: FinetuneRequest) -> FinetuneInputs:
-    """Open the model, the teacher and the images.
+    """Open the model, the teacher and the images; integers of the model can be trained then.
 
     Raises:
         UserError: one of them can't be used, or the classes are not those of the model.
@@ -113,6 +114,7 @@ def open_inputs(request: FinetuneRequest) -> FinetuneInputs:
         train = ImageList(split.train, transform, **form)
         val = ImageList(split.val, eval_transform(prepared), **form)
     # What the file or its source says already need not be recorded again.
+    soften(model)
     classes = () if known is not None and match and match.how == "name" else split.classes
     return FinetuneInputs(model, source, network, name, split, train, val, config, match, classes)
 

@@ -118,6 +118,16 @@ def quantised_shape(plan: Plan, name: str) -> Shape | None:
     return None if codes is None else codes.shape
 
 
+def steps_of(plan: Plan) -> dict[str, str]:
+    """The stored scales and column factors of a plan's integers: name to `scales` or `columns`."""
+    found = {
+        f"{name.rpartition('/')[0]}/{part}": part
+        for name in plan.codes
+        for part in (SCALES, COLUMNS)
+    }
+    return {name: part for name, part in found.items() if name in plan.factors}
+
+
 def as_integers(name: str, shape: Shape, format_: IntFormat) -> Expr:
     """A stored tensor of any shape from the integers of its matrix."""
     rows = shape[0]

@@ -72,6 +72,12 @@ def write_model(model: nn.Module, path: Path, *, force: bool = False) -> Checkpo
     )
 
 
+def size_of_model(model: nn.Module) -> int:
+    """The bytes that `save` would write."""
+    state, own = state_of(model), state_tensors(model)
+    return file_size(state.plan, state.source, state.history, lambda name: own[name].detach().cpu())
+
+
 def _same_as_planned(own: Mapping[str, Tensor], plan: Plan) -> None:
     """Refuse a model to which something was done that its plan does not know.
 

@@ -104,7 +104,7 @@ def _speed(setup: TrainerSetup, batch: Batch, size: int) -> float:
     def time_steps() -> None:
         for step in range(4):
             start = time.perf_counter()
-            float(setup.updater.step(images, labels, setup.config.lr, step, 1.0))
+            float(setup.updater.step(images, labels, setup.config.peak_lr, step, 1.0))
             seconds.append(time.perf_counter() - start)
 
     if setup.processes.several:

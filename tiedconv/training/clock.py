@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Clock:
@@ -25,6 +27,15 @@ class Clock:
     def untold(self) -> float:
         """Seconds since progress was reported."""
         return self.read - self.reported
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Within it time does not count."""
+        before = time.perf_counter()
+        yield
+        passed = time.perf_counter() - before
+        self.start, self.read = self.start + passed, self.read + passed
+        self.reported += passed
 
     def read_now(self) -> None:
         """Notes that the losses were read, for which the device was waited for."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tiedconv.training.batching import with_batch_size
+from tiedconv.training.best_state import check_steps
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
 from tiedconv.training.distributed import init_distributed
@@ -78,12 +79,19 @@ def forecast(
             return _forecast(setup, reason)
 
 
+def _look_seconds(setup: TrainerSetup) -> float:
+    if not setup.config.keep_best:
+        return 0.0
+    setup.held_out.measure()
+    return setup.held_out.seconds
+
+
 def _forecast(setup: TrainerSetup, reason: str | None) -> Forecast:
     config, per_epoch = setup.config, len(setup.loader)
     evaluator = setup.evaluator
     scored = evaluator.estimated_seconds()
     throughput = measure_throughput(
-        setup.updater, setup.loader, scored, evaluator.norm_seconds(scored)
+        setup.updater, setup.loader, scored, evaluator.norm_seconds(scored), _look_seconds(setup)
     )
     # The teacher sees the validation images once: to be scored, or to label them.
     taught = 0.0 if setup.teacher is None else evaluator.estimated_seconds(setup.teacher)
@@ -92,6 +100,11 @@ def _forecast(setup: TrainerSetup, reason: str | None) -> Forecast:
         left = config.time_budget - throughput.eval_seconds - taught
         steps = setup.processes.broadcast_int(throughput.steps_within(left, per_epoch, config))
         require_time(steps, config.time_budget, throughput)
+    looks = 0
+    if config.keep_best:
+        images = len(setup.held_out.images) * setup.processes.count
+        between = per_epoch if config.eval_every_epoch else None
+        looks = len(check_steps(steps, config.batch_size, images, between))
     device = setup.placement.device
     return Forecast(
         steps=steps,
@@ -102,7 +115,7 @@ def _forecast(setup: TrainerSetup, reason: str | None) -> Forecast:
         val_images=setup.val_loader.images,
         trained=sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
         pace=throughput,
-        seconds=taught + throughput.seconds_of(steps, per_epoch, config),
+        seconds=taught + throughput.seconds_of(steps, per_epoch, config, looks),
         processes=setup.processes.count,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         not_compiled=reason,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch.utils.data import Dataset
 from tiedconv.data import Batch
 from tiedconv.errors import UserError
 from tiedconv.training.batching import with_batch_size
+from tiedconv.training.batchnorm import norms_of
+from tiedconv.training.best_state import BestState, check_steps
 from tiedconv.training.blend import Blend, blend_weight, check_blend
 from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
@@ -36,8 +38,10 @@ from tiedconv.training.evaluation import (
 from tiedconv.training.events import (
     Baseline,
     EpochEnd,
+    KeptBest,
     NotCompiled,
     OnEvent,
+    RateFound,
     Resumed,
     Skipped,
     Start,
@@ -46,6 +50,7 @@ from tiedconv.training.events import (
     ignore,
 )
 from tiedconv.training.losses import LossMeter
+from tiedconv.training.lr_range import find_lr
 from tiedconv.training.optim import learning_rate, trained_only
 from tiedconv.training.results import TrainResult
 from tiedconv.training.run import RunState
@@ -163,13 +168,18 @@ class _Run(RunState):
             if self.blend is not None:
                 self.blend.begin()
             self.begin_average()
+            if self.config.keep_best:
+                self.best = BestState(self.model)
             self.load(*found)
+            self.checks = self.steps_to_look_at()
             self.emit_start()
             self.emit(Resumed(len(self.history), self.at.step))
         else:
             if self.config.time_budget is None:
                 self.emit_start()
             before = self.evaluate()
+            self.begin_best()
+            lr, frozen = self.peak_lr(), self.setup.batch_statistics_harm()
             taught = self.evaluate_teacher()
             # After the baseline, which is of the model as given: the blend may change tensors.
             if self.blend is not None:
@@ -177,18 +187,70 @@ class _Run(RunState):
             if self.config.time_budget is not None:  # only now is known how many steps there are
                 self.fit_to(self.config.time_budget)
                 self.emit_start()
-            self.at = replace(self.at, before=before.metrics)
+            self.at = replace(self.at, before=before.metrics, lr=lr, norms_frozen=frozen)
             self.emit(Baseline(before.metrics, before.loss))
             if taught is not None:
                 self.at = replace(self.at, teacher=taught.metrics)
                 self.emit(TeacherScore(taught.metrics))
             self.begin_average()
+            self.checks = self.steps_to_look_at()
         self.saved = time.monotonic()
         while self.at.step < self.steps or len(self.history) < self.at.epoch:
             self.run_epoch()
         if self.ema is not None:
             self.ema.settle()
+        self.end_with_best()
         return self.result()
+
+    def peak_lr(self) -> float:
+        """The peak learning rate: as given, or found for the model and the data."""
+        if self.config.lr is not None:
+            return self.config.lr
+        found, tried, start = find_lr(self.setup, self.steps)
+        self.emit(RateFound(found, tried, start))
+        return found
+
+    def begin_best(self) -> None:
+        """Takes the start as the best state so far."""
+        if self.config.keep_best:
+            self.best = BestState(self.model)
+            self.best.consider(0, self.setup.held_out.measure())
+
+    def steps_to_look_at(self) -> frozenset[int]:
+        """After which steps the held-out loss is measured, besides evaluations."""
+        if self.best is None:
+            return frozenset()
+        images = len(self.setup.held_out.images) * self.processes.count
+        per_epoch = len(self.loader) if self.config.eval_every_epoch else None
+        return check_steps(self.steps, self.config.batch_size, images, per_epoch)
+
+    @property
+    def look_seconds(self) -> float:
+        """How long one look at the held-out loss takes."""
+        return 0.0 if self.best is None else self.setup.held_out.seconds
+
+    def look(self) -> None:
+        """Keeps the compact model as it is now, by its EMA weights, if it is the best so far."""
+        if self.best is not None:
+            with self.as_written():
+                self.best.consider(self.at.step, self.setup.held_out.measure())
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Within it the model is as it would be written now."""
+        averaged = self.ema.swapped() if self.ema is not None else nullcontext()
+        with averaged, self.blend.left_out() if self.blend is not None else nullcontext():
+            yield
+
+    def end_with_best(self) -> None:
+        """Returns to the best state, if it is not the last, and evaluates it."""
+        if self.best is None:
+            return
+        if not self.best.is_last:
+            self.best.restore()
+            self.at = replace(self.at, ended=self.evaluate().metrics)
+        self.at = replace(self.at, kept=self.best.step)
+        self.emit(KeptBest(self.best.step, self.steps, self.best.start, self.best.loss))
 
     def emit_start(self) -> None:
         """Reports how long the training is."""
@@ -199,7 +261,9 @@ class _Run(RunState):
         """Sets the number of steps that fit into a time; the first process decides."""
         evaluator = self.setup.evaluator
         norms = evaluator.norm_seconds(evaluator.seconds)
-        throughput = measure_throughput(self.updater, self.loader, evaluator.seconds, norms)
+        throughput = measure_throughput(
+            self.updater, self.loader, evaluator.seconds, norms, self.look_seconds
+        )
         left = seconds - (time.monotonic() - self.started)
         steps = throughput.steps_within(left, len(self.loader), self.config)
         self.steps = require_time(self.processes.broadcast_int(steps), seconds, throughput)
@@ -237,6 +301,9 @@ class _Run(RunState):
     def train_epoch(self) -> float:
         """Takes the steps of one epoch that are still to be taken; returns the mean loss of all."""
         self.model.train()
+        if self.at.norms_frozen:
+            for norm in norms_of(self.model):
+                norm.eval()
         meter = LossMeter(self.placement.device, total=self.at.loss, count=self.at.losses)
         meter.due = 1 if self.processes.several else meter.due  # until steps have been timed
         clock = Clock(self.at.step)
@@ -261,7 +328,7 @@ class _Run(RunState):
         images = self.spare.instead_of_none(batch.images)
         if images is None:
             return
-        lr = learning_rate(self.at.step, self.steps, self.config)
+        lr = learning_rate(self.at.step, self.steps, self.config, self.at.lr)
         if self.blend is not None:
             self.blend.set(blend_weight(self.at.step, self.steps, self.config.progressive))
         weight = self.processes.count * len(batch.images) / self.loader.size(index)
@@ -273,6 +340,9 @@ class _Run(RunState):
         clock.images += len(batch.images) * self.processes.count
         count = self.at.images + self.loader.size(index) - len(batch.broken)
         self.at = replace(self.at, step=self.at.step + 1, images=count)
+        if self.at.step in self.checks:
+            with clock.stopped():
+                self.look()
         # Of several processes none may read alone, as they agree on what is due when they do.
         alone = not self.processes.several
         asked = self.interrupts.asked is not None
@@ -293,9 +363,10 @@ class _Run(RunState):
                 raise self.diverged(step)
         self.at = replace(self.at, loss=meter.total, losses=meter.count)
         if losses and (self.at.step >= self.steps or clock.untold >= EVENT_SECONDS):
-            lr = learning_rate(self.at.step - 1, self.steps, self.config)
+            lr = learning_rate(self.at.step - 1, self.steps, self.config, self.at.lr)
             speed, left = clock.report(self.at.step, self.steps)
-            left += self.setup.evaluator.seconds_left(self.steps - self.at.step)
+            left += self.setup.evaluator.seconds_left(self.steps - self.at.step, self.look_seconds)
+            left += self.look_seconds * sum(step > self.at.step for step in self.checks)
             self.emit(Step(self.at.epoch, self.at.step, tuple(losses), lr, speed, left))
 
     def check_signals(self) -> None:
@@ -312,9 +383,12 @@ class _Run(RunState):
 
     def evaluate_trained(self) -> EvalResult:
         """Evaluates the compact model, by its EMA weights, with fresh BatchNorm statistics."""
-        averaged = self.ema.swapped() if self.ema is not None else nullcontext()
-        with averaged, self.blend.left_out() if self.blend is not None else nullcontext():
-            self.setup.evaluator.recalibrate()
+        with self.as_written():
+            if self.best is None:
+                self.setup.evaluator.recalibrate()
+            else:
+                measure = self.setup.held_out.measure
+                self.best.consider(self.at.step, self.setup.evaluator.recalibrate_if(measure))
             evaluation = self.evaluate()
         # The last update of an epoch has no later loss that would show its damage.
         if not math.isfinite(evaluation.loss):

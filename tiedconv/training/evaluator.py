@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from tiedconv.data import Loader
-from tiedconv.training.batchnorm import has_batchnorm, modes_kept, recalibrate_batchnorm
+from tiedconv.training.batchnorm import (
+    has_batchnorm,
+    modes_kept,
+    norms_of,
+    recalibrate_batchnorm,
+)
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
 from tiedconv.training.distributed import DistContext
@@ -87,11 +93,39 @@ class Evaluator:
         images = sum(map(self.loader.size, range(batches)))
         return eval_seconds * images / max(1, self.val_loader.images)
 
-    def seconds_left(self, steps: int) -> float:
-        """How long the evaluations take that come with the last so many steps."""
+    def seconds_left(self, steps: int, look: float = 0.0) -> float:
+        """How long the evaluations take that come with the last so many steps.
+
+        Args:
+            steps: that are left.
+            look: seconds of one look at the held-out loss, taken before each evaluation.
+        """
         epochs = -(-steps // len(self.loader))
         count = epochs if self.every_epoch else min(1, epochs)
-        return count * (self.seconds + self.norm_seconds(self.seconds))
+        looks = look * (2 if self.batches else 1)
+        return count * (self.seconds + self.norm_seconds(self.seconds) + looks)
+
+    def recalibrate_if(self, measure: Callable[[], float]) -> float:
+        """Re-estimate BatchNorm statistics, and keep them only if that lowers a loss.
+
+        Args:
+            measure: the loss of the model as it is now.
+
+        Returns:
+            the loss of the model as it is left.
+        """
+        before = measure()
+        if not self.batches:
+            return before
+        norms = norms_of(self.learner.model)
+        kept = [(t, t.clone()) for norm in norms for t in norm.buffers()]
+        self.recalibrate()
+        after = measure()
+        if after < before:
+            return after
+        for tensor, value in kept:
+            tensor.copy_(value)
+        return before
 
     def recalibrate(self) -> None:
         """Re-estimates BatchNorm statistics, if there are any and it is asked for."""

@@ -90,6 +90,38 @@ class EpochEnd:
 
 
 @dataclass(frozen=True)
+class RateFound:
+    """The peak learning rate was chosen for the model and the data.
+
+    Attributes:
+        lr: the peak learning rate.
+        tried: learning rate to held-out loss after one step with it.
+        start: held-out loss before.
+    """
+
+    lr: float
+    tried: Mapping[float, float]
+    start: float
+
+
+@dataclass(frozen=True)
+class KeptBest:
+    """A training ends with the state whose loss on held-out images was lowest.
+
+    Attributes:
+        step: after which it was; 0 is the start.
+        steps: of the training.
+        start: held-out loss before training.
+        loss: held-out loss of the state.
+    """
+
+    step: int
+    steps: int
+    start: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class Skipped:
     """`count` distinct images could not be read so far; `example` is the first."""
 
@@ -170,6 +202,8 @@ Event = (
     | Unlabelled
     | Detecting
     | NotCompiled
+    | KeptBest
+    | RateFound
 )
 
 OnEvent = Callable[[Event], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tiedconv.errors import UserError
+from tiedconv.runtime.soft_codes import LR_SCALES
 from tiedconv.training.blocks import Blocks
 from tiedconv.training.config import TrainConfig
 
@@ -91,6 +92,8 @@ def parameter_groups(
         weight_decay: of the groups that have any.
         layer_decay: from more than 0 to 1; 1 for one rate.
 
+    A parameter may have a rate of its own besides (`runtime.soft_codes.LR_SCALES`).
+
     Returns:
         groups as torch's optimisers take them, with `lr_scale` beside `weight_decay`.
 
@@ -98,12 +101,16 @@ def parameter_groups(
         UserError: nothing is trainable; or no blocks are found for a layer-wise decay.
     """
     scales = _scales(model, layer_decay) if layer_decay != 1 else {}
+    own: Mapping[str, float] = getattr(model, LR_SCALES, {})
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             vector = parameter.numel() == max(parameter.shape, default=1)
             spared = vector or name.endswith("bias") or any(part in name for part in UNDECAYED)
-            groups.setdefault((scales.get(id(parameter), 1.0), spared), []).append(parameter)
+            # Decay would move integers towards zero, and steps with them.
+            spared = spared or name in own
+            scale = scales.get(id(parameter), 1.0) * own.get(name, 1.0)
+            groups.setdefault((scale, spared), []).append(parameter)
     if not groups:
         raise UserError(
             "The model has no trainable parameter",
@@ -138,8 +145,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     fused = _can_fuse([p for group in groups for p in group["params"]])
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+        return torch.optim.SGD(groups, lr=config.peak_lr, momentum=0.9, nesterov=True, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.peak_lr, fused=fused)
 
 
 def _can_fuse(parameters: list[nn.Parameter]) -> bool | None:
@@ -155,18 +162,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get(SCALE, 1.0)
 
 
-def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+def learning_rate(step: int, steps: int, config: TrainConfig, lr: float | None = None) -> float:
     """The learning rate of `step`, counted from 0, out of `steps`.
 
-    Rises linearly to `lr` in the warm-up, whose last step has `lr`; then falls along half a
-    cosine to `min_lr * lr` in the last step.
+    Rises linearly to `lr`, the peak, in the warm-up, whose last step has it; then falls along half
+    a cosine to `min_lr * lr` in the last step.
+
+    Args:
+        step, steps: where the training is.
+        config: the options.
+        lr: the peak, where it was found; None for that of the options.
     """
+    lr = config.peak_lr if lr is None else lr
     warmup = round(config.warmup * steps)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return lr * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup - 1)
-    low = config.lr * config.min_lr
-    return low + (config.lr - low) * half_cosine(done)
+    low = lr * config.min_lr
+    return low + (lr - low) * half_cosine(done)
 
 
 def half_cosine(done: float) -> float:

@@ -25,6 +25,10 @@ class Progress:
         before: metrics before training.
         teacher: metrics of the teacher, empty where they were not measured.
         val_skipped: validation images that could not be read.
+        kept: the step whose state was kept in the end; None for the last.
+        ended: metrics of that state, where it is not the last.
+        lr: the peak learning rate, once it is known.
+        norms_frozen: whether batch norms keep their statistics in training.
     """
 
     epoch: int = 0
@@ -37,6 +41,10 @@ class Progress:
     before: Metrics = field(default_factory=dict)
     teacher: Metrics = field(default_factory=dict)
     val_skipped: int = 0
+    kept: int | None = None
+    ended: Metrics = field(default_factory=dict)
+    lr: float = 0.0
+    norms_frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,9 @@ class TrainResult:
         batch_size: images in a step.
         history: for each epoch: epoch, step, loss, seconds, and each metric by its name (None if
             not evaluated).
+        kept_step: after which step the model was as it is now; None where that is the last by
+            choice (`keep_best` is off).
+        lr: the peak learning rate, as given or found.
     """
 
     metrics_before: Metrics
@@ -69,6 +80,8 @@ class TrainResult:
     skipped: int
     batch_size: int
     history: list[dict[str, Any]]
+    kept_step: int | None = None
+    lr: float = 0.0
 
     @classmethod
     def of(
@@ -77,10 +90,10 @@ class TrainResult:
         """The result of a run at its end."""
         end = history[-1]
         return cls(
-            metrics_before=at.before, metrics={name: end[name] for name in at.before},
+            metrics_before=at.before, metrics=at.ended or {name: end[name] for name in at.before},
             metrics_teacher=at.teacher, loss=end["loss"], epochs=at.epoch, steps=at.step,
             images=at.images, seconds=at.seconds, skipped=skipped, batch_size=batch_size,
-            history=history,
+            history=history, kept_step=at.kept, lr=at.lr,
         )  # fmt: skip
 
     @property

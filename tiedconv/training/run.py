@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedconv.errors import TrainingError, UserError
+from tiedconv.training.best_state import BestState
 from tiedconv.training.blend import Blend
 from tiedconv.training.distributed import PaddingImage
 from tiedconv.training.ema import Ema
@@ -32,6 +33,8 @@ class RunState:
         self.listener: OnEvent = ignore
         self.blend: Blend | None = None
         self.ema: Ema | None = None
+        self.best: BestState | None = None
+        self.checks: frozenset[int] = frozenset()
         self.metrics = metric_names(setup.val_data)
         self.folder: StateFolder | None = None
         self.interrupts = Interrupts()
@@ -48,7 +51,7 @@ class RunState:
         saved = "There is no checkpoint"
         if files:
             saved = f"The last good checkpoint is {files[-1]} (step {int(files[-1].stem[5:])})"
-        return diverged(step, self.steps, self.config.lr, saved)
+        return diverged(step, self.steps, self.at.lr, saved)
 
     def emit(self, event: Event) -> None:
         """Reports an event; interrupts a long evaluation on a signal."""
@@ -83,6 +86,7 @@ class RunState:
             "broken": list(self.broken),
             "scaler": self.updater.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
+            "best": self.best.state_dict() if self.best is not None else None,
             **self.learner.state(self.setup.optimizer),
         }
         folder = self.folder
@@ -98,7 +102,9 @@ class RunState:
             self.learner.load(state, self.setup.optimizer)
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            if self.best is not None:
+                self.best.load_state_dict(state["best"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"The checkpoint {path} is of a different model",
                 "Its tensors don't fit",

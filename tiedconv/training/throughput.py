@@ -13,6 +13,7 @@ import torch
 from tiedconv.data import Batch, Loader
 from tiedconv.errors import UserError
 from tiedconv.runtime.tensors import state_tensors
+from tiedconv.training.best_state import CHECKS
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.evaluation import require_some
 from tiedconv.training.train_step import TrainStep
@@ -37,6 +38,7 @@ class Throughput:
         eval_seconds: of one evaluation.
         memory: the most bytes that a device, or on the CPU the process, has held.
         norm_seconds: of estimating batch norm statistics, before each evaluation but the first.
+        look_seconds: of one measurement of the held-out loss.
     """
 
     step_seconds: float
@@ -44,6 +46,13 @@ class Throughput:
     eval_seconds: float
     memory: int
     norm_seconds: float = 0.0
+    look_seconds: float = 0.0
+
+    @property
+    def _between(self) -> float:
+        """What comes with each evaluation but the first."""
+        looks = 2 if self.norm_seconds else 1
+        return self.eval_seconds + self.norm_seconds + looks * self.look_seconds
 
     def steps_within(self, seconds: float, per_epoch: int, config: TrainConfig) -> int:
         """How many steps fit into a time, with the evaluations that come between them.
@@ -56,20 +65,30 @@ class Throughput:
         Returns:
             0 or less where there is no time for any.
         """
-        scored = self.eval_seconds + self.norm_seconds
-        left = _MARGIN * seconds - scored  # one at the end in any case
+        scored = self._between
+        left = _MARGIN * seconds - scored - CHECKS * self.look_seconds  # one at the end at least
         each = scored / per_epoch if config.eval_every_epoch else 0.0
         return int(left / (self.step_seconds + each))
 
-    def seconds_of(self, steps: int, per_epoch: int, config: TrainConfig) -> float:
-        """How long a run takes, with an evaluation before and after it."""
+    def seconds_of(self, steps: int, per_epoch: int, config: TrainConfig, looks: int = 0) -> float:
+        """How long a run takes, with an evaluation before and after it.
+
+        Args:
+            steps, per_epoch, config: of the run.
+            looks: at the held-out loss on the way.
+        """
         between = max(0, -(-steps // per_epoch) - 1) if config.eval_every_epoch else 0
-        scored = self.eval_seconds + self.norm_seconds
-        return steps * self.step_seconds + self.eval_seconds + (1 + between) * scored
+        train = steps * self.step_seconds + self.eval_seconds
+        train += (looks + 1) * self.look_seconds if self.look_seconds else 0.0
+        return train + (1 + between) * self._between
 
 
 def measure_throughput(
-    updater: TrainStep, loader: Loader, eval_seconds: float, norm_seconds: float = 0.0
+    updater: TrainStep,
+    loader: Loader,
+    eval_seconds: float,
+    norm_seconds: float = 0.0,
+    look_seconds: float = 0.0,
 ) -> Throughput:
     """Takes a few steps, and leaves model and optimiser as they were.
 
@@ -78,6 +97,7 @@ def measure_throughput(
         loader: of the training images.
         eval_seconds: of one evaluation, measured before.
         norm_seconds: of estimating batch norm statistics.
+        look_seconds: of one measurement of the held-out loss.
     """
     device = updater.placement.device
     if device.type == "cuda":
@@ -87,7 +107,7 @@ def measure_throughput(
         steps = images = 0
         for i, batch in enumerate(itertools.islice(warmup_batches(loader), _WARM_UP + _STEPS)):
             # Read back, as the loop does now and then: it waits for the device.
-            float(updater.step(batch.images, batch.labels, updater.config.lr, i, 1.0))
+            float(updater.step(batch.images, batch.labels, updater.config.peak_lr, i, 1.0))
             steps, images = steps + 1, images + len(batch.images)
             if time.perf_counter() - started > _SECONDS:
                 break
@@ -95,7 +115,9 @@ def measure_throughput(
                 start, steps, images = time.perf_counter(), 0, 0
         passed = time.perf_counter() - start
     speed = images * updater.processes.count / max(passed, 1e-9)
-    return Throughput(passed / steps, speed, eval_seconds, peak_memory(device), norm_seconds)
+    return Throughput(
+        passed / steps, speed, eval_seconds, peak_memory(device), norm_seconds, look_seconds
+    )
 
 
 def require_time(steps: int, seconds: float, throughput: Throughput) -> int:
@@ -105,7 +127,7 @@ def require_time(steps: int, seconds: float, throughput: Throughput) -> int:
         UserError: none.
     """
     if steps < 1:
-        scored = throughput.eval_seconds + throughput.norm_seconds
+        scored = throughput.eval_seconds + throughput.norm_seconds + throughput.look_seconds
         raise UserError(
             f"The time budget of {seconds:g} s is too short for a training",
             f"An evaluation takes about {scored:.1f} s, a step {throughput.step_seconds:.2f} s",

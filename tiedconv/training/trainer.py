@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,18 +15,23 @@ from torch.utils.data import Dataset
 
 from tiedconv.data import Broken, Loader
 from tiedconv.runtime.forward_check import checked_forward
-from tiedconv.training.batchnorm import modes_kept
+from tiedconv.training.batchnorm import batch_norm_errors, modes_kept, norms_of
 from tiedconv.training.compile import CompiledOrEager, compile_if_possible
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
 from tiedconv.training.distributed import DistContext, check_shares
 from tiedconv.training.evaluation import class_count, scorer_of
 from tiedconv.training.evaluator import Evaluator
+from tiedconv.training.held_out import HeldOutLoss, Remembered
 from tiedconv.training.losses import rows_of
 from tiedconv.training.objective import Loss, Objective
 from tiedconv.training.optim import make_optimizer
+from tiedconv.training.throughput import warmup_batches
 from tiedconv.training.train_step import TrainStep
 from tiedconv.training.wrappers import make_learner
+
+BATCHES = 2
+"""By which it is found out whether batch norms should keep their statistics."""
 
 
 class TrainerSetup:
@@ -44,7 +52,7 @@ class TrainerSetup:
     ) -> None:
         images = min(len(train_data), len(val_data))  # type: ignore[arg-type]
         check_shares(processes, config.batch_size, images)
-        self.val_data = val_data
+        self.train_data, self.val_data = train_data, val_data
         self.other_classes = False  # of the teacher
         self.given, self.teacher, self.config, self.processes = model, teacher, config, processes
         size, seed, workers = config.batch_size, config.seed, config.workers
@@ -76,6 +84,15 @@ class TrainerSetup:
             self.placement, processes,
         )  # fmt: skip
 
+    @functools.cached_property
+    def held_out(self) -> HeldOutLoss:
+        """What measures the loss on held-out images; they are read when it is asked for."""
+        teacher = None if self.teacher is None else Remembered(self.teacher)
+        objective = _objective(
+            _plain(self.config), self.model, self.model, teacher, self.val_data, self.placement
+        )  # fmt: skip
+        return HeldOutLoss(self.val_data, objective, self.learner, self.processes, teacher)
+
     @torch.no_grad()
     def dry_step(self) -> None:
         """Shows two images to model and teacher, so that errors show before the work.
@@ -100,6 +117,42 @@ class TrainerSetup:
             self.updater.objective(images, labels, 0)
         self.learner.after_evaluation()
 
+    @torch.no_grad()
+    def batch_statistics_harm(self) -> bool:
+        """Whether the statistics of a batch do more to the outputs than the compact form does.
+
+        A few training batches are shown to the teacher with the statistics of each batch; if its
+        outputs move further from its own than the model's are, these batches are too small to
+        learn by. The models stay as they are. All processes must call it.
+        """
+        teacher = self.teacher
+        norms = [] if teacher is None else norms_of(teacher)
+        if teacher is None or not norms or not norms_of(self.model) or self.other_classes:
+            return False
+        config = replace(_plain(self.config), distill_weight=1.0)
+        losses = torch.zeros(2)
+        kept = [(t, t.clone()) for norm in norms for t in norm.buffers()]
+        with modes_kept(self.model), modes_kept(teacher):
+            self.model.eval()
+            for batch in itertools.islice(warmup_batches(self.loader), BATCHES):
+                remembered = Remembered(teacher)
+                remembered(self.placement.images(batch.images))
+                for i, shown in enumerate((self.model, teacher)):
+                    for norm in norms:
+                        norm.train(i == 1)
+                    objective = _objective(
+                        config, shown, shown, remembered, self.train_data, self.placement
+                    )
+                    with batch_norm_errors(len(batch.images)):
+                        outcome = objective(batch.images, batch.labels, 0)
+                    losses[i] += float(outcome.loss)
+                teacher.eval()
+        for tensor, value in kept:
+            tensor.copy_(value)
+        self.learner.after_evaluation()
+        student, own = self.processes.sum(losses).tolist()
+        return bool(own > student)
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """A context that ends with readers stopped, and modes and layouts as they were."""
@@ -114,6 +167,14 @@ class TrainerSetup:
         if not self.config.compile:
             return None
         return compile_if_possible(self.forward, self.updater, self.loader)
+
+
+def _plain(config: TrainConfig) -> TrainConfig:
+    """The options without what makes the loss of a batch random or another than the aim's."""
+    return replace(
+        config, augment="none", mixup=0.0, cutmix=0.0, label_smoothing=0.0, features=0.0,
+        temperature=1.0,
+    )  # fmt: skip
 
 
 def _readable(data: Dataset[Any]) -> Any:

@@ -1,0 +1,84 @@
+"""The default learning rate: found for the model and the data at hand.
+
+A compact model near its original is easily thrown out of its minimum, and how easily depends on the
+model: an EfficientNet bears a thirtieth of what a ViT does. So one gradient is computed, and the
+held-out loss is measured after a step of several lengths along the direction that the optimiser
+would take first (of Adam the sign of each entry). It is the range test of Smith (arXiv 1506.01186)
+in one step instead of an epoch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tiedconv.training.config import USUAL_LR
+from tiedconv.training.optim import SCALE
+from tiedconv.training.throughput import rolled_back, warmup_batches
+
+if TYPE_CHECKING:
+    from tiedconv.training.trainer import TrainerSetup
+
+TRIED = tuple(USUAL_LR * factor for factor in (2.0, 1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01))
+SHARE = 1 / 20
+"""Of the run's work, at most, where that is more than `LEAST` images at a time."""
+LEAST = 16
+
+
+def find_lr(setup: TrainerSetup, steps: int) -> tuple[float, dict[float, float], float]:
+    """A peak learning rate for a run of so many steps; the model stays as it is.
+
+    All processes must call it.
+
+    Returns:
+        the rate, the held-out loss after one step with each rate tried, and before.
+    """
+    count = images_for(steps, setup.config.batch_size, setup.teacher is not None)
+    count = -(-count // setup.processes.count)
+    updater, measure = setup.updater, setup.held_out.measure
+    start = measure(count)
+    found: dict[float, float] = {}
+    with rolled_back(updater):
+        batch = next(warmup_batches(setup.loader))
+        buffers = [(buffer, buffer.clone()) for buffer in setup.model.buffers()]
+        updater.backward(batch.images, batch.labels, 0, 1.0)
+        for buffer, value in buffers:  # norms saw a batch
+            buffer.copy_(value)
+        directions = _first_steps(setup)
+        for lr in sorted(TRIED):
+            with torch.no_grad():
+                for parameter, before, direction in directions:
+                    parameter.copy_(before - lr * direction)
+            found[lr] = measure(count)
+            if found[lr] > 4 * start:
+                break  # larger ones are worse
+    best = min(found, key=lambda lr: found[lr])
+    return chosen(best), found, start
+
+
+def chosen(best: float) -> float:
+    """The peak rate, where one step did best with `best`."""
+    return min(USUAL_LR, best)
+
+
+def images_for(steps: int, batch_size: int, teacher: bool) -> int:
+    """How many images a rate may be measured on, in a run of so many steps."""
+    each = 2 if teacher else 1  # forward passes of an image
+    passes = steps * batch_size * (3 + teacher)  # a backward pass is about two of them
+    return max(LEAST, int(SHARE * passes / (each * (len(TRIED) + 1))))
+
+
+def _first_steps(setup: TrainerSetup) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each parameter, its values, and its first step at a learning rate of 1."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for group in setup.optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad.nan_to_num()
+            adam = setup.config.optimizer == "adamw"
+            step = (gradient.sign() if adam else gradient) * group[SCALE]
+            found.append((parameter, parameter.detach().clone(), step))
+    return found
