@@ -2,12 +2,18 @@
 
     python benchmarks/frontier.py --model vit-real --weights VIT.safetensors --data CIFAR10
     python benchmarks/frontier.py --model lite0 --weights LITE0.safetensors --data PHOTOS
+    python benchmarks/frontier.py --model resnet-narrow --weights RESNET.safetensors --data CIFAR10
+    python benchmarks/frontier.py --model dinov2 --weights FOLDER --data PHOTOS --vote CIFAR10
 
 Every method gets the same calibration images, without labels. The baselines quantise each linear
 layer and convolution to nearest, or by GPTQ with the second moments of its inputs; scales and all
 other tensors are float16. At each size a baseline has its best width (2, 3, 4, 5, 6, 8 bits) and
 group (a row, 128, 64, 32 columns), chosen by the divergence on the calibration images. Results go
 to `benchmarks/results/frontier.json`, row by row; rows that are there are not made again.
+
+DINOv2 gives features: the distance is half their relative squared error, agreement their cosine, of
+the class token and of the patches. `--vote` names photos in class folders for a vote of the nearest
+neighbours (k = 20, weights exp(cosine / 0.07), 200 training and 100 test photos a class, 98 px).
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import read_pixels
+from models import SIZES, normalised, read_pixels
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,7 +49,10 @@ import timm  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "frontier.json"
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (0, 128, 64, 32)
-SIZES = {"vit-real": (14, 10, 8, 6, 4, 3), "lite0": (25, 14, 10, 8, 6)}
+ASKED = {
+    "vit-real": (14, 10, 8, 6, 4, 3), "lite0": (25, 14, 10, 8, 6),
+    "resnet-narrow": (25, 14, 10, 8, 6, 4), "dinov2": (25, 15, 12, 9, 6, 4),
+}  # fmt: skip
 Images = tuple[Tensor, Tensor, Tensor, Tensor]
 """Calibration images, judged images, and the labels of both."""
 
@@ -83,30 +92,97 @@ def lite0(args: argparse.Namespace) -> tuple[nn.Module, Images]:
     )  # fmt: skip
 
 
-MODELS = {"vit-real": vit_real, "lite0": lite0}
+def resnet_narrow(args: argparse.Namespace) -> tuple[nn.Module, Images]:
+    """A bottleneck ResNet of a quarter of the width, trained by `train_models.py` on CIFAR-10."""
+    pixels = read_pixels(args.data)
+    train, test = pixels["train"], pixels["test"]
+    chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:512]
+    calib, judged = normalised(train.images[chosen]), normalised(test.images)
+    return SIZES["resnet-narrow"](10), (calib, judged, train.labels[chosen], test.labels)
+
+
+def dinov2(args: argparse.Namespace) -> tuple[nn.Module, Images]:
+    """ViT-S/14 on photos at 112 px: 256 to calibrate by, 250 others judged."""
+    from transformers import Dinov2Model
+
+    images = photos(args.data, 112)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    none = torch.zeros(256, dtype=torch.int64)
+    model: nn.Module = Dinov2Model.from_pretrained(args.weights, dtype=torch.float32)
+    return model, (images[order[:256]], images[order[500:750]], none, none[:250])
+
+
+def photos(folder: Path, size: int) -> Tensor:
+    """All photos in class folders, prepared as DINOv2 wants them."""
+    from tiedconv.data import ImageList, eval_transform, open_images
+    from tiedconv.sources import Preprocess
+
+    wanted = Preprocess(
+        size, round(size / 0.875), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic"
+    )
+    found = ImageList(open_images(folder), eval_transform(wanted))
+    return torch.stack([found[i][0] for i in range(len(found))])
+
+
+MODELS = {"vit-real": vit_real, "lite0": lite0, "resnet-narrow": resnet_narrow, "dinov2": dinov2}
 
 
 @torch.no_grad()
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Of all images."""
-    return torch.cat([model(images[i : i + 100]) for i in range(0, len(images), 100)])
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Of all images: logits, or all tokens."""
+    found = [model(images[i : i + 50]) for i in range(0, len(images), 50)]
+    return torch.cat([f if isinstance(f, Tensor) else f["last_hidden_state"] for f in found])
 
 
 def divergence(found: Tensor, expected: Tensor) -> float:
-    """The mean KL divergence of the outputs, in nats."""
+    """The mean KL divergence of logits, in nats; of tokens half the relative squared error."""
+    if found.ndim == 3:
+        energy = expected.square().sum(-1)
+        return float(((found - expected).square().sum(-1) / energy).mean() / 2)
     ours, theirs = found.log_softmax(-1), expected.log_softmax(-1)
     return float(F.kl_div(ours, theirs, log_target=True, reduction="batchmean"))
 
 
 def judged(model: nn.Module, images: Images, expected: Tensor) -> dict[str, float]:
     """Accuracy, share of equal answers, and divergence on the images that nothing was fitted to."""
-    found = logits(model, images[1])
+    found = outputs(model, images[1])
+    apart = {"divergence": round(divergence(found, expected), 6)}
+    if found.ndim == 3:
+        cosine = torch.cosine_similarity(found, expected, -1)
+        token, patches = float(cosine[:, 0].mean()), float(cosine[:, 1:].mean())
+        return {"agreement": round(token, 5), "patches": round(patches, 5), **apart}
     answers = found.argmax(1)
     return {
         "top1": round(float((answers == images[3]).float().mean()), 4),
         "agreement": round(float((answers == expected.argmax(1)).float().mean()), 4),
-        "divergence": round(divergence(found, expected), 5),
+        **apart,
     }
+
+
+Voters = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def voters(folder: Path) -> Voters:
+    """CIFAR-10 photos at 98 px: 200 training and 100 test photos a class, with their labels."""
+    pixels, found = read_pixels(folder), []
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    for part, count in (("train", 200), ("test", 100)):
+        labels = pixels[part].labels
+        chosen = torch.cat([(labels == c).nonzero()[:count, 0] for c in range(10)])
+        small = pixels[part].images[chosen].float() / 255
+        large = F.interpolate(small, (98, 98), mode="bicubic", antialias=True).clamp(0, 1)
+        found += [(large - mean) / std, labels[chosen]]
+    return found[0], found[1], found[2], found[3]
+
+
+def vote(model: nn.Module, voting: Voters) -> float:
+    """Top-1 of a vote of the 20 nearest class tokens, weighted by exp(cosine / 0.07)."""
+    known, asked = (F.normalize(outputs(model, x)[:, 0], dim=-1) for x in (voting[0], voting[2]))
+    near = (asked @ known.t()).topk(20)
+    scores = torch.zeros(len(asked), 10)
+    scores.scatter_add_(1, voting[1][near.indices], (near.values / 0.07).exp())
+    return round(float((scores.argmax(1) == voting[3]).float().mean()), 4)
 
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:
@@ -194,14 +270,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--efforts", nargs="*", default=["none", "fast", "normal"])
     parser.add_argument("--sizes", nargs="*", type=int, help="percent of the float32 bytes")
+    parser.add_argument("--vote", type=Path, help="CIFAR-10, for a model of features")
+    parser.add_argument("--widths", nargs="*", type=int, default=WIDTHS)
+    parser.add_argument("--groups", nargs="*", type=int, default=GROUPS)
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     model, images = MODELS[args.model](args)
-    model.load_state_dict(load_file(args.weights))
+    if args.model != "dinov2":
+        model.load_state_dict(load_file(args.weights))
     model.eval()
+    voting = None if args.vote is None else voters(args.vote)
     dense = 4 * sum(t.numel() for t in model.state_dict().values())
-    expected = logits(model, images[1])
+    expected = outputs(model, images[1])
     rows: list[dict[str, Any]] = json.loads(args.result.read_text()) if args.result.exists() else []
 
     def done(**key: Any) -> bool:
@@ -217,28 +298,32 @@ def main() -> None:
     def row(bytes_: int, **more: Any) -> dict[str, Any]:
         return {"bytes": bytes_, "percent": round(100 * bytes_ / dense, 2), **more}
 
+    def judge(found: nn.Module) -> dict[str, float]:
+        votes = {} if voting is None else {"vote": vote(found, voting)}
+        return {**judged(found, images, expected), **votes}
+
     if not done(model=args.model, method="original"):
-        add({"method": "original", **row(dense), **judged(model, images, expected)})
+        add({"method": "original", **row(dense), **judge(model)})
     if not args.no_baselines:
-        targets = logits(model, images[0])
+        targets = outputs(model, images[0])
         data = TensorDataset(images[0], torch.zeros(len(images[0]), dtype=torch.int64))
         found = gather_statistics(model, dict.fromkeys(matrices(model), False), data, workers=0)
         rights = {n: m.right for n, m in found.metrics.items() if m.right is not None}
         for method, moments in (("nearest", None), ("gptq", rights)):
-            for bits in WIDTHS:
-                for group in GROUPS:
+            for bits in args.widths:
+                for group in args.groups:
                     if done(model=args.model, method=method, bits=bits, group=group):
                         continue
                     start = time.process_time()
                     other, size = baseline(model, moments, bits, group)
                     add({
                         "method": method, "bits": bits, "group": group, **row(size),
-                        "calibration": round(divergence(logits(other, images[0]), targets), 5),
-                        **judged(other, images, expected),
+                        "calibration": round(divergence(outputs(other, images[0]), targets), 5),
+                        **judge(other),
                         "seconds": round(time.process_time() - start),
                     })  # fmt: skip
     for effort in args.efforts:
-        for size in args.sizes or SIZES[args.model]:
+        for size in args.sizes or ASKED[args.model]:
             if done(model=args.model, method="auto", effort=effort, asked=size):
                 continue
             start = time.process_time()
@@ -251,7 +336,7 @@ def main() -> None:
             assert written <= math.floor(size / 100 * dense)
             add({
                 "method": "auto", "effort": effort, "asked": size, **row(written), **facts,
-                **judged(tied, images, expected), "seconds": seconds,
+                **judge(tied), "seconds": seconds,
             })  # fmt: skip
 
 

@@ -179,7 +179,8 @@ class _Run(RunState):
                 self.emit_start()
             before = self.evaluate()
             self.begin_best()
-            lr, frozen = self.peak_lr(), self.setup.batch_statistics_harm()
+            frozen = self.setup.batch_statistics_harm()
+            lr = self.peak_lr(frozen)
             taught = self.evaluate_teacher()
             # After the baseline, which is of the model as given: the blend may change tensors.
             if self.blend is not None:
@@ -202,11 +203,11 @@ class _Run(RunState):
         self.end_with_best()
         return self.result()
 
-    def peak_lr(self) -> float:
+    def peak_lr(self, frozen: bool) -> float:
         """The peak learning rate: as given, or found for the model and the data."""
         if self.config.lr is not None:
             return self.config.lr
-        found, tried, start = find_lr(self.setup, self.steps)
+        found, tried, start = find_lr(self.setup, self.steps, norms_frozen=frozen)
         self.emit(RateFound(found, tried, start))
         return found
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tiedconv.training.batchnorm import norms_of
 from tiedconv.training.config import USUAL_LR
 from tiedconv.training.optim import SCALE
 from tiedconv.training.throughput import rolled_back, warmup_batches
@@ -27,10 +28,17 @@ SHARE = 1 / 20
 LEAST = 16
 
 
-def find_lr(setup: TrainerSetup, steps: int) -> tuple[float, dict[float, float], float]:
+def find_lr(
+    setup: TrainerSetup, steps: int, *, norms_frozen: bool = False
+) -> tuple[float, dict[float, float], float]:
     """A peak learning rate for a run of so many steps; the model stays as it is.
 
     All processes must call it.
+
+    Args:
+        setup: of the run.
+        steps: of the run.
+        norms_frozen: whether batch norms keep their statistics in training.
 
     Returns:
         the rate, the held-out loss after one step with each rate tried, and before.
@@ -42,6 +50,9 @@ def find_lr(setup: TrainerSetup, steps: int) -> tuple[float, dict[float, float],
     found: dict[float, float] = {}
     with rolled_back(updater):
         batch = next(warmup_batches(setup.loader))
+        if norms_frozen:
+            for norm in norms_of(setup.model):
+                norm.eval()
         buffers = [(buffer, buffer.clone()) for buffer in setup.model.buffers()]
         updater.backward(batch.images, batch.labels, 0, 1.0)
         for buffer, value in buffers:  # norms saw a batch

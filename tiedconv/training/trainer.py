@@ -30,8 +30,11 @@ from tiedconv.training.throughput import warmup_batches
 from tiedconv.training.train_step import TrainStep
 from tiedconv.training.wrappers import make_learner
 
-BATCHES = 2
+BATCHES = 4
 """By which it is found out whether batch norms should keep their statistics."""
+
+HARM = 0.5
+"""Distance that a batch's statistics may move the teacher's outputs, of that of the model's."""
 
 
 class TrainerSetup:
@@ -122,8 +125,8 @@ class TrainerSetup:
         """Whether the statistics of a batch do more to the outputs than the compact form does.
 
         A few training batches are shown to the teacher with the statistics of each batch; if its
-        outputs move further from its own than the model's are, these batches are too small to
-        learn by. The models stay as they are. All processes must call it.
+        outputs move by more than half of the distance that the model has to go, such batches are
+        too small to learn by. The models stay as they are. All processes must call it.
         """
         teacher = self.teacher
         norms = [] if teacher is None else norms_of(teacher)
@@ -151,7 +154,7 @@ class TrainerSetup:
             tensor.copy_(value)
         self.learner.after_evaluation()
         student, own = self.processes.sum(losses).tolist()
-        return bool(own > student)
+        return bool(own > HARM * student)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
