@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 from tiedconv.calibration import BlockwiseResult, KfacStatistics
 from tiedconv.conversion.calibrate import Calibration, calibration_record
 from tiedconv.conversion.candidates import by_alignment, tie_fit
-from tiedconv.conversion.fit import Fit, OnGroup
+from tiedconv.conversion.fit import Fit, OnGroup, TooCostly
 from tiedconv.conversion.random_images import random_images
 from tiedconv.conversion.rounding import Forecast, RoundedModel, SizeOf, round_to_bytes
 from tiedconv.conversion.stages import carry_out
@@ -81,7 +82,11 @@ def choose_plan(
     """
     best: Chosen | None = None
     for i in by_alignment(outlined):
-        found, statistics = carry_out(info, outlined[i], store, cache, on_group)
+        limit = math.inf if best is None else best.forecast
+        try:
+            found, statistics = carry_out(info, outlined[i], store, cache, on_group, limit)
+        except TooCostly:
+            continue  # before any rounding it costs more than another plan with it
         metrics = {} if statistics is None else statistics.metrics
         forecast = Forecast(found.plan, found.tensors, metrics)
         step = forecast.step_for(8 * (budget.bytes - _overhead(found.plan)))

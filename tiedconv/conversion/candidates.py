@@ -68,11 +68,17 @@ def fit_candidates(
 
 
 def by_alignment(outlined: Sequence[Outline]) -> list[int]:
-    """Indices of outlines, those that align the weights alike one after the other."""
+    """Indices of outlines, those that align the weights alike one after the other.
+
+    Those that leave the weights as they are come first: they share one set of statistics.
+    """
     first: dict[object, int] = {}
     for i, outline in enumerate(outlined):
         first.setdefault(outline.alignment, i)
-    return sorted(range(len(outlined)), key=lambda i: (first[outlined[i].alignment], i))
+    return sorted(
+        range(len(outlined)),
+        key=lambda i: (outlined[i].aligns, first[outlined[i].alignment], i),
+    )
 
 
 def tie_fit(model: nn.Module, fitted: Fit, source: Mapping[str, Any]) -> None:

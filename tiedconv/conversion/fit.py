@@ -52,11 +52,16 @@ class Fit:
         return {name: self.tensors[name] for name in self.plan.factors}
 
 
+class TooCostly(Exception):
+    """A fit was given up, as it can't be the best any more."""
+
+
 def fit_factors(
     plan: Plan,
     workspace: Workspace,
     metrics: KfacMetrics | None = None,
     on_group: OnGroup | None = None,
+    limit: float = math.inf,
 ) -> tuple[Plan, float]:
     """Fit every group of a plan, its factors kept in the workspace.
 
@@ -65,9 +70,13 @@ def fit_factors(
         workspace: holds the aligned weights.
         metrics: Fisher-weighted errors; the fit minimises them.
         on_group: called with (groups fitted, groups in all).
+        limit: of the cost of all errors together; as costs only add up, the fit ends above it.
 
     Returns:
         the plan with the relative error of each group, and the cost of all errors together.
+
+    Raises:
+        TooCostly: the limit was reached.
     """
     groups: list[Group] = []
     cost = 0.0
@@ -75,6 +84,8 @@ def fit_factors(
         done, factors, wrong = fit_group(group, workspace.matrices(group.members), metrics)
         groups.append(done)
         cost += wrong
+        if cost >= limit:
+            raise TooCostly
         dtype = workspace.dtypes[group.members[0].slot.tensor]
         for name in list(factors):  # each is freed once kept: the next group needs the memory
             workspace.keep(group.stored_name(name), factors.pop(name).to(dtype))

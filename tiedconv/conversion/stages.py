@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,15 +40,17 @@ def fit(
     workspace: Workspace,
     statistics: KfacStatistics | None,
     on_group: OnGroup | None = None,
+    limit: float = math.inf,
 ) -> Fit:
     """The ranks that fit the weights best at the budget, and the factors.
 
     Raises:
         PlanError: more would be stored than was asked for (`budget-exceeded`).
+        TooCostly: the errors cost as much as `limit`.
     """
     metrics = {} if statistics is None else statistics.metrics
     plan = choose_ranks(info, outlined, workspace.editor, metrics)
-    plan, cost = fit_factors(plan, workspace, metrics, on_group)
+    plan, cost = fit_factors(plan, workspace, metrics, on_group, limit)
     ridge = None if statistics is None else statistics.ridge
     found: dict[str, Any] = {**workspace.editor.symmetries}
     if found["refused"]:
@@ -63,6 +66,7 @@ def carry_out(
     store: TensorStore,
     cache: StatisticsCache | None = None,
     on_group: OnGroup | None = None,
+    limit: float = math.inf,
 ) -> tuple[Fit, KfacStatistics | None]:
     """All three stages, for one recipe: the fit, and the statistics that it was made by.
 
@@ -72,11 +76,15 @@ def carry_out(
         store: the weights.
         cache: measures statistics on images, if there are any.
         on_group: called with (groups fitted, groups in all).
+        limit: of the cost.
+
+    Raises:
+        TooCostly: the errors cost as much as `limit`.
     """
     workspace = align(outlined, store)
     try:
         statistics = measure(outlined, workspace, cache)
-        return fit(info, outlined, workspace, statistics, on_group), statistics
+        return fit(info, outlined, workspace, statistics, on_group, limit), statistics
     except BaseException:
         workspace.close()
         raise

@@ -65,6 +65,11 @@ class Outline:
         return {**self.rounded, **{slot.tensor: slot.transposed for slot in slots}}
 
     @property
+    def aligns(self) -> bool:
+        """Whether its schemes align the weights at all."""
+        return any(task.scheme.aligns for task in self.tasks)
+
+    @property
     def alignment(self) -> Hashable:
         """Equal for outlines whose schemes align the weights in the same way."""
         return tuple((t.scheme.alignment, tuple(b.name for b in t.blocks)) for t in self.tasks)

@@ -117,6 +117,11 @@ class Scheme(ABC):
             fold_norms(blocks, editor)
 
     @property
+    def aligns(self) -> bool:
+        """Whether `align` may change anything."""
+        return self.fold or type(self).align is not Scheme.align
+
+    @property
     def alignment(self) -> Hashable:
         """Equal for schemes whose `align` does the same; ranks make no difference to it.
 
