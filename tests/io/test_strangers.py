@@ -114,11 +114,28 @@ def test_a_pickle_in_an_exported_program_runs_no_code(
     world: World, program: Path, tmp_path: Path, where: str
 ) -> None:
     mark = tmp_path / "code-ran"
-    evil = changed(program, tmp_path / "evil.pt2", with_member(where, pickled(Evil(mark))))
+    put = with_member(where, pickled(Evil(mark)))
+
+    def change(members: dict[str, bytes]) -> None:
+        put(members)
+        if where.startswith("data/weights/"):  # torch would not read it as a pickle else
+            name = next(n for n in members if n.endswith("_weights_config.json"))
+            members[name] = members[name].replace(b'"use_pickle": false', b'"use_pickle": true')
+            assert b'"use_pickle": true' in members[name]
+
+    evil = changed(program, tmp_path / "evil.pt2", change)
     refused("verify", world.tied, "--against", evil, error_code="file-contains-code")
     assert not mark.exists()
     with raises(CheckpointError, "file-contains-code"):
         all_formats()["pt2"].run(evil, torch.rand(2, 3, 32, 32))
+    assert not mark.exists()
+
+
+def test_a_pickle_in_place_of_raw_numbers_runs_no_code(program: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "code-ran"
+    put = with_member("data/weights/weight_0", pickled(Evil(mark)))
+    with pytest.raises(CheckpointError):
+        all_formats()["pt2"].tensors(changed(program, tmp_path / "evil.pt2", put))
     assert not mark.exists()
 
 

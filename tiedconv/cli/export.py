@@ -98,8 +98,14 @@ def _facts(done: Exported) -> list[str]:
         lines.append(f"Checked: on random images its {what} differ by {done.difference:.1e}.")
     if done.facts.get("integers_as_floats"):
         lines.append(
-            "This format has no packed integers yet: they are floats in it. --dtype float16 or "
-            "int8 stores fewer bytes."
+            "This format has no packed integers: they are floats in it. --dtype float16 or int8 "
+            "stores fewer bytes."
+        )
+    if packed := done.facts.get("packed"):
+        lines.append(
+            f"{packed} matrices stay integers in it (INT4 where they fit, else INT8). ONNX Runtime "
+            "multiplies them with activations rounded to 8 bits, unless the session's option "
+            "session.qdq_matmulnbits_accuracy_level is 1, as in this check."
         )
     if done.facts.get("one_copy"):
         lines.append(

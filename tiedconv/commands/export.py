@@ -20,7 +20,7 @@ from tiedconv.errors import UserError, VerifyError
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.io.atomic import check_output, replacing_files
-from tiedconv.runtime.dequantize import dequantize
+from tiedconv.runtime.dequantize import Integers, dequantized
 from tiedconv.runtime.outputs import ONLY, chosen
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources.models import load
@@ -89,7 +89,8 @@ def export(
         force: replace an existing output.
         trust_code: allow the file to name a function that builds the model.
 
-    Integers become floats in formats with a graph; `dtype` narrows them again.
+    Integers stay integers in ONNX and OpenVINO (INT4 where they fit, else INT8); in other formats
+    with a graph they become floats, which `dtype` narrows again.
 
     Returns:
         the figures of the file; `not_checked` gives the reason if its logits were not compared.
@@ -105,24 +106,26 @@ def export(
     form.check()
     check_output(output, force=force)
     model = load(file, trust_code=trust_code)
-    integers = bool(state_of(model).plan.codes) and form.has_graph
-    if integers:
-        dequantize(model)
+    integers: dict[str, Integers] = {}
+    quantised = bool(state_of(model).plan.codes) and form.has_graph
+    if quantised:
+        model, integers = dequantized(model)
     stored = stored_bytes(model, dtype)
     images = images_for(model)
     names = _output_names(form, model, images, outputs)
     expected, not_checked = _reference(form, model, images, dtype, names)
     difference = None
     with replacing_files(output, force=force) as folder:
-        job = Job(model, images, folder, output.name, names, dtype, lower, opset)
+        job = Job(model, images, folder, output.name, names, dtype, lower, opset, integers)
         written = form.write(job)
         _check_size(form, written, stored, output)
         if expected is not None:
             difference = _check_outputs(form, job, expected, output)
         size = sum(f.stat().st_size for f in folder.iterdir())
+    as_floats = quantised and not written.facts.get("packed")
     return Exported(
         output, form.name, size, written.tensors, written.parameters, written.weight_bytes,
-        stored, difference, not_checked, {**written.facts, "integers_as_floats": integers}, names,
+        stored, difference, not_checked, {**written.facts, "integers_as_floats": as_floats}, names,
     )  # fmt: skip
 
 

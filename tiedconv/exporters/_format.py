@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import CheckpointError, MissingExtra, first_line
+from tiedconv.runtime.dequantize import Integers
 from tiedconv.runtime.outputs import chosen, named_outputs
 from tiedconv.runtime.tie import state_of
 
@@ -36,6 +37,7 @@ class Job:
         dtype: dtype of stored kernels and matrices; the rest stays float32.
         lower: one of `LOWERINGS`.
         opset: ONNX opset, None to choose.
+        integers: of the model's quantised matrices, by the names of their floats.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class Job:
     dtype: str = "float32"
     lower: str = "auto"
     opset: int | None = None
+    integers: Mapping[str, Integers] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,10 +10,14 @@ import numpy as np
 from tiedconv.errors import MissingExtra, UserError
 from tiedconv.exporters._format import is_weight
 from tiedconv.exporters._onnx_factors import initializer
+from tiedconv.runtime.dequantize import Integers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+
+INT4_OPSET = 21
+"""The first that has INT4."""
 
 EXTERNAL_ABOVE = 1_900_000_000
 """Bytes of tensors above which they are stored in a companion file: a protobuf ends at 2 GB."""
@@ -31,6 +36,51 @@ def narrowed(model: ir.Model, dtype: str) -> None:
         array = value.const_value.numpy()
         if is_weight(name, array.shape, array.dtype == np.float32):
             (_halved if dtype == "float16" else _quantised)(model.graph, value, array)
+
+
+def store_integers(model: ir.Model, integers: Mapping[str, Integers]) -> int:
+    """Store quantised matrices as INT4 or INT8, in place, which the graph widens before use.
+
+    Args:
+        model: whose initializers are floats.
+        integers: by the names of initializers, of their values or these transposed.
+
+    Returns:
+        how many were stored so; others, of other names or values, stay floats.
+    """
+    count = 0
+    for name, found in integers.items():
+        value = model.graph.initializers.get(name)
+        if value is None or value.const_value is None:
+            continue
+        array = value.const_value.numpy()
+        flipped = array.ndim == 2 and array.shape == tuple(found.values.shape[::-1])
+        if not _is(array, found, flipped=False) and not (flipped and _is(array, found, True)):
+            continue
+        count += 1
+        _store(model, value, found, flipped=not _is(array, found, False))
+    return count
+
+
+def _is(array: np.ndarray, found: Integers, flipped: bool) -> bool:
+    shape = [-1] + [1] * (found.values.ndim - 1)
+    floats = found.values.float() * found.scales.reshape(shape)
+    floats = floats if found.columns is None else floats * found.columns
+    wanted = (floats.t() if flipped else floats).numpy()
+    return array.shape == wanted.shape and np.array_equal(array, wanted)
+
+
+def _store(model: ir.Model, value: ir.Value, found: Integers, *, flipped: bool) -> None:
+    from ml_dtypes import int4
+
+    axis = 1 if flipped else 0
+    values = (found.values.t() if flipped else found.values).contiguous().numpy()
+    narrow = found.bits == 4 and model.opset_imports[""] >= INT4_OPSET
+    arrays = [values.astype(int4) if narrow else values, found.scales.numpy()]
+    factors = None
+    if found.columns is not None:
+        factors = (found.columns.t() if flipped else found.columns).contiguous().numpy()
+    _widen(model.graph, value, arrays, "DequantizeLinear", {"axis": axis}, factors)
 
 
 def _halved(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
@@ -63,9 +113,14 @@ def _quantised(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
 
 
 def _widen(
-    graph: ir.Graph, value: ir.Value, arrays: list[np.ndarray], op: str, how: dict[str, int]
+    graph: ir.Graph,
+    value: ir.Value,
+    arrays: list[np.ndarray],
+    op: str,
+    how: dict[str, int],
+    factors: np.ndarray | None = None,
 ) -> None:
-    """Replace an initializer by a node over narrower ones."""
+    """Replace an initializer by a node over narrower ones, times factors if there are any."""
     from onnx_ir.tape import Tape
 
     name = value.name
@@ -76,6 +131,8 @@ def _widen(
     inputs = [initializer(graph, n, array) for n, array in zip(names, arrays, strict=False)]
     tape = Tape()
     wide = tape.op(op, inputs, how)
+    if factors is not None:
+        wide = tape.op("Mul", [wide, initializer(graph, f"{name}/columns", factors)])
     wide.type, wide.shape = value.type, value.shape
     graph.insert_before(graph[0], tape.nodes)
     for node, index in uses:

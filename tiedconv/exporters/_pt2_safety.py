@@ -44,12 +44,15 @@ def checked_archive(path: Path) -> io.BytesIO:
     """
     data = path.read_bytes()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        raw = _raw_names(archive)
         for member in archive.infolist():
             name = member.filename
             with archive.open(member) as file:
                 start = file.read(2)
-            # The weights of the archive itself are raw bytes; whatever may be a pickle is tried.
-            if name.endswith((".pt", ".pkl", ".pickle")) or start[:1] == b"\x80" or start == b"PK":
+            # Whatever may be a pickle is tried, but for what torch reads as plain numbers.
+            named = name.endswith((".pt", ".pkl", ".pickle"))
+            begins = start[:1] == b"\x80" or start == b"PK"
+            if named or (begins and name.rpartition("/")[2] not in raw):
                 _require_tensors(path, name, archive.read(member))
             if name.endswith(".json"):
                 if member.file_size > _MOST_JSON:
@@ -60,6 +63,21 @@ def checked_archive(path: Path) -> io.BytesIO:
             if name.endswith((".so", ".py", ".pyd", ".dll", ".cubin")):
                 raise _has_code(path, f"it holds the program {name}")
     return io.BytesIO(data)
+
+
+def _raw_names(archive: zipfile.ZipFile) -> frozenset[str]:
+    """The files that all lists of the archive call plain numbers, which may begin like pickles."""
+    pickled: dict[str, bool] = {}
+    for member in archive.infolist():
+        if not member.filename.endswith("_config.json") or member.file_size > _MOST_JSON:
+            continue
+        try:
+            for payload in json.loads(archive.read(member)).get("config", {}).values():
+                name = str(payload["path_name"])
+                pickled[name] = pickled.get(name, False) or payload["use_pickle"] is not False
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{member.filename} lists no tensors") from error
+    return frozenset(name for name, is_pickled in pickled.items() if not is_pickled)
 
 
 def _require_tensors(path: Path, name: str, data: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tiedconv.exporters._format import Format, Job, Written, unreadable
 from tiedconv.exporters._onnx_graph import IMAGES
 from tiedconv.exporters._onnx_lower import dense_graph, onnx_graph
-from tiedconv.exporters._onnx_store import EXTERNAL_ABOVE, narrowed
+from tiedconv.exporters._onnx_store import EXTERNAL_ABOVE, INT4_OPSET, narrowed, store_integers
 from tiedconv.runtime.tie import state_of
 from tiedconv.version import __version__
 
@@ -32,9 +32,12 @@ class Onnx(Format):
         import onnx_ir as ir
 
         plan = state_of(job.model).plan
+        fits = any(each.bits == 4 for each in job.integers.values())
+        opset = INT4_OPSET if fits and job.opset is None else job.opset
         graph, lowered = onnx_graph(
-            job.model, job.images, job.outputs, lower=job.lower, opset=job.opset
+            job.model, job.images, job.outputs, lower=job.lower, opset=opset
         )
+        packed = store_integers(graph, job.integers)
         if job.dtype != "float32":
             narrowed(graph, job.dtype)
         facts = {
@@ -42,6 +45,7 @@ class Onnx(Format):
             "materialized": len(lowered.materialized),
             "opset": graph.opset_imports[""],
             "one_copy": lowered.one_copy,
+            "packed": packed,
         }
         about = {"version": __version__, "stored": plan.stored, "original": plan.original}
         graph.metadata_props["tiedconv"] = json.dumps({**about, **facts}, sort_keys=True)
@@ -60,7 +64,7 @@ class Onnx(Format):
         try:
             graph = ir.load(path).graph
             return {
-                name: torch.from_numpy(value.const_value.numpy().copy())
+                name: _tensor(value.const_value.numpy())
                 for name, value in graph.initializers.items()
                 if value.const_value is not None
             }
@@ -73,12 +77,14 @@ class Onnx(Format):
         return "ONNX Runtime is not installed" if found is None else None
 
     def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
-        """By ONNX Runtime."""
+        """By ONNX Runtime, in float32."""
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Else matrices of integers are multiplied with activations rounded to 8 bits.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except (
@@ -89,6 +95,12 @@ class Onnx(Format):
         names = [output.name for output in session.get_outputs()]
         found = session.run(names, {IMAGES: images.numpy()})
         return {n: torch.from_numpy(value) for n, value in zip(names, found, strict=True)}
+
+
+def _tensor(array: Any) -> Tensor:
+    """An initializer; INT4 as int8, as torch has none."""
+    known = array.dtype.kind in "fiub" and array.dtype.isbuiltin == 1
+    return torch.from_numpy(array.copy() if known else array.astype("int8"))
 
 
 def write_dense(model: nn.Module, images: Tensor, path: Path) -> None:

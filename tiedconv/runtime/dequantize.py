@@ -1,17 +1,41 @@
-"""A tied model whose integers are floats again, for formats that don't know packed codes."""
+"""A tied model whose integers are floats again, and the integers beside it.
+
+Formats with a graph are written from floats; those that have integers of their own store these in
+place of the floats.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from tiedconv.core.expr import Dequantize, Expr, Mul, Ref, reshape
+from tiedconv.core.expr import Dequantize, Expr, Mul, Ref, Shape, reshape
+from tiedconv.core.packed_codes import unpacked
 from tiedconv.core.plan import PREFIX, Plan
 from tiedconv.core.storage import CODES
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import state_of, tie, untie
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A matrix or kernel `values * scales * columns`, whose first dimension are rows.
+
+    Args:
+        values: int8, of the shape of the tensor.
+        scales: one for each row, float32.
+        columns: a factor for each entry of a row, `(1, ...)`; None without.
+        bits: 4 where all values fit, else 8.
+    """
+
+    values: Tensor
+    scales: Tensor
+    columns: Tensor | None
+    bits: int
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -22,23 +46,39 @@ def dequantize(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the model is not tied.
     """
+    return dequantized(model)[0]
+
+
+@torch.no_grad()
+def dequantized(model: nn.Module) -> tuple[nn.Module, dict[str, Integers]]:
+    """As `dequantize`; and the integers, under the names of the float tensors.
+
+    Matrices with several scales a row are floats alone.
+    """
     state = state_of(model)
     if not state.plan.codes:
-        return model
+        return model, {}
     own = {name: t.detach() for name, t in state_tensors(model).items()}
     matrices: dict[str, Tensor] = {}
+    products: dict[str, Expr] = {}
 
     def floats(expr: Expr) -> Expr:
         match expr:
             case Mul(a=Dequantize() as inner) | (Dequantize() as inner):
                 (codes, *_) = inner.codes.refs
                 name = codes.removesuffix(f"/{CODES}")
-                matrices[name] = expr.evaluate(own.__getitem__)
+                matrices[name], products[name] = expr.evaluate(own.__getitem__), expr
                 return Ref(name, expr.shape)
         return expr.map_children(floats)
 
     weights = {name: floats(expr) for name, expr in state.plan.weights.items()}
     alone = {name for name, expr in weights.items() if _is_alone(expr, weights)}
+    shapes = {next(iter(weights[name].refs)): (name, weights[name].shape) for name in alone}
+    integers: dict[str, Integers] = {}
+    for name, product in products.items():
+        weight, shape = shapes.get(name, (name, product.shape))
+        if (given := _integers(product, own, shape)) is not None:
+            integers[weight] = given
     kept = {**state.plan.kept, **{name: weights[name].shape for name in alone}}
     plan = Plan(
         {name: expr for name, expr in weights.items() if name not in alone},
@@ -58,7 +98,22 @@ def dequantize(model: nn.Module) -> nn.Module:
             history=state.history)  # fmt: skip
     for module, mode in modes.items():
         module.training = mode
-    return model
+    return model, integers
+
+
+def _integers(product: Expr, own: dict[str, Tensor], shape: Shape) -> Integers | None:
+    """The integers of a product, None if they have several scales a row."""
+    node = product.a if isinstance(product, Mul) else product
+    assert isinstance(node, Dequantize)
+    if node.scales.shape[1] > 1:
+        return None
+    codes, scales = (each.evaluate(own.__getitem__) for each in (node.codes, node.scales))
+    values = unpacked(codes, node.shape, node.bits).to(torch.int8).reshape(shape)
+    columns: Tensor | None = None
+    if isinstance(product, Mul):
+        columns = product.b.evaluate(own.__getitem__).float().reshape(1, *shape[1:])
+    fits = bool((values >= -8).all() and (values <= 7).all())
+    return Integers(values, scales.float().reshape(-1), columns, 4 if fits else 8)
 
 
 def _is_alone(expr: Expr, weights: dict[str, Expr]) -> bool:
