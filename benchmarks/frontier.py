@@ -13,7 +13,8 @@ to `benchmarks/results/frontier.json`, row by row; rows that are there are not m
 
 DINOv2 gives features: the distance is half their relative squared error, agreement their cosine, of
 the class token and of the patches. `--vote` names photos in class folders for a vote of the nearest
-neighbours (of GPTQ in groups of 32 and `auto`; k = 20, weights exp(cosine / 0.07), 200 training and 100 test photos a class, 98 px).
+neighbours (of GPTQ in groups of 32 and of `auto`; k = 20, weights exp(cosine / 0.07), 200 training
+and 100 test photos a class, 98 px).
 """
 
 from __future__ import annotations

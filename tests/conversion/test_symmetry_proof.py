@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tiedconv
+from tiedconv.conversion.original_blend import OriginalBlend
 from tiedconv.conversion.symmetry_proof import SymmetryProof, first_image
 from tiedconv.errors import UserError
 from tiedconv.families.inspect import inspect_model
@@ -361,3 +362,21 @@ def test_a_block_whose_state_holds_an_object_is_proven_as_well(
     expected = proven(Layers())
     monkeypatch.setattr(FeedForward, "get_extra_state", lambda _: {"steps": 5})
     assert proven(Layers()) == expected
+
+
+def test_a_fading_begins_at_the_original_whatever_proved_the_symmetries() -> None:
+    """The conversion is repeated with the symmetries that its record names, not with new proofs."""
+    model = ImageAndText().eval()
+    g = torch.Generator().manual_seed(0)
+    given = {
+        "image": torch.randn(2, 9, 32, generator=g),
+        "text": torch.randn(2, 1, 32, generator=g),
+    }
+    tied = tiedconv.convert(model, "tied", rank=4, example=given)
+    assert "rotate v and o" in state_of(tied).history[0]["symmetries"]["used"]
+    blend = OriginalBlend(tied, model)
+    blend.begin()
+    blend.set(1.0)
+    with torch.no_grad():
+        before, after = model(**given), tied(**given)
+    assert float((after - before).abs().max()) < 1e-4 * float(before.abs().max())

@@ -24,6 +24,7 @@ from tiedconv.conversion.tensor_store import MemoryStore
 from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError, UserError
 from tiedconv.families.inspect import inspect_model
+from tiedconv.numerics.symmetries import Allows
 from tiedconv.planning.planner import KEPT, Task, align_weights, draft
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.runtime.tensors import state_tensors
@@ -111,11 +112,23 @@ def moved_original(model: nn.Module, original: nn.Module | None) -> dict[str, Te
         raise _not_repeatable(f"it fails now ({error.what})", "conversion-fails") from error
     _same_groups(tasks, state.plan)
     own = {name: t.detach().cpu() for name, t in state_tensors(original).items()}
-    allows = SymmetryProof(info, original)
+    allows = recorded_symmetries(state.history) or SymmetryProof(info, original)
     workspace = MemoryStore({n: own[n] for n in info.shapes}, allows=allows).open()
     with torch.no_grad():
         align_weights(tasks, workspace.editor)
     return {name: workspace.aligned(name) for name in info.shapes}
+
+
+def recorded_symmetries(history: Sequence[Mapping[str, Any]]) -> Allows | None:
+    """Those that the conversion used: its images, or its example, may have proven others.
+
+    None where the history says nothing of them.
+    """
+    entry = next((e for e in history if e.get("step") == "convert"), {})
+    used = (entry.get("symmetries") or {}).get("used")
+    if not isinstance(used, Mapping):
+        return None
+    return lambda block, symmetry: block.name in used.get(symmetry, ())
 
 
 def conversion_recipe(history: Sequence[Mapping[str, Any]]) -> Recipe:
