@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import tiedconv
+from tiedconv.calibration import Fitted
 from tiedconv.calibration.config import CalibConfig
+from tiedconv.conversion import byte_search
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.rounding import round_at, round_to_bytes
 from tiedconv.core.plan import Plan
@@ -263,3 +265,59 @@ def test_depthwise_kernels_keep_eight_bits() -> None:
     for name in depthwise:
         assert codes[f"tied/{name.replace('.', '/')}/values/codes"].bits == 8
     assert min(node.bits for node in codes.values()) < 8
+
+
+def _calibrated(path: Path | None, *, resume: bool = False, on_event: Any = None) -> nn.Module:
+    calib = Calibration(
+        images("timm-vit", 24), config=CalibConfig(effort="normal", steps=4, joint_steps=4),
+        run_dir=path, resume=resume, workers=0, device="cpu",
+        **({} if on_event is None else {"on_event": on_event}),
+    )  # fmt: skip
+    return tiedconv.convert(
+        all_micros()["timm-vit"].model(), "lors", params="60%", bytes="40%", calib=calib
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_conversion_ends_with_the_same_bits(after: int, tmp_path: Path) -> None:
+    whole = _calibrated(tmp_path / "whole")
+    seen = 0
+
+    def interrupt(event: object) -> None:
+        nonlocal seen
+        seen += isinstance(event, Fitted)
+        if seen == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _calibrated(tmp_path / "halved", on_event=interrupt)
+    again = _calibrated(tmp_path / "halved", resume=True)
+    one, two = state_tensors(whole), state_tensors(again)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_where_no_fit_keeps_to_the_budget_none_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The size grows with anything that is fitted; the rounded model stays."""
+    fitting = False
+
+    def size(plan: Plan, source: Any, history: Any, tensor: Any) -> int:
+        small = sum(tensor(name).nbytes for name in (*plan.kept, *plan.factors))
+        return 10**9 if fitting else small
+
+    def soften(model: nn.Module) -> None:
+        nonlocal fitting
+        fitting = True
+        real_soften(model)
+
+    real_soften = byte_search.soften
+    monkeypatch.setattr(byte_search, "file_size", size)
+    monkeypatch.setattr(byte_search, "soften", soften)
+    model = _calibrated(None)
+    found = state_of(model).history[-1]["calibration"]
+    assert found["kl_after"] == found["kl_before"]
+    assert found["blocks"] == []

@@ -183,10 +183,11 @@ def _calibrated(
         for tensor in own.values():
             tensor.data.copy_(halved(tensor.detach()))
         if size_of(plan, {name: own[name].detach() for name in before}) <= budget.bytes:
-            break
+            return result
         for name, tensor in before.items():
             own[name].data.copy_(tensor)
-    return result
+    # No fit is kept, so none is reported.
+    return dataclasses.replace(result, spans=(), kl_after=result.kl_before)
 
 
 def _cache(
