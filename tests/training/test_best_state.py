@@ -138,7 +138,7 @@ def test_a_rate_is_found_that_lowers_the_loss() -> None:
         model, replace(QUICK, lr=None, augment="none"), teacher=before, on_event=events.append
     )
     (found,) = [event for event in events if isinstance(event, RateFound)]
-    assert set(found.tried) <= set(TRIED)
+    assert set(found.tried) <= {5e-4 * factor for factor in TRIED}
     assert result.lr == found.lr <= 5e-4
     assert found.tried[min(found.tried)] < 1.05 * found.start
 
@@ -164,6 +164,17 @@ def test_a_steep_model_gets_a_smaller_rate() -> None:
         torch.manual_seed(0)
         rates.append(run(Scaled(factor), replace(QUICK, epochs=1, lr=None)).lr)
     assert rates[1] < rates[0]
+
+
+def test_the_rate_of_sgd_is_of_its_own_size() -> None:
+    for factor in (1.0, 100.0):
+        teacher = make_net(1)
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter.mul_(factor)
+        config = replace(QUICK, epochs=1, lr=None, optimizer="sgd", distill_weight=1.0)
+        result = run(make_net(), config, teacher=teacher)
+        assert 5e-4 <= result.lr <= 0.05
 
 
 def test_a_rate_costs_at_most_a_twentieth_of_a_long_run() -> None:

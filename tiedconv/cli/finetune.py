@@ -166,7 +166,8 @@ def finetune(
 ) -> None:
     """Fine-tune a compact model by distilling the original.
 
-    Stored tensors are trained, so ties hold by construction. [b]--resume[/b] continues an
+    Stored tensors are trained, so ties hold by construction. The result is the state that did best
+    on held-out images, which may be the start. [b]--resume[/b] continues an
     interrupted run. On several GPUs: torchrun --nproc-per-node 8 -m tiedconv finetune ...
     """
     from tiedconv.cli import training_logs

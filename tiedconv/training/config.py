@@ -10,8 +10,8 @@ from tiedconv.errors import UserError
 from tiedconv.training.device import AMPS
 from tiedconv.training.option_checks import check_choice, check_range
 
-USUAL_LR = 5e-4
-"""The largest learning rate that is taken where none is given."""
+USUAL_LR = {"adamw": 5e-4, "sgd": 0.05}
+"""The largest learning rate of each optimiser that is taken where none is given."""
 
 OPTIMIZERS = ("adamw", "sgd")
 SHARDINGS = ("ddp", "fsdp")
@@ -171,7 +171,7 @@ class TrainConfig:
     @property
     def peak_lr(self) -> float:
         """The learning rate that was given, or the usual one while none was found."""
-        return USUAL_LR if self.lr is None else self.lr
+        return USUAL_LR[self.optimizer] if self.lr is None else self.lr
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimiser steps in all, at least one; one epoch's while a time budget is unmeasured."""

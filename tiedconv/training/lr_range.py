@@ -3,12 +3,13 @@
 A compact model near its original is easily thrown out of its minimum, and how easily depends on the
 model: an EfficientNet bears a thirtieth of what a ViT does. So one gradient is computed, and the
 held-out loss is measured after a step of several lengths along the direction that the optimiser
-would take first (of Adam the sign of each entry). It is the range test of Smith (arXiv 1506.01186)
-in one step instead of an epoch.
+would take first (of Adam the sign of each entry, of SGD the clipped gradient). It is the range test
+of Smith (arXiv 1506.01186) in one step instead of an epoch.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,11 @@ from tiedconv.training.throughput import rolled_back, warmup_batches
 if TYPE_CHECKING:
     from tiedconv.training.trainer import TrainerSetup
 
-TRIED = tuple(USUAL_LR * factor for factor in (2.0, 1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01))
+TRIED = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
+"""Fractions of the usual rate of the optimiser."""
+
+MOMENTUM = 10
+"""Steps that one gradient takes part in, with SGD's momentum of 0.9."""
 SHARE = 1 / 20
 """Of the run's work, at most, where that is more than `LEAST` images at a time."""
 LEAST = 16
@@ -58,7 +63,8 @@ def find_lr(
         for buffer, value in buffers:  # norms saw a batch
             buffer.copy_(value)
         directions = _first_steps(setup)
-        for lr in sorted(TRIED):
+        usual = USUAL_LR[setup.config.optimizer]
+        for lr in (usual * factor for factor in TRIED):
             with torch.no_grad():
                 for parameter, before, direction in directions:
                     parameter.copy_(before - lr * direction)
@@ -66,12 +72,7 @@ def find_lr(
             if found[lr] > 4 * start:
                 break  # larger ones are worse
     best = min(found, key=lambda lr: found[lr])
-    return chosen(best), found, start
-
-
-def chosen(best: float) -> float:
-    """The peak rate, where one step did best with `best`."""
-    return min(USUAL_LR, best)
+    return min(usual, best), found, start
 
 
 def images_for(steps: int, batch_size: int, teacher: bool) -> int:
@@ -84,12 +85,18 @@ def images_for(steps: int, batch_size: int, teacher: bool) -> int:
 def _first_steps(setup: TrainerSetup) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Each parameter, its values, and its first step at a learning rate of 1."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
+    adam = setup.config.optimizer == "adamw"
+    factor = 1.0
+    if not adam:
+        parameters = setup.updater.parameters
+        norm = float(setup.learner.clip(parameters, math.inf)) / setup.updater.scaler.get_scale()
+        most = setup.config.clip if setup.config.clip > 0 else math.inf
+        factor = MOMENTUM * min(1.0, most / max(norm, 1e-12)) / setup.updater.scaler.get_scale()
     for group in setup.optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             gradient = parameter.grad.nan_to_num()
-            adam = setup.config.optimizer == "adamw"
-            step = (gradient.sign() if adam else gradient) * group[SCALE]
+            step = (gradient.sign() if adam else factor * gradient) * group[SCALE]
             found.append((parameter, parameter.detach().clone(), step))
     return found
