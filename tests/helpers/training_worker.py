@@ -120,7 +120,7 @@ def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) ->
         model = tiedconv.convert(vit(), scheme)
         config = TrainConfig(
             steps=STEPS, batch_size=15, lr=2e-3, sharding="ddp" if kind == "alone" else kind,
-            eval_every_epoch=False, seed=3, distill_weight=0.1, **options,
+            eval_every_epoch=False, seed=3, distill_weight=0.1, keep_best=False, **options,
         )  # fmt: skip
         result = train(
             model, images(61, 0), images(33, 1), config, teacher=teacher, device="cpu",
@@ -134,6 +134,27 @@ def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) ->
         "losses": losses, "model": dict(model.state_dict()), "stored": stored, "once": once,
         "result": (result.top1_before, result.top1, result.steps, result.images),
     }  # fmt: skip
+
+
+def harmful(folder: Path) -> None:
+    """A training that only loses, by each sharding: what is left, and what the start was."""
+    found: dict[str, Any] = {}
+    with init_distributed("cpu") as (processes, _):
+        for sharding in ("ddp", "fsdp"):
+            model = tiedconv.convert(vit(), "tied")
+            start = {name: t.clone() for name, t in model.state_dict().items()}
+            config = TrainConfig(
+                steps=4, batch_size=16, lr=1.0, clip=0.0, warmup=0.0, sharding=sharding,
+                distill_weight=1.0,
+            )  # fmt: skip
+            result = train(
+                model, images(64, 0), images(32, 1), config, teacher=vit(), device="cpu",
+                checkpoint_dir=folder / sharding,
+            )  # fmt: skip
+            same = all(torch.equal(t, start[n]) for n, t in model.state_dict().items())
+            found[sharding] = {"kept": result.kept_step, "same": processes.gathered(same)}
+        if processes.first:
+            torch.save(found, folder / "harmful.pt")
 
 
 class Full(nn.Module):
@@ -230,6 +251,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["curves", folder]:
             curves(Path(folder))
+        case ["harmful", folder]:
+            harmful(Path(folder))
         case ["full", folder]:
             one_is_full(Path(folder))
         case ["killed", folder, times, *rest]:

@@ -102,7 +102,8 @@ def test_a_log_has_a_line_for_all_that_happens(world: World, tmp_path: Path) -> 
     assert reported["path"] == str(out)
     lines = lines_of(path)
     events = [line["event"] for line in lines]
-    assert events == ["start", "baseline", "teacher", *["step", "epoch", "checkpoint"] * 3, "end"]
+    each = ["step", "epoch", "checkpoint"] * 3
+    assert events == ["start", "baseline", "teacher", *each, "kept", "end"]
     start, baseline, teacher, step, epoch = lines[:5]
     assert start["model"].startswith("timm:vit_tiny")
     assert (start["scheme"], start["labels"], start["steps"], start["images"]) == (
@@ -117,7 +118,7 @@ def test_a_log_has_a_line_for_all_that_happens(world: World, tmp_path: Path) -> 
     assert step["step"] == epoch["step"] == 3
     assert step["loss"] == pytest.approx(epoch["loss"])
     assert step["memory"] > 10**7
-    assert lines[-3]["top1"] == reported["result"]["top1"]
+    assert lines[-4]["top1"] == reported["result"]["top1"]
     for name in ("seconds", "step"):
         assert [line[name] for line in lines] == sorted(line[name] for line in lines)
 
@@ -156,9 +157,9 @@ def test_a_log_goes_on_where_the_run_does(
     monkeypatch.setattr(engine, "READ_SECONDS", math.inf)
     run(*words, "--resume")
     lines = lines_of(path)
-    assert lines[:6] == before[:6]  # up to the checkpoint of step 3
-    events = [line["event"] for line in lines[6:]]
-    assert events == ["start", "resumed", *["step", "epoch", "checkpoint"] * 2, "end"]
+    assert lines[:7] == before[:7]  # up to the checkpoint of step 3
+    events = [line["event"] for line in lines[7:]]
+    assert events == ["start", "resumed", *["step", "epoch", "checkpoint"] * 2, "kept", "end"]
     assert [line["step"] for line in lines if line["event"] == "step"] == [3, 6, 9]
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
     assert files_of(tmp_path) >= {"o.safetensors", "o.training.png"}
@@ -216,7 +217,7 @@ def test_a_full_disk_is_reported_once_and_training_goes_on(
 
     def small(self: JsonLog, run: Run) -> None:
         begin(self, run)
-        self._file = Full(self._file, 400)  # type: ignore[assignment]
+        self._file = Full(self._file, 900)  # type: ignore[assignment]
 
     def no_space(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

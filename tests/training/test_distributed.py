@@ -70,6 +70,13 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.slow
+def test_two_processes_end_with_the_start_if_all_else_is_worse(tmp_path: Path) -> None:
+    started([*TORCHRUN, WORKER, "harmful", tmp_path])
+    found = torch.load(tmp_path / "harmful.pt", weights_only=True)
+    assert found == {kind: {"kept": 0, "same": [True, True]} for kind in ("ddp", "fsdp")}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["tied", "lors"])
 def test_shards_train_as_replicas_do(
     curves: tuple[dict[str, Any], dict[str, Any]], scheme: str
