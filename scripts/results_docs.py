@@ -199,6 +199,7 @@ def main() -> None:
         ("calib_images", results_fits.images),
         ("datafree", results_fits.datafree),
         ("speed", speed),
+        ("finetune_start", results_training.start),
         ("training_speed", results_training.speed),
         ("recipe", results_training.recipe),
         ("recipe_resnet", results_training.recipe),

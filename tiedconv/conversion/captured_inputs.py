@@ -18,6 +18,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """An input of a model: one tensor, positional arguments, or keyword arguments."""
 
+FEW_TOKENS, FEW_PIXELS = 16, 8
+"""Tokens, and pixels a side, of random inputs: what they try does not depend on their number."""
+
 
 def as_arguments(example: Example) -> Arguments:
     """An input of a model as positional and keyword arguments."""
@@ -142,12 +145,25 @@ def in_double(arguments: Arguments) -> Arguments:
     return pytree.tree_map(wide, arguments)  # type: ignore[no-any-return]
 
 
-def with_random_activations(arguments: Arguments) -> Arguments:
+def random_activations(arguments: Arguments) -> Iterator[Arguments]:
     """Arguments whose first floating tensor is replaced by large random numbers.
 
     Large ones reach what an activation does far from zero, such as a clipped ReLU. The same tensor
-    passed twice (a query that is the key too) stays the same.
+    passed twice (a query that is the key too) stays the same. If no other tensor is passed, few
+    tokens or pixels come first, which a module may refuse.
     """
+    tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor) and x.ndim > 0]
+    if len(tensors) == 1 and tensors[0].ndim in (3, 4):
+        shape = tensors[0].shape
+        few = (1, FEW_TOKENS) if tensors[0].ndim == 3 else (1, shape[1], FEW_PIXELS, FEW_PIXELS)
+        small = tuple(slice(0, n) for n in few)
+        if tensors[0][small].numel() < tensors[0].numel():
+            cut = pytree.tree_map(lambda x: x[small] if x is tensors[0] else x, arguments)
+            yield _with_noise(cut)
+    yield _with_noise(arguments)
+
+
+def _with_noise(arguments: Arguments) -> Arguments:
     leaves, spec = pytree.tree_flatten(arguments)
     first = next(
         (x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1), None

@@ -29,7 +29,7 @@ from tiedconv.conversion.captured_inputs import (
     double_copy,
     evaluation,
     in_double,
-    with_random_activations,
+    random_activations,
 )
 from tiedconv.conversion.exact_classes import is_exact_block, is_exact_layer
 from tiedconv.core.plan import Block
@@ -177,8 +177,9 @@ class SymmetryProof:
         prefix = f"{place}." if place else ""
         originals = {prefix + n: t.detach().clone() for n, t in own.items()}
         given = in_double(arguments)
-        for trial, inputs in enumerate((given, with_random_activations(given))):
-            before = _outputs(module, inputs)
+        for trial, tried in enumerate((iter((given,)), random_activations(given))):
+            runs = ((inputs, _outputs(module, inputs)) for inputs in tried)
+            inputs, before = next(((i, o) for i, o in runs if o is not None), (given, None))
             if before is None:
                 if trial:
                     continue  # it takes no other activations than the model's own
