@@ -21,11 +21,13 @@ class Agreement:
         compares: what was compared, such as `same prediction`.
         mean: over the images, 1 where they always do.
         images: how many.
+        counts: whether the mean is a share of cases, rather than a similarity.
     """
 
     compares: str
     mean: float
     images: int
+    counts: bool = True
 
 
 @torch.no_grad()
@@ -38,12 +40,12 @@ def measure_agreement(model: nn.Module, original: nn.Module, images: Tensor) -> 
         images: that nothing was fitted to, `(n, C, H, W)`.
     """
     found: list[Tensor] = []
-    compares = ""
+    compares, counts = "", True
     with modes_kept(model), modes_kept(original):
         model.eval(), original.eval()
         for part in torch.split(images, AT_ONCE):
             answer = original(part)
             kind = kind_of(answer, original)
-            compares = kind.compares
+            compares, counts = kind.compares, kind.counts
             found.append(kind.agreement(model(part), answer, model))
-    return Agreement(compares, float(torch.cat(found).mean()), len(images))
+    return Agreement(compares, float(torch.cat(found).mean()), len(images), counts)

@@ -287,11 +287,18 @@ def calibrated(figures: Mapping[str, Any]) -> str:
     # A single image is fitted to and measured on.
     text += " nats" + (", on held-out images." if figures["images"] > 1 else ".")
     if agreement := figures.get("agreement"):
-        text += (
-            f" {agreement['compares'].capitalize()} as the original: {percent(agreement['mean'])}"
-            f" of {counted(agreement['images'], 'held-out image')}."
-        )
+        text += f" {agrees(agreement)}"
     return text + (f" {skipped(figures['skipped'])}" if figures["skipped"] else "")
+
+
+def agrees(figures: Mapping[str, Any]) -> str:
+    """How far a model says the same as its original."""
+    images = counted(figures["images"], "held-out image")
+    if figures.get("counts", True):
+        return (
+            f"The {figures['compares']} as the original on {percent(figures['mean'])} of {images}."
+        )
+    return f"Mean {figures['compares']} to the original's: {figures['mean']:.4f}, on {images}."
 
 
 def history_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -21,12 +21,14 @@ class OutputKind(ABC):
 
     Attributes:
         name: for people, such as `class logits`.
-        compares: what `agreement` counts, such as `same prediction`.
+        compares: what `agreement` measures, such as `same prediction`.
+        counts: whether that is a share of cases, rather than a similarity.
         last: whether it is asked only if no other kind matches.
     """
 
     name: ClassVar[str]
     compares: ClassVar[str]
+    counts: ClassVar[bool] = True
     last: ClassVar[bool] = False
 
     @abstractmethod

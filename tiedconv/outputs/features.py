@@ -26,6 +26,7 @@ class Features(OutputKind):
 
     name = "features"
     compares = "cosine of the features"
+    counts = False
     last = True
 
     def matches(self, output: Any, model: nn.Module) -> bool:
