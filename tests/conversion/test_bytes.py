@@ -321,3 +321,15 @@ def test_where_no_fit_keeps_to_the_budget_none_is_reported(
     found = state_of(model).history[-1]["calibration"]
     assert found["kl_after"] == found["kl_before"]
     assert found["blocks"] == []
+
+
+def test_the_report_tells_the_memory_of_a_loaded_and_of_a_frozen_model(tmp_path: Path) -> None:
+    model = tiedconv.convert(all_micros()["timm-vit"].model(), "auto", bytes="60%")
+    path = tmp_path / "m.safetensors"
+    tiedconv.save(model, path)
+    loaded = tiedconv.load(path, model=all_micros()["timm-vit"].model())
+    found = tiedconv.report(path)
+    held = {t.untyped_storage().data_ptr(): t.nbytes for t in state_tensors(loaded).values()}
+    assert found.memory_bytes == sum(held.values())
+    computed = [e for e in state_of(loaded).plan.weights.values() if not e.is_view]
+    assert found.frozen_bytes == found.memory_bytes + 4 * sum(math.prod(e.shape) for e in computed)

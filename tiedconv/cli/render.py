@@ -259,7 +259,9 @@ def precision(found: Report) -> str:
     bits = 8 * found.tensor_bytes / max(1, found.stored)
     return (
         f"{found.integers:,} of them ({share}) are stored as integers; with scales, and what stays "
-        f"float16, a parameter takes {bits:.2f} bits on average."
+        f"float16, a parameter takes {bits:.2f} bits on average. Loaded, its tensors take "
+        f"{size(found.memory_bytes)} of memory, and {size(found.frozen_bytes)} once "
+        "tiedconv.freeze has computed the weights."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Group, Plan
 from tiedconv.core.storage import PARTS
 from tiedconv.io.checkpoint_reader import Checkpoint, read
@@ -73,6 +74,8 @@ class Report:
         integers: parameters that are stored as integers.
         original_bytes: bytes of the original's tensors, in the type that they were published in.
         original_dtype: that type.
+        memory_bytes: of the tensors of a loaded model: integers packed, all else float32.
+        frozen_bytes: likewise once `tiedconv.freeze` has computed every weight.
         file_bytes: size of the file, 0 for a model in memory.
         history: entries of the steps, oldest first.
         source: the recorded source.
@@ -90,6 +93,8 @@ class Report:
     integers: int
     original_bytes: int
     original_dtype: str
+    memory_bytes: int
+    frozen_bytes: int
     file_bytes: int
     history: tuple[Mapping[str, Any], ...]
     source: Mapping[str, Any] | None
@@ -174,6 +179,7 @@ def _report(
     dtype = str((source or {}).get("weights_dtype") or _own_dtype(stored, sizes, history))
     kept = sum(math.prod(s) for n, s in plan.kept.items() if n not in plan.buffers)
     alone = _alone(plan, sizes)
+    computed = [expr for expr in plan.weights.values() if not expr.is_view]
     return Report(
         name=name,
         model=str((source or {}).get("spec") or "a model in memory"),
@@ -185,11 +191,17 @@ def _report(
         original_dtype=dtype,
         tensor_bytes=sum(sizes[name] for name in stored),
         integers=sum(math.prod(node.shape) for node in plan.codes.values()),
+        memory_bytes=_memory(plan, stored),
+        frozen_bytes=_memory(plan, stored) + 4 * sum(math.prod(e.shape) for e in computed),
         file_bytes=file_bytes,
         history=history,
         source=source,
         factored_flops=_factored_flops(plan),
     )
+
+
+def _memory(plan: Plan, stored: Mapping[str, Shape]) -> int:
+    return sum(math.prod(s) * (1 if name in plan.codes else 4) for name, s in stored.items())
 
 
 def _own_dtype(
