@@ -716,3 +716,13 @@ def test_the_picture_shows_precision_after_each_epoch(tmp_path: Path) -> None:
 
 def test_the_task_is_the_data_sets_own(coco: Path) -> None:
     assert isinstance(DetectionList(open_images(coco), Preprocess(32)).task, Detection)
+
+
+@pytest.mark.parametrize("side", [1e-3, 1e-5, 1e-7])
+def test_a_tiny_box_is_itself(side: float) -> None:
+    box = torch.tensor([[0.25, 0.25, 0.25 + side, 0.25 + side]], dtype=torch.float64)
+    moved = box + side / 2
+    assert float(generalised_iou(box, box)) == pytest.approx(1)
+    assert float(generalised_iou(box, moved)) == pytest.approx(1 / 7 - 2 / 9, rel=1e-3)
+    point = torch.zeros(1, 4)
+    assert torch.isfinite(generalised_iou(point, point)).all()

@@ -122,5 +122,5 @@ def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
     shared, hull = inner.prod(dim=-1), outer.clamp(0).prod(dim=-1)
     areas = [(box[..., 2:] - box[..., :2]).clamp(0).prod(dim=-1) for box in (a, b)]
     union = areas[0] + areas[1] - shared
-    small = 1e-9
+    small = 1e-30  # of boxes that are points; float32 goes to 1e-38
     return shared / union.clamp(small) - (hull - union) / hull.clamp(small)
