@@ -299,10 +299,11 @@ def _show(done: Conversion, *, each: bool, budget: bool, sized: bool) -> None:
     rows = [*render.group_rows(figures, each=each), render.kept_row(figures)]
     common.show_groups([*rows, render.total_row(figures)])
     saved = 1 - figures.ratio
-    gain = f"saves {render.percent(saved)}" if saved > 0 else "saves nothing"
+    gain = f", which saves {render.percent(saved)}" if saved > 0 else ", which saves nothing"
+    gain = "" if figures.integers and saved <= 0 else gain  # their bytes do
     say(
         f"{done.spec}: {figures.original:,} parameters become {figures.stored:,} "
-        f"({render.percent(figures.ratio)}), which {gain}. {render.work(figures)}"
+        f"({render.percent(figures.ratio)}){gain}. {render.work(figures)}"
     )
     if figures.integers:
         say(render.precision(figures))
