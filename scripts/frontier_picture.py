@@ -69,6 +69,7 @@ def main() -> None:
         axis.axhline(top, color="black", linewidth=0.8, linestyle=":")
         curves = {name: best(mine, name, key) for name in METHODS}
         lowest = min(y for x, y in curves["auto"] if x <= 30)
+        lowest = lowest if key == "top1" else min(lowest, top - 10)
         span = max(top - lowest, 0.5)
         for name, (text, colour, mark) in METHODS.items():
             if curves[name]:
