@@ -383,13 +383,14 @@ IN_THE_WHOLE = 99  # interrupted in the fit of the whole
 
 @pytest.mark.parametrize(
     ("name", "scheme", "stop"),
-    [("timm-vit", "tied", 3), ("torchvision-resnet", "tied", IN_THE_WHOLE)]
+    [("timm-vit", "tied", 3)]
     + [("convmixer", "tied", 0)]
     + [
         pytest.param(name, "tied", n, marks=pytest.mark.slow)
         for name, n in [
             ("timm-vit", 1),
             ("timm-vit", IN_THE_WHOLE),
+            ("torchvision-resnet", IN_THE_WHOLE),
             ("torchvision-resnet", 1),
             ("convmixer", IN_THE_WHOLE),
         ]

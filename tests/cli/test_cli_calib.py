@@ -130,6 +130,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_file(
     assert "starting from the beginning" in run(*convert(world, cut, *again)).stderr
 
 
+@pytest.mark.slow
 def test_where_no_bar_is_drawn_it_is_reported_now_and_then_how_far_it_is(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -451,7 +451,7 @@ def test_resuming_another_run(
     for image in (other / "train").rglob("*.*"):
         image.rename(image.with_name(f"other-{image.name}"))
     for changed, words in (
-        (("--lr", "0.1"), "lr 0.0005 -> 0.1"),
+        (("--lr", "0.1"), "lr None -> 0.1"),
         (("--teacher", world.weights), "teacher's weights none -> "),
         (("--mean", "0.1,0.1,0.1"), "preprocessing "),
         (("--data", other), "training data "),

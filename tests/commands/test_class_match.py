@@ -153,6 +153,7 @@ def evaluated(*words: object) -> Any:
     return figures("evaluate", *words, "--workers", 0)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_classes_is_refused_unless_it_is_said_which(
     world: World, tmp_path: Path, three: Callable[..., Path]
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_model_in_which_nothing_is_found() -> None:
 # Costs
 
 
+@pytest.mark.slow
 def test_every_cell_that_can_be_has_a_cost_and_the_lowest_is_marked(priced: Comparison) -> None:
     assert priced.images == 8
     for i in range(len(priced.budgets)):
@@ -251,6 +252,7 @@ def test_the_next_command_runs(world: World, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_figures_with_costs(world: World) -> None:
     found = figures(
         "plan", SPEC, *MODEL_ARGS, "--params", "60%", "--calib", world.data, "-n", 6,

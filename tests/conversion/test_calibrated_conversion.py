@@ -145,7 +145,9 @@ def test_another_seed_gives_other_numbers() -> None:
         assert not torch.equal(made(x), converted(name)(x))
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet"])
+@pytest.mark.parametrize(
+    "name", ["timm-vit", pytest.param("torchvision-resnet", marks=pytest.mark.slow)]
+)
 def test_the_file_gives_the_same_model_back(name: str, tmp_path: Path) -> None:
     tied = converted(name)
     path = tmp_path / "m.safetensors"
@@ -342,6 +344,7 @@ def test_of_two_fits_the_second_is_gone_on_with(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_two_candidates")
 def test_what_was_measured_and_fitted_is_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -355,6 +358,7 @@ def test_what_was_measured_and_fitted_is_not_done_again(
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_two_candidates")
 def test_a_fit_of_another_calibration_is_refused(tmp_path: Path) -> None:
     kept = interrupted_at(1, tmp_path)
@@ -446,6 +450,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_measured() -> None:
     assert not is_tied(model)
 
 
+@pytest.mark.slow
 def test_a_conversion_in_place_by_images_changes_the_model_itself() -> None:
     given = MICROS["timm-vit"].model()
     made = tiedconv.convert(

@@ -281,6 +281,7 @@ def parse(data: Any) -> Expr | None:
         return None
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(garbage)
 def test_garbage_is_an_expression_or_a_plan_error(data: Any) -> None:

@@ -546,7 +546,7 @@ def test_detectors_of_transformers_learn_from_boxes_and_from_their_teacher(
     student, teacher = all_detectors()[name].model(), all_detectors()[name].model()
     config = TrainConfig(
         epochs=1, batch_size=6, workers=0, distill_weight=0.5, bn_recalibrate=0, augment="flip",
-        amp="off",
+        amp="off", keep_best=False,
     )  # fmt: skip
     result = train(student, *data, config, teacher=teacher, device="cpu")
     assert result.loss > 0

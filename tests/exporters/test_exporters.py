@@ -415,6 +415,7 @@ def test_a_missing_package_is_named(
     )
 
 
+@pytest.mark.slow
 def test_a_lost_tie_or_other_logits_leave_no_file(
     compact: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

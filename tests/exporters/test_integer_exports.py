@@ -20,7 +20,9 @@ pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 
 
-@pytest.fixture(scope="module", params=["4", "8", None])
+@pytest.fixture(
+    scope="module", params=["4", *(pytest.param(p, marks=pytest.mark.slow) for p in ("8", None))]
+)
 def rounded(
     world: World, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Path:
@@ -76,6 +78,7 @@ def test_they_stay_integers_and_give_the_same_outputs(
         assert kinds["INT8"] == sum(i.bits == 8 for i in integers.values())
 
 
+@pytest.mark.slow
 def test_an_older_opset_has_no_int4(world: World, tmp_path: Path) -> None:
     model, path = tmp_path / "m.safetensors", tmp_path / "m.onnx"
     weights = ("--weights", world.weights, "--bytes", "18%", "--bits", 4)
@@ -87,6 +90,7 @@ def test_an_older_opset_has_no_int4(world: World, tmp_path: Path) -> None:
     assert any(t.numpy().dtype == np.int8 for t in held)
 
 
+@pytest.mark.slow
 def test_a_format_without_integers_says_so(rounded: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.pt2"
     if all_formats()["pt2"].why_not_run() is not None:

@@ -137,6 +137,7 @@ def test_a_flipped_bit_in_each_tensor_is_found_and_the_tensor_named(
         assert name in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_refused_or_harmless(good: Path, tmp_path: Path) -> None:
     data = bytearray(good.read_bytes())
     header = 8 + int.from_bytes(data[:8], "little")

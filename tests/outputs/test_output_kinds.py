@@ -147,7 +147,7 @@ class Returning(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("effort", ["fast", "normal"])
+@pytest.mark.parametrize("effort", ["fast", pytest.param("normal", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["tokens", "pixels", "map"])
 def test_other_outputs_than_classes_are_calibrated(how: str, effort: str) -> None:
     model = Returning(how).eval()

@@ -115,6 +115,7 @@ def rank_of(d: Draft, j: int) -> int:
     return factors[f"A{j}"][0] if f"A{j}" in factors else 0
 
 
+@pytest.mark.slow
 @each_model
 @settings(max_examples=5)
 @given(share=st.floats(0, 1), count=st.integers(1, len(CANDIDATES)))

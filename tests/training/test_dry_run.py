@@ -217,6 +217,7 @@ def test_what_compiles_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(plain, model)
 
 
+@pytest.mark.slow
 def test_no_image_at_all_is_an_error() -> None:
     from training_helpers import Flawed
 
