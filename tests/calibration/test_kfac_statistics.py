@@ -508,6 +508,7 @@ def test_a_model_without_logits_is_refused_and_stays() -> None:
     assert model.layer.weight.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet", "hf-vit"])
 def test_several_passes_measure_what_one_does(name: str) -> None:
     """What the sums of all weights don't fit into takes more passes, not more memory."""

@@ -171,6 +171,7 @@ def test_a_part_of_the_classes_is_refused_unless_it_is_said_which(
     assert whole["result"]["loss"] != first["result"]["loss"]
 
 
+@pytest.mark.slow
 def test_a_val_that_lacks_a_class_is_refused(world: World, three: Callable[..., Path]) -> None:
     data = three("blue", "green", "red")
     evaluated(world.tied, "--data", data)

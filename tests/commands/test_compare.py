@@ -160,6 +160,7 @@ def test_every_cell_that_can_be_has_a_cost_and_the_lowest_is_marked(priced: Comp
     assert all(f.cost is not None and f.cost > 0 for f in priced.fixed)
 
 
+@pytest.mark.slow
 def test_less_room_costs_more(priced: Comparison) -> None:
     for row in priced.rows:
         costs = [cell.cost for cell in row.cells if cell.cost is not None]

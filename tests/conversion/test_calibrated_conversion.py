@@ -180,6 +180,7 @@ def folder_of(path: Path, count: int = 12) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_without_classes_is_enough(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "images")
     calib = Calibration(folder, images=8, config=QUICK, device="cpu", workers=0)

@@ -517,6 +517,7 @@ def command(world: World, output: Path, *more: object) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command(world: World, tmp_path: Path) -> None:
     out, plain = tmp_path / "out.safetensors", tmp_path / "plain.safetensors"
     run(*command(world, out, "--steps", 4))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import World, check_error, figures, files_of, plain, refused, run
+from covering import slow_unless
 from detection_helpers import NAMES, QUERIES, TinyDetector, tiny_detector, write_coco
 from detectors import DETECTORS, SIDE
 from error_codes import raises
@@ -537,7 +538,7 @@ def test_what_boxes_do_not_go_with(options: dict[str, Any]) -> None:
         for_detector(TrainConfig(**options))
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", slow_unless(DETECTORS, [next(iter(DETECTORS))]))
 def test_detectors_of_transformers_learn_from_boxes_and_from_their_teacher(
     name: str, coco: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_file_of_half_the_decoder_gives_the_same_logits_and_boxes(root: Path, 
     assert any("mlp" in role for role in roles)
 
 
+@pytest.mark.slow
 @each_detector
 def test_each_number_is_in_the_file_once(root: Path, name: str) -> None:
     it = made(root, name)

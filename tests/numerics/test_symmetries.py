@@ -290,6 +290,7 @@ def test_a_dead_norm_is_not_folded() -> None:
     assert all(torch.equal(editor.tensors[key], t) for key, t in before.items())
 
 
+@pytest.mark.slow
 def test_dead_units_and_constant_weights_align_without_nan() -> None:
     for name in ("torchvision-resnet", "torch-encoder", "timm-vit"):
         micro = all_micros()[name]

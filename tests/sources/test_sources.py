@@ -64,6 +64,7 @@ def equal_states(one: nn.Module, other: nn.Module) -> bool:
 # --- importing ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_model_library_is_imported_before_it_is_asked_for() -> None:
     code = (
         "import sys, tiedconv.sources as s\n"

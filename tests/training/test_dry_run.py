@@ -83,6 +83,7 @@ def test_a_forecast_measures_and_changes_nothing() -> None:
     assert_same(plain, model.net)
 
 
+@pytest.mark.slow
 def test_a_forecast_counts_the_look_that_the_teacher_takes_at_the_validation_images() -> None:
     data, teacher = (make_data(), make_data(48, 1)), Slow(0.1)
     found = forecast(make_net(), *data, CONFIG, teacher=teacher, device="cpu")
@@ -117,6 +118,7 @@ def test_a_time_that_evaluations_alone_take_up_is_refused() -> None:
             call(Slow(0.1), config)
 
 
+@pytest.mark.slow
 def test_the_statistics_of_batch_norms_are_in_the_forecast() -> None:
     data = make_data(), make_data(48, 1)
     found = forecast(Slow(0.05), *data, replace(CONFIG, bn_recalibrate=6), device="cpu")

@@ -149,6 +149,7 @@ def test_the_state_is_saved_before_a_long_evaluation(
     assert [type(e).__name__ for e in kinds[:3]] == ["Checkpointed", "EpochEnd", "Checkpointed"]
 
 
+@pytest.mark.slow
 def test_the_teacher_is_scored_on_the_same_images_where_there_are_labels() -> None:
     master = make_net(1)
     run(master, replace(QUICK, epochs=4))
