@@ -90,7 +90,7 @@ def main() -> None:
                     if isinstance(event, RateFound):
                         facts["lr"] = event.lr
                     if isinstance(event, KeptBest):
-                        facts["kept"] = [event.step, event.start, event.loss]
+                        facts["kept"] = [event.kept, event.start, event.loss]
 
                 start = time.process_time()
                 result = train(

@@ -113,8 +113,8 @@ def open_inputs(request: FinetuneRequest) -> FinetuneInputs:
         }  # fmt: skip
         train = ImageList(split.train, transform, **form)
         val = ImageList(split.val, eval_transform(prepared), **form)
-    # What the file or its source says already need not be recorded again.
     soften(model)
+    # What the file or its source says already need not be recorded again.
     classes = () if known is not None and match and match.how == "name" else split.classes
     return FinetuneInputs(model, source, network, name, split, train, val, config, match, classes)
 

@@ -53,21 +53,21 @@ def store_integers(model: ir.Model, integers: Mapping[str, Integers]) -> int:
         value = model.graph.initializers.get(name)
         if value is None or value.const_value is None:
             continue
-        array = value.const_value.numpy()
-        flipped = array.ndim == 2 and array.shape == tuple(found.values.shape[::-1])
-        if not _is(array, found, flipped=False) and not (flipped and _is(array, found, True)):
+        array, floats = value.const_value.numpy(), _floats(found)
+        if np.array_equal(array, floats):
+            _store(model, value, found, flipped=False)
+        elif floats.ndim == 2 and np.array_equal(array, floats.T):
+            _store(model, value, found, flipped=True)
+        else:
             continue
         count += 1
-        _store(model, value, found, flipped=not _is(array, found, False))
     return count
 
 
-def _is(array: np.ndarray, found: Integers, flipped: bool) -> bool:
-    shape = [-1] + [1] * (found.values.ndim - 1)
-    floats = found.values.float() * found.scales.reshape(shape)
-    floats = floats if found.columns is None else floats * found.columns
-    wanted = (floats.t() if flipped else floats).numpy()
-    return array.shape == wanted.shape and np.array_equal(array, wanted)
+def _floats(found: Integers) -> np.ndarray:
+    rows = found.scales.reshape([-1] + [1] * (found.values.ndim - 1))
+    floats = found.values.float() * rows
+    return (floats if found.columns is None else floats * found.columns).numpy()
 
 
 def _store(model: ir.Model, value: ir.Value, found: Integers, *, flipped: bool) -> None:

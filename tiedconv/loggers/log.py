@@ -97,16 +97,13 @@ class JsonLog(Watcher):
         )  # fmt: skip
 
     def see(self, event: Event) -> None:
-        if isinstance(event, KeptBest):  # its step is of the past
-            self._step = event.steps
-        else:
-            self._step = getattr(event, "step", self._step)
+        self._step = getattr(event, "step", self._step)
         match event:
             case RateFound(lr, tried, start):
                 losses = {f"{rate:g}": loss for rate, loss in tried.items()}
                 self._write("rate", lr=lr, held_out_loss=start, tried=losses)
-            case KeptBest(step, _, start, loss):
-                self._write("kept", kept_step=step, held_out_before=start, held_out_after=loss)
+            case KeptBest(kept, _, start, loss):
+                self._write("kept", kept_step=kept, held_out_before=start, held_out_after=loss)
             case Resumed(epoch, _):
                 self._write("resumed", epoch=epoch)
             case Baseline(metrics, loss):

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tiedconv.training.batching import with_batch_size
-from tiedconv.training.best_state import check_steps
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import seeds_apart
 from tiedconv.training.distributed import init_distributed
@@ -100,11 +99,7 @@ def _forecast(setup: TrainerSetup, reason: str | None) -> Forecast:
         left = config.time_budget - throughput.eval_seconds - taught
         steps = setup.processes.broadcast_int(throughput.steps_within(left, per_epoch, config))
         require_time(steps, config.time_budget, throughput)
-    looks = 0
-    if config.keep_best:
-        images = len(setup.held_out.images) * setup.processes.count
-        between = per_epoch if config.eval_every_epoch else None
-        looks = len(check_steps(steps, config.batch_size, images, between))
+    looks = len(setup.steps_to_look_at(steps))
     device = setup.placement.device
     return Forecast(
         steps=steps,

@@ -23,7 +23,7 @@ from tiedconv.data import Batch
 from tiedconv.errors import UserError
 from tiedconv.training.batching import with_batch_size
 from tiedconv.training.batchnorm import norms_of
-from tiedconv.training.best_state import BestState, check_steps
+from tiedconv.training.best_state import BestState
 from tiedconv.training.blend import Blend, blend_weight, check_blend
 from tiedconv.training.clock import Clock
 from tiedconv.training.config import TrainConfig
@@ -171,7 +171,7 @@ class _Run(RunState):
             if self.config.keep_best:
                 self.best = BestState(self.model)
             self.load(*found)
-            self.checks = self.steps_to_look_at()
+            self.checks = self.setup.steps_to_look_at(self.steps)
             self.emit_start()
             self.emit(Resumed(len(self.history), self.at.step))
         else:
@@ -194,7 +194,7 @@ class _Run(RunState):
                 self.at = replace(self.at, teacher=taught.metrics)
                 self.emit(TeacherScore(taught.metrics))
             self.begin_average()
-            self.checks = self.steps_to_look_at()
+            self.checks = self.setup.steps_to_look_at(self.steps)
         self.saved = time.monotonic()
         while self.at.step < self.steps or len(self.history) < self.at.epoch:
             self.run_epoch()
@@ -216,14 +216,6 @@ class _Run(RunState):
         if self.config.keep_best:
             self.best = BestState(self.model)
             self.best.consider(0, self.setup.held_out.measure())
-
-    def steps_to_look_at(self) -> frozenset[int]:
-        """After which steps the held-out loss is measured, besides evaluations."""
-        if self.best is None:
-            return frozenset()
-        images = len(self.setup.held_out.images) * self.processes.count
-        per_epoch = len(self.loader) if self.config.eval_every_epoch else None
-        return check_steps(self.steps, self.config.batch_size, images, per_epoch)
 
     @property
     def look_seconds(self) -> float:

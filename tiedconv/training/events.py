@@ -109,13 +109,13 @@ class KeptBest:
     """A training ends with the state whose loss on held-out images was lowest.
 
     Attributes:
-        step: after which it was; 0 is the start.
+        kept: after which step it was; 0 is the start.
         steps: of the training.
         start: held-out loss before training.
         loss: held-out loss of the state.
     """
 
-    step: int
+    kept: int
     steps: int
     start: float
     loss: float

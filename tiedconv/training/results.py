@@ -97,14 +97,6 @@ class TrainResult:
         )  # fmt: skip
 
     @property
-    def better(self) -> tuple[int, float] | None:
-        """The best epoch and its score, by the primary metric, if it beats the last epoch."""
-        name = next(iter(self.metrics))
-        best = max(self.history, key=lambda epoch: epoch[name] or 0.0)
-        score, last = (epoch[name] or 0.0 for epoch in (best, self.history[-1]))
-        return (best["epoch"], score) if score > last else None
-
-    @property
     def top1_before(self) -> float:
         """Top-1 accuracy before training; NaN where other metrics were measured."""
         return self.metrics_before.get("top1", math.nan)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from tiedconv.data import Broken, Loader
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training.batchnorm import batch_norm_errors, modes_kept, norms_of
+from tiedconv.training.best_state import check_steps
 from tiedconv.training.compile import CompiledOrEager, compile_if_possible
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
@@ -95,6 +96,14 @@ class TrainerSetup:
             _plain(self.config), self.model, self.model, teacher, self.val_data, self.placement
         )  # fmt: skip
         return HeldOutLoss(self.val_data, objective, self.learner, self.processes, teacher)
+
+    def steps_to_look_at(self, steps: int) -> frozenset[int]:
+        """After which of so many steps the held-out loss is measured, besides evaluations."""
+        if not self.config.keep_best:
+            return frozenset()
+        images = len(self.held_out.images) * self.processes.count
+        per_epoch = len(self.loader) if self.config.eval_every_epoch else None
+        return check_steps(steps, self.config.batch_size, images, per_epoch)
 
     @torch.no_grad()
     def dry_step(self) -> None:
