@@ -324,6 +324,12 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
         f"Wrote {done.path} ({render.size(done.size)}); {render.counted(result.steps, 'step')} in "
         f"{result.seconds:.0f} s, teacher {done.teacher}."
     )
+    if done.missed_budget is not None:
+        hint(
+            f"The file is larger than the {render.size(done.missed_budget)} that it was converted "
+            "for: the trained integers could not be packed into that. A lower --lr or fewer steps "
+            "change them less; `tiedconv convert` with fewer --bytes leaves room."
+        )
     if written["picture"]:
         say(f"Loss and accuracy are drawn in {written['picture']}.")
 

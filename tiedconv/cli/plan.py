@@ -143,7 +143,7 @@ def _nats(cost: float | None) -> str:
 
 
 def _notes(found: Comparison) -> list[str]:
-    notes: list[str] = []
+    notes = [_coverage(found)]
     for row in found.rows:
         others = [c for c in row.cells if c.how is not None and c.how != row.spec]
         for how in dict.fromkeys(c.how.name for c in others if c.how is not None):
@@ -163,6 +163,13 @@ def _notes(found: Comparison) -> list[str]:
     if found.skipped:
         notes.append(render.skipped(found.skipped))
     return notes
+
+
+def _coverage(found: Comparison) -> str:
+    covered = found.coverage
+    much = covered.share < 0.99
+    kept = f"; the largest of the rest: {covered.largest()}" if much else ""
+    return f"{render.percent(covered.share)} of the parameters can be converted{kept}."
 
 
 def _show_next(found: Comparison, words: Sequence[str], calib: Path | None) -> None:

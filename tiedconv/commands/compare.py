@@ -24,6 +24,7 @@ from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.cost_estimate import CostEstimator, Sizes
 from tiedconv.errors import NothingToConvert, RecipeError
 from tiedconv.families.inspect import inspect_model
+from tiedconv.planning.coverage import Coverage, coverage
 from tiedconv.planning.planner import alternatives, draft, outline
 from tiedconv.planning.rank_allocation import has_rank_options, with_least
 from tiedconv.planning.recipe import Budget, Recipe, Rule
@@ -125,6 +126,7 @@ class Comparison:
         images: that the costs were measured on, None without any.
         skipped: images that could not be read.
         seconds: time taken.
+        coverage: how much of the model lies in matrices that can be converted.
     """
 
     model: str
@@ -136,6 +138,7 @@ class Comparison:
     images: int | None
     skipped: int
     seconds: float
+    coverage: Coverage
 
 
 def compare(
@@ -195,7 +198,7 @@ def compare(
     seconds = time.perf_counter() - start
     return Comparison(
         spec, sizes.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, skipped,
-        seconds,
+        seconds, coverage(sizes.info),
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ class Finetuned:
         train_images, val_images: how many there were.
         held_out: whether the validation images were held out of the training folder.
         result: the metrics and what was trained.
+        missed_budget: bytes that the file was converted for, if it takes more now.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Finetuned:
     val_images: int
     held_out: bool
     result: TrainResult
+    missed_budget: int | None = None
 
     @property
     def agreement(self) -> dict[str, float] | None:
@@ -247,11 +249,11 @@ def _locked(
         entry = _entry(work, result, command, processes.count)
         history = (*state_of(model).history, entry)
         set_state(model, source=work.source.to_json(), history=history)
-        pack(model)
+        missed_budget = pack(model)
         processes.run_on_rank0(lambda: _write(model, output, folder, force=force), place)
     return Finetuned(
         output, output.stat().st_size, work.name, len(split.train), len(split.val),
-        split.held_out, result,
+        split.held_out, result, missed_budget,
     )  # fmt: skip
 
 
@@ -278,11 +280,16 @@ def _announce(work: FinetuneInputs, on_event: OnEvent) -> None:
         on_event(Unlabelled(len(images)))
 
 
-def pack(model: nn.Module) -> None:
-    """Pack the integers that were trained, such that the file keeps to its budget of bytes."""
+def pack(model: nn.Module) -> int | None:
+    """Pack the integers that were trained, such that the file keeps to its budget of bytes.
+
+    Returns:
+        the budget if the file would be larger all the same, else None.
+    """
     model.cpu()
     budgets = [e["rounding"]["bytes"] for e in state_of(model).history if "rounding" in e]
-    harden(model, (lambda: size_of_model(model) <= budgets[-1]) if budgets else None)
+    fits = harden(model, (lambda: size_of_model(model) <= budgets[-1]) if budgets else None)
+    return None if fits else int(budgets[-1])
 
 
 def _write(model: nn.Module, output: Path, folder: RunDir, *, force: bool) -> None:

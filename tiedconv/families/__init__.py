@@ -35,8 +35,8 @@ def find_blocks(
 ) -> Sequence[tuple[str, Block]]:
     """Every block of a model, with the name of the family that found it.
 
-    A tensor belongs to the first family that claims it. A family that matches anything gets only
-    the stacks in which no other family found a block.
+    A tensor belongs to the first family that claims it. Families that match anything come last, so
+    they get what no other family knows.
 
     Args:
         shapes: tensor name to shape, in the model's order.
@@ -45,9 +45,6 @@ def find_blocks(
     left = dict(shapes)
     blocks: list[tuple[str, Block]] = []
     for family in all_families():
-        if family.last:
-            touched = {b.stack.split("*")[0] for _, b in blocks}
-            left = {n: s for n, s in left.items() if not any(n.startswith(t) for t in touched)}
         for block in family.find(left, hints or {}):
             blocks.append((family.name, block))
         for _, block in blocks:

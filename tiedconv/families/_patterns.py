@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tiedconv.core.expr import Shape
@@ -11,6 +12,10 @@ from tiedconv.core.plan import Block, Slot, Span
 
 Hints = Mapping[str, float | str]
 Shapes = Mapping[str, Shape]
+
+
+IN_LAYER = r"(?:.*\D)?(?P<n>\d+)"
+"""A prefix that ends with the number of a layer, whatever the layers are called."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,17 @@ class Attention:
     """Names of an attention's tensors below the prefix `at`.
 
     Either `qkv` names one fused tensor (rows q, k, v; `transposed` if it is stored as
-    `(in, 3 * out)`), or `q`, `k`, `v` name three. `part` tells two attentions below one prefix
-    apart.
+    `(in, 3 * out)`), or `q`, `k`, `v` name three, or `q` and `kv` two (rows k, v). `part` tells two
+    attentions below one prefix apart.
     """
 
     at: str
     o: str
-    qkv: str | None = None
+    qkv: str = ""
     q: str = ""
     k: str = ""
     v: str = ""
+    kv: str = ""
     transposed: bool = False
     ignored: tuple[str, ...] = ()
     norm: str = ""
@@ -55,19 +61,18 @@ class Attention:
         for prefix, stack, index in prefixes(self.at, self.qkv or self.q, shapes):
             slots: dict[str, Slot] = {}
             vectors: dict[str, Span] = {}
-            if self.qkv:
-                name = f"{prefix}.{self.qkv}"
-                third = Slot.whole(name, shapes[name], self.transposed).stop // 3
-                for i, role in enumerate("qkv"):
-                    start, stop = i * third, (i + 1) * third
-                    slots[role] = Slot(name, shapes[name], start, stop, self.transposed)
-                    if (bias := _bias(name)) in shapes:
-                        vectors[f"{role}.bias"] = Span(bias, start, stop)
-                named = {"o": self.o}
-            else:
-                named = {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+            named = {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+            for roles, fused in (("qkv", self.qkv), ("kv", self.kv)):
+                if fused:
+                    _add_fused(slots, vectors, f"{prefix}.{fused}", roles, shapes, self.transposed)
+                    named = {r: n for r, n in named.items() if r not in roles}
             if not add_whole(slots, vectors, prefix, named, shapes, self.transposed):
                 continue
+            is_fused = bool(self.qkv or self.kv)
+            if not {"q", "k", "v"} <= slots.keys() or (
+                is_fused and slots["v"].rows != slots["o"].columns
+            ):
+                continue  # its rows are not q, k and v of equal width
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
             permutable = (
                 "rotary" not in hints
@@ -88,7 +93,8 @@ class FeedForward:
 
     `act` is where a hint may name the activation. `alone` means that the prefix is the
     feed-forward's own, so that an unknown tensor below it (a norm, a gate) shows that hidden units
-    are not permutable, unless it is `ignored`.
+    are not permutable, unless it is `ignored`. `gate` names a third matrix of the shape of `up`,
+    whose output `up`'s is multiplied by; the same name as `up` where one tensor holds both.
     """
 
     at: str
@@ -99,19 +105,29 @@ class FeedForward:
     alone: bool = True
     ignored: tuple[str, ...] = ()
     norm: str = ""
+    gate: str = ""
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
         """Every feed-forward whose two matrices have shapes (m, d) and (d, m)."""
         for prefix, stack, index in prefixes(self.at, self.up, shapes):
             slots: dict[str, Slot] = {}
             vectors: dict[str, Span] = {}
-            named = {"up": self.up, "down": self.down}
+            named = {"gate": self.gate, "up": self.up, "down": self.down}
+            if not self.gate:
+                del named["gate"]
+            elif self.gate == self.up:
+                named = {"down": self.down}
+                halves = ("gate", "up")
+                _add_fused(slots, vectors, f"{prefix}.{self.up}", halves, shapes, self.transposed)
             if not add_whole(slots, vectors, prefix, named, shapes, self.transposed):
                 continue
-            if slots["up"].matrix_shape != slots["down"].matrix_shape[::-1]:
+            wide = [slot.matrix_shape for role, slot in slots.items() if role != "down"]
+            if not wide or {*wide} != {slots["down"].matrix_shape[::-1]}:
                 continue
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
-            permutable = not (self.alone and _unknown_tensors(prefix, known, self.ignored, shapes))
+            permutable = not self.gate and not (
+                self.alone and _unknown_tensors(prefix, known, self.ignored, shapes)
+            )
             vectors |= _pre_norm(prefix, self.norm, shapes, hints)
             relu = str(hints.get(f"{prefix}.{self.act}", "")).lower() == "relu"
             name = prefix if self.alone else f"{prefix}.ffn"
@@ -189,10 +205,20 @@ class Linear:
 def pattern_family(
     name: str, pattern: str, *patterns: Attention | FeedForward | Bottleneck | Linear
 ) -> Family:
-    """A family that is the union of patterns."""
+    """A family that is the union of patterns; a tensor belongs to the first that claims it."""
 
     def find(shapes: Shapes, hints: Hints) -> list[Block]:
-        return [block for pattern in patterns for block in pattern.find(shapes, hints)]
+        blocks: list[Block] = []
+        taken: set[str] = set()
+        for pattern in patterns:
+            found = [
+                block
+                for block in pattern.find(shapes, hints)
+                if taken.isdisjoint(slot.tensor for slot in block.slots.values())
+            ]
+            blocks += found
+            taken |= {slot.tensor for block in found for slot in block.slots.values()}
+        return blocks
 
     return Family(name, pattern, find)
 
@@ -200,15 +226,18 @@ def pattern_family(
 def prefixes(at: str, anchor: str, shapes: Shapes) -> Iterator[tuple[str, str, int]]:
     """Prefix, stack (its number replaced by `*`) and number of each match of `at`.
 
-    `at` is a regular expression with a group `n`, the place in the stack; `anchor` is a tensor
-    that must stand below the prefix.
+    `at` is a regular expression with a group `n`, the place in the stack, or without it where there
+    is no stack; `anchor` is a tensor that must stand below the prefix.
     """
     pattern = re.compile(f"(?P<prefix>{at})" + re.escape(f".{anchor}"))
     for name in shapes:
         if match := pattern.fullmatch(name):
             prefix = match["prefix"]
-            start, stop = match.span("n")
-            yield prefix, f"{prefix[:start]}*{prefix[stop:]}", int(match["n"])
+            if "n" in pattern.groupindex:
+                start, stop = match.span("n")
+                yield prefix, f"{prefix[:start]}*{prefix[stop:]}", int(match["n"])
+            else:
+                yield prefix, prefix, 0
 
 
 def add_whole(
@@ -259,6 +288,45 @@ def _heads(prefix: str, rows: int, hints: Hints) -> int | None:
 def _is_even(slots: Mapping[str, Slot]) -> bool:
     """Whether every query has a head of keys and of values of its own."""
     return slots["q"].rows == slots["k"].rows == slots["v"].rows == slots["o"].columns
+
+
+def is_matrix(name: str, shape: Shape, hints: Hints, least: int = 2) -> bool:
+    """Whether a tensor is the weight of a linear layer or a convolution, not a depthwise one.
+
+    Args:
+        name, shape: of the tensor.
+        hints: the class of its module, where known, tells an embedding's table apart; else its
+            name does.
+        least: rows and columns.
+    """
+    if len(shape) not in (2, 4, 5) or not name.endswith("weight"):
+        return False
+    owner = str(hints.get(name.rpartition(".")[0], ""))
+    is_table = owner.endswith("Embedding") if owner else "embed" in name
+    depthwise = len(shape) > 2 and shape[1] == 1
+    return not is_table and not depthwise and min(shape[0], math.prod(shape[1:])) >= least
+
+
+def _add_fused(
+    slots: dict[str, Slot],
+    vectors: dict[str, Span],
+    tensor: str,
+    roles: Sequence[str],
+    shapes: Shapes,
+    transposed: bool,
+) -> None:
+    """Add the equal parts of a fused tensor, with those of its bias; none if it has none."""
+    if len(shapes.get(tensor, ())) not in (2, 4, 5):
+        return
+    rows = Slot.whole(tensor, shapes[tensor], transposed).stop
+    if rows % len(roles):
+        return
+    each = rows // len(roles)
+    for i, role in enumerate(roles):
+        start, stop = i * each, (i + 1) * each
+        slots[role] = Slot(tensor, shapes[tensor], start, stop, transposed)
+        if (bias := _bias(tensor)) in shapes:
+            vectors[f"{role}.bias"] = Span(bias, start, stop)
 
 
 def _bias(weight: str) -> str:

@@ -12,9 +12,9 @@ from tiedconv.core.assemble import assemble, member_expr
 from tiedconv.core.expr import Expr
 from tiedconv.core.plan import Block, Group, Member, Plan, Slot, stored_name
 from tiedconv.errors import BudgetError, NothingToConvert, PlanError, RecipeError
-from tiedconv.families import all_families
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.planning.coverage import coverage
 from tiedconv.planning.rank_allocation import (
     KfacMetrics,
     allocate,
@@ -95,7 +95,7 @@ def outline(info: ModelInfo, recipe: Recipe) -> Outline:
     stored = compile_plan(info, least).stored
     smallest = least_stored(info, tasks) if is_open else stored
     if smallest > budget:
-        raise _too_small(recipe, wanted, info, smallest, budget, original)
+        raise _too_small(recipe, wanted, info, tasks, smallest, budget, original)
     even = allocate_evenly(least, max(0, budget - stored))
     return Outline(recipe, tasks, budget, compile_plan(info, even))
 
@@ -164,9 +164,19 @@ def choose_ranks(
 
 
 def draft(info: ModelInfo, recipe: Recipe) -> list[Task]:
-    """Which groups each rule of the recipe makes; the first rule that takes a tensor has it."""
-    found = info.blocks
-    blocks = [block for _, block in found]
+    """Which groups each rule of the recipe makes; the first rule that takes a tensor has it.
+
+    Raises:
+        NothingToConvert: there is no group.
+    """
+    tasks = _tasks(info, recipe)
+    if not any(task.drafts for task in tasks):
+        raise _nothing(info, recipe)
+    return tasks
+
+
+def _tasks(info: ModelInfo, recipe: Recipe) -> list[Task]:
+    blocks = [block for _, block in info.blocks]
     taken: set[str] = set()
     tasks: list[Task] = []
     for rule in recipe.rules:
@@ -175,8 +185,6 @@ def draft(info: ModelInfo, recipe: Recipe) -> list[Task]:
         drafts = tuple(scheme.drafts(mine))
         taken |= {m.slot.tensor for d in drafts for m in d.members}
         tasks.append(Task(scheme, tuple(mine), drafts))
-    if not any(task.drafts for task in tasks):
-        raise _nothing(recipe, found)
     return tasks
 
 
@@ -302,15 +310,22 @@ def least_stored(info: ModelInfo, tasks: Sequence[Task]) -> int:
 
 
 def _too_small(
-    recipe: Recipe, wanted: Budget, info: ModelInfo, smallest: int, budget: int, original: int
+    recipe: Recipe, wanted: Budget, info: ModelInfo, tasks: Sequence[Task], smallest: int,
+    budget: int, original: int,
 ) -> BudgetError:  # fmt: skip
+    converted = [m.slot for task in tasks for d in task.drafts for m in d.members]
+    found = coverage(info, converted)
+    kept = "" if found.share > 0.98 else (
+        f". {100 * (1 - found.share):.0f} % of the parameters are kept as they are, the largest: "
+        f"{found.largest()}"
+    )  # fmt: skip
     ways = [w for w in smaller_options(info, Recipe(recipe.rules)) if w[1] <= budget]
     asked_for = tuple(f"--scheme {rule.scheme} " for rule in recipe.rules)
     ways.sort(key=lambda way: not f"{way[0]} ".startswith(asked_for))
     what = "; ".join(f"{flags} reaches {_share(size, original)}" for flags, size in ways[:4])
     return BudgetError(
         f"{wanted.text} is {budget:,} parameters, but this recipe stores at least "
-        f"{_share(smallest, original)}",
+        f"{_share(smallest, original)}{kept}",
         "Nothing was written",
         f"Ask for that or more{', or choose another way: ' + what if what else ''}",
         code="budget-too-small",
@@ -322,15 +337,33 @@ def _share(count: int, original: int) -> str:
     return f"{count:,} ({100 * count / original:.1f} %)"
 
 
-def _nothing(recipe: Recipe, found: Sequence[tuple[str, Block]]) -> NothingToConvert:
-    families = "; ".join(f"{f.name}: {f.pattern}" for f in all_families())
+def _nothing(info: ModelInfo, recipe: Recipe) -> NothingToConvert:
     schemes = all_schemes()
     wanted = "; ".join(f"{r.scheme}: {schemes[r.scheme].pattern}" for r in recipe.rules)
     ask = " (if --include names it alone)"
-    saw = sorted({f"{f} {block.kind}{ask if block.opt_in else ''}" for f, block in found})
+    saw = sorted({f"{f} {block.kind}{ask if block.opt_in else ''}" for f, block in info.blocks})
+    if not saw:
+        return NothingToConvert(
+            "Nothing in this model can be converted: it has no matrix of a linear layer or a "
+            "convolution",
+            f"Its {len(info.parameters)} parameters would all be kept as they are",
+            "If its matrices are not named `weight`, write a family for it (docs/extending.md)",
+            code="nothing-to-convert",
+        )
+    takes = [(scheme, _converted_by(info, scheme)) for scheme in schemes]
+    ways = [f"--scheme {name} (converts {100 * share:.0f} %)" for name, share in takes if share]
     return NothingToConvert(
         f"Nothing in this model can be converted by this recipe ({wanted})",
-        f"Families looked for ({families}); found: {', '.join(saw) or 'none of them'}",
-        "Try --scheme lowrank, widen --include, or write a family for it (docs/contributing.md)",
+        f"What the model has: {', '.join(saw)}",
+        f"Try {' or '.join(ways)}" if ways else "Widen --include",
         code="nothing-to-convert",
     )
+
+
+def _converted_by(info: ModelInfo, scheme: str) -> float:
+    """The fraction of the parameters that a scheme converts by its defaults, 0 if none."""
+    try:
+        drafts = [d for task in _tasks(info, Recipe.of(scheme)) for d in task.drafts]
+    except NothingToConvert:  # it needs an option that only the user knows
+        return 0.0
+    return coverage(info, [m.slot for d in drafts for m in d.members]).share
