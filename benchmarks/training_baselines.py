@@ -68,7 +68,7 @@ def by_hand(
                 each.to(memory_format=layout)  # type: ignore[call-overload]
     model.train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+        model.parameters(), config.peak_lr, weight_decay=config.weight_decay, fused=True
     )
     steps = config.steps or 1
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -127,7 +127,7 @@ def by_timm(
     model.to(device, memory_format=layout)  # type: ignore[call-overload]
     model.train()
     optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay
+        model, opt="adamw", lr=config.peak_lr, weight_decay=config.weight_decay
     )
     run = torch.compile(model) if config.compile else model
     loss_of = nn.CrossEntropyLoss().to(device)

@@ -111,8 +111,12 @@ def hooks_of(model: nn.Module) -> int:
 SPANS: dict[tuple[str, str], list[tuple[str, ...]]] = {
     ("timm-vit", "tied"): [("blocks.0",), ("blocks.1",), ("blocks.2",)],
     ("timm-vit", "lors"): [("blocks.0", "blocks.1", "blocks.2")],
-    ("hf-vit", "lowrank"): [("vit.layers.0",), ("vit.layers.1",), ("vit.layers.2",)],
-    ("torchvision-vit", "lowrank"): [(f"encoder.layers.encoder_layer_{n}",) for n in range(3)],
+    # The patch embedding is a matrix of low rank too.
+    ("hf-vit", "lowrank"): [("vit.embeddings",), *((f"vit.layers.{n}",) for n in range(3))],
+    ("torchvision-vit", "lowrank"): [
+        ("conv_proj",),
+        *((f"encoder.layers.encoder_layer_{n}",) for n in range(3)),
+    ],
     ("torchvision-resnet", "tied"): [("layer1.1",), ("layer2.1",), ("layer2.2",)],
     ("torchvision-resnet", "lors"): [
         ("layer1.0", "layer1.1"),

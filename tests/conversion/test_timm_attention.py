@@ -68,6 +68,12 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+def rounding(model: nn.Module, x: Tensor) -> float:
+    """How far float32 itself moves the output: drawn weights make some models ill-conditioned."""
+    exact = copy.deepcopy(model).double()(x.double())
+    return relative(model(x).double(), exact)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MODELS]
 )
@@ -91,6 +97,7 @@ def test_aligning_changes_no_output(name: str) -> None:
                 other.state_dict()[tensor].copy_(workspace.aligned(tensor))
                 aligned += 1
             workspace.close()
-            assert relative(other(x), before) < 1e-4, scheme
+            moved = relative(other(x), before)
+            assert moved < 1e-4 or moved < 3 * rounding(model, x), scheme
     if name in ("test_vit", "test_vit3"):
         assert aligned  # plain attention is aligned, so that the law is no law about nothing

@@ -214,7 +214,7 @@ def test_parts_share_one_budget() -> None:
     blocks = blocks_of(name)
     parts = [
         Part((lowrank,), tuple(b for b in blocks if b.kind == kind))
-        for kind in ("attention", "ffn")
+        for kind in ("attention", "ffn", "linear")
     ]
     budget = dense(name) // 2
     spent = []

@@ -147,7 +147,8 @@ def convert(
     network = opened.model
     if network is model and not inplace:
         network = copy.deepcopy(network)
-    planned = plan_on(network, recipe or Recipe.of(scheme, **options), opened.source, example)
+    wanted = recipe or Recipe.of(scheme, **options)
+    planned = plan_on(network, wanted, opened.source, example, measured=calib is not None)
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib)
     convert_in_memory(network, opened.source, planned, calib, on_group=on_group)
@@ -208,7 +209,7 @@ def convert_file(
             seed=seed,
             lazy=recipe.bytes is None and (calib is None or weights == "default"),
         )
-        planned = plan_on(opened.model, recipe, opened.source)
+        planned = plan_on(opened.model, recipe, opened.source, measured=calib is not None)
         size = native_size(opened.model)
         done = Conversion(spec, planned.sketch, opened.source, native_size=size)
         if output is None:

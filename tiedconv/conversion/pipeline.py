@@ -18,9 +18,10 @@ weights on disk differ in their `TensorStore` alone.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ from tiedconv.conversion.streaming import (
 )
 from tiedconv.conversion.symmetry_proof import SymmetryProof, first_image
 from tiedconv.core.plan import Plan
+from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.planning.byte_budget import ByteBudget, byte_budget, byte_outlines
-from tiedconv.planning.planner import Outline, outlines
+from tiedconv.planning.planner import Outline, chooses_by_size, outlines
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.tie import set_state, tie
 from tiedconv.sources import LazyWeights, Source
@@ -83,6 +85,8 @@ def plan_on(
     recipe: Recipe,
     source: Source | None = None,
     example: Example | None = None,
+    *,
+    measured: bool = False,
 ) -> Planned:
     """Inspect a model and plan a recipe on it; what can't be done is refused here.
 
@@ -91,6 +95,10 @@ def plan_on(
         recipe: what is wanted.
         source: where it came from, which tells in what type its weights are published.
         example: an input of the model.
+        measured: whether images will show what an error costs. Without, a budget takes a
+            classifier and other matrices that match no other only if the recipe names them, or if
+            it can't be met without them: by the plain distance they look as others do, and an
+            error in them costs ten times as much.
 
     Raises:
         NothingToConvert, BudgetError: the recipe can't be carried out.
@@ -100,11 +108,18 @@ def plan_on(
         require_example(model, example)
     info = inspect_model(model)
     if recipe.bytes is None:
-        return Planned(info, outlines(info, recipe), example=example)
+        return Planned(info, _outlines(info, recipe, measured), example=example)
     numbers = sum(math.prod(shape) for shape in info.shapes.values())
     half = source is not None and source.weights_dtype is not None
     budget = byte_budget(recipe.bytes, numbers * (2 if half else 4))
     return Planned(info, byte_outlines(info, recipe, budget), budget, example)
+
+
+def _outlines(info: ModelInfo, recipe: Recipe, measured: bool) -> tuple[Outline, ...]:
+    if chooses_by_size(recipe) and not measured:
+        with suppress(NothingToConvert, BudgetError):
+            return outlines(dataclasses.replace(info, cautious=True), recipe)
+    return outlines(info, recipe)
 
 
 def convert_in_memory(

@@ -132,6 +132,7 @@ class Block:
         eps: of the BatchNorms.
         opt_in: True for small, sensitive modules (a detector's heads, its sampling offsets): they
             are converted only if a pattern of the recipe names them.
+        unmatched: True for a matrix that is alone of its kind, such as a classifier.
     """
 
     kind: str
@@ -145,6 +146,7 @@ class Block:
     permutable: bool = True
     eps: float = 1e-5
     opt_in: bool = False
+    unmatched: bool = False
 
     def keep(self, tensors: Iterable[str]) -> Block:
         """The same block with only the slots that lie in `tensors`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class ModelInfo:
         aliases: second names of shared tensors, to their first.
         hints: facts about modules, see `families.find_blocks`.
         fixed: tensors that are never converted: complex ones and integers.
+        cautious: whether unmatched matrices are opt-in.
     """
 
     shapes: Mapping[str, Shape]
@@ -32,6 +33,7 @@ class ModelInfo:
     aliases: Mapping[str, str] = field(default_factory=dict)
     hints: Hints = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    cautious: bool = False
 
     @property
     def parameters(self) -> dict[str, Shape]:
@@ -42,7 +44,10 @@ class ModelInfo:
     def blocks(self) -> Sequence[tuple[str, Block]]:
         """The result of `find_blocks`, computed once: a comparison drafts dozens of recipes."""
         shapes = {n: s for n, s in self.shapes.items() if n not in self.fixed}
-        return find_blocks(shapes, self.hints)
+        found = find_blocks(shapes, self.hints)
+        if not self.cautious:
+            return found
+        return [(f, replace(b, opt_in=b.opt_in or b.unmatched)) for f, b in found]
 
 
 def inspect_model(model: nn.Module) -> ModelInfo:

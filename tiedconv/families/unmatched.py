@@ -1,7 +1,9 @@
 """Matrices that match no other: a classifier, a stem, a projection between stages.
 
 Each is a stack of its own. Schemes that share between layers leave it as it is; low rank, and
-`auto` by it, may store it in fewer parameters.
+`auto` by it, may store it in fewer parameters. An error in one of these costs far more than in
+other matrices, so without images, which show it, a budget takes them only if they are named or it
+can't be met otherwise (`conversion.pipeline.plan_on`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ def _find(shapes: Shapes, hints: Hints) -> list[Block]:
             module, _, role = name.rpartition(".")
             place = module or name
             slots = {role: Slot.whole(name, shape)}
-            blocks.append(Block("linear", place, place, 0, slots, permutable=False))
+            blocks.append(Block("linear", place, place, 0, slots, permutable=False, unmatched=True))
     return blocks
 
 

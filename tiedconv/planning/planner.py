@@ -226,12 +226,18 @@ def compile_plan(info: ModelInfo, drafts: Sequence[Draft]) -> Plan:
     return plan
 
 
+def chooses_by_size(recipe: Recipe) -> bool:
+    """Whether a budget decides what is stored: one that is given, or that of an open scheme."""
+    schemes = (make_scheme(rule.scheme, rule.options) for rule in recipe.rules)
+    return recipe.budget is not None or any(len(s.candidates()) > 1 for s in schemes)
+
+
 def alternatives(recipe: Recipe) -> list[Recipe]:
     """A recipe, and what else its schemes want tried at its budget; none without a budget."""
     found = [recipe]
-    schemes = [make_scheme(rule.scheme, rule.options) for rule in recipe.rules]
-    if recipe.budget is None and all(len(s.candidates()) == 1 for s in schemes):
+    if not chooses_by_size(recipe):
         return found
+    schemes = [make_scheme(rule.scheme, rule.options) for rule in recipe.rules]
     for i, rule in enumerate(recipe.rules):
         for other in schemes[i].alternatives():
             usual = type(other)().to_json()
