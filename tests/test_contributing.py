@@ -1,4 +1,4 @@
-"""docs/contributing.md names what is there, and all of it."""
+"""docs/contributing.md and docs/extending.md name what is there, and all of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from test_architecture import IMPORTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "contributing.md").read_text("utf-8")
+EXTENDING = (ROOT / "docs" / "extending.md").read_text("utf-8")
 
 
 def section(title: str) -> str:
@@ -41,10 +42,11 @@ def test_questions_have_one_answer_each() -> None:
 
 
 def test_every_path_named_is_there() -> None:
-    paths = re.findall(r"`((?:tiedconv|tests|docs|benchmarks)/[\w./]*)`", PAGE)
+    pages = PAGE + EXTENDING
+    paths = re.findall(r"`((?:tiedconv|tests|docs|benchmarks)/[\w./]*)`", pages)
     assert len(paths) > 20
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    links = re.findall(r"\]\(([\w./]+)\)", PAGE)
+    links = re.findall(r"\]\(([\w./]+)\)", pages)
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
 
 
@@ -58,11 +60,17 @@ def test_every_path_named_is_there() -> None:
     ],
 )
 def test_each_file_of_an_open_folder_is_named(kind: str, folder: str) -> None:
-    text = section("## What has one file each")
-    entry = re.search(rf"^- {kind}[^\n]*?: (.*?)(?=^- |^$)", text, re.MULTILINE | re.DOTALL)
+    entry = re.search(rf"^- {kind}[^\n]*?: (.*?)(?=^- |^$)", EXTENDING, re.MULTILINE | re.DOTALL)
     assert entry is not None
     names = {path.stem for path in (ROOT / "tiedconv" / folder).glob("[!_]*.py")} - {"inspect"}
     assert set(re.findall(r"`(\w+)`", entry[1])) == names
+
+
+def test_the_family_that_is_shown_is_the_file() -> None:
+    shown = re.findall(r"^```python\n(.*?)^```$", EXTENDING, re.MULTILINE | re.DOTALL)
+    file = (ROOT / "tiedconv" / "families" / "mbconv.py").read_text("utf-8")
+    assert file in shown
+    assert file.count("\n") < 100
 
 
 def test_docs_api_is_what_the_docstrings_say() -> None:

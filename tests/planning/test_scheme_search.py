@@ -220,7 +220,7 @@ def test_parts_share_one_budget() -> None:
     spent = []
     for loved in ("attn", "mlp"):
         metrics = {
-            tensor: KfacMetric(None, torch.eye(bench_of(name).tensors[tensor].shape[1]) * factor)
+            tensor: KfacMetric(None, torch.eye(bench_of(name).tensors[tensor][0].numel()) * factor)
             for tensor in metrics_for(name)
             for factor in [100.0 if loved in tensor else 1.0]
         }

@@ -232,7 +232,7 @@ def matrices_of(info: ModelInfo) -> list[Place]:
         raise NothingToConvert(
             "No block of this model is known",
             "There is no matrix to measure",
-            "Write a family for it (docs/contributing.md)",
+            "Write a family for it (docs/extending.md)",
             code="no-block-known",
         )
     return sorted(found, key=lambda p: (order[p.slot.tensor], p.slot.start))

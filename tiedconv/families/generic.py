@@ -77,7 +77,7 @@ def _pairs(slots: dict[str, Slot]) -> Iterator[tuple[str, str]]:
     Those that widen first; a squeeze in the midst of a pair does not part it.
     """
     roles = list(slots)
-    for widens in (True, False):
+    for widens in (True, False, True):
         i = 0
         while i + 1 < len(roles):
             first, second = slots[roles[i]], slots[roles[i + 1]]

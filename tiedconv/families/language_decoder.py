@@ -1,8 +1,8 @@
 """Decoder stacks of language models: Llama, Mistral, Qwen, Phi, Gemma, T5; SAM's decoders alike.
 
-Where several heads of queries share one of keys and values, `tied` takes k with v and q with o all
-the same: each pair has one shape. Heads are rotated by their positions in most, so only what is
-proven on the model is moved. Their gated feed-forwards are `swiglu`.
+Where several heads of queries share one of keys and values, `tied` has q with o alone: k and v are
+no square matrices, so neither is the other's transpose. Heads are rotated by their positions in
+most, so only what is proven on the model is moved. Their gated feed-forwards are `swiglu`.
 """
 
 from tiedconv.families._patterns import IN_LAYER, Attention, FeedForward, pattern_family
@@ -27,6 +27,5 @@ FAMILY = pattern_family(
         q="q.weight", k="k.weight", v="v.weight", o="o.weight",
     ),
     FeedForward(_T5 + r"\.DenseReluDense", up="wi.weight", down="wo.weight"),
-    FeedForward(IN_LAYER + r"\.mlp", up="up_proj.weight", down="down_proj.weight"),
     FeedForward(IN_LAYER + r"\.mlp", up="dense_h_to_4h.weight", down="dense_4h_to_h.weight"),
 )  # fmt: skip

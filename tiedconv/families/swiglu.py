@@ -35,4 +35,5 @@ FAMILY = pattern_family(
         FeedForward(_MLP, gate=f"{both}.weight", up=f"{both}.weight", down=f"{down}.weight")
         for both, down in _IN_ONE
     ),
+    FeedForward(_MLP, up="up_proj.weight", down="down_proj.weight"),  # DINOv3 without a gate
 )
