@@ -188,8 +188,9 @@ def full_rank_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 options += [{"base_rank": 10**6}]
             if name in EVERY_OPTION and scheme == "lors":
                 options += [{"groups": "adjacent:2"}, {"fused": False}, {"match": False}]
-                # Residuals make up for a core, but a layer without an equal has the core alone.
-                options += [{"base_rank": 10**6 if name == "torchvision-resnet" else 3}]
+                # Residuals make up for a base, but a layer without an equal has the base alone.
+                alone = {b.unmatched for _, b in inspect_model(all_micros()[name].model()).blocks}
+                options += [{"base_rank": 10**6 if alone != {False} else 3}]
                 # Two bases for two layers would be no fewer numbers, so nothing is converted.
                 options += [{"bases": 2}] if name != "torch-transformer" else []
             for option in options:

@@ -399,6 +399,129 @@ class Generators(nn.Module):
         return self.head(x.mean(1))
 
 
+class Hybrid(nn.Module):
+    """One or two layers of each kind that named families know beside plain transformers."""
+
+    class Inverted(nn.Module):
+        """An inverted bottleneck with squeeze-and-excitation, in timm's names."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv_pw, self.conv_pwl = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 16, 1)
+            self.conv_dw = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+            self.se = nn.ModuleDict(
+                {"conv_reduce": nn.Conv2d(32, 8, 1), "conv_expand": nn.Conv2d(8, 32, 1)}
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.conv_dw(torch.relu(self.conv_pw(x))))
+            squeezed = torch.relu(self.se["conv_reduce"](y.mean((2, 3), keepdim=True)))
+            return x + self.conv_pwl(y * self.se["conv_expand"](squeezed).sigmoid())
+
+    class Preactivated(nn.Module):
+        """A bottleneck whose norms come first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(16)
+            self.conv1, self.conv3 = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+            self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.conv1(torch.relu(self.norm(x))))
+            return x + self.conv3(torch.relu(self.conv2(y)))
+
+    class Attending(nn.Module):
+        """An attention of two heads under names of its own.
+
+        Args:
+            q, k, v, o: names of its layers; of q or k all parts that one layer gives.
+            grouped: whether both heads have the same keys and values.
+        """
+
+        def __init__(self, q: str, k: str, v: str, o: str, *, grouped: bool = False) -> None:
+            super().__init__()
+            names = [q, k, v]
+            widths = {name: 16 * names.count(name) for name in dict.fromkeys(names)}
+            if grouped:
+                widths |= {k: 8, v: 8}
+            for name, width in [*widths.items(), (o, 16)]:
+                self._put(name, nn.Linear(16, width))
+            self.names, self.o, self.num_heads = list(widths), o, 2
+
+        def _put(self, name: str, layer: nn.Module) -> None:
+            where: nn.Module = self
+            *path, last = name.split(".")
+            for part in path:
+                if part not in where._modules:
+                    where.add_module(part, nn.Module())
+                where = where.get_submodule(part)
+            where.add_module(last, layer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """`(n, tokens, 16)` to the same."""
+            read = nn.functional.layer_norm(x, (16,))
+            found = torch.cat([self.get_submodule(name)(read) for name in self.names], -1)
+            if found.shape[-1] == 48:
+                q, k, v = found.chunk(3, -1)
+            else:
+                q, k, v = found.split([16, 8, 8], -1)
+                k, v = k.repeat(1, 1, 2), v.repeat(1, 1, 2)
+            return x + self.get_submodule(self.o)(_attend(q, k, v))
+
+    class Decoder(nn.Module):
+        """A layer with grouped queries and a gated feed-forward."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.self_attn = Hybrid.Attending(
+                "q_proj", "k_proj", "v_proj", "o_proj", grouped=True
+            )  # fmt: skip
+            self.mlp = nn.ModuleDict(
+                {
+                    "gate_proj": nn.Linear(16, 24),
+                    "up_proj": nn.Linear(16, 24),
+                    "down_proj": nn.Linear(24, 16),
+                }
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.self_attn(x)
+            y = nn.functional.layer_norm(x, (16,))
+            gate = nn.functional.silu(self.mlp["gate_proj"](y))
+            return x + self.mlp["down_proj"](gate * self.mlp["up_proj"](y))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 4, 4)
+        self.blocks = nn.ModuleList(self.Inverted() for _ in range(2))
+        self.bottlenecks = nn.ModuleList(self.Preactivated() for _ in range(2))
+        words = ("self.query", "self.key", "self.value", "output.dense")
+        self.layer = nn.ModuleList(
+            nn.ModuleDict({"attention": self.Attending(*words)}) for _ in range(2)
+        )
+        self.windows = nn.ModuleList(
+            nn.ModuleDict({"attn": self.Attending("qkv", "qkv", "qkv", "proj")}) for _ in range(2)
+        )
+        self.reduced = nn.ModuleList(
+            nn.ModuleDict({"attn": self.Attending("q", "kv", "kv", "proj")}) for _ in range(2)
+        )
+        self.decoders = nn.ModuleList(self.Decoder() for _ in range(2))
+        self.head = nn.Linear(16, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, 3, h, w)` to `(n, 9)`."""
+        x = self.stem(x)
+        for block in (*self.blocks, *self.bottlenecks):
+            x = block(x)
+        x = x.flatten(2).mT
+        for layer in (*self.layer, *self.windows, *self.reduced):
+            x = next(iter(layer.values()))(x)
+        for decoder in self.decoders:
+            x = decoder(x)
+        return self.head(x.mean(1))
+
+
 def _perceptron() -> nn.Module:
     layers: list[nn.Module] = [nn.Flatten(), nn.Linear(48, 24)]
     for _ in range(3):
@@ -448,6 +571,7 @@ def all_micros() -> dict[str, Micro]:
         all_detectors()["hf-deformable-detr-refined"],
         Micro("aliased", Aliased, _tokens, _plain),
         Micro("convmixer", ConvMixer, _image(), _plain),
+        Micro("hybrid", Hybrid, _image(), _plain),
         Micro("perceptron", _perceptron, _image(4), _plain),
         Micro("generators", Generators, _tokens, _plain),
     )  # fmt: skip

@@ -12,6 +12,7 @@ Moves follow from the recipe's rules and the weights alone, whatever a budget or
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from tiedconv.conversion.symmetry_proof import SymmetryProof
 from tiedconv.conversion.tensor_store import MemoryStore
 from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError, UserError
-from tiedconv.families.inspect import inspect_model
+from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.numerics.symmetries import Allows
 from tiedconv.planning.planner import KEPT, Task, align_weights, draft
 from tiedconv.planning.recipe import Budget, Recipe, Rule
@@ -106,11 +107,7 @@ def moved_original(model: nn.Module, original: nn.Module | None) -> dict[str, Te
     original = _checked(state.plan, original)
     recipe = conversion_recipe(state.history)
     info = inspect_model(original)
-    try:
-        tasks = draft(info, recipe)
-    except TiedconvError as error:
-        raise _not_repeatable(f"it fails now ({error.what})", "conversion-fails") from error
-    _same_groups(tasks, state.plan)
+    tasks = _same_tasks(info, recipe, state.plan)
     own = {name: t.detach().cpu() for name, t in state_tensors(original).items()}
     allows = recorded_symmetries(state.history) or SymmetryProof(info, original)
     workspace = MemoryStore({n: own[n] for n in info.shapes}, allows=allows).open()
@@ -181,8 +178,24 @@ def _checked(plan: Plan, original: nn.Module | None) -> nn.Module:
     return original
 
 
-def _same_groups(tasks: Sequence[Task], plan: Plan) -> None:
-    """Raises UserError unless the tasks share what the plan does.
+def _same_tasks(info: ModelInfo, recipe: Recipe, plan: Plan) -> list[Task]:
+    """What the recipe makes of the model, with its unmatched matrices or without, as in the plan.
+
+    Raises:
+        UserError: it makes something else.
+    """
+    for cautious in (False, True):
+        try:
+            tasks = draft(dataclasses.replace(info, cautious=cautious), recipe)
+        except TiedconvError as error:
+            raise _not_repeatable(f"it fails now ({error.what})", "conversion-fails") from error
+        if _are_same_groups(tasks, plan):
+            return tasks
+    raise _not_repeatable("it gives other groups than the file has", "groups-mismatch")
+
+
+def _are_same_groups(tasks: Sequence[Task], plan: Plan) -> bool:
+    """Whether the tasks share what the plan does.
 
     Ranks are not compared: no move depends on them. A scheme that leaves the choice open (`auto`)
     need only govern what was converted.
@@ -190,12 +203,9 @@ def _same_groups(tasks: Sequence[Task], plan: Plan) -> None:
     converted = [g for g in plan.groups if g.scheme != KEPT]
     if any(len(task.scheme.candidates()) > 1 for task in tasks):
         slots = [s for task in tasks for block in task.blocks for s in block.slots.values()]
-        same = {m.slot.tensor for g in converted for m in g.members} <= {s.tensor for s in slots}
-    else:
-        drafts = {(d.name, d.scheme.name, d.members) for task in tasks for d in task.drafts}
-        same = drafts == {(g.name, g.scheme, g.members) for g in converted}
-    if not same:
-        raise _not_repeatable("it gives other groups than the file has", "groups-mismatch")
+        return {m.slot.tensor for g in converted for m in g.members} <= {s.tensor for s in slots}
+    drafts = {(d.name, d.scheme.name, d.members) for task in tasks for d in task.drafts}
+    return drafts == {(g.name, g.scheme, g.members) for g in converted}
 
 
 def _not_repeatable(why: str, code: str) -> UserError:

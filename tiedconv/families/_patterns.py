@@ -73,6 +73,7 @@ class Attention:
                 is_fused and slots["v"].rows != slots["o"].columns
             ):
                 continue  # its rows are not q, k and v of equal width
+            slots = {role: slots[role] for role in "qkvo"}
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
             permutable = (
                 "rotary" not in hints

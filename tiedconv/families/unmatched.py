@@ -11,14 +11,14 @@ from __future__ import annotations
 from tiedconv.core.plan import Block, Slot
 from tiedconv.families._patterns import Family, Hints, Shapes, is_matrix
 
-LEAST_SIDE = 8
+_LEAST_SIDE = 8
 """Rows or columns of a matrix that is worth two factors."""
 
 
 def _find(shapes: Shapes, hints: Hints) -> list[Block]:
     blocks: list[Block] = []
     for name, shape in shapes.items():
-        if is_matrix(name, shape, hints, LEAST_SIDE):
+        if is_matrix(name, shape, hints, _LEAST_SIDE):
             module, _, role = name.rpartition(".")
             place = module or name
             slots = {role: Slot.whole(name, shape)}

@@ -358,10 +358,11 @@ def _nothing(info: ModelInfo, recipe: Recipe) -> NothingToConvert:
         )
     takes = [(scheme, _converted_by(info, scheme)) for scheme in schemes]
     ways = [f"--scheme {name} (converts {100 * share:.0f} %)" for name, share in takes if share]
+    ways += ["a wider --include"] * any(rule.include or rule.exclude for rule in recipe.rules)
     return NothingToConvert(
         f"Nothing in this model can be converted by this recipe ({wanted})",
         f"What the model has: {', '.join(saw)}",
-        f"Try {' or '.join(ways)}" if ways else "Widen --include",
+        f"Try {' or '.join(ways)}",
         code="nothing-to-convert",
     )
 
