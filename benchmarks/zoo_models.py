@@ -226,8 +226,9 @@ def built(name: str, *, small: bool = True) -> nn.Module:
         options: dict[str, Any] = {"weights": None}
         if "weights_backbone" in known:
             options["weights_backbone"] = None
-        if which in ("googlenet", "inception_v3"):
-            options["init_weights"] = False
+        if which in ("googlenet", "inception_v3"):  # as their weights are published
+            options |= {"init_weights": False, "transform_input": True}
+            options |= {"aux_logits": False} if which == "googlenet" else {}
         model = builder(**options)
     else:
         model_class, config_class, sizes = TRANSFORMERS[which]

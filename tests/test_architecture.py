@@ -42,7 +42,7 @@ IMPORTS: dict[str, str] = {
     "data": "errors io sources",
     "training": "core data errors io runtime utils",
     "detection": "data errors training",
-    "outputs": "detection errors runtime training",
+    "outputs": "data detection errors runtime training",
     "calibration": "core data errors io numerics outputs runtime training",
     "conversion": "calibration core data errors families io numerics planning runtime schemes"
     " sources version",

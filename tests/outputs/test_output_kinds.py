@@ -26,6 +26,8 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
 MODEL = nn.Identity()
 NO_CLASSIFIER = nn.Identity()
 NO_CLASSIFIER.num_classes = 0  # type: ignore[assignment]
+SEVERAL = nn.Identity()
+SEVERAL.config = SimpleNamespace(problem_type="multi_label_classification")  # type: ignore[assignment]
 
 # An output, made of a tensor; the kind that it is of; and the tensor's shape.
 CASES: dict[str, tuple[Any, str, tuple[int, ...]]] = {
@@ -40,11 +42,23 @@ CASES: dict[str, tuple[Any, str, tuple[int, ...]]] = {
     "a map": (lambda x: x, "features", (2, 3, 2, 2)),
     "depth": (lambda x: {"logits": x}, "features", (2, 1, 2, 2)),
     "pyramid": (lambda x: [x, x.mean((2, 3), keepdim=True)], "features", (2, 3, 2, 2)),
+    "a depth map": (lambda x: {"predicted_depth": x}, "depth", (2, 3, 4)),
+    "masked pixels": (
+        lambda x: {"logits": x, "ids_restore": torch.arange(3), "mask": x[..., 0] > 0},
+        "masked pixels", (2, 3, 4),
+    ),
+    "several labels": (lambda x: x, "multi-label logits", (3, 4)),
     "boxes": (
         lambda x: SimpleNamespace(logits=x[..., 4:], pred_boxes=x[..., :4].sigmoid()),
         "boxes", (2, 3, 6),
     ),
 }  # fmt: skip
+
+
+def model_of(case: str) -> nn.Module:
+    return SEVERAL if case == "several labels" else MODEL
+
+
 each_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -52,9 +66,10 @@ each_case = pytest.mark.parametrize("case", CASES)
 def test_an_output_is_of_one_kind(case: str) -> None:
     made, name, shape = CASES[case]
     output = made(_normal(*shape))
-    matching = [k.name for k in all_output_kinds() if not k.last and k.matches(output, MODEL)]
+    model = model_of(case)
+    matching = [k.name for k in all_output_kinds() if not k.last and k.matches(output, model)]
     assert matching == ([] if name == "features" else [name])
-    assert kind_of(output, MODEL).name == name
+    assert kind_of(output, model_of(case)).name == name
 
 
 def test_a_timm_model_without_a_classifier_gives_features() -> None:
@@ -65,12 +80,12 @@ def test_a_timm_model_without_a_classifier_gives_features() -> None:
 def test_nothing_is_as_near_as_the_output_itself(case: str) -> None:
     made, _, shape = CASES[case]
     own, other = made(_normal(*shape)), made(-_normal(*shape))
-    kind = kind_of(own, MODEL)
-    assert float(kind.distance(own, own, MODEL)) == pytest.approx(0, abs=1e-5)
-    assert float(kind.divergence(own, own, MODEL)) == pytest.approx(0, abs=1e-6)
-    assert kind.agreement(own, own, MODEL).tolist() == pytest.approx([1] * shape[0])
-    assert float(kind.distance(other, own, MODEL)) > 0.01
-    assert float(kind.agreement(other, own, MODEL).mean()) < 1
+    kind = kind_of(own, model_of(case))
+    assert float(kind.distance(own, own, model_of(case))) == pytest.approx(0, abs=1e-5)
+    assert float(kind.divergence(own, own, model_of(case))) == pytest.approx(0, abs=1e-6)
+    assert kind.agreement(own, own, model_of(case)).tolist() == pytest.approx([1] * shape[0])
+    assert float(kind.distance(other, own, model_of(case))) > 0.01
+    assert float(kind.agreement(other, own, model_of(case)).mean()) < 1
 
 
 @each_case
@@ -79,10 +94,10 @@ def test_the_divergence_is_the_distance_of_all_images(case: str) -> None:
     if name == "boxes":
         pytest.skip("a detector is distilled by another distance than is drawn from")
     own, other = made(_normal(*shape)), made(_normal(*shape, seed=1))
-    kind = kind_of(own, MODEL)
+    kind = kind_of(own, model_of(case))
     rows = shape[0]
-    assert float(kind.divergence(other, own, MODEL)) == pytest.approx(
-        rows * float(kind.distance(other, own, MODEL)), rel=1e-4
+    assert float(kind.divergence(other, own, model_of(case))) == pytest.approx(
+        rows * float(kind.distance(other, own, model_of(case))), rel=1e-4
     )
 
 
@@ -96,14 +111,14 @@ def test_the_gradients_of_draws_are_the_curvature_of_the_divergence(case: str) -
     step = _normal(*shape, seed=2).double()
     if name == "boxes":
         step[..., :4] = 0  # the likelihood of boxes has a kink
-    kind = kind_of(made(x), MODEL)
+    kind = kind_of(made(x), model_of(case))
     size = 1e-3
-    divergence = float(kind.divergence(made(x + size * step), made(x), MODEL))
+    divergence = float(kind.divergence(made(x + size * step), made(x), model_of(case)))
     asking = x.clone().requires_grad_()
     generator = torch.Generator().manual_seed(0)
     slopes = []
     for _ in range(1500):
-        loss = kind.drawn_loss(made(asking), MODEL, generator)
+        loss = kind.drawn_loss(made(asking), model_of(case), generator)
         (gradient,) = torch.autograd.grad(loss, asking)
         slopes.append(float((gradient * step).sum()))
     mean_square = sum(s * s for s in slopes) / len(slopes)

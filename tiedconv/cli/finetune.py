@@ -299,7 +299,7 @@ def show_result(done: Finetuned, written: Mapping[str, Path | None], *, json_: b
     names = [name for name in result.metrics if name in METRIC_TITLES]
     columns = ("", *(METRIC_TITLES[name] for name in names))
     measured = {"before": result.metrics_before, "after": result.metrics}
-    if done.teacher != "none" and done.agreement is None:
+    if result.metrics_teacher:
         measured["teacher"] = result.metrics_teacher
     rows: list[render.Row] = [
         (when, *(render.accuracy(metrics.get(name)) for name in names))

@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tiedconv.commands.finetune_inputs import FinetuneInputs, FinetuneRequest, open_inputs
+from tiedconv.commands.finetune_inputs import (
+    FinetuneInputs,
+    FinetuneRequest,
+    imitated,
+    open_inputs,
+    with_teacher_outputs,
+)
 from tiedconv.conversion.original_blend import OriginalBlend
 from tiedconv.data.images import are_indices
-from tiedconv.errors import DataError
 from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import save, size_of_model
 from tiedconv.io.run_dir import RunDir
@@ -41,7 +46,6 @@ from tiedconv.training import (
     init_distributed,
     rank_in_environment,
     train,
-    with_teacher_labels,
 )
 from tiedconv.training import forecast as training_forecast
 from tiedconv.version import __version__
@@ -229,17 +233,13 @@ def _locked(
     with init_distributed(request.device) as (processes, place):
         if on_event is not None and processes.first:
             _announce(work, on_event)
-        val_data = work.val_data
-        if not work.labelled:
-            val_data = with_teacher_labels(
-                val_data, _required_teacher(work, request.data), model, work.config, place
-            )
+        train_data, val_data = with_teacher_outputs(work, request.data, place)
         if processes.first and not resume:
             folder.clear()
         try:
             with processes.losses_as_errors():
                 result = train(
-                    model, work.train_data, val_data, work.config, teacher=work.teacher,
+                    model, train_data, val_data, work.config, teacher=work.teacher,
                     blend=blend, device=place, checkpoint_dir=folder.path, resume=resume,
                     made_of=_made_of(work, request.file), started=started, on_event=on_event,
                 )  # fmt: skip
@@ -260,9 +260,9 @@ def _locked(
 def dry_run(request: FinetuneRequest) -> Forecast:
     """What `forecast` does."""
     work = open_inputs(request)
+    train, val = imitated(work) or (work.train_data, work.val_data)
     return training_forecast(
-        work.model, work.train_data, work.val_data, work.config, teacher=work.teacher,
-        device=request.device,
+        work.model, train, val, work.config, teacher=work.teacher, device=request.device
     )  # fmt: skip
 
 
@@ -308,17 +308,6 @@ def _made_of(work: FinetuneInputs, file: str | Path) -> dict[str, str]:
         "validation data": work.split.val.digest()[:12],
         "preprocessing": json.dumps(prepared.to_json()) if prepared else "none",
     }
-
-
-def _required_teacher(work: FinetuneInputs, data: str | Path) -> nn.Module:
-    if work.teacher is None:
-        raise DataError(
-            f"The images of {data} have no labels, and there is no teacher",
-            "There is nothing to learn from",
-            "Name a teacher with --teacher, or give images with labels",
-            code="no-labels",
-        )
-    return work.teacher
 
 
 def _entry(

@@ -8,20 +8,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from tiedconv.commands.evaluate import open_teacher
-from tiedconv.data import ImageList, Labels, Split, eval_transform, open_split, train_transform
+from tiedconv.data import (
+    Broken,
+    ImageList,
+    Labels,
+    Split,
+    eval_transform,
+    open_split,
+    train_transform,
+)
 from tiedconv.data.class_match import ClassMatch, match_classes
 from tiedconv.detection import DetectionList, detects, for_detector
-from tiedconv.errors import UserError
+from tiedconv.errors import DataError, UserError
+from tiedconv.outputs import Imitated, Imitation, kind_of
+from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.runtime.soft_codes import soften
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import Preprocess, Source
 from tiedconv.sources.class_names import ClassNames, class_names_of
 from tiedconv.sources.models import load, source_of, with_preprocess
-from tiedconv.training import TrainConfig
+from tiedconv.training import TrainConfig, with_teacher_labels
+from tiedconv.training.batchnorm import modes_kept
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,60 @@ def open_inputs(request: FinetuneRequest) -> FinetuneInputs:
     # What the file or its source says already need not be recorded again.
     classes = () if known is not None and match and match.how == "name" else split.classes
     return FinetuneInputs(model, source, network, name, split, train, val, config, match, classes)
+
+
+def with_teacher_outputs(
+    work: FinetuneInputs, data: str | Path, device: torch.device
+) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Training and validation images, the teacher's outputs in place of labels that are missing.
+
+    Args:
+        work: the inputs.
+        data: as the user named it.
+        device: to run the teacher on.
+
+    Raises:
+        DataError: there are neither labels nor a teacher (`no-labels`).
+    """
+    found = imitated(work)
+    if found is not None:
+        return found
+    if work.labelled:
+        return work.train_data, work.val_data
+    if work.teacher is None:
+        raise DataError(
+            f"The images of {data} have no labels, and there is no teacher",
+            "There is nothing to learn from",
+            "Name a teacher with --teacher, or give images with labels",
+            code="no-labels",
+        )
+    taught = with_teacher_labels(work.val_data, work.teacher, work.model, work.config, device)
+    return work.train_data, taught
+
+
+@torch.no_grad()
+def imitated(work: FinetuneInputs) -> tuple[Dataset[Any], Dataset[Any]] | None:
+    """The images with the task of giving the teacher's outputs, if that is all there is to learn.
+
+    None where there are labels to learn too, and for one row of class logits an image, whose
+    predictions are compared.
+    """
+    teacher, alone = work.teacher, work.config.distill_weight == 1
+    if teacher is None or work.detects or (work.labelled and not alone):
+        return None
+    images = (work.val_data[i] for i in range(min(16, len(work.split.val))))
+    image = next((item[0] for item in images if not isinstance(item, Broken)), None)
+    if image is None:
+        return None
+    weight = next(teacher.parameters())
+    with modes_kept(teacher):
+        teacher.eval()
+        output = checked_forward(teacher, image.unsqueeze(0).to(weight.device, weight.dtype))
+    kind = kind_of(output, teacher)
+    if kind.name == "class logits" and kind.values(output)[0].ndim == 2:
+        return None
+    task = Imitation(kind, teacher)
+    return Imitated(work.train_data, task), Imitated(work.val_data, task)
 
 
 def _matched(

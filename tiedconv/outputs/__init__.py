@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from tiedconv.outputs._base import OutputKind
+from tiedconv.outputs._imitation import Imitated, Imitation
 
-__all__ = ["OutputKind", "all_output_kinds", "kind_of"]
+__all__ = ["Imitated", "Imitation", "OutputKind", "all_output_kinds", "kind_of"]
 
 
 @functools.cache

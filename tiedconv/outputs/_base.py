@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tiedconv.detection import tensor_in
 from tiedconv.errors import UserError
 
 
@@ -75,6 +76,17 @@ class OutputKind(ABC):
     @abstractmethod
     def agreement(self, output: Any, answer: Any, model: nn.Module) -> Tensor:
         """How far two outputs say the same, `(images,)`: 1 where they do, see `compares`."""
+
+
+def is_multi_label(model: nn.Module) -> bool:
+    """Whether a model of transformers is configured for several labels an image."""
+    config = getattr(model, "config", None)
+    return getattr(config, "problem_type", None) == "multi_label_classification"
+
+
+def is_reconstruction(output: Any) -> bool:
+    """Whether an output says how its patches were shuffled, as masked pretraining does."""
+    return tensor_in(output, "ids_restore") is not None
 
 
 def require_same_shapes(found: Sequence[Tensor], known: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.detection import tensor_in
-from tiedconv.outputs._base import OutputKind
+from tiedconv.outputs._base import OutputKind, is_multi_label, is_reconstruction
 from tiedconv.outputs._softmax import drawn_class, softmax_divergence
 from tiedconv.training.losses import distillation_loss, find_logits, logits_of
 
@@ -25,6 +25,10 @@ class ClassLogits(OutputKind):
             return False
         if getattr(model, "num_classes", None) == 0:
             return False  # a timm model without its classifier gives features
+        if is_reconstruction(output):
+            return False  # masked pretraining calls the pixels that it predicts logits
+        if logits.ndim == 2 and is_multi_label(model):
+            return False
         named = not isinstance(output, Tensor | tuple | list)
         return logits.ndim == 2 or (logits.ndim == 3 and named)
 

@@ -48,7 +48,7 @@ class Features(OutputKind):
         found, known = self.values(output), self.values(answer)
         require_same_shapes(found, known)
         parts = [
-            ((x - y).square().sum(-1) / _energies(y)).mean() / 2
+            ((x - y).square().sum(-1) / _scales(x, y)).mean() / 2
             for x, y in zip(found, known, strict=True)
         ]
         return torch.stack(parts).mean()
@@ -80,10 +80,16 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), 1, math.prod(tensor.shape[1:]))
 
 
+def _scales(found: Tensor, known: Tensor) -> Tensor:
+    """What squared errors of rows are divided by: the energy of what is known, if there is any."""
+    own = found.detach().square().sum(-1)
+    return torch.maximum(_energies(known), _SMALLEST * own)
+
+
 def _energies(rows: Tensor) -> Tensor:
     """Squared norm of each row, `(B, rows)`."""
     energies = rows.square().sum(-1)
-    return energies.clamp(min=max(_SMALLEST * float(energies.mean()), 1e-20))
+    return energies.clamp(min=max(_SMALLEST * float(energies.detach().mean()), 1e-20))
 
 
 OUTPUT = Features()

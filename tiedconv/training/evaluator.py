@@ -21,7 +21,7 @@ from tiedconv.training.device import Placement
 from tiedconv.training.distributed import DistContext
 from tiedconv.training.evaluation import EvalResult, Scorer
 from tiedconv.training.events import OnEvent
-from tiedconv.training.losses import logits_of
+from tiedconv.training.objective import first_tensor
 from tiedconv.training.wrappers import TrainWrapper
 
 RECALIBRATION_EPOCH = -1
@@ -78,8 +78,9 @@ class Evaluator:
             for batch in self.val_loader.epoch():
                 if len(batch.images):
                     with self.placement.autocast():
-                        logits = logits_of(model(self.placement.images(batch.images)))
-                    float(logits.sum())  # waits for the device
+                        found = first_tensor(model(self.placement.images(batch.images)))
+                    if found is not None:
+                        float(found.sum())  # waits for the device
                     images += len(batch.images) * self.processes.count
                 if time.perf_counter() - start > _SECONDS and not self.processes.several:
                     break

@@ -57,7 +57,8 @@ def rows_of(output: Any) -> Tensor:
         raise UserError(
             f"The model returns logits {tuple(logits.shape)}, not one row for each image",
             "It can't be evaluated as a classifier",
-            "Use a classifier; for a detector, give a folder in COCO's form",
+            "Use a classifier; for a detector, give a folder in COCO's form; for other outputs "
+            "distil alone, with --distill 1 and a teacher",
             code="not-a-classifier",
         )
     return logits

@@ -10,11 +10,14 @@ Metrics = Mapping[str, float]
 
 ACCURACY = ("top1", "top5")
 AGREEMENT = ("agreement",)
+SIMILARITY = ("similarity",)
+"""Cosine of the outputs to the teacher's, where they are no cases that agree or not."""
 
 METRIC_TITLES: Mapping[str, str] = {
     "top1": "top-1",
     "top5": "top-5",
     "agreement": "agreement with the teacher",
+    "similarity": "cosine to the teacher",
     "ap": "AP",
     "ap50": "AP50",
 }

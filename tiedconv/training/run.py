@@ -15,7 +15,7 @@ from tiedconv.training.distributed import PaddingImage
 from tiedconv.training.ema import Ema
 from tiedconv.training.events import Checkpointed, EvalStep, Event, OnEvent, ignore
 from tiedconv.training.losses import diverged
-from tiedconv.training.metrics import AGREEMENT, metric_names
+from tiedconv.training.metrics import AGREEMENT, SIMILARITY, metric_names
 from tiedconv.training.results import Progress, TrainResult
 from tiedconv.training.signals import Interrupted, Interrupts
 from tiedconv.training.state import StateFolder, identity_of
@@ -63,7 +63,7 @@ class RunState:
     @property
     def labelled(self) -> bool:
         """Whether the labels are the data's own, not the teacher's."""
-        return self.metrics != AGREEMENT
+        return self.metrics not in (AGREEMENT, SIMILARITY)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
