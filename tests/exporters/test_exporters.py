@@ -611,3 +611,47 @@ def test_a_model_that_is_random_in_evaluation_is_seeded(
     one, other = outputs_of(model, x), outputs_of(model, x)
     assert torch.equal(torch.get_rng_state(), state)
     assert outputs_differ_by(one, other) == 0
+
+
+class Chained(nn.Module):
+    """Layers right behind one another, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.mix = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.never = nn.Conv2d(16, 16, 3)
+        self.up, self.down, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, 3, h, w)` to `(n, 8)`."""
+        pixels = self.mix(self.stem(x)).mean((2, 3))
+        return self.head(self.down(self.up(pixels)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lower", ["always", "never"])
+def test_layers_right_behind_one_another_and_unused_ones_can_be_exported(
+    lower: str, tmp_path: Path
+) -> None:
+    model = tiedconv.convert(Chained().eval(), "lowrank", rank=4)
+    names = state_of(model).plan.weights.keys()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    graph, lowered = onnx_graph(copy.deepcopy(model), x, lower=lower)
+    assert set(lowered.factored) | set(lowered.materialized) == names - {"never.weight"}
+    assert len(lowered.factored) == (5 if lower == "always" else 0)
+    ir.save(graph, tmp_path / "m.onnx")
+    (found,) = session(tmp_path / "m.onnx").run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_that_draws_random_numbers_is_refused() -> None:
+    class Random(Chained):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.rand_like(x))
+
+    model = tiedconv.convert(Random().eval(), "lowrank", rank=4)
+    with raises(UserError, "model-not-exportable"):
+        onnx_graph(model, torch.randn(2, 3, 8, 8))

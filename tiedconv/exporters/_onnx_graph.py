@@ -32,16 +32,22 @@ class Site:
     Args:
         kind: `linear` (`x W^T`), `transposed` (`x W`), `conv`, or `other`.
         node: the node of the result, which is to be replaced.
-        x: the features that the weight is applied to, None if `other`.
         bias: added to the result, or None.
         weight: the weight's value.
     """
 
     kind: str
     node: ir.Node
-    x: ir.Value | None
     bias: ir.Value | None
     weight: ir.Value
+
+    @property
+    def x(self) -> ir.Value | None:
+        """The features that the weight is applied to, None if `other`.
+
+        Those of the node as it is now: a layer right before it may have been replaced.
+        """
+        return None if self.kind == "other" else self.node.inputs[0]
 
 
 def trace(
@@ -93,23 +99,23 @@ def sites_of(weight: ir.Value) -> list[Site]:
 
 
 def _sites(weight: ir.Value, node: ir.Node, index: int) -> list[Site]:
-    other = [Site("other", node, None, None, weight)]
+    other = [Site("other", node, None, weight)]
     if node.op_type == "Transpose" and _ints(node, "perm") in ([1, 0], None):
         users = list(node.outputs[0].uses())
         if users and all(u.op_type == "MatMul" and i == 1 for u, i in users):
-            return [Site("linear", u, u.inputs[0], None, weight) for u, _ in users]
+            return [Site("linear", u, None, weight) for u, _ in users]
         return other
     if index != 1:
         return other
     if node.op_type == "MatMul":
-        return [Site("transposed", node, node.inputs[0], None, weight)]
+        return [Site("transposed", node, None, weight)]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     bias = None if bias is None or _is_zero(bias) else bias
     if node.op_type == "Gemm" and _plain_gemm(node):
         kind = "linear" if _int(node, "transB", 0) else "transposed"
-        return [Site(kind, node, node.inputs[0], bias, weight)]
+        return [Site(kind, node, bias, weight)]
     if node.op_type == "Conv" and _int(node, "group", 1) == 1:
-        return [Site("conv", node, node.inputs[0], bias, weight)]
+        return [Site("conv", node, bias, weight)]
     return other
 
 

@@ -10,6 +10,7 @@ of its own anyway.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from tiedconv.runtime.factored import (
     matrix_of,
 )
 from tiedconv.runtime.flops import apply_flops, never_materialized, reads_transposed
-from tiedconv.runtime.outputs import ONLY
+from tiedconv.runtime.outputs import ONLY, named_outputs
 from tiedconv.runtime.tie import state_of, untie
 
 if TYPE_CHECKING:
@@ -99,8 +100,34 @@ def onnx_graph(
     """
     plan = state_of(model).plan
     tensors = {n: p.detach() for n, p in model.named_parameters() if n in plan.factors}
-    graph = _traced(_disambiguated(untie(model), plan), images, outputs, opset)
-    return graph, put_factors(graph, plan, tensors, lower)
+    plain = _disambiguated(untie(model), plan)
+    graph = _traced(plain, images, outputs, opset)
+    if any(node.op_type.startswith("Random") for node in graph.graph):
+        raise UserError(
+            "The model draws random numbers in evaluation, as masked pretraining does",
+            "Its outputs in another runtime can't be compared with ours",
+            "Export it with --to pt2 or --to dense, or export its encoder alone",
+            code="model-not-exportable",
+        )
+    absent = [name for name in plan.weights if not _names_in(graph, plan, name)]
+    unused = frozenset(name for name in absent if _computes_without(plain, name, images))
+    return graph, put_factors(graph, plan, tensors, lower, unused)
+
+
+def _names_in(graph: ir.Model, plan: Plan, weight: str) -> list[str]:
+    """The names by which a graph holds a weight."""
+    return [n for n in (weight, *_aliases(plan, weight)) if n in graph.graph.initializers]
+
+
+@torch.no_grad()
+def _computes_without(model: nn.Module, weight: str, images: Tensor) -> bool:
+    """Whether no output changes with a weight, as that of a layer that is never called."""
+    parameter = model.get_parameter(weight)
+    before = named_outputs(model(images))
+    parameter.neg_()
+    after = named_outputs(model(images))
+    parameter.neg_()
+    return all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def _disambiguated(model: nn.Module, plan: Plan) -> nn.Module:
@@ -130,9 +157,20 @@ def _traced(
 
 
 def put_factors(
-    model: ir.Model, plan: Plan, tensors: Mapping[str, Tensor], lower: str
-) -> Lowered:  # fmt: skip
+    model: ir.Model,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    lower: str,
+    unused: Collection[str] = (),
+) -> Lowered:
     """Replace every converted weight of a graph by its factors, in place.
+
+    Args:
+        model: the graph.
+        plan: of the tied model.
+        tensors: its stored tensors.
+        lower: see `onnx_graph`.
+        unused: weights that the model computes without; the graph needs no factors of them.
 
     Raises:
         UserError: a converted weight is not in the graph.
@@ -141,8 +179,11 @@ def put_factors(
     factors = Factors(dict(tensors), lambda name, t: initializer(graph, name, array_of(t)))
     sites: dict[str, list[Site]] = {}
     values: dict[str, ir.Value] = {}
+    plan = dataclasses.replace(
+        plan, weights={n: e for n, e in plan.weights.items() if n not in unused}
+    )
     for name in plan.weights:
-        known = [n for n in (name, *_aliases(plan, name)) if n in graph.initializers]
+        known = _names_in(model, plan, name)
         if not known:
             raise UserError(
                 f"The exported graph has no weight {name}",
