@@ -17,10 +17,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax, pad, scaled_dot_product_attention
 from torch.nn.grad import conv2d_weight
 
-from tiedconv.calibration import KfacStatistics, gather_statistics, kfac_statistics
+from tiedconv.calibration import (
+    KfacStatistics,
+    gather_statistics,
+    kfac_statistics,
+    second_moments,
+)
 from tiedconv.calibration.second_moments import SecondMoment
 from tiedconv.commands.sensitivity import matrices_of
 from tiedconv.core.plan import Member
+from tiedconv.data import TensorList
 from tiedconv.errors import DataError, TiedconvError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.numerics.kfac_metric import KfacMetric, shrinkage_estimate
@@ -444,6 +450,27 @@ def sides(metric: KfacMetric) -> list[Tensor]:
     assert metric.left is not None
     assert metric.right is not None
     return [metric.left, metric.right]
+
+
+def test_of_a_side_that_is_too_wide_the_trace_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The identity stands for it; errors along random directions cost as much on average."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.GELU(), nn.Linear(6, 5)).eval()
+    data = TensorList(torch.randn(64, 3, 4, 4), [0] * 64)
+
+    def measured() -> KfacMetric:
+        return gather_statistics(model, {"1.weight": False}, data, workers=0).metrics["1.weight"]
+
+    whole = measured()
+    monkeypatch.setattr(second_moments, "LARGEST", 40)
+    wide = measured()
+    assert wide.right is None
+    assert wide.left is not None
+    assert whole.left is not None
+    assert whole.right is not None
+    errors = [torch.randn(6, 48, dtype=torch.float64) for _ in range(200)]
+    one, other = (sum(m.cost(e) for e in errors) for m in (whole, wide))
+    assert one == pytest.approx(other, rel=0.1)
+    assert SecondMoment.nbytes(48) == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -301,10 +301,30 @@ def _finish(
         halves = [h for h in (0, 1) if s.right.rows[h] and s.left.rows[h]]
         if not halves:
             continue  # what it writes reaches no output, or it was never used
-        right, first = _shrunk(s.right, halves, s.right.rows)
-        left, second = _shrunk(s.left, halves, counts)
-        metrics[name] = _scaled(KfacMetric(left, right), float(s.energy) / sum(counts))
+        right, first, inputs = _side(s.right, halves, s.right.rows)
+        left, second, outputs = _side(s.left, halves, counts)
+        # What a side that stands for the identity is multiplied by goes into the other one.
+        if left is not None:
+            left = left * inputs
+        if right is not None:
+            right = right * outputs
+        traces = [
+            float(m.width if side is None else side.trace())
+            for m, side in ((s.left, left), (s.right, right))
+        ]
+        energy = float(s.energy) / sum(counts)
+        metrics[name] = _scaled(KfacMetric(left, right), energy, traces[0] * traces[1])
         ridges[name] = (first, second)
+
+
+def _side(
+    moment: SecondMoment, halves: Sequence[int], counts: Sequence[int]
+) -> tuple[Tensor | None, float, float]:
+    """A moment, its ridge, and 1; of one that is too wide None, and the mean of its diagonal."""
+    entry = moment.mean_entry(sum(counts[half] for half in halves))
+    if entry is not None:
+        return None, 1.0, entry
+    return *_shrunk(moment, halves, counts), 1.0
 
 
 def _shrunk(
@@ -316,7 +336,7 @@ def _shrunk(
     return whole.cpu(), ridge
 
 
-def _scaled(metric: KfacMetric, energy: float) -> KfacMetric:
+def _scaled(metric: KfacMetric, energy: float, known: float) -> KfacMetric:
     """The metric scaled to the costs that the gradients of a convolution's weight show.
 
     K-FAC takes the places of an image to be independent. A convolution's are not: its costs came
@@ -327,11 +347,11 @@ def _scaled(metric: KfacMetric, energy: float) -> KfacMetric:
     Args:
         metric: by K-FAC.
         energy: that mean; zero where it was not measured.
+        known: the product of the traces of both sides.
     """
     left, right = metric.left, metric.right
-    assert left is not None
-    assert right is not None
-    known = left.trace() * right.trace()
     if not energy > 0 or not known > 0:
         return metric
+    if left is None:
+        return KfacMetric(None, None if right is None else right * (energy / known))
     return KfacMetric(left * (energy / known), right)

@@ -305,7 +305,9 @@ def is_matrix(name: str, shape: Shape, hints: Hints, least: int = 2) -> bool:
     owner = str(hints.get(name.rpartition(".")[0], ""))
     is_table = owner.endswith("Embedding") if owner else "embed" in name
     depthwise = len(shape) > 2 and shape[1] == 1
-    return not is_table and not depthwise and min(shape[0], math.prod(shape[1:])) >= least
+    if is_table or depthwise or "ConvTranspose" in owner:  # the last is stored (in, out, ...)
+        return False
+    return min(shape[0], math.prod(shape[1:])) >= least
 
 
 def _add_fused(
