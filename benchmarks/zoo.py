@@ -185,7 +185,12 @@ def check_row(name: str, folder: Path, export: bool) -> dict[str, Any]:
         except NothingToConvert:
             continue
         tied.eval()
-        row[f"error_{scheme}"] = apart(outputs(tied, given), expected)
+        error = apart(outputs(tied, given), expected)
+        if error > 1e-5 and row["float32_error"] > 1e-6:
+            # Drawn weights make some models chaotic: a change of 1e-6 flips an image there.
+            error = error_in_double(model, given, scheme, names)
+            row["in_double"] = True
+        row[f"error_{scheme}"] = error
         row["last"] = scheme
     if "last" not in row:
         return row
@@ -208,6 +213,16 @@ def check_row(name: str, folder: Path, export: bool) -> dict[str, Any]:
     if export:
         row["export"] = exported(path, folder / "m.onnx")
     return row
+
+
+def error_in_double(model: nn.Module, given: Any, scheme: str, names: list[str]) -> float:
+    """The same at float64, where rounding is no matter."""
+    wide = _double(given)
+    expected = outputs(model.double(), wide)
+    tied = tiedconv.convert(model, scheme, rank=10**6, include=names).eval()
+    error = apart(outputs(tied, wide), expected)
+    model.float()
+    return error
 
 
 def _double(given: Any) -> Any:

@@ -119,7 +119,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     ),
     "CvT": (
         "CvtModel", "CvtConfig",
-        {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 2]},
+        {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
     ),
     "LeViT": ("LevitModel", "LevitConfig", None),
     "GLPN": ("GLPNForDepthEstimation", "GLPNConfig", None),

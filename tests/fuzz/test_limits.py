@@ -435,6 +435,11 @@ def test_building_within_bounds_counts_what_is_made() -> None:
     with bounded(100, 2):
         nn.Linear(9, 10)
         assert len(torch.linspace(0, 1, 5).tolist()) == 5
+        # What a constructor runs to learn a backbone's shape: shapes that would broadcast to more.
+        kernels = torch.ones(1, 2048, 1024).reshape_as(torch.ones(2048, 1024, 1, 1))
+        assert torch.conv2d(torch.ones(1, 1024, 56, 56), kernels, None, 8).shape[-1] == 7
+        norm = torch.batch_norm  # by position, as torch.nn.functional calls it
+        assert norm(torch.ones(1, 300, 300), *[None] * 4, True, 0.0, 1e-5, False).numel() == 90_000
     for make in (
         lambda: nn.Linear(10_000, 10_000),
         lambda: torch.zeros(10**5, 10**5),
@@ -443,6 +448,8 @@ def test_building_within_bounds_counts_what_is_made() -> None:
         lambda: torch.outer(torch.ones(10**5), torch.ones(10**5)),
         lambda: torch.ones(10).repeat(10**6, 10),
         lambda: torch.ones(10**5).tolist(),
+        lambda: torch.conv2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), padding=10**4),
+        lambda: torch.ones(10**4, 1) @ torch.ones(1, 10**4),
         lambda: [nn.Sequential(nn.Identity()) for _ in range(10**5)],
     ):
         with bounded(100, 2), raises(SourceError, "model-too-large"):

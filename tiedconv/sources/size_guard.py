@@ -31,6 +31,15 @@ _MAKERS = frozenset(
     }
 )  # fmt: skip
 _OUTER = frozenset({"cartesian_prod", "ger", "kron", "outer"})
+_SHAPED_AS = frozenset({"reshape_as", "type_as", "view_as"})  # of the size of what they read
+_LAYERS = frozenset(
+    {
+        "addmm", "batch_norm", "bmm", "conv1d", "conv2d", "conv3d", "group_norm", "layer_norm",
+        "linear", "matmul",
+    }
+)  # fmt: skip
+"""What a constructor may run to learn the shape of a backbone's output."""
+
 _REPEATS = frozenset({"repeat", "repeat_interleave", "tile"})
 
 
@@ -114,7 +123,9 @@ def _expected(
         return math.prod(sizes)
     if name in _REPEATS:
         return sizes[0] * _product(args[1:])
-    if len({t.shape for t in tensors}) == 1:
+    if name in _LAYERS:
+        return max(*sizes, _result_size(func, args, kwargs))
+    if name in _SHAPED_AS or len({t.shape for t in tensors}) == 1:
         return max(sizes)
     try:
         # Neither all operations broadcast nor all arguments take part: it is a bound from above.
@@ -122,6 +133,19 @@ def _expected(
     except RuntimeError:
         together = 0
     return max(*sizes, together, 0)
+
+
+def _result_size(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Values in what a function returns, found without computing them; 0 if it refuses."""
+
+    def empty(value: Any) -> Any:
+        return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+    try:
+        found = func(*map(empty, args), **{k: empty(v) for k, v in kwargs.items()})
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return 0
+    return found.numel() if isinstance(found, Tensor) else 0
 
 
 def _product(args: Sequence[Any]) -> int:
