@@ -191,6 +191,8 @@ def main() -> None:
     for name, section in (
         ("accuracy", accuracy),
         ("frontier", results_bytes.frontier),
+        ("frontier_trained", results_bytes.trained),
+        ("frontier_ablation", results_bytes.ablation),
         ("detection", results_detectors.detection),
         ("adamixer_overfit", results_detectors.overfit),
         ("adamixer_speed", results_detectors.times),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from error_codes import raises
+from torch import Tensor, nn
 
 from tiedconv.errors import UserError, first_line
 from tiedconv.runtime.forward_check import checked_forward, is_out_of_memory
@@ -56,3 +57,16 @@ def test_memory_that_ran_out_on_the_cpu_passes_through() -> None:
 def test_the_first_line_of_an_error() -> None:
     assert first_line(ValueError("a\nb")) == "a"
     assert first_line(ValueError()) == "ValueError"
+
+
+class Reader(nn.Module):
+    """A model of text alone, or of text and images."""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        rows, tokens = input_ids.shape
+        return torch.zeros(rows, tokens)
+
+
+def test_a_model_of_text_is_named_as_one() -> None:
+    with raises(UserError, "model-takes-text"):
+        checked_forward(Reader(), IMAGES)

@@ -36,13 +36,22 @@ def checked_forward(model: Callable[..., Any], images: Tensor, **further: Tensor
         further: from `further_inputs`.
 
     Raises:
-        UserError: the model rejects images of this size (code `images-rejected`).
+        UserError: the model rejects images of this size (code `images-rejected`), or reads text
+            (`model-takes-text`).
     """
     try:
         return model(pixel_values=images, **further) if further else model(images)
     except (*_REJECTIONS, AttributeError) as error:
         if is_out_of_memory(error) or not _is_rejection(model, error, further):
             raise
+        if not further and takes_text(model):
+            raise UserError(
+                f"The model reads text (input_ids), and got images ({type(error).__name__}: "
+                f"{first_line(error)})",
+                "Images alone can't calibrate, evaluate or train it",
+                "Convert it without images, or give its vision tower, such as CLIPVisionModel",
+                code="model-takes-text",
+            ) from error
         height, width = images.shape[-2:]
         raise UserError(
             f"The model can't take images of {height} x {width} pixels "
@@ -51,6 +60,14 @@ def checked_forward(model: Callable[..., Any], images: Tensor, **further: Tensor
             "Choose the size it was made for (--image-size), or leave that option out",
             code="images-rejected",
         ) from error
+
+
+def takes_text(model: Callable[..., Any]) -> bool:
+    """Whether the first input of a model of transformers is token ids."""
+    if not isinstance(model, nn.Module):
+        return False
+    names = list(inspect.signature(model.forward).parameters)
+    return bool(names) and names[0] == "input_ids"
 
 
 def _is_rejection(
