@@ -24,7 +24,7 @@ class Family:
 
     Args:
         name: shown in plans and errors.
-        pattern: one example of the tensor names it matches, for error messages.
+        pattern: one example of the tensor names it matches, for people.
         find: from shapes and hints to blocks.
         last: True for a family that matches anything, tried after all others.
     """
