@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiedconv import sources
+from tiedconv.commands.convert import convert_file
 from tiedconv.errors import CheckpointError, MissingExtra, PlanError, SourceError, UserError
 from tiedconv.errors import WeightsError as BadWeights
+from tiedconv.planning.recipe import Recipe
 from tiedconv.sources import (
     TRUSTED,
     Preprocess,
@@ -684,3 +686,21 @@ def test_mismatches_are_named() -> None:
 
 def test_the_public_names_exist() -> None:
     assert all(hasattr(sources, name) for name in sources.__all__)
+
+
+@pytest.mark.parametrize("weights", ["default", "none"])
+def test_a_function_is_called_once(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "counted_model.py").write_text(
+        "from torch import nn\n"
+        "calls = []\n"
+        "def build():\n"
+        "    calls.append(1)\n"
+        "    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    convert_file(
+        "counted_model:build", Recipe.of("lowrank"), tmp_path / "m.safetensors", weights=weights
+    )
+    assert len(sys.modules.pop("counted_model").calls) == 1

@@ -21,6 +21,7 @@ from tiedconv.runtime.finite import check_finite
 from tiedconv.runtime.forward_check import check_size
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources import LazyWeights, Preprocess, Reading, Source
+from tiedconv.sources.python_function import is_function_spec
 from tiedconv.sources.size_guard import bounded
 
 PreprocessChange = Callable[[Preprocess], Preprocess]
@@ -126,7 +127,8 @@ def open_model(
     ):
         network, source, tensors = opened
         return OpenedModel(network, with_preprocess(source, preprocess), tensors, load_all)
-    if lazy and weights == "default":  # what is wrong shows before weights are fetched
+    # What is wrong shows before weights are fetched; a function of the user's is called once.
+    if lazy and weights == "default" and not is_function_spec(spec):
         network, source = sources.outline(spec, model_args)
         return OpenedModel(network, with_preprocess(source, preprocess), None, load_all)
     network, source = load_all()
