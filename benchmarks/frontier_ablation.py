@@ -52,12 +52,6 @@ def no_refit(
     return factors
 
 
-def in_blocks(info: Any) -> dict[str, bool]:
-    """The matrices of blocks alone."""
-    slots = [slot for _, block in info.blocks for slot in block.slots.values()]
-    return {slot.tensor: slot.transposed for slot in slots}
-
-
 def nothing(*_: Any) -> bool:
     """Integers are not made trainable."""
     return True
@@ -67,7 +61,6 @@ COLUMNS_ALONE: Patch = (of_matrices, "ROW_BLOCKS", 1)
 NEAREST: Patch = (of_matrices._Side, "of", staticmethod(to_nearest))
 NO_REFIT: Patch = (of_models, "refit", no_refit)
 BITS_ALONE: Patch = (byte_budget, "SHARES", ())
-BLOCKS_ALONE: Patch = (byte_budget, "matrices_of", in_blocks)
 INTEGERS_STAY: tuple[Patch, Patch] = (
     (byte_search, "soften", nothing),
     (byte_search, "harden", nothing),
@@ -82,7 +75,6 @@ SETTINGS: dict[str, tuple[str, str | None, tuple[Patch, ...]]] = {
     "the whole model rounded, nothing shared": ("fast", None, (BITS_ALONE,)),
     "ranks first (50 % of the parameters), bits after": ("fast", "50%", ()),
     "ranks first (30 %), bits after": ("fast", "30%", ()),
-    "only the matrices of blocks rounded": ("fast", None, (BLOCKS_ALONE,)),
     "all parts, with block fits": ("normal", None, ()),
     "block fits, integers not trained": ("normal", None, INTEGERS_STAY),
 }
