@@ -25,6 +25,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -238,14 +239,20 @@ def baseline(
         values, scales, whole = quantised(matrix, moment, bits, group)
         parameters[name].data = whole.reshape(parameters[name].shape)
         stored[f"{name}.codes"], stored[f"{name}.scales"] = packed(values, bits), scales.half()
-    for name, tensor in found.state_dict().items():
-        if f"{name}.codes" not in stored and tensor.is_floating_point():
+    return found, saved(found, stored, matrices(model))
+
+
+@torch.no_grad()
+def saved(model: nn.Module, stored: dict[str, Tensor], coded: Collection[str]) -> int:
+    """The bytes of a file of codes and scales; all but the coded weights is float16 in it."""
+    for name, tensor in model.state_dict().items():
+        if name not in coded and tensor.is_floating_point():
             stored[name] = tensor.half()
             tensor.copy_(stored[name].float())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
         save_file({n: t.contiguous() for n, t in stored.items()}, path)
-        return found, path.stat().st_size
+        return path.stat().st_size
 
 
 def ours(

@@ -33,9 +33,9 @@ from typing import Any
 import baselines
 import torch
 from finetuning import Teacher
-from frontier import MODELS, baseline, divergence, judged, matrices, ours, outputs, quantised
+from frontier import MODELS, baseline, divergence, judged, matrices, ours, outputs, quantised, saved
 from models import MEAN, STD, Pixels, normalised, read_pixels
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import TensorDataset
@@ -129,14 +129,7 @@ def written_qat(model: nn.Module) -> tuple[nn.Module, int]:
             stored[f"{name}.scales"] = scales.half()
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     coded = {name.removesuffix(".codes") + ".weight" for name in stored}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and name not in coded:
-            stored[name] = tensor.half()
-            tensor.copy_(stored[name].float())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "m.safetensors"
-        save_file({n: t.contiguous() for n, t in stored.items()}, path)
-        return model, path.stat().st_size
+    return model, saved(model, stored, coded)
 
 
 def in_eight_bits(model: nn.Module) -> tuple[nn.Module, int]:

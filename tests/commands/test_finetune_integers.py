@@ -10,8 +10,10 @@ import torch
 from cli_helpers import SPEC, World, figures, run
 
 import tiedconv
-from tiedconv.commands.finetune import finetune
+from tiedconv.commands import finetune as commands
+from tiedconv.commands.finetune import finetune, pack
 from tiedconv.io.checkpoint import size_of_model
+from tiedconv.runtime import soft_codes
 from tiedconv.runtime.soft_codes import LR_SCALES, harden, soften
 from tiedconv.runtime.tie import state_of
 from tiedconv.training import Event, TrainConfig
@@ -56,6 +58,26 @@ def test_integers_are_trained_and_the_file_keeps_its_budget(
     assert done.size == output.stat().st_size <= history[0]["rounding"]["bytes"]
     assert history[-1]["kept_step"] == done.result.kept_step > 0
     figures("verify", output)
+
+
+def test_a_budget_that_is_missed_is_said(
+    rounded: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiedconv.load(rounded)
+    budget = state_of(model).history[0]["rounding"]["bytes"]
+    soften(model)
+    assert pack(model) is None
+    # As if the trained integers were larger, and steps could not be lengthened.
+    monkeypatch.setattr(commands, "size_of_model", lambda _: budget + 1)
+    monkeypatch.setattr(soft_codes, "COARSER", (1.0,))
+    said = run(
+        "finetune", rounded, "--data", world.data, "--teacher", world.weights, "--distill", 1,
+        "--steps", 1, "--batch-size", 8, "--workers", 0, "--no-picture",
+        "-o", tmp_path / "o.safetensors",
+    )  # fmt: skip
+    assert "larger than" in said.stderr
+    done = trained(rounded, world, tmp_path / "p.safetensors")
+    assert done.missed_budget == budget
 
 
 def test_a_resumed_run_ends_with_the_same_file(rounded: Path, world: World, tmp_path: Path) -> None:

@@ -304,10 +304,9 @@ def _finish(
         right, first, inputs = _side(s.right, halves, s.right.rows)
         left, second, outputs = _side(s.left, halves, counts)
         # What a side that stands for the identity is multiplied by goes into the other one.
-        if left is not None:
-            left = left * inputs
-        if right is not None:
-            right = right * outputs
+        for side, factor in ((left, inputs), (right, outputs)):
+            if side is not None and factor != 1.0:
+                side.mul_(factor)
         traces = [
             float(m.width if side is None else side.trace())
             for m, side in ((s.left, left), (s.right, right))

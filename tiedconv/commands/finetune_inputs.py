@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from tiedconv.commands.evaluate import open_teacher
 from tiedconv.data import (
-    Broken,
     ImageList,
     Labels,
     Split,
     eval_transform,
+    first_readable,
     open_split,
     train_transform,
 )
@@ -26,6 +26,7 @@ from tiedconv.data.class_match import ClassMatch, match_classes
 from tiedconv.detection import DetectionList, detects, for_detector
 from tiedconv.errors import DataError, UserError
 from tiedconv.outputs import Imitated, Imitation, kind_of
+from tiedconv.outputs.class_logits import ClassLogits
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.runtime.soft_codes import soften
 from tiedconv.runtime.tie import state_of
@@ -170,16 +171,15 @@ def imitated(work: FinetuneInputs) -> tuple[Dataset[Any], Dataset[Any]] | None:
     teacher, alone = work.teacher, work.config.distill_weight == 1
     if teacher is None or work.detects or (work.labelled and not alone):
         return None
-    images = (work.val_data[i] for i in range(min(16, len(work.split.val))))
-    image = next((item[0] for item in images if not isinstance(item, Broken)), None)
-    if image is None:
+    sample = first_readable(work.val_data)
+    if sample is None:
         return None
     weight = next(teacher.parameters())
     with modes_kept(teacher):
         teacher.eval()
-        output = checked_forward(teacher, image.unsqueeze(0).to(weight.device, weight.dtype))
+        output = checked_forward(teacher, sample[0].unsqueeze(0).to(weight.device, weight.dtype))
     kind = kind_of(output, teacher)
-    if kind.name == "class logits" and kind.values(output)[0].ndim == 2:
+    if isinstance(kind, ClassLogits) and kind.values(output)[0].ndim == 2:
         return None
     task = Imitation(kind, teacher)
     return Imitated(work.train_data, task), Imitated(work.val_data, task)

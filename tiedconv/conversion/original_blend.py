@@ -184,10 +184,12 @@ def _same_tasks(info: ModelInfo, recipe: Recipe, plan: Plan) -> list[Task]:
     Raises:
         UserError: it makes something else.
     """
-    for cautious in (False, True):
+    for view in (info, dataclasses.replace(info, cautious=True)):
         try:
-            tasks = draft(dataclasses.replace(info, cautious=cautious), recipe)
+            tasks = draft(view, recipe)
         except TiedconvError as error:
+            if view is not info:
+                break  # without its unmatched matrices there is nothing
             raise _not_repeatable(f"it fails now ({error.what})", "conversion-fails") from error
         if _are_same_groups(tasks, plan):
             return tasks

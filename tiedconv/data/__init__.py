@@ -7,7 +7,7 @@ image is decoded.
 from __future__ import annotations
 
 from tiedconv.data.annotations import Objects
-from tiedconv.data.datasets import Broken, ImageList, Sample, TensorList
+from tiedconv.data.datasets import Broken, ImageList, Sample, TensorList, first_readable
 from tiedconv.data.images import Images, Store
 from tiedconv.data.loading import Batch, Loader, SampleKey, default_workers
 from tiedconv.data.normalize import Normalization, as_uint8
@@ -40,6 +40,7 @@ __all__ = [
     "as_uint8",
     "default_workers",
     "eval_transform",
+    "first_readable",
     "open_images",
     "open_split",
     "open_unlabelled",

@@ -142,6 +142,12 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[0] if text else repr(error)
 
 
+def first_readable(data: Dataset[Any]) -> Any:
+    """One of the first images with what stands beside it; None where none can be read."""
+    samples = (data[index] for index in range(min(16, len(data))))  # type: ignore[arg-type]
+    return next((sample for sample in samples if not isinstance(sample, Broken)), None)
+
+
 class TensorList(Dataset[Sample]):
     """Images in memory, read a whole batch at a time.
 

@@ -18,7 +18,7 @@ from tiedconv.training.batchnorm import norms_of
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
 from tiedconv.training.losses import feature_loss
-from tiedconv.training.objective import Outcome, check_teacher, common_blocks, outputs_of
+from tiedconv.training.objective import Outcome, distilled_blocks, outputs_of
 
 
 class DetectionObjective:
@@ -53,9 +53,7 @@ class DetectionObjective:
         self._norms = norms_of(student)
         self._classes: Tensor | None = None
         self._checked = False
-        check_teacher(config, teacher)
-        by_features = config.features > 0 and teacher is not None
-        self._blocks = common_blocks(student, teacher) if by_features and teacher else ()
+        self._blocks = distilled_blocks(config, student, teacher)
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> Outcome:
         """The loss of a batch.

@@ -21,6 +21,7 @@ from tiedconv.training.device import Placement
 from tiedconv.training.distributed import ALONE, DistContext
 from tiedconv.training.evaluation import EvalResult, answers, require_some
 from tiedconv.training.events import OnEvent, ignore
+from tiedconv.training.option_checks import check_unused
 
 TASKS = ("auto", "classification", "detection")
 
@@ -66,14 +67,8 @@ def for_detector(config: TrainConfig) -> TrainConfig:
             f"Leave --{option} out; --augment flip mirrors images and boxes",
             code="option-for-classifiers",
         )
-    for option, usual in (("distillation", "soft"), ("label_smoothing", 0.0)):
-        if getattr(config, option) != usual:
-            raise UserError(
-                f"{option}={getattr(config, option)} is for classifiers",
-                "A detector's losses have no such option",
-                f"Leave --{option.replace('_', '-')} out",
-                code="option-for-classifiers",
-            )
+    usual = {"distillation": ("soft",), "label_smoothing": (0.0,)}
+    check_unused(config, usual, "classifiers", "A detector's loss")
     augment = "none" if config.augment == "none" else "flip"
     return replace(config, augment=augment, bn_recalibrate=0)
 
@@ -142,7 +137,4 @@ class Detection:
         require_some(len(found), broken)
         classes = class_map(model, self.objects, outputs)
         metrics = average_precision(found, self.objects, classes)
-        return EvalResult(
-            metrics, float(finite), len(found), outputs, len(broken),
-            broken[0] if broken else None, time.perf_counter() - start,
-        )  # fmt: skip
+        return EvalResult.ended(start, metrics, float(finite), len(found), outputs, broken)

@@ -110,8 +110,7 @@ def onnx_graph(
             code="model-not-exportable",
         )
     absent = [name for name in plan.weights if not _names_in(graph, plan, name)]
-    unused = frozenset(name for name in absent if _computes_without(plain, name, images))
-    return graph, put_factors(graph, plan, tensors, lower, unused)
+    return graph, put_factors(graph, plan, tensors, lower, _unused(plain, absent, images))
 
 
 def _names_in(graph: ir.Model, plan: Plan, weight: str) -> list[str]:
@@ -120,14 +119,18 @@ def _names_in(graph: ir.Model, plan: Plan, weight: str) -> list[str]:
 
 
 @torch.no_grad()
-def _computes_without(model: nn.Module, weight: str, images: Tensor) -> bool:
-    """Whether no output changes with a weight, as that of a layer that is never called."""
-    parameter = model.get_parameter(weight)
-    before = named_outputs(model(images))
-    parameter.neg_()
-    after = named_outputs(model(images))
-    parameter.neg_()
-    return all(torch.equal(value, after[name]) for name, value in before.items())
+def _unused(model: nn.Module, weights: Sequence[str], images: Tensor) -> list[str]:
+    """Those with which no output changes, as of a layer that is never called."""
+    found: list[str] = []
+    before = named_outputs(model(images)) if weights else {}
+    for weight in weights:
+        parameter = model.get_parameter(weight)
+        parameter.neg_()
+        after = named_outputs(model(images))
+        parameter.neg_()
+        if all(torch.equal(value, after[name]) for name, value in before.items()):
+            found.append(weight)
+    return found
 
 
 def _disambiguated(model: nn.Module, plan: Plan) -> nn.Module:

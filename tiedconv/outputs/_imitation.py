@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.data import Broken, Loader, Normalization, as_uint8
-from tiedconv.errors import UserError
 from tiedconv.outputs._base import OutputKind
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
@@ -26,7 +25,11 @@ from tiedconv.training.events import OnEvent, ignore
 from tiedconv.training.losses import feature_loss
 from tiedconv.training.metrics import AGREEMENT, SIMILARITY
 from tiedconv.training.mixup import Mix
-from tiedconv.training.objective import Outcome, common_blocks, outputs_of
+from tiedconv.training.objective import Outcome, distilled_blocks, outputs_of
+from tiedconv.training.option_checks import check_unused
+
+USUAL = {"distillation": ("soft",), "temperature": (1.0, 2.0), "label_smoothing": (0.0,)}
+"""Options for class labels and their logits: the values that change nothing here."""
 
 
 class Imitation:
@@ -34,7 +37,7 @@ class Imitation:
 
     Args:
         kind: of the outputs.
-        teacher: what they are compared with in an evaluation; in training it is given anew.
+        teacher: what they are compared with in an evaluation; in training it is given again.
     """
 
     def __init__(self, kind: OutputKind, teacher: nn.Module) -> None:
@@ -80,10 +83,11 @@ class Imitation:
         """
         start = time.perf_counter()
         sums, broken = torch.zeros(3, dtype=torch.float64), list[str]()
-        seeded = Seeded(model)
-        for batch, output in answers(seeded, loader, placement, broken, on_event, processes):
-            with placement.autocast():
-                answer = Seeded(self.teacher)(placement.images(batch.images))
+        same_seed = Seeded(model)
+        for batch, output in answers(same_seed, loader, placement, broken, on_event, processes):
+            shown = placement.images(batch.images)
+            with placement.autocast(), one_seed(shown, 0):
+                answer = self.teacher(shown)
             count = len(batch.images)
             same = self.kind.agreement(output, answer, model).double().sum().cpu()
             apart = self.kind.distance(output, answer, model).double().cpu() * count
@@ -92,10 +96,8 @@ class Imitation:
         same_, apart_, images = (sum(part[0][i] for part in parts) for i in range(3))
         broken = [name for _, theirs in parts for name in theirs]
         require_some(int(images), broken)
-        return EvalResult(
-            {self.metrics[0]: same_ / images}, apart_ / images, int(images), 0, len(broken),
-            broken[0] if broken else None, time.perf_counter() - start,
-        )  # fmt: skip
+        metrics = {self.metrics[0]: same_ / images}
+        return EvalResult.ended(start, metrics, apart_ / images, int(images), 0, broken)
 
 
 class ImitationObjective:
@@ -119,13 +121,11 @@ class ImitationObjective:
         teacher: nn.Module,
         placement: Placement,
     ) -> None:
-        check_options(config)
+        check_unused(config, USUAL, "class logits", "The distance of other outputs")
         self.kind, self.config = kind, config
         self._forward, self._student, self._teacher = forward, student, teacher
         self._placement = placement
-        self._blocks: tuple[str, ...] = ()
-        if config.features > 0:
-            self._blocks = common_blocks(student, teacher)
+        self._blocks = distilled_blocks(config, student, teacher)
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> Outcome:
         """The loss of a batch; `labels` are not used, `seed` decides how images are mixed."""
@@ -172,24 +172,6 @@ class Seeded(nn.Module):
         """What the model returns."""
         with one_seed(images, 0):
             return self.model(images)
-
-
-def check_options(config: TrainConfig) -> None:
-    """Refuse options that are for class labels and their logits.
-
-    Raises:
-        UserError: one of them was set (`option-for-classifiers`).
-    """
-    usual = {"distillation": "soft", "temperature": (1.0, 2.0), "label_smoothing": 0.0}
-    for option, value in usual.items():
-        known = value if isinstance(value, tuple) else (value,)
-        if getattr(config, option) not in known:
-            raise UserError(
-                f"{option}={getattr(config, option)} is for class logits",
-                "The distance of other outputs has no such option",
-                f"Leave --{option.replace('_', '-')} out",
-                code="option-for-classifiers",
-            )
 
 
 class Imitated(Dataset[Any]):

@@ -52,6 +52,26 @@ class EvalResult:
     example_of_skipped: str | None
     seconds: float
 
+    @classmethod
+    def ended(
+        cls,
+        start: float,
+        metrics: Metrics,
+        loss: float,
+        images: int,
+        outputs: int,
+        broken: Sequence[str],
+        skipped: int | None = None,
+    ) -> EvalResult:
+        """The result of an evaluation that began at `start`, by `time.perf_counter`, and is over.
+
+        `skipped` counts the images that all processes could not read; those of `broken` if None.
+        """
+        count = len(broken) if skipped is None else skipped
+        example = broken[0] if broken else None
+        seconds = time.perf_counter() - start
+        return cls(metrics, loss, images, outputs, count, example, seconds)
+
     @property
     def top1(self) -> float:
         """Top-1 accuracy; NaN where other metrics were measured."""
@@ -144,10 +164,8 @@ def score(
             "Check its weights, and the mean and standard deviation of its images",
             code="outputs-not-finite",
         )
-    seconds = time.perf_counter() - start
-    example = broken[0] if broken else None
     metrics = dict(zip(names, hits, strict=False))
-    return EvalResult(metrics, loss, images, outputs, skipped, example, seconds)
+    return EvalResult.ended(start, metrics, loss, images, outputs, broken, skipped)
 
 
 def answers(

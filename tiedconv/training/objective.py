@@ -63,14 +63,11 @@ class Objective:
         classes: int | None,
         placement: Placement,
     ) -> None:
-        check_teacher(config, teacher)
         self.config = config
         self._forward, self._student, self._teacher = forward, student, teacher
         self._classes, self._placement = classes, placement
         self._checked = False
-        self._blocks: tuple[str, ...] = ()
-        if config.features > 0 and teacher is not None:
-            self._blocks = common_blocks(student, teacher)
+        self._blocks = distilled_blocks(config, student, teacher)
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> Outcome:
         """The loss of a batch.
@@ -118,6 +115,20 @@ class Objective:
         if not self._checked or labels.max() >= outputs:
             check_labels(labels, outputs, self._classes)
         self._checked = True
+
+
+def distilled_blocks(
+    config: TrainConfig, student: nn.Module, teacher: nn.Module | None
+) -> tuple[str, ...]:
+    """The names of the blocks whose outputs are distilled; none unless features are asked for.
+
+    Raises:
+        UserError: options that need a teacher where there is none, or a teacher with other blocks.
+    """
+    check_teacher(config, teacher)
+    if config.features > 0 and teacher is not None:
+        return common_blocks(student, teacher)
+    return ()
 
 
 def common_blocks(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:

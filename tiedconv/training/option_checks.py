@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from tiedconv.errors import UserError
+
+
+def check_unused(
+    config: object, usual: Mapping[str, Sequence[object]], used_for: str, what: str
+) -> None:
+    """Refuse options that a task has no use for, unless they are as usual.
+
+    Args:
+        config: the options.
+        usual: the option's name to the values that change nothing.
+        used_for: what the options are for, such as "classifiers".
+        what: what has no such options.
+
+    Raises:
+        UserError: one of them was set (`option-for-classifiers`).
+    """
+    for option, values in usual.items():
+        if getattr(config, option) not in values:
+            raise UserError(
+                f"{option}={getattr(config, option)} is for {used_for}",
+                f"{what} has no such option",
+                f"Leave --{option.replace('_', '-')} out",
+                code="option-for-classifiers",
+            )
 
 
 def check_range(

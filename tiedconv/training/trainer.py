@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from tiedconv.data import Broken, Loader
+from tiedconv.data import Loader, first_readable
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.training.batchnorm import batch_norm_errors, modes_kept, norms_of
 from tiedconv.training.best_state import check_steps
@@ -114,7 +114,7 @@ class TrainerSetup:
                 classes or widths, where it is to be learned from.
             DataError: labels that the model has no output for.
         """
-        sample = _readable(self.val_data)
+        sample = first_readable(self.val_data)
         if sample is None or getattr(self.val_data, "task", None) is not None:
             return
         images, labels = torch.stack([sample[0]] * 2), torch.tensor([sample[1]] * 2)
@@ -187,12 +187,6 @@ def _plain(config: TrainConfig) -> TrainConfig:
         config, augment="none", mixup=0.0, cutmix=0.0, label_smoothing=0.0, features=0.0,
         temperature=1.0,
     )  # fmt: skip
-
-
-def _readable(data: Dataset[Any]) -> Any:
-    """One of the first images with what stands beside it; None where none can be read."""
-    samples = (data[index] for index in range(min(16, len(data))))  # type: ignore[arg-type]
-    return next((sample for sample in samples if not isinstance(sample, Broken)), None)
 
 
 def _objective(
