@@ -200,7 +200,14 @@ def full_rank_cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
                     yield name, scheme, option
 
 
-@pytest.mark.parametrize(("name", "scheme", "options"), list(full_rank_cases()))
+FULL_RANK = list(full_rank_cases())
+FULL_FAST = covering([(name, f"{scheme} {sorted(of)}") for name, scheme, of in FULL_RANK], 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "options"),
+    slow_unless(FULL_RANK, [c for c in FULL_RANK if (c[0], f"{c[1]} {sorted(c[2])}") in FULL_FAST]),
+)
 def test_full_rank_reproduces_the_original(name: str, scheme: str, options: dict[str, Any]) -> None:
     micro = all_micros()[name]
     tied = tiedconv.convert(micro.model(), scheme, rank=10**6, **options)
@@ -260,10 +267,13 @@ def smallest_budget(model: nn.Module, scheme: str, options: dict[str, Any]) -> f
     raise AssertionError(f"{scheme} keeps to no budget")
 
 
-@pytest.mark.parametrize("scale", [1e-6, 3e4])
+SCALED = [(*pair, scale) for scale in (1e-6, 3e4) for pair in PLAIN]
+
+
 @pytest.mark.parametrize(
-    ("name", "scheme"),
-    slow_unless(PLAIN, [p for p in FAST if p in PLAIN and p[1] not in MEANT_FOR]),
+    ("name", "scheme", "scale"),
+    # The least scale is where a budget has been missed.
+    slow_unless(SCALED, [(*p, 1e-6) for p in FAST if p in PLAIN and p[1] not in MEANT_FOR]),
 )
 def test_a_budget_is_kept_at_any_scale_of_the_weights(name: str, scheme: str, scale: float) -> None:
     options = {k: v for k, v in meaning(scheme)[1].items() if k != "params"}

@@ -13,6 +13,7 @@ from error_codes import raises
 from micro import settle
 from PIL import Image
 from torch import nn
+from towers import clip
 
 import tiedconv
 from tiedconv.commands.finetune import Finetuned, dry_run, finetune
@@ -62,7 +63,7 @@ def masked() -> nn.Module:
     )  # fmt: skip
 
 
-MODELS = {"features": features, "pixels": pixels, "masked": masked}
+MODELS = {"features": features, "pixels": pixels, "masked": masked, "towers": clip}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,12 @@ def tuned(work: Path, name: str, output: Path, data: str = "flat", **options: An
 
 @pytest.mark.parametrize(
     ("name", "metric"),
-    [("features", "similarity"), ("pixels", "agreement"), ("masked", "similarity")],
+    [
+        ("features", "similarity"),
+        ("pixels", "agreement"),
+        ("masked", "similarity"),
+        ("towers", "similarity"),
+    ],
 )
 def test_a_model_comes_nearer_to_its_teacher(
     name: str, metric: str, work: Path, tmp_path: Path
@@ -105,6 +111,16 @@ def test_a_model_comes_nearer_to_its_teacher(
     entry = state_of(tiedconv.load(tmp_path / "o.safetensors", model=MODELS[name]())).history[-1]
     assert entry[metric] == pytest.approx(after)
     assert entry["kept_step"] > 0
+
+
+def test_only_the_chosen_output_is_learned(work: Path, tmp_path: Path) -> None:
+    chosen, whole = (
+        tuned(work, "features", tmp_path / f"{name}.safetensors", output_name=name)
+        for name in ("pooler_output", None)
+    )
+    assert chosen.result.metrics["similarity"] > chosen.result.metrics_before["similarity"]
+    before = [done.result.metrics_before["similarity"] for done in (chosen, whole)]
+    assert before[0] != pytest.approx(before[1], abs=1e-6)
 
 
 def test_labels_are_not_needed_where_the_distillation_is_all(work: Path, tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ each_case = pytest.mark.parametrize(
     [
         ("timm-vit", "auto"),
         ("timm-vit", "tied"),
-        ("timm-vit", "basis"),
-        ("torchvision-vit", "lors"),
+        pytest.param("timm-vit", "basis", marks=pytest.mark.slow),
+        pytest.param("torchvision-vit", "lors", marks=pytest.mark.slow),
         pytest.param("torchvision-resnet", "auto", marks=pytest.mark.slow),
         pytest.param("torchvision-resnet", "lowrank", marks=pytest.mark.slow),
     ],

@@ -34,7 +34,8 @@ from tiedconv.sources import open_source
 from tiedconv.training.device import Placement
 
 DECODER = "model.decoder.*"
-each_detector = pytest.mark.parametrize("name", DETECTORS)
+FAST = ("hf-detr", "hf-dab-detr", "hf-deformable-detr")
+each_detector = pytest.mark.parametrize("name", slow_unless(DETECTORS, FAST))
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,10 @@ def test_a_dense_file_loads_into_the_original_class(root: Path, name: str, tmp_p
 OTHERS = list(itertools.product(["tied", "basis", "lowrank", "shared"], DETECTORS))
 
 
-@pytest.mark.parametrize(("scheme", "name"), slow_unless(OTHERS, covering(OTHERS, 2, 1)))
+OTHERS_FAST = covering([case for case in OTHERS if case[1] in FAST], 1, 1)
+
+
+@pytest.mark.parametrize(("scheme", "name"), slow_unless(OTHERS, OTHERS_FAST))
 def test_other_schemes_convert_a_decoder_too(scheme: str, name: str) -> None:
     model = all_detectors()[name].model()
     tied = tiedconv.convert(model, scheme, include=DECODER)

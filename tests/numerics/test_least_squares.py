@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import slow_unless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -96,7 +97,7 @@ def test_total_cost_is_the_sum_over_the_matrices(form: str) -> None:
     assert total_cost(layout.weights, start, matrices, metrics) == pytest.approx(expected)
 
 
-@each_form
+@pytest.mark.parametrize("form", slow_unless(FORMS, FORMS.keys() - {"lors-adaptive"}))
 @settings(max_examples=7)
 @given(
     seed=st.integers(0, 30),

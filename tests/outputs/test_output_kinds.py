@@ -47,6 +47,10 @@ CASES: dict[str, tuple[Any, str, tuple[int, ...]]] = {
         lambda x: {"logits": x, "ids_restore": torch.arange(3), "mask": x[..., 0] > 0},
         "masked pixels", (2, 3, 4),
     ),
+    "two towers": (
+        lambda x: {"image_embeds": x[:, :4], "text_embeds": x[:, 4:], "logits_per_image": x @ x.T},
+        "image and text embeddings", (3, 9),
+    ),
     "several labels": (lambda x: x, "multi-label logits", (3, 4)),
     "boxes": (
         lambda x: SimpleNamespace(logits=x[..., 4:], pred_boxes=x[..., :4].sigmoid()),

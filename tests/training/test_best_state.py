@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import slow_unless
 from torch import nn
 from training_helpers import QUICK, assert_same, make_data, make_net, run
 
@@ -77,7 +78,7 @@ class _Interrupted(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("after", slow_unless([1, 2, 3], [2]))
 @pytest.mark.parametrize("config", [HARMFUL, replace(QUICK, lr=None)], ids=["loses", "gains"])
 def test_a_resumed_run_ends_with_the_same_best_state(
     tmp_path: Path, config: TrainConfig, after: int

@@ -14,13 +14,21 @@ _backward = torch.ops.aten.convolution_backward.default
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """How a 2-D convolution, not a transposed one, moves over its input."""
+    """How a 2-D convolution, not a transposed one, moves over its input.
+
+    A single number stands for both directions, as torch writes a padding of "valid".
+    """
 
     kernel: Sequence[int]
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
     groups: int
+
+    def __post_init__(self) -> None:
+        for name in ("kernel", "stride", "padding", "dilation"):
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value * 2 if len(value) == 1 else value)
 
 
 def patches(x: Tensor, how: ConvGeometry) -> Tensor:

@@ -115,6 +115,14 @@ Task = Annotated[
     str,
     option_in(IMAGES, "classification, detection, or [b]auto[/b] (from the data's annotations)."),
 ]
+OutputName = Annotated[
+    str | None,
+    option_in(
+        IMAGES,
+        "Compare only this output with the original's, such as last_hidden_state. Default: all.",
+        metavar="NAME",
+    ),
+]
 Limit = Annotated[
     int | None, option_in(IMAGES, "Maximum number of images, spread evenly over the classes.")
 ]

@@ -110,6 +110,7 @@ def finetune(
     task: common.Task = "auto",
     limit: common.Limit = None,
     class_map: common.ClassMap = None,
+    output_name: common.OutputName = None,
     unlabelled: Annotated[
         bool,
         typer.Option(
@@ -199,7 +200,7 @@ def finetune(
     )  # fmt: skip
     request = FinetuneRequest(
         file, data, config, teacher, images.change(), val_split, limit, class_map, unlabelled, task,
-        device, strict, trust_code,
+        device, strict, trust_code, output_name,
     )  # fmt: skip
     if dry_run:
         found = forecast(request)

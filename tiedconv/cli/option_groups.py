@@ -133,6 +133,7 @@ class CalibOptions:
             CALIBRATION, "Maximum number of calibration images.", "-n", "--calib-images", min=2
         ),
     ] = 256
+    output_name: common.OutputName = None
     strict: common.Strict = False
     device: common.Device = "auto"
     workers: common.Workers = None
@@ -155,6 +156,7 @@ class CalibOptions:
         return Calibration(
             data, self.calib_images, CalibConfig(seed=self.seed, **config), self.device,
             self.workers, self.strict, resume=resume, on_event=on_event,
+            output=self.output_name,
         )  # fmt: skip
 
 

@@ -19,7 +19,13 @@ from rich.text import Text
 from tiedconv.calibration import Fitted, Fitting, Joint
 from tiedconv.cli.common import err, shown
 from tiedconv.cli.render import accuracy, counted, duration, other_size, preparation, size
-from tiedconv.conversion.calibrate import CandidateChosen, CandidateStarted, Measuring, ResumedFits
+from tiedconv.conversion.calibrate import (
+    CandidateChosen,
+    CandidateStarted,
+    DrawnText,
+    Measuring,
+    ResumedFits,
+)
 from tiedconv.conversion.calibrate import Event as CalibrationEvent
 from tiedconv.loggers import memory_in_use
 from tiedconv.training import (
@@ -117,6 +123,8 @@ class ConvertBar(Bar):
                 self.line(f"{_span(units)}: relative error {before:.3f} -> {after:.3f}")
             case Joint(step, steps, loss):
                 self._show("whole model", step, steps, f"loss {loss:.4f}")
+            case DrawnText():
+                self.line("The model reads text too: random token ids are drawn for each image")
             case ResumedFits(count):
                 self.line(f"resumed with {counted(count, 'saved fit')}")
             case CandidateStarted(number, count, schemes):

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.cost_estimate import CostEstimator, Sizes
+from tiedconv.conversion.sample_inputs import calibration_samples
 from tiedconv.errors import NothingToConvert, RecipeError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.coverage import Coverage, coverage
@@ -191,9 +192,9 @@ def compare(
     rows, fixed, unfit = _sizes(sizes, wanted)
     images, skipped = None, 0
     if calib is not None:
-        data = calib.open(opened.source)
-        estimator = CostEstimator(opened.model, sizes.info, calib, data)
-        rows, fixed = _estimated(sizes, estimator, rows, fixed, on_fit)
+        with calibration_samples(opened.model, calib, opened.source) as data:
+            estimator = CostEstimator(opened.model, sizes.info, calib, data)
+            rows, fixed = _estimated(sizes, estimator, rows, fixed, on_fit)
         images, skipped = estimator.images, estimator.skipped
     seconds = time.perf_counter() - start
     return Comparison(

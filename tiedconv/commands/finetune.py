@@ -18,6 +18,7 @@ from torch import nn
 from tiedconv.commands.finetune_inputs import (
     FinetuneInputs,
     FinetuneRequest,
+    images_alone,
     imitated,
     open_inputs,
     with_teacher_outputs,
@@ -28,6 +29,7 @@ from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import save, size_of_model
 from tiedconv.io.run_dir import RunDir
 from tiedconv.io.run_state import weights_digest
+from tiedconv.runtime.call_hooks import Pick
 from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.soft_codes import harden
 from tiedconv.runtime.tie import set_state, state_of
@@ -118,6 +120,7 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     trust_code: bool = False,
+    output_name: Pick | None = None,
     command: str | None = None,
     on_event: OnEvent | None = None,
 ) -> Finetuned:
@@ -153,6 +156,8 @@ def finetune(
         resume: continue an interrupted run.
         force: replace an existing output.
         trust_code: allow the file to name a function that builds the model.
+        output_name: what of the outputs is compared with the teacher's where the distillation is
+            the whole loss: a name, names or a function; None for all that the model returns.
         command: the command line, for the file's history.
         on_event: called with progress.
 
@@ -163,7 +168,7 @@ def finetune(
     request = FinetuneRequest(
         file, data, config or TrainConfig(), teacher, preprocess, val_split, limit, class_map,
         unlabelled,
-        task, device, strict, trust_code,
+        task, device, strict, trust_code, output_name,
     )  # fmt: skip
     return run(
         request, Path(output), resume=resume, force=force, command=command, on_event=on_event
@@ -185,6 +190,7 @@ def forecast(
     device: str = "auto",
     strict: bool = False,
     trust_code: bool = False,
+    output_name: Pick | None = None,
 ) -> Forecast:
     """Estimate time and memory of `finetune` with these arguments.
 
@@ -194,7 +200,7 @@ def forecast(
     return dry_run(FinetuneRequest(
         file, data, config or TrainConfig(), teacher, preprocess, val_split, limit, class_map,
         unlabelled,
-        task, device, strict, trust_code,
+        task, device, strict, trust_code, output_name,
     ))  # fmt: skip
 
 
@@ -228,6 +234,23 @@ def _locked(
     if not (resume or force):
         folder.require_new()
     work = open_inputs(request)
+    with images_alone(work, request.output_name):
+        return _trained(
+            work, request, output, folder, resume, force, command, on_event, started
+        )  # fmt: skip
+
+
+def _trained(
+    work: FinetuneInputs,
+    request: FinetuneRequest,
+    output: Path,
+    folder: RunDir,
+    resume: bool,
+    force: bool,
+    command: str | None,
+    on_event: OnEvent | None,
+    started: float,
+) -> Finetuned:
     model, split = work.model, work.split
     blend = OriginalBlend(model, work.teacher) if work.config.progressive > 0 else None
     with init_distributed(request.device) as (processes, place):
@@ -260,10 +283,11 @@ def _locked(
 def dry_run(request: FinetuneRequest) -> Forecast:
     """What `forecast` does."""
     work = open_inputs(request)
-    train, val = imitated(work) or (work.train_data, work.val_data)
-    return training_forecast(
-        work.model, train, val, work.config, teacher=work.teacher, device=request.device
-    )  # fmt: skip
+    with images_alone(work, request.output_name):
+        train, val = imitated(work) or (work.train_data, work.val_data)
+        return training_forecast(
+            work.model, train, val, work.config, teacher=work.teacher, device=request.device
+        )  # fmt: skip
 
 
 def _announce(work: FinetuneInputs, on_event: OnEvent) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ from tiedconv.detection import DetectionList, detects, for_detector
 from tiedconv.errors import DataError, UserError
 from tiedconv.outputs import Imitated, Imitation, kind_of
 from tiedconv.outputs.class_logits import ClassLogits
+from tiedconv.runtime.call_hooks import (
+    ChosenOutput,
+    Pick,
+    RandomText,
+    hooked,
+    takes_text_too,
+)
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.runtime.soft_codes import soften
 from tiedconv.runtime.tie import state_of
@@ -54,6 +62,7 @@ class FinetuneRequest:
     device: str = "auto"
     strict: bool = False
     trust_code: bool = False
+    output_name: Pick | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,23 @@ def open_inputs(request: FinetuneRequest) -> FinetuneInputs:
     # What the file or its source says already need not be recorded again.
     classes = () if known is not None and match and match.how == "name" else split.classes
     return FinetuneInputs(model, source, network, name, split, train, val, config, match, classes)
+
+
+@contextmanager
+def images_alone(work: FinetuneInputs, output_name: Pick | None) -> Iterator[None]:
+    """Within it the model and its teacher are called with images, and return what is compared.
+
+    Args:
+        work: the inputs.
+        output_name: what of their outputs is compared; None for all.
+    """
+    after = [] if output_name is None else [ChosenOutput(output_name)]
+    with ExitStack() as stack:
+        for network in (work.model, work.teacher):
+            if network is not None:
+                before = [RandomText()] if takes_text_too(network) else []
+                stack.enter_context(hooked(network, before, after))
+        yield
 
 
 def with_teacher_outputs(

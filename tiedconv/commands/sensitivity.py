@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.sample_inputs import calibration_samples
 from tiedconv.core.plan import Member, Slot
 from tiedconv.data import Loader
 from tiedconv.errors import NothingToConvert, UserError
@@ -185,26 +186,41 @@ def sensitivity(
         preprocess=preprocess,
         seed=seed,
     )
-    network, data = opened.model, calib.open(opened.source)
-    info = inspect_model(network)
-    places = matrices_of(info)
-    tensors = {n: t.detach() for n, t in state_tensors(network).items()}
-    statistics = calib.measure(network, {p.slot.tensor: p.slot.transposed for p in places}, data)
-    rows = [_predicted(p, _matrix(p, tensors), statistics, keep) for p in places]
-    if measure:
-        thin = [
-            (_metric(p, statistics) or IDENTITY).truncate(_matrix(p, tensors), r.rank)
-            for p, r in zip(places, rows, strict=True)
-        ]
-        meter = _Meter(copy.deepcopy(network), [p.slot for p in places], thin, calib)
-        found = meter.run(data, batch_size, on_measured)
-        rows = [
-            dataclasses.replace(r, measured=kl, changed=changed)
-            for r, (kl, changed) in zip(rows, found, strict=True)
-        ]
+    with calibration_samples(opened.model, calib, opened.source) as data:
+        rows, statistics = _sensed(
+            opened.model, calib, data, keep, batch_size if measure else None, on_measured
+        )
     spec = model if isinstance(model, str) else ""
     seconds = time.perf_counter() - start
     return Sensitivity(spec, keep, statistics.images, statistics.skipped, tuple(rows), seconds)
+
+
+def _sensed(
+    network: nn.Module,
+    calib: Calibration,
+    data: Dataset[Any],
+    keep: float,
+    batch_size: int | None,
+    on_measured: OnImages | None,
+) -> tuple[list[Sensed], KfacStatistics]:
+    """A row for each matrix, measured too if there is a batch size, and the statistics."""
+    places = matrices_of(inspect_model(network))
+    tensors = {n: t.detach() for n, t in state_tensors(network).items()}
+    statistics = calib.measure(network, {p.slot.tensor: p.slot.transposed for p in places}, data)
+    rows = [_predicted(p, _matrix(p, tensors), statistics, keep) for p in places]
+    if batch_size is None:
+        return rows, statistics
+    thin = [
+        (_metric(p, statistics) or IDENTITY).truncate(_matrix(p, tensors), r.rank)
+        for p, r in zip(places, rows, strict=True)
+    ]
+    meter = _Meter(copy.deepcopy(network), [p.slot for p in places], thin, calib)
+    found = meter.run(data, batch_size, on_measured)
+    measured = [
+        dataclasses.replace(r, measured=kl, changed=changed)
+        for r, (kl, changed) in zip(rows, found, strict=True)
+    ]
+    return measured, statistics
 
 
 @dataclass(frozen=True)

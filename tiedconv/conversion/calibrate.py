@@ -23,6 +23,7 @@ from tiedconv.calibration import (
 )
 from tiedconv.data import ImageList, eval_transform, open_unlabelled
 from tiedconv.io.run_dir import RunDir
+from tiedconv.runtime.call_hooks import Pick
 from tiedconv.sources import Preprocess, Source
 
 MEASURED_AT_ONCE = 32
@@ -72,7 +73,12 @@ class CandidateChosen:
     divergences: tuple[float, ...]
 
 
-Event = CalibEvent | Measuring | ResumedFits | CandidateStarted | CandidateChosen
+@dataclass(frozen=True)
+class DrawnText:
+    """The model reads text beside images, and there are only images: text is drawn at random."""
+
+
+Event = CalibEvent | DrawnText | Measuring | ResumedFits | CandidateStarted | CandidateChosen
 OnCalibration = Callable[[Event], None]
 
 
@@ -85,7 +91,8 @@ class Calibration:
     """Images to convert by; labels are never looked at.
 
     Args:
-        data: a folder of images, or a data set of (image, anything), prepared as the model wants.
+        data: a folder of images, or a data set, prepared as the model wants: of (image, anything),
+            or of dicts whose keys are arguments of the model (`pixel_values`, `input_ids`).
         images: at most so many are used.
         config: effort, seed and the rest.
         device: `auto`, `cpu`, `cuda`, ...
@@ -94,6 +101,9 @@ class Calibration:
         run_dir: where an interrupted calibration is kept.
         resume: go on with one.
         on_event: called with progress.
+        output: what of the model's output is compared: a name, such as `last_hidden_state`, names,
+            or a function of the whole (a dict that it returns is features by name, a tensor
+            `(B, n)` class logits); None for all that the model returns.
     """
 
     data: str | Path | Dataset[Any]
@@ -105,6 +115,7 @@ class Calibration:
     run_dir: Path | None = None
     resume: bool = False
     on_event: OnCalibration = _ignore
+    output: Pick | None = None
 
     def part(self, index: int, count: int) -> Calibration:
         """The same for one of several models, with a folder of its own for what is kept."""

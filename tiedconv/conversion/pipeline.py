@@ -21,13 +21,14 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from tiedconv.conversion.byte_search import convert_to_bytes
 from tiedconv.conversion.calibrate import Calibration
@@ -40,6 +41,7 @@ from tiedconv.conversion.candidates import (
 )
 from tiedconv.conversion.captured_inputs import Example, require_example
 from tiedconv.conversion.fit import Fit, OnGroup
+from tiedconv.conversion.sample_inputs import calibration_samples
 from tiedconv.conversion.streaming import (
     LARGE,
     StreamedStore,
@@ -53,6 +55,7 @@ from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.planning.byte_budget import ByteBudget, byte_budget, byte_outlines
 from tiedconv.planning.planner import Outline, chooses_by_size, outlines
 from tiedconv.planning.recipe import Recipe
+from tiedconv.runtime.call_hooks import RandomText, hooked, takes_text_too
 from tiedconv.runtime.tie import set_state, tie
 from tiedconv.sources import LazyWeights, Source
 from tiedconv.version import __version__
@@ -145,28 +148,48 @@ def convert_in_memory(
         DataError: no image could be read.
         UserError: an interrupted run that is resumed is of another calibration.
     """
+    with ExitStack() as stack:
+        data = None
+        if calib is not None:
+            data = stack.enter_context(calibration_samples(model, calib, source))
+        elif takes_text_too(model):
+            stack.enter_context(hooked(model, [RandomText()]))
+        fitted, extra = _carry_out(model, source, planned, calib, data, command, on_group)
+    set_state(model, history=({**history_entry(fitted, source, command), **extra},))
+
+
+def _carry_out(
+    model: nn.Module,
+    source: Source,
+    planned: Planned,
+    calib: Calibration | None,
+    data: Dataset[Any] | None,
+    command: str | None,
+    on_group: OnGroup | None,
+) -> tuple[Fit, Mapping[str, Any]]:
+    """Convert with images or without, to a number of bytes or not.
+
+    Returns:
+        what the model is tied by, and what the history says of a calibration.
+    """
     info, candidates, record = planned.info, planned.outlines, source.to_json()
-    extra: Mapping[str, Any] = {}
     if planned.budget is not None:
-        data = None if calib is None else calib.open(source)
         sketch = Fit(candidates[0].recipe, planned.sketch, 0.0, None, {})
         entry = history_entry(sketch, source, command)
         example = planned.example if data is None else first_image(data)
         store = memory_store(model, info, lambda: example)
-        fitted, extra = convert_to_bytes(
+        return convert_to_bytes(
             model, info, candidates, planned.budget, store, source, entry, calib, data, on_group
         )
-    elif calib is None:
+    if calib is None or data is None:
         in_place = len(candidates) == 1
         store = memory_store(model, info, lambda: planned.example, in_place=in_place)
         (fitted,) = fit_candidates(info, candidates, store, on_group=on_group)
         tie_fit(model, fitted, record)
-    else:
-        data = calib.open(source)
-        original = copy.deepcopy(model)  # before aligning, which may change the model's tensors
-        found = shortlist(model, original, info, candidates, calib, data, record, on_group)
-        fitted, extra = calibrate_shortlist(model, original, found, calib, data, record)
-    set_state(model, history=({**history_entry(fitted, source, command), **extra},))
+        return fitted, {}
+    original = copy.deepcopy(model)  # before aligning, which may change the model's tensors
+    found = shortlist(model, original, info, candidates, calib, data, record, on_group)
+    return calibrate_shortlist(model, original, found, calib, data, record)
 
 
 @contextmanager

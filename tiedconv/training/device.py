@@ -102,8 +102,9 @@ class Placement:
                 set_layout(model, torch.contiguous_format)
 
     def images(self, images: Tensor) -> Tensor:
-        """A batch (B, C, H, W) on the device, in the chosen layout."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        """A batch (B, C, H, W), or of another form, on the device; images in the chosen layout."""
+        maps = self.channels_last and images.ndim == 4
+        layout = torch.channels_last if maps else torch.contiguous_format
         return images.to(self.device, non_blocking=True, memory_format=layout)
 
     def autocast(self) -> AbstractContextManager[Any]:
