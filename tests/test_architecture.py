@@ -43,12 +43,13 @@ IMPORTS: dict[str, str] = {
     "training": "core data errors io runtime utils",
     "detection": "data errors training",
     "outputs": "data detection errors runtime training",
+    "tasks": "data detection errors outputs runtime sources training",
     "calibration": "core data errors io numerics outputs runtime training",
     "conversion": "calibration core data errors families io numerics planning runtime schemes"
     " sources version",
     "exporters": "core errors io runtime sources version",
     "commands": "calibration conversion core data detection errors exporters families io"
-    " numerics outputs planning runtime schemes sources training utils version",
+    " numerics outputs planning runtime schemes sources tasks training utils version",
     "loggers": "commands errors io training utils",
     "cli": "calibration commands conversion errors io loggers planning sources training utils"
     " version",

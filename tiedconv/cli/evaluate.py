@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,9 +25,31 @@ def evaluate(
     reading: ReadingOptions,
     model_arg: common.ModelArg = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
-    task: common.Task = "auto",
+    task: Annotated[
+        str,
+        common.option_in(
+            common.IMAGES,
+            f"{', '.join(common.names_in('tasks'))}, or [b]auto[/b] (by the data).",
+        ),
+    ] = "auto",
     limit: common.Limit = None,
     class_map: common.ClassMap = None,
+    output_name: common.OutputName = None,
+    class_embeddings: Annotated[
+        Path | None,
+        common.option_in(
+            common.IMAGES,
+            "Zero-shot: a safetensors file with one embedding for each class (classes, width).",
+        ),
+    ] = None,
+    first_class: Annotated[
+        int,
+        common.option_in(
+            common.IMAGES,
+            "Of masks: the value of the model's first class; 1 where 0 means no class (ADE20K).",
+            min=0,
+        ),
+    ] = 0,
     images: ImageOptions,
     device: common.Device = "auto",
     workers: common.Workers = None,
@@ -35,7 +57,12 @@ def evaluate(
     trust_code: common.TrustCode = False,
     json_: common.Json = False,
 ) -> None:
-    """Measure top-1 and top-5 accuracy on labelled images, or a detector's average precision."""
+    """Measure what a model is for: accuracy, average precision, mean IoU, by the data.
+
+    [b]DATA[/b] has class folders (top-1 and top-5), boxes in COCO's form (a detector), or a mask
+    for each image (a segmenter). [b]--task neighbours[/b] lets the nearest images of train/ vote,
+    for models that give features; [b]--class-embeddings[/b] makes a classifier of CLIP.
+    """
     from tiedconv.cli.progress import TrainingBar
     from tiedconv.commands.evaluate import evaluate as run
 
@@ -44,27 +71,21 @@ def evaluate(
         done = run(
             model, data, weights=weights, reading=reading.reading(),
             model_args=common.model_args(model_arg), preprocess=change, batch_size=batch_size,
-            task=task, limit=limit, class_map=class_map, device=device, workers=workers,
-            strict=strict, trust_code=trust_code, on_event=bar,
+            task=task, limit=limit, class_map=class_map, output_name=output_name,
+            class_embeddings=class_embeddings, first_class=first_class, device=device,
+            workers=workers, strict=strict, trust_code=trust_code, on_event=bar,
         )  # fmt: skip
     if json_:
         common.print_json(done)
         return
     result = done.result
-    if done.precision is not None:
-        show_precision(done.model, result.images, done.precision)
-    else:
-        row = (done.model, f"{result.images:,}", render.accuracy(result.top1))
-        columns = ("model", "images", "top-1", "top-5", "loss")
-        common.show_table(columns, [(*row, render.accuracy(result.top5), f"{result.loss:.4f}")])
+    row = [done.model, f"{result.images:,}"]
+    row += [render.accuracy(result.metrics[name]) for name in done.columns]
+    columns = ["model", "images", *done.columns.values()]
+    if "top1" in done.columns:
+        row, columns = [*row, f"{result.loss:.4f}"], [*columns, "loss"]
+    common.show_table(columns, [tuple(row)])
     say(render.preparation(done.preprocess))
     warn(render.other_size(done.native_size, done.preprocess.size))
     if result.skipped:
         say(render.skipped(result.skipped))
-
-
-def show_precision(model: str, images: int, precision: Mapping[str, float]) -> None:
-    """A detector's average precision, as COCO defines it."""
-    shown = map(render.accuracy, precision.values())
-    columns = ("model", "images", "AP", "AP50", "AP75", "small", "medium", "large")
-    common.show_table(columns, [(model, f"{images:,}", *shown)])

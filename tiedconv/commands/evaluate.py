@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import tiedconv.sources as sources
-from tiedconv.data import ImageList, eval_transform, open_images
+from tiedconv.data import Images, open_images, open_split
 from tiedconv.data.class_match import match_classes
-from tiedconv.detection import DetectionList, detects
 from tiedconv.errors import UserError
+from tiedconv.runtime.call_hooks import (
+    After,
+    ChosenOutput,
+    Pick,
+    hooked,
+    text_hooks,
+)
 from tiedconv.runtime.finite import check_finite
 from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading, Source
-from tiedconv.sources.class_names import class_names_of
-from tiedconv.sources.models import is_compact, looks_like_file, open_model
+from tiedconv.sources.class_names import ClassNames, class_names_of
+from tiedconv.sources.models import OpenedModel, is_compact, looks_like_file, open_model
+from tiedconv.tasks import EvaluationTask, Given, ZeroShot, task_of
 from tiedconv.training import ClassesMatched, EvalResult, OnEvent, evaluate_model, fit_inputs
 
 Change = Callable[[Preprocess], Preprocess]
@@ -35,6 +42,7 @@ class Evaluation:
         preprocess: how images were prepared.
         classes: number of classes in the data.
         native_size: height and width that the model was built for, if it says so.
+        columns: titles of the metrics.
     """
 
     model: str
@@ -42,6 +50,7 @@ class Evaluation:
     preprocess: Preprocess
     classes: int
     native_size: tuple[int, int] | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def precision(self) -> dict[str, float] | None:
@@ -64,11 +73,16 @@ def evaluate(
     device: str = "auto",
     workers: int | None = None,
     task: str = "auto",
+    output_name: Pick | None = None,
+    class_embeddings: str | Path | None = None,
+    first_class: int = 0,
     strict: bool = False,
     trust_code: bool = False,
     on_event: OnEvent | None = None,
 ) -> Evaluation:
-    """Top-1 and top-5 of a model on images in class folders; average precision of a detector.
+    """Accuracy of a classifier, average precision of a detector, mean IoU of a segmenter, or more.
+
+    The data say which: class folders, boxes, or masks. See `tiedconv.tasks` for others.
 
     Args:
         model: a compact file, or a model spec.
@@ -86,15 +100,20 @@ def evaluate(
             names.
         device: `auto`, `cpu`, `cuda`, ...
         workers: processes that decode images, None to choose.
-        task: `classification`, `detection`, or `auto`: what the data are for.
+        task: a name in `tasks.all_tasks()`, or `auto`: what the data are for.
+        output_name: what of the model's output is used: a name, names or a function.
+        class_embeddings: a safetensors file of one matrix `(classes, width)`: the class of an
+            image is the row with the largest cosine to the model's features (zero-shot).
+        first_class: the value in a mask that means the model's first class.
         strict: a broken image is an error rather than skipped.
         trust_code: allow the file to name a function that builds the model.
         on_event: called with progress.
 
     Raises:
         UserError: a model, file or folder that can't be used.
+        DataError: data that are not for the task or the model.
     """
-    images = open_images(data, limit=limit)
+    images, train, at = _data(data, limit, task)
     opened = open_model(
         model,
         weights=weights,
@@ -104,33 +123,53 @@ def evaluate(
         compact=True,
         trust_code=trust_code,
     )
-    classes = images.classes if images.objects is None else images.objects.names
-    history = state_of(opened.model).history if is_tied(opened.model) else ()
-    known = class_names_of(opened.source, opened.model, history)
-    images, match = match_classes(images, known, class_map)
-    if match is not None and on_event is not None:
-        on_event(ClassesMatched(**vars(match)))
+    if at.by_outputs:
+        images, match = match_classes(images, _class_names(opened, class_embeddings), class_map)
+        if match is not None and on_event is not None:
+            on_event(ClassesMatched(**vars(match)))
     wanted = opened.source.preprocess or Preprocess(224)
-    listed = (
-        DetectionList(images, wanted, strict=strict)
-        if detects(task, images)
-        else ImageList(
-            images,
-            eval_transform(wanted),
-            strict=strict,
-            channels=wanted.channel_count(),
-            exif=wanted.exif,
+    given = Given(images, train, wanted, first_class, strict, batch_size, workers)
+    picks = _picks(output_name, class_embeddings)
+    with hooked(opened.model, text_hooks(opened.model), picks):
+        result = evaluate_model(
+            opened.model,
+            at.data(given),
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+            on_event=on_event,
         )
-    )
-    result = evaluate_model(
-        opened.model,
-        listed,
-        batch_size=batch_size,
-        device=device,
-        workers=workers,
-        on_event=on_event,
-    )
-    return Evaluation(str(model), result, wanted, len(classes), native_size(opened.model))
+    classes = images.classes if images.objects is None else images.objects.names
+    size = native_size(opened.model)
+    return Evaluation(str(model), result, wanted, len(classes), size, at.columns)
+
+
+def _data(
+    data: str | Path, limit: int | None, task: str
+) -> tuple[Images, Images | None, EvaluationTask]:
+    """The images to evaluate on, those to train on where the task needs them, and the task."""
+    images = open_images(data, limit=limit)
+    at = task_of(task, images)
+    if not at.with_train:
+        return images, None, at
+    split = open_split(data, limit=limit)
+    return split.val, split.train, at
+
+
+def _class_names(opened: OpenedModel, class_embeddings: str | Path | None) -> ClassNames | None:
+    """The names of the outputs' classes; of given embeddings they are not known."""
+    if class_embeddings is not None:
+        return None
+    history = state_of(opened.model).history if is_tied(opened.model) else ()
+    return class_names_of(opened.source, opened.model, history)
+
+
+def _picks(output_name: Pick | None, class_embeddings: str | Path | None) -> list[After]:
+    """What the outputs of a model go through before they are scored."""
+    picks: list[After] = [] if output_name is None else [ChosenOutput(output_name)]
+    if class_embeddings is not None:
+        picks.append(ChosenOutput(ZeroShot(class_embeddings)))
+    return picks
 
 
 def open_teacher(

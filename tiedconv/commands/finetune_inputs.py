@@ -31,9 +31,8 @@ from tiedconv.outputs.class_logits import ClassLogits
 from tiedconv.runtime.call_hooks import (
     ChosenOutput,
     Pick,
-    RandomText,
     hooked,
-    takes_text_too,
+    text_hooks,
 )
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.runtime.soft_codes import soften
@@ -153,8 +152,7 @@ def images_alone(work: FinetuneInputs, output_name: Pick | None) -> Iterator[Non
     with ExitStack() as stack:
         for network in (work.model, work.teacher):
             if network is not None:
-                before = [RandomText()] if takes_text_too(network) else []
-                stack.enter_context(hooked(network, before, after))
+                stack.enter_context(hooked(network, text_hooks(network), after))
         yield
 
 

@@ -55,7 +55,7 @@ from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.planning.byte_budget import ByteBudget, byte_budget, byte_outlines
 from tiedconv.planning.planner import Outline, chooses_by_size, outlines
 from tiedconv.planning.recipe import Recipe
-from tiedconv.runtime.call_hooks import RandomText, hooked, takes_text_too
+from tiedconv.runtime.call_hooks import hooked, text_hooks
 from tiedconv.runtime.tie import set_state, tie
 from tiedconv.sources import LazyWeights, Source
 from tiedconv.version import __version__
@@ -152,8 +152,8 @@ def convert_in_memory(
         data = None
         if calib is not None:
             data = stack.enter_context(calibration_samples(model, calib, source))
-        elif takes_text_too(model):
-            stack.enter_context(hooked(model, [RandomText()]))
+        else:
+            stack.enter_context(hooked(model, text_hooks(model)))
         fitted, extra = _carry_out(model, source, planned, calib, data, command, on_group)
     set_state(model, history=({**history_entry(fitted, source, command), **extra},))
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tiedconv.errors import DataError
+
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -46,3 +48,42 @@ class Objects:
     def __len__(self) -> int:
         """Number of objects."""
         return len(self.boxes)
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """The class of each pixel of N images, as image files.
+
+    Attributes:
+        paths: of a file for each image, whose grey values or palette indices are classes.
+    """
+
+    paths: tuple[str, ...]
+
+    def of(self, image: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The classes of an image's pixels, `(height, width)`.
+
+        Raises:
+            DataError: the file can't be read, or has colours rather than classes.
+        """
+        from PIL import Image
+
+        path = self.paths[image]
+        try:
+            with Image.open(path) as opened:
+                found = np.asarray(opened)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(
+                f"The mask {path} can't be read ({type(error).__name__})",
+                "What its image shows is unknown",
+                "Repair it, or remove it with its image",
+                code="mask-unreadable",
+            ) from error
+        if found.ndim != 2 or not np.issubdtype(found.dtype, np.integer):
+            raise DataError(
+                f"The mask {path} has colours or fractions, not one class a pixel",
+                "Which class a colour means is not known",
+                "Give grey or palette PNG files whose values are classes, 255 for no class",
+                code="mask-without-classes",
+            )
+        return found.astype(np.int64)

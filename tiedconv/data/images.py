@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from tiedconv.data.annotations import Ints, Objects
+from tiedconv.data.annotations import Ints, Masks, Objects
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 """File name endings of images, compared in lower case."""
@@ -52,6 +52,7 @@ class Images:
         labels: for each an index into `classes`, shape (N,), int64; None if they have none.
         classes: the class names; empty without labels.
         objects: of all images of the store, where the data set has boxes.
+        masks: of all images of the store, where each pixel has a class.
     """
 
     store: Store
@@ -59,6 +60,7 @@ class Images:
     labels: Ints | None
     classes: tuple[str, ...]
     objects: Objects | None = None
+    masks: Masks | None = None
 
     @classmethod
     def all_of(
@@ -68,9 +70,15 @@ class Images:
         labels: Ints | None,
         classes: tuple[str, ...],
         objects: Objects | None = None,
+        masks: Masks | None = None,
     ) -> Images:
         """All images of a store that holds `count`."""
-        return cls(store, np.arange(count, dtype=np.int64), labels, classes, objects)
+        return cls(store, np.arange(count, dtype=np.int64), labels, classes, objects, masks)
+
+    @property
+    def annotated(self) -> bool:
+        """Whether anything says what the images show: labels, boxes or masks."""
+        return any(part is not None for part in (self.labels, self.objects, self.masks))
 
     def __len__(self) -> int:
         return len(self.places)

@@ -161,7 +161,7 @@ def _check_limit(limit: int | None) -> None:
 
 
 def _check_labels(images: Images, spec: str | Path, layout: Layout, labels: Labels) -> None:
-    if labels == "required" and images.labels is None and images.objects is None:
+    if labels == "required" and not images.annotated:
         raise DataError(
             f"The images of {spec} have no labels (no {layout.labels_from})",
             "Nothing says what they show",

@@ -24,7 +24,7 @@ class DenseLogits(OutputKind):
     compares = "same prediction of a pixel"
 
     def matches(self, output: Any, model: nn.Module) -> bool:
-        found = _logits_in(output)
+        found = _found(output)
         return found is not None and found.ndim == 4 and found.shape[1] > 1
 
     def values(self, output: Any) -> list[Tensor]:
@@ -54,16 +54,21 @@ class DenseLogits(OutputKind):
         return same.float().mean(1)
 
 
-def _logits_in(output: Any) -> Tensor | None:
+def logits_in(output: Any) -> Tensor:
+    """The logits `(B, classes, H, W)` of an output that matches, float32."""
+    found = _found(output)
+    assert found is not None  # as `matches` found
+    return found.float()
+
+
+def _found(output: Any) -> Tensor | None:
     found = tensor_in(output, "logits")
     return tensor_in(output, "out") if found is None else found
 
 
 def _rows(output: Any) -> Tensor:
     """`(B, pixels, classes)`, float32."""
-    found = _logits_in(output)
-    assert found is not None  # as `matches` found
-    return found.float().flatten(2).mT
+    return logits_in(output).flatten(2).mT
 
 
 OUTPUT = DenseLogits()

@@ -350,8 +350,8 @@ def _nothing(info: ModelInfo, recipe: Recipe) -> NothingToConvert:
     saw = sorted({f"{f} {block.kind}{ask if block.opt_in else ''}" for f, block in info.blocks})
     if not saw:
         return NothingToConvert(
-            "Nothing in this model can be converted: it has no matrix of a linear layer or a "
-            "convolution",
+            "Nothing in this model can be converted: no linear layer or convolution has 8 inputs "
+            "and outputs or more",
             f"Its {len(info.parameters)} parameters would all be kept as they are",
             "If its matrices are not named `weight`, write a family for it (docs/extending.md)",
             code="nothing-to-convert",

@@ -136,10 +136,21 @@ class _Seeded(Shared):
             self._open.pop().close()
 
 
+def is_fed(model: Any) -> bool:
+    """Whether hooks give a model what it takes besides its first input."""
+    hooks = model._forward_pre_hooks.values() if isinstance(model, nn.Module) else ()
+    return any(isinstance(hook, NamedInputs | RandomText) for hook in hooks)
+
+
 def takes_text_too(model: nn.Module) -> bool:
     """Whether a model of transformers takes token ids and images (`pixel_values`), as CLIP does."""
     names = inspect.signature(model.forward).parameters
     return "pixel_values" in names and next(iter(names)) == "input_ids"
+
+
+def text_hooks(model: nn.Module) -> list[Before]:
+    """What lets a model be called with images alone: random text, where it takes text too."""
+    return [RandomText()] if takes_text_too(model) else []
 
 
 def random_text(model: nn.Module, images: Tensor) -> Tensor:

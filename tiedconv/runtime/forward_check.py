@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import UserError, first_line
+from tiedconv.runtime.call_hooks import hooked, is_fed, text_hooks
 
 # What libraries raise for inputs of the wrong size or kind. Anything else is a bug of the model and
 # passes through.
@@ -44,7 +45,7 @@ def checked_forward(model: Callable[..., Any], images: Tensor, **further: Tensor
     except (*_REJECTIONS, AttributeError) as error:
         if is_out_of_memory(error) or not _is_rejection(model, error, further):
             raise
-        if not further and takes_text(model):
+        if not further and takes_text(model) and not is_fed(model):
             raise UserError(
                 f"The model reads text (input_ids), and got images ({type(error).__name__}: "
                 f"{first_line(error)})",
@@ -88,7 +89,8 @@ def check_size(model: nn.Module, size: int, channels: int = 3) -> None:
     Raises:
         UserError: the model rejects images of this size.
     """
-    checked_forward(model, torch.zeros(1, channels, size, size))
+    with hooked(model, text_hooks(model)):
+        checked_forward(model, torch.zeros(1, channels, size, size))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
