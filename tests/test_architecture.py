@@ -22,6 +22,7 @@ from tiedconv.exporters import all_formats
 from tiedconv.families import Family, all_families
 from tiedconv.outputs import all_output_kinds
 from tiedconv.schemes import Scheme, all_schemes
+from tiedconv.tasks import all_tasks
 
 PACKAGE = Path(tiedconv.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -191,6 +192,7 @@ def test_nothing_prints_and_nothing_is_caught_blindly() -> None:
         ("exporters", "FORMAT"),
         ("data.layouts", "LAYOUT"),
         ("outputs", "OUTPUT"),
+        ("tasks", "TASK"),
     ],
 )
 def test_each_file_of_a_folder_holds_exactly_one(folder: str, kind: str) -> None:
@@ -213,6 +215,7 @@ def test_each_file_of_a_folder_holds_exactly_one(folder: str, kind: str) -> None
         "exporters": all_formats,
         "data.layouts": all_layouts,
         "outputs": all_output_kinds,
+        "tasks": all_tasks,
     }
     assert len(listing[folder]()) == len(names)
 

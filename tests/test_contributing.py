@@ -57,6 +57,8 @@ def test_every_path_named_is_there() -> None:
         ("Families", "families"),
         ("Exporters", "exporters"),
         ("Layouts of images", "data/layouts"),
+        ("Kinds of output", "outputs"),
+        ("Tasks", "tasks"),
     ],
 )
 def test_each_file_of_an_open_folder_is_named(kind: str, folder: str) -> None:

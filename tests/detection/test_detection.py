@@ -655,7 +655,7 @@ def test_tasks_and_data_that_do_not_go_together(
         words=["detektion"],
     )
     refused(*start, "--data", coco, "--task", "classification", error_code="task-mismatch")
-    refused(*start, "--data", world.data, "--task", "detection", error_code="no-boxes")
+    refused(*start, "--data", world.data, "--task", "detection", error_code="task-mismatch")
     refused("evaluate", world.tied, "--data", coco, error_code="images-cropped")
     refused("evaluate", world.tied, "--data", coco, "--resize", 0, error_code="no-boxes-returned")
 

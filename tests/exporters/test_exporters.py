@@ -18,12 +18,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from cli_helpers import figures, files_of, refused, run, write_images
+from cli_helpers import World, figures, files_of, refused, run, write_images
 from covering import slow_unless
 from error_codes import raises
 from export_helpers import MODEL_ARGS, SPEC, with_image_size
 from micro import Micro, all_micros
 from torch import Tensor, nn
+from towers import clip
 
 import tiedconv
 from tiedconv import exporters as exporting
@@ -33,9 +34,11 @@ from tiedconv.errors import CheckpointError, UserError, VerifyError
 from tiedconv.exporters import Job, _onnx_lower, all_formats
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.exporters._onnx_lower import onnx_graph
+from tiedconv.runtime.forward_check import further_inputs
 from tiedconv.runtime.outputs import named_outputs
 from tiedconv.runtime.tie import dense_state_dict, set_state, state_of
 from tiedconv.sources import Source
+from tiedconv.sources.models import source_of
 
 WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("timm-vit", "tied", {}),
@@ -105,7 +108,7 @@ def test_onnx_holds_each_stored_tensor_once_and_gives_the_same_logits(
     plan = state_of(model).plan
     trace_once(way, monkeypatch)
     for lower in ("always", "never"):
-        graph, lowered = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
+        graph, lowered = onnx_graph(copy.deepcopy(model), {"images": images_of(micro)}, lower=lower)
         assert set(lowered.factored) | set(lowered.materialized) == plan.weights.keys()
         assert not (lower == "never" and lowered.factored)
         held = initializers(graph.graph)
@@ -134,7 +137,7 @@ def test_with_factors_applied_nothing_is_left_for_onnx_runtime_to_double(
     trace_once(way, monkeypatch)
     sizes = {}
     for lower in ("always", "never"):
-        graph, _ = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
+        graph, _ = onnx_graph(copy.deepcopy(model), {"images": images_of(micro)}, lower=lower)
         ir.save(graph, tmp_path / "m.onnx")
         session(tmp_path / "m.onnx", optimized_model_filepath=str(tmp_path / "o.onnx"))
         held = initializers(ir.load(tmp_path / "o.onnx").graph)
@@ -151,12 +154,12 @@ def test_auto_applies_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> No
     for way, applied in expected.items():
         micro, model = made(way)
         trace_once(way, monkeypatch)
-        _, lowered = onnx_graph(model, images_of(micro), lower="auto")
+        _, lowered = onnx_graph(model, {"images": images_of(micro)}, lower="auto")
         assert bool(lowered.factored) == applied, way
     micro, model = made("tied")
     trace_once("tied", monkeypatch)
     for lower, one_copy in (("auto", False), ("always", True)):
-        _, lowered = onnx_graph(copy.deepcopy(model), images_of(micro), lower=lower)
+        _, lowered = onnx_graph(copy.deepcopy(model), {"images": images_of(micro)}, lower=lower)
         assert lowered.one_copy == one_copy
 
 
@@ -225,7 +228,7 @@ def test_narrower_weights_keep_the_ties(
     form = type(all_formats()[wrote["format"]])
     plain = form.run
 
-    def run_off(self: Any, path: Path, images: Tensor) -> dict[str, Tensor]:
+    def run_off(self: Any, path: Path, images: Tensor, text: Any) -> dict[str, Tensor]:
         logits, exact = plain(self, path, images)["logits"], expected.exact["logits"]
         return {"logits": logits + 1.5 * expected.tolerance * exact.abs().max().clamp(min=1.0)}
 
@@ -311,13 +314,13 @@ def test_equal_tensors_are_found_without_holding_their_bytes(here: Path) -> None
     stored = sum(t.nbytes for t in tensors.values())
     tracemalloc.start()
     try:
-        check_size(here, tensors, stored)
+        check_size(here, tensors, stored, stored)
         assert tracemalloc.get_traced_memory()[1] < tensors["t0"].nbytes
     finally:
         tracemalloc.stop()
     for twin in (tensors["t3"].clone(), tensors["t3"].T.contiguous()):
         with pytest.raises(VerifyError) as caught:
-            check_size(here, {**tensors, "twin": twin}, 2 * stored)
+            check_size(here, {**tensors, "twin": twin}, stored, 2 * stored)
         assert caught.value.code == "tie-lost"
         assert "t3 and twin" in caught.value.what
 
@@ -613,6 +616,47 @@ def test_a_model_that_is_random_in_evaluation_is_seeded(
     assert outputs_differ_by(one, other) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["pt2", "onnx", "xml"])
+def test_a_model_of_two_towers_has_two_inputs(ending: str, here: Path) -> None:
+    clip().save_pretrained(here / "clip")  # type: ignore[operator]
+    spec = f"hf:{here / 'clip'}"
+    tiedconv.save(tiedconv.convert(spec, "lowrank", rank=8), here / "c.safetensors")
+    done = tiedconv.export("c.safetensors", f"c.{ending}", outputs=["image_embeds", "text_embeds"])
+    assert done.difference is not None
+    model, images = tiedconv.load("c.safetensors"), torch.randn(3, 3, 32, 32)
+    text = further_inputs(model, images)["input_ids"]
+    assert text.shape == (3, 20)  # as many tokens as it takes
+    found = all_formats()[done.format].run(here / f"c.{ending}", images, text)
+    expected = model(pixel_values=images, input_ids=text)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+    checks = tiedconv.verify("c.safetensors", against=f"c.{ending}", original=spec)
+    assert {check.name: check.passed for check in checks}["blocks"]
+    assert all(check.passed is not False for check in checks)
+
+
+@pytest.mark.slow
+def test_two_towers_are_measured(here: Path) -> None:
+    clip().save_pretrained(here / "clip")  # type: ignore[operator]
+    tiedconv.save(tiedconv.convert(f"hf:{here / 'clip'}", "lowrank", rank=8), "c.safetensors")
+    found = tiedconv.bench("c.safetensors", runtimes=("eager",), batches=(1,), rounds=3)
+    assert all(row.timings[0].seconds > 0 for row in found.rows)
+
+
+def test_an_onnx_file_says_how_images_are_prepared_and_what_its_outputs_are(
+    world: World, here: Path
+) -> None:
+    run("finetune", world.tied, "--data", world.data, "-o", "f.safetensors", "--teacher", "none",
+        "--steps", 1, "--batch-size", 4, "--workers", 0, "--device", "cpu")  # fmt: skip
+    run("export", "f.safetensors", "-o", "f.onnx")
+    told = ir.load("f.onnx").metadata_props
+    assert json.loads(told["class_names"]) == ["blue", "green", "red"]
+    prepared = source_of(state_of(tiedconv.load("f.safetensors")).source).preprocess
+    assert prepared is not None
+    assert json.loads(told["preprocess"]) == prepared.to_json()
+
+
 class Chained(nn.Module):
     """Layers right behind one another, and one that is never called."""
 
@@ -637,7 +681,7 @@ def test_layers_right_behind_one_another_and_unused_ones_can_be_exported(
     model = tiedconv.convert(Chained().eval(), "lowrank", rank=4)
     names = state_of(model).plan.weights.keys()
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    graph, lowered = onnx_graph(copy.deepcopy(model), x, lower=lower)
+    graph, lowered = onnx_graph(copy.deepcopy(model), {"images": x}, lower=lower)
     assert set(lowered.factored) | set(lowered.materialized) == names - {"never.weight"}
     assert len(lowered.factored) == (5 if lower == "always" else 0)
     ir.save(graph, tmp_path / "m.onnx")
@@ -654,4 +698,4 @@ def test_a_model_that_draws_random_numbers_is_refused() -> None:
 
     model = tiedconv.convert(Random().eval(), "lowrank", rank=4)
     with raises(UserError, "model-not-exportable"):
-        onnx_graph(model, torch.randn(2, 3, 8, 8))
+        onnx_graph(model, {"images": torch.randn(2, 3, 8, 8)})

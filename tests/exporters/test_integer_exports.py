@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -70,7 +71,10 @@ def test_they_stay_integers_and_give_the_same_outputs(
     assert not wrote["facts"]["integers_as_floats"]
     assert wrote["difference"] < 1e-5
     assert wrote["weight_bytes"] < 0.6 * wrote["stored_bytes"]
-    figures("verify", rounded, "--against", path)
+    found = figures("verify", rounded, "--against", path)["checks"]
+    checks = {check["name"]: check["detail"] for check in found}
+    told = float(re.search(r"([\d.]+) x stored", checks["size"])[1])  # type: ignore[index]
+    assert told == pytest.approx(wrote["weight_bytes"] / wrote["stored_bytes"], abs=1e-3)
     if output == "m.onnx":
         held = {n: v.const_value for n, v in ir.load(path).graph.initializers.items()}
         kinds = Counter(str(t.dtype) for n, t in held.items() if n in integers)

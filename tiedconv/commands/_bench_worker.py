@@ -55,6 +55,7 @@ class BenchTarget:
         one_copy: set ONNX Runtime's `session.disable_prepacking`.
         threads: threads of the runtime.
         shape: shape of one image, `(C, H, W)`.
+        tokens: of the text beside each image, 0 for a model that takes images alone.
         trust_code: allow the file to name a function that builds the model.
     """
 
@@ -64,6 +65,7 @@ class BenchTarget:
     one_copy: bool = False
     threads: int = 1
     shape: tuple[int, int, int] = (3, 224, 224)
+    tokens: int = 0
     trust_code: bool = False
 
 
@@ -225,7 +227,15 @@ def make_runner(target: BenchTarget) -> Runner:
     return make(target)
 
 
+def _blank(target: BenchTarget, batch: int) -> list[torch.Tensor]:
+    """What a target is run on: black images, and the first token of a model that takes text."""
+    images = torch.zeros(batch, *target.shape)
+    text = torch.zeros(batch, target.tokens, dtype=torch.int64)
+    return [images, text] if target.tokens else [images]
+
+
 def _torch(target: BenchTarget) -> Runner:
+    from tiedconv.exporters._format import called
     from tiedconv.runtime.factored_linear import apply_factors
     from tiedconv.runtime.tie import freeze, untie
     from tiedconv.sources.models import load
@@ -240,8 +250,9 @@ def _torch(target: BenchTarget) -> Runner:
     call = torch.compile(model, dynamic=True) if target.runtime == "compiled" else model
 
     def run(batch: int) -> None:
+        images, *text = _blank(target, batch)
         with torch.inference_mode():
-            call(torch.zeros(batch, *target.shape))
+            called(call, images, *text)
 
     return run
 
@@ -251,13 +262,12 @@ def _pt2(target: BenchTarget) -> Runner:
 
     def run(batch: int) -> None:
         with torch.inference_mode():
-            module(torch.zeros(batch, *target.shape))
+            module(*_blank(target, batch))
 
     return run
 
 
 def _onnx(target: BenchTarget) -> Runner:
-    import numpy as np
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -266,10 +276,11 @@ def _onnx(target: BenchTarget) -> Runner:
     if target.one_copy:
         options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(target.file, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    names = [given.name for given in session.get_inputs()]
 
     def run(batch: int) -> None:
-        session.run(None, {name: np.zeros((batch, *target.shape), np.float32)})
+        blank = (tensor.numpy() for tensor in _blank(target, batch))
+        session.run(None, dict(zip(names, blank, strict=True)))
 
     return run
 

@@ -112,21 +112,21 @@ def images_for(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, images: Tensor, *, with_text: bool = False) -> Outputs:
+def outputs_of(model: nn.Module, images: Tensor) -> Outputs:
     """Every output of a model, by name. What is random in it is drawn alike in each call.
+
+    A model that takes text as well is given random text.
 
     Args:
         model: in evaluation mode.
         images: `(n, C, H, W)`.
-        with_text: give models that take text as well some text.
 
     Raises:
         UserError: the model rejects such images (`images-rejected`), or returns no tensors.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        further = further_inputs(model, images) if with_text else {}
-        return named_outputs(checked_forward(model, images, **further))
+        return named_outputs(checked_forward(model, images, **further_inputs(model, images)))
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ from tiedconv.commands._reference import images_for
 from tiedconv.commands.export import export
 from tiedconv.errors import MissingExtra, RunError, UserError
 from tiedconv.exporters import all_formats
+from tiedconv.exporters._format import named_inputs
 from tiedconv.exporters.onnx import write_dense
+from tiedconv.runtime.forward_check import further_inputs, token_count
 from tiedconv.runtime.tie import untie
 from tiedconv.sources.models import load
 from tiedconv.utils.plotting import new_figure, write_figure
@@ -134,7 +136,10 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         forms = [
             dataclasses.replace(
-                form, target=dataclasses.replace(form.target, threads=threads, shape=shape)
+                form,
+                target=dataclasses.replace(
+                    form.target, threads=threads, shape=shape, tokens=token_count(model, images)
+                ),
             )
             for form in _forms(Path(file), runtimes, Path(folder), model, images, trust_code)
         ]
@@ -186,7 +191,8 @@ def _forms(
             auto, lean, dense = (folder / f"{n}.onnx" for n in ("auto", "lean", "dense"))
             export(file, auto, trust_code=trust_code)
             export(file, lean, lower="always", trust_code=trust_code)
-            write_dense(untie(model), images, dense)
+            text = further_inputs(model, images).get("input_ids")
+            write_dense(untie(model), named_inputs(images, text), dense)
             add("onnx", DENSE, runtime, dense, "onnx")
             add("onnx", "compact", runtime, auto, "onnx")
             add("onnx-lean", "compact", runtime, lean, "onnx", one_copy=True)

@@ -114,6 +114,7 @@ def evaluate(
         DataError: data that are not for the task or the model.
     """
     images, train, at = _data(data, limit, task)
+    classes = images.classes if images.objects is None else images.objects.names
     opened = open_model(
         model,
         weights=weights,
@@ -139,7 +140,6 @@ def evaluate(
             workers=workers,
             on_event=on_event,
         )
-    classes = images.classes if images.objects is None else images.objects.names
     size = native_size(opened.model)
     return Evaluation(str(model), result, wanted, len(classes), size, at.columns)
 

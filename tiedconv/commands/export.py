@@ -21,8 +21,11 @@ from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_f
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.io.atomic import check_output, replacing_files
 from tiedconv.runtime.dequantize import Integers, dequantized
+from tiedconv.runtime.forward_check import further_inputs
 from tiedconv.runtime.outputs import ONLY, chosen
 from tiedconv.runtime.tie import state_of
+from tiedconv.sources import Source
+from tiedconv.sources.class_names import class_names_of
 from tiedconv.sources.models import load
 
 GROWTH = 1.02
@@ -112,11 +115,15 @@ def export(
         model, integers = dequantized(model)
     stored = stored_bytes(model, dtype)
     images = images_for(model)
+    text = further_inputs(model, images).get("input_ids") if form.has_graph else None
     names = _output_names(form, model, images, outputs)
     expected, not_checked = _reference(form, model, images, dtype, names)
     difference = None
     with replacing_files(output, force=force) as folder:
-        job = Job(model, images, folder, output.name, names, dtype, lower, opset, integers)
+        job = Job(
+            model, images, folder, output.name, names, dtype, lower, opset, integers, text,
+            _about(model),
+        )  # fmt: skip
         written = form.write(job)
         _check_size(form, written, stored, output)
         if expected is not None:
@@ -127,6 +134,21 @@ def export(
         output, form.name, size, written.tensors, written.parameters, written.weight_bytes,
         stored, difference, not_checked, {**written.facts, "integers_as_floats": as_floats}, names,
     )  # fmt: skip
+
+
+def _about(model: nn.Module) -> dict[str, Any]:
+    """How images are prepared, and the first name of each class, where these are known."""
+    state = state_of(model)
+    if state.source is None:
+        return {}
+    source = Source.from_json(state.source)
+    found: dict[str, Any] = {}
+    if source.preprocess is not None:
+        found["preprocess"] = source.preprocess.to_json()
+    names = class_names_of(source, model, state.history)
+    if names is not None:
+        found["class_names"] = [each[0] for each in names]
+    return found
 
 
 def _check_choices(dtype: str, lower: str) -> None:
@@ -179,7 +201,7 @@ def _check_size(form: Format, written: Written, stored: int, output: Path) -> No
 
 def _check_outputs(form: Format, job: Job, expected: Reference, output: Path) -> float:
     """The difference from the exact outputs, which rounding may explain."""
-    found = form.run(job.path, job.images)
+    found = form.run(job.path, job.images, job.text)
     difference = outputs_differ_by(found, expected.rounded)
     if not difference <= expected.tolerance:
         raise VerifyError(

@@ -134,13 +134,13 @@ def _ties(model: nn.Module, checkpoint: Checkpoint) -> Check:
 def _outputs(model: nn.Module, name: str, images: Tensor) -> Check:
     """The tied, the frozen and the dense form must give the same outputs."""
     try:
-        tied = outputs_of(model, images, with_text=True)
+        tied = outputs_of(model, images)
     except UserError as error:
         if error.code not in ("images-rejected", "no-tensors-returned"):
             raise
         return Check.not_run("outputs", error.what)
-    frozen = outputs_of(freeze(copy.deepcopy(model)), images, with_text=True)
-    dense = outputs_of(untie(copy.deepcopy(model)), images, with_text=True)
+    frozen = outputs_of(freeze(copy.deepcopy(model)), images)
+    dense = outputs_of(untie(copy.deepcopy(model)), images)
     differences = [outputs_differ_by(form, dense) for form in (tied, frozen)]
     if not all(off <= TOLERANCE for off in differences):
         worst = max(differences) if all(d == d for d in differences) else math.nan

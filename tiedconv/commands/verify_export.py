@@ -19,6 +19,7 @@ from tiedconv.errors import CheckpointError, UserError, VerifyError
 from tiedconv.exporters import Format, choose_format
 from tiedconv.exporters._format import stored_bytes
 from tiedconv.runtime.dequantize import dequantize
+from tiedconv.runtime.forward_check import further_inputs, token_count
 from tiedconv.runtime.tie import dense_state_dict, state_of
 
 
@@ -67,11 +68,12 @@ def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[C
         model = dequantize(copy.deepcopy(model))
         # Integers in it are the model's own, and nothing that was rounded besides.
         dtype = "float32" if dtype == "int8" else dtype
-    checks = [_size(path, tensors, stored_bytes(model, dtype))]
+    checks = [_size(path, tensors, form.held_bytes(path), stored_bytes(model, dtype))]
     for name, x in shown.items():
         checks += _outputs(path, form, model, name, x, dtype)
     if form.name in ("onnx", "pt2") and checks[-1].passed:
-        checks.append(_memory(path, form, next(iter(shown.values()))))
+        first = next(iter(shown.values()))
+        checks.append(_memory(path, form, first, token_count(model, first)))
     return checks
 
 
@@ -104,8 +106,7 @@ def _dense(path: Path, form: Format, model: nn.Module) -> Check:
     return Check("against", f"{path.name}: {len(found)} tensors, bitwise equal")
 
 
-def _size(path: Path, tensors: Mapping[str, Tensor], stored: int) -> Check:
-    held = sum(t.nbytes for t in tensors.values())
+def _size(path: Path, tensors: Mapping[str, Tensor], held: int, stored: int) -> Check:
     contents: dict[bytes, str] = {}
     for name, tensor in tensors.items():
         # A transpose holds the same values too; small tensors may be equal by chance.
@@ -148,7 +149,7 @@ def _outputs(
         if error.code != "images-rejected":
             raise
         return [Check.not_run("outputs", error.what)]
-    found = form.run(path, images)
+    found = form.run(path, images, further_inputs(model, images).get("input_ids"))
     missing = [output for output in expected.rounded if output not in found]
     shared = {n: value for n, value in expected.rounded.items() if n in found}
     off = outputs_differ_by(found, shared) if shared else float("nan")
@@ -168,10 +169,10 @@ def _outputs(
     return checks
 
 
-def _memory(path: Path, form: Format, images: Tensor) -> Check:
+def _memory(path: Path, form: Format, images: Tensor, tokens: int) -> Check:
     """The memory that the loaded file takes up in its runtime, measured in its own process."""
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    target = BenchTarget(str(path), form.name, shape=shape)
+    target = BenchTarget(str(path), form.name, shape=shape, tokens=tokens)
     found = []
     for one_copy in (False, True) if form.name == "onnx" else (False,):
         process = Process(dataclasses.replace(target, one_copy=one_copy))

@@ -21,6 +21,7 @@ from tiedconv.conversion.captured_inputs import captured_inputs, evaluation
 from tiedconv.core.block_names import block_names
 from tiedconv.core.plan import Plan
 from tiedconv.errors import UserError, VerifyError
+from tiedconv.runtime.call_hooks import hooked, text_hooks
 from tiedconv.runtime.tie import state_of
 
 FACTOR = 10.0
@@ -48,7 +49,8 @@ def compare_with_original(
     state = state_of(model)
     promised = _promised(state.plan)
     try:
-        shown = captured_inputs(original, list(promised), images)[:1]
+        with hooked(original, text_hooks(original)):
+            shown = captured_inputs(original, list(promised), images)[:1]
         blocks = {n: model.get_submodule(n) for n in promised}
     except AttributeError as error:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,9 @@ from tiedconv.runtime.tie import state_of
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 """Stored dtypes, and the bytes of a value."""
 
+IMAGES, TEXT = "images", "input_ids"
+"""Names of the inputs of an exported file."""
+
 LOWERINGS = ("auto", "always", "never")
 """Whether factors are applied one by one: where that is as fast, wherever possible, never."""
 
@@ -31,6 +34,7 @@ class Job:
     Args:
         model: tied, in evaluation mode; a format may change it.
         images: random images to trace with, `(2, C, H, W)`.
+        text: token ids beside them, `(2, tokens)`, for a model that takes both.
         folder: the folder to write into.
         name: file name of the main file.
         outputs: names of the outputs to export; none for a format without a graph.
@@ -38,6 +42,7 @@ class Job:
         lower: one of `LOWERINGS`.
         opset: ONNX opset, None to choose.
         integers: of the model's quantised matrices, by the names of their floats.
+        about: what a user of the file needs to know, such as how images are prepared; plain data.
     """
 
     model: nn.Module
@@ -49,6 +54,13 @@ class Job:
     lower: str = "auto"
     opset: int | None = None
     integers: Mapping[str, Integers] = field(default_factory=dict)
+    text: Tensor | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the file is called with, by name."""
+        return named_inputs(self.images, self.text)
 
     @property
     def path(self) -> Path:
@@ -114,13 +126,26 @@ class Format(ABC):
             CheckpointError: the file can't be read.
         """
 
+    def held_bytes(self, path: Path) -> int:
+        """Bytes of the tensors in a file, as it stores them.
+
+        Raises:
+            CheckpointError: the file can't be read.
+        """
+        return sum(tensor.nbytes for tensor in self.tensors(path).values())
+
     def why_not_run(self) -> str | None:
         """Why `run` can't be called here; None if it can."""
         return None
 
     @abstractmethod
-    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
+    def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """The outputs of a written file, by name.
+
+        Args:
+            path: the file.
+            images: `(n, C, H, W)`.
+            text: token ids, of a model that takes both.
 
         Raises:
             CheckpointError: the file can't be read.
@@ -140,12 +165,22 @@ class Outputs(nn.Module):
         super().__init__()
         self.model, self._names, self._form = model, tuple(names), form
 
-    def forward(self, images: Tensor) -> Any:
-        """`(n, C, H, W)` to the outputs."""
-        found = chosen(named_outputs(self.model(images)), self._names)
+    def forward(self, images: Tensor, text: Tensor | None = None) -> Any:
+        """Images `(n, C, H, W)`, and token ids of a model that takes both, to the outputs."""
+        found = chosen(named_outputs(called(self.model, images, text)), self._names)
         if len(found) == 1:
             return next(iter(found.values()))
         return found if self._form is dict else tuple(found.values())
+
+
+def called(model: Callable[..., Any], images: Tensor, text: Tensor | None = None) -> Any:
+    """What a model returns for images, and for token ids where it takes both."""
+    return model(images) if text is None else model(pixel_values=images, input_ids=text)
+
+
+def named_inputs(images: Tensor, text: Tensor | None) -> dict[str, Tensor]:
+    """The inputs of an exported file, by name."""
+    return {IMAGES: images} if text is None else {IMAGES: images, TEXT: text}
 
 
 def unreadable(path: Path, expected: str, error: Exception) -> CheckpointError:

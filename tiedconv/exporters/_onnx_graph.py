@@ -22,8 +22,6 @@ from tiedconv.runtime.forward_check import is_out_of_memory
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-IMAGES = "images"
-
 
 @dataclass(frozen=True)
 class Site:
@@ -51,13 +49,13 @@ class Site:
 
 
 def trace(
-    model: nn.Module, images: Tensor, outputs: Sequence[str], opset: int | None = None
+    model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], opset: int | None = None
 ) -> ir.Model:
     """The graph of a plain model, its initializers under the names of its state dict.
 
     Args:
         model: in evaluation mode.
-        images: an example `(2 or more, C, H, W)`; the batch size is dynamic.
+        inputs: an example of each, `(2 or more, ...)`; the batch size is dynamic.
         outputs: the names of those that the graph is to have.
         opset: ONNX opset; None for the exporter's default.
 
@@ -65,13 +63,14 @@ def trace(
         UserError: torch can't export this model.
     """
     wrapped = Outputs(model, outputs, tuple).eval()
+    batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         try:
             program = torch.onnx.export(
-                wrapped, (images,), dynamo=True, optimize=False, opset_version=opset,
-                input_names=[IMAGES], output_names=list(outputs), verbose=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                wrapped, tuple(inputs.values()), dynamo=True, optimize=False, opset_version=opset,
+                input_names=list(inputs), output_names=list(outputs), verbose=False,
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:
             if error.__cause__ is not None and is_out_of_memory(error.__cause__):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tiedconv.core.expr import Expr
 from tiedconv.core.plan import Plan
 from tiedconv.errors import UserError
+from tiedconv.exporters._format import called
 from tiedconv.exporters._onnx_apply import (
     Kernel,
     NoteKernel,
@@ -79,7 +80,7 @@ class Lowered:
 
 def onnx_graph(
     model: nn.Module,
-    images: Tensor,
+    inputs: Mapping[str, Tensor],
     outputs: Sequence[str] = (ONLY,),
     *,
     lower: str = "auto",
@@ -89,7 +90,7 @@ def onnx_graph(
 
     Args:
         model: tied; it is untied here, so give a copy.
-        images: an example `(n, C, H, W)`, n at least 2.
+        inputs: an example of each, `(n, ...)`, n at least 2; see `_format.named_inputs`.
         outputs: the names of those that the graph is to have.
         lower: where factors are applied instead of materialising weights: `auto`, `always`
             (wherever possible), or `never`.
@@ -101,7 +102,7 @@ def onnx_graph(
     plan = state_of(model).plan
     tensors = {n: p.detach() for n, p in model.named_parameters() if n in plan.factors}
     plain = _disambiguated(untie(model), plan)
-    graph = _traced(plain, images, outputs, opset)
+    graph = _traced(plain, inputs, outputs, opset)
     if any(node.op_type.startswith("Random") for node in graph.graph):
         raise UserError(
             "The model draws random numbers in evaluation, as masked pretraining does",
@@ -110,7 +111,7 @@ def onnx_graph(
             code="model-not-exportable",
         )
     absent = [name for name in plan.weights if not _names_in(graph, plan, name)]
-    return graph, put_factors(graph, plan, tensors, lower, _unused(plain, absent, images))
+    return graph, put_factors(graph, plan, tensors, lower, _unused(plain, absent, inputs))
 
 
 def _names_in(graph: ir.Model, plan: Plan, weight: str) -> list[str]:
@@ -119,14 +120,14 @@ def _names_in(graph: ir.Model, plan: Plan, weight: str) -> list[str]:
 
 
 @torch.no_grad()
-def _unused(model: nn.Module, weights: Sequence[str], images: Tensor) -> list[str]:
+def _unused(model: nn.Module, weights: Sequence[str], inputs: Mapping[str, Tensor]) -> list[str]:
     """Those with which no output changes, as of a layer that is never called."""
     found: list[str] = []
-    before = named_outputs(model(images)) if weights else {}
+    before = named_outputs(called(model, *inputs.values())) if weights else {}
     for weight in weights:
         parameter = model.get_parameter(weight)
         parameter.neg_()
-        after = named_outputs(model(images))
+        after = named_outputs(called(model, *inputs.values()))
         parameter.neg_()
         if all(torch.equal(value, after[name]) for name, value in before.items()):
             found.append(weight)
@@ -143,17 +144,18 @@ def _disambiguated(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def dense_graph(model: nn.Module, images: Tensor) -> ir.Model:
-    """The graph of a plain model, simplified in the same way."""
-    graph = _traced(model, images, (ONLY,), None)
+@torch.no_grad()
+def dense_graph(model: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
+    """The graph of a plain model with all its outputs, simplified in the same way."""
+    graph = _traced(model, inputs, tuple(named_outputs(called(model, *inputs.values()))), None)
     _clean(graph, frozenset())
     return graph
 
 
 def _traced(
-    model: nn.Module, images: Tensor, outputs: Sequence[str], opset: int | None
+    model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], opset: int | None
 ) -> ir.Model:
-    graph = trace(model, images, outputs, opset)
+    graph = trace(model, inputs, outputs, opset)
     _simplify(graph)
     drop_zero_biases(graph.graph)
     return graph

@@ -55,7 +55,7 @@ class Compact(Format):
         """The stored tensors."""
         return dict(read(path).tensors())
 
-    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
+    def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """By `tiedconv.load`."""
         with torch.no_grad():
             return named_outputs(load(path)(images))

@@ -53,7 +53,7 @@ class Dense(Format):
         """Without the class of the model it has no forward pass."""
         return "a state dict has no graph to run"
 
-    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
+    def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """Not possible."""
         raise NotImplementedError
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tiedconv.exporters._format import Format, Job, Written, unreadable
-from tiedconv.exporters._onnx_graph import IMAGES
+from tiedconv.exporters._format import Format, Job, Written, named_inputs, unreadable
 from tiedconv.exporters._onnx_lower import dense_graph, onnx_graph
 from tiedconv.exporters._onnx_store import EXTERNAL_ABOVE, INT4_OPSET, narrowed, store_integers
 from tiedconv.runtime.tie import state_of
 from tiedconv.version import __version__
+
+T = TypeVar("T")
 
 
 class Onnx(Format):
@@ -35,7 +37,7 @@ class Onnx(Format):
         fits = any(each.bits == 4 for each in job.integers.values())
         opset = INT4_OPSET if fits and job.opset is None else job.opset
         graph, lowered = onnx_graph(
-            job.model, job.images, job.outputs, lower=job.lower, opset=opset
+            job.model, job.inputs, job.outputs, lower=job.lower, opset=opset
         )
         packed = store_integers(graph, job.integers)
         if job.dtype != "float32":
@@ -50,24 +52,29 @@ class Onnx(Format):
         about = {"version": __version__, "stored": plan.stored, "original": plan.original}
         graph.metadata_props["tiedconv"] = json.dumps({**about, **facts}, sort_keys=True)
         held = [v.const_value for v in graph.graph.initializers.values() if v.const_value]
+        for name, value in job.about.items():
+            graph.metadata_props[name] = json.dumps(value, ensure_ascii=False)
         size = sum(t.nbytes for t in held)
         data = f"{job.name}.data" if size > EXTERNAL_ABOVE else None
         ir.save(graph, job.path, external_data=data)
         return Written(len(held), sum(t.size for t in held), size, facts)
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
-        """The initializers."""
+        """The initializers; INT4 as int8, as torch has none."""
+        return self._read(path, lambda held: _tensor(held.numpy()))
+
+    def held_bytes(self, path: Path) -> int:
+        """Of the initializers; two numbers of INT4 are one byte."""
+        return sum(self._read(path, lambda held: int(held.nbytes)).values())
+
+    def _read(self, path: Path, figure: Callable[[Any], T]) -> dict[str, T]:
         self.check()
         import onnx_ir as ir
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         try:
-            graph = ir.load(path).graph
-            return {
-                name: _tensor(value.const_value.numpy())
-                for name, value in graph.initializers.items()
-                if value.const_value is not None
-            }
+            values = ir.load(path).graph.initializers.items()
+            return {n: figure(v.const_value) for n, v in values if v.const_value is not None}
         except (DecodeError, ir.serde.SerdeError, OSError, ValueError, KeyError) as error:
             raise unreadable(path, "an ONNX file", error) from error
 
@@ -76,7 +83,7 @@ class Onnx(Format):
         found = importlib.util.find_spec("onnxruntime")
         return "ONNX Runtime is not installed" if found is None else None
 
-    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
+    def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """By ONNX Runtime, in float32."""
         import onnxruntime as ort
         from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -93,27 +100,29 @@ class Onnx(Format):
         ) as error:  # fmt: skip
             raise unreadable(path, "a model that ONNX Runtime can load", error) from error
         names = [output.name for output in session.get_outputs()]
-        found = session.run(names, {IMAGES: images.numpy()})
+        given = {n: t.numpy() for n, t in named_inputs(images, text).items()}
+        found = session.run(names, given)
         return {n: torch.from_numpy(value) for n, value in zip(names, found, strict=True)}
 
 
 def _tensor(array: Any) -> Tensor:
     """An initializer; INT4 as int8, as torch has none."""
-    known = array.dtype.kind in "fiub" and array.dtype.isbuiltin == 1
-    return torch.from_numpy(array.copy() if known else array.astype("int8"))
+    if "int4" in array.dtype.name:
+        return torch.from_numpy(array.astype("int8"))
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 
-def write_dense(model: nn.Module, images: Tensor, path: Path) -> None:
+def write_dense(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
     """Write a plain model as ONNX, as a baseline, each weight in the layout it is read in.
 
     Args:
         model: plain, in evaluation mode.
-        images: an example `(n, C, H, W)`, n at least 2.
+        inputs: an example of each, `(n, ...)`, n at least 2.
         path: the file to write.
     """
     import onnx_ir as ir
 
-    graph = dense_graph(model, images)
+    graph = dense_graph(model, inputs)
     size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value)
     ir.save(graph, path, external_data=f"{path.name}.data" if size > EXTERNAL_ABOVE else None)
 

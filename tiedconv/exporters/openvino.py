@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tiedconv.exporters._format import Format, Job, Written, unreadable
+from tiedconv.exporters._format import Format, Job, Written, named_inputs, unreadable
 from tiedconv.exporters.onnx import FORMAT as ONNX
 
 
@@ -30,6 +31,8 @@ class OpenVino(Format):
         written = ONNX.write(between)
         # Not convert_model: its transformations store the transpose of a tied matrix as well.
         model = ov.Core().read_model(between.path)
+        for name, value in job.about.items():
+            model.set_rt_info(json.dumps(value, ensure_ascii=False), ["model_info", name])
         ov.save_model(model, job.path, compress_to_fp16=False)
         between.path.unlink()
         size = job.path.with_suffix(".bin").stat().st_size
@@ -47,7 +50,11 @@ class OpenVino(Format):
         constants = [op for op in operations if op.get_type_name() == "Constant"]
         return {op.get_friendly_name(): torch.from_numpy(op.data.copy()) for op in constants}
 
-    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
+    def held_bytes(self, path: Path) -> int:
+        """Of the companion file, which holds all constants."""
+        return path.with_suffix(".bin").stat().st_size
+
+    def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """By OpenVINO on the CPU, in float32: by default it uses bfloat16 where the CPU has it."""
         import openvino as ov
 
@@ -55,7 +62,7 @@ class OpenVino(Format):
             compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         except RuntimeError as error:
             raise unreadable(path, "an OpenVINO model", error) from error
-        found = compiled(images.numpy())
+        found = compiled({n: t.numpy() for n, t in named_inputs(images, text).items()})
         return {port.get_any_name(): torch.from_numpy(found[port]) for port in compiled.outputs}
 
 

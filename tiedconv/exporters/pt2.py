@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tiedconv.errors import CheckpointError, UserError, first_line
-from tiedconv.exporters._format import Format, Job, Outputs, Written, unreadable
+from tiedconv.exporters._format import Format, Job, Outputs, Written, named_inputs, unreadable
 from tiedconv.exporters._pt2_safety import checked_archive
 from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.runtime.outputs import named_outputs
@@ -41,8 +41,8 @@ class Pt2(Format):
             try:
                 program = torch.export.export(
                     Outputs(job.model, job.outputs, dict),
-                    (job.images,),
-                    dynamic_shapes=({0: batch},),
+                    tuple(job.inputs.values()),
+                    dynamic_shapes=tuple({0: batch} for _ in job.inputs),
                     strict=False,
                 )
             except Exception as error:  # tracing runs the model's code: no common base
@@ -66,10 +66,10 @@ class Pt2(Format):
         constants = {n: t for n, t in program.constants.items() if isinstance(t, Tensor)}
         return {**program.state_dict, **constants}
 
-    def run(self, path: Path, images: Tensor) -> dict[str, Tensor]:
+    def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """By `torch.export.load`."""
         with torch.no_grad():
-            return named_outputs(_opened(path).module()(images))
+            return named_outputs(_opened(path).module()(*named_inputs(images, text).values()))
 
 
 def _opened(path: Path) -> torch.export.ExportedProgram:

@@ -23,7 +23,10 @@ Pick = str | Sequence[str] | Callable[[Any], Any]
 """What of an output is meant: a name, names, or a function of the whole."""
 
 TEXT_LENGTH = 16
-"""Tokens of a random text, at most."""
+"""Tokens of a random text, at most, where its length does not matter."""
+
+LONGEST = 4096
+"""Tokens of a text where the model says how many it takes."""
 
 
 class Shared:
@@ -153,15 +156,20 @@ def text_hooks(model: nn.Module) -> list[Before]:
     return [RandomText()] if takes_text_too(model) else []
 
 
-def random_text(model: nn.Module, images: Tensor) -> Tensor:
+def random_text(model: nn.Module, images: Tensor, most: int = TEXT_LENGTH) -> Tensor:
     """Token ids `(images, tokens)`, drawn from the whole vocabulary by the pixels of each image.
 
     They begin and end with the tokens that the model's configuration names.
+
+    Args:
+        model: of transformers.
+        images: `(n, C, H, W)`.
+        most: tokens of a text, if the model takes as many.
     """
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
     size = int(getattr(config, "vocab_size", 0) or 1)
-    length = min(TEXT_LENGTH, int(getattr(config, "max_position_embeddings", 0) or TEXT_LENGTH))
+    length = min(most, int(getattr(config, "max_position_embeddings", 0) or TEXT_LENGTH))
     rows = []
     for image in images.detach().double().flatten(1).cpu():
         seed = hash(float(image.sum())) % 2**63

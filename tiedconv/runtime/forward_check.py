@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import UserError, first_line
-from tiedconv.runtime.call_hooks import hooked, is_fed, text_hooks
+from tiedconv.runtime.call_hooks import (
+    LONGEST,
+    hooked,
+    is_fed,
+    random_text,
+    takes_text_too,
+    text_hooks,
+)
 
 # What libraries raise for inputs of the wrong size or kind. Anything else is a bug of the model and
 # passes through.
@@ -18,14 +25,20 @@ _REJECTIONS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
 
 
 def further_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What a model of transformers takes besides images, to try it: some text for each image.
+    """What a model of transformers takes besides images, to try it: random text for each image.
 
-    Empty for a model that takes images alone, or that does not take them as its first input.
+    Of as many tokens as the model takes, as tokenizers pad it. Empty for a model that takes images
+    alone, or as its first input.
     """
-    names = list(inspect.signature(model.forward).parameters)
-    if "pixel_values" not in names or names[0] == "pixel_values" or "input_ids" not in names:
+    if not takes_text_too(model):
         return {}
-    return {"input_ids": torch.ones(len(images), 4, dtype=torch.int64, device=images.device)}
+    return {"input_ids": random_text(model, images, LONGEST)}
+
+
+def token_count(model: nn.Module, images: Tensor) -> int:
+    """Tokens of a text beside an image, of a model that takes both; else 0."""
+    found = further_inputs(model, images[:1]).get("input_ids")
+    return 0 if found is None else found.shape[1]
 
 
 def checked_forward(model: Callable[..., Any], images: Tensor, **further: Tensor) -> Any:

@@ -13,8 +13,10 @@ def native_size(model: nn.Module) -> tuple[int, int] | None:
     Read from `config.image_size` (transformers), `patch_embed.img_size` (timm) or `image_size`
     (torchvision).
     """
+    config = getattr(model, "config", None)
     places: tuple[Any, ...] = (
-        getattr(getattr(model, "config", None), "image_size", None),
+        getattr(config, "image_size", None),
+        getattr(getattr(config, "vision_config", None), "image_size", None),
         getattr(getattr(model, "patch_embed", None), "img_size", None),
         getattr(model, "image_size", None),
     )

@@ -76,8 +76,11 @@ def refuse_arguments(spec: str, kwargs: Mapping[str, JSON], reserved: Iterable[s
 
 
 def image_size(kwargs: Mapping[str, JSON]) -> int | None:
-    """The input size that constructor arguments ask for, if any."""
+    """The input size that constructor arguments ask for, if any; of a vision tower its own."""
     value = kwargs.get("image_size", kwargs.get("img_size"))
+    vision = kwargs.get("vision_config")
+    if value is None and isinstance(vision, Mapping):
+        value = vision.get("image_size")
     if isinstance(value, list) and value:
         value = value[0]
     return value if type(value) is int else None

@@ -18,11 +18,11 @@ from tiedconv.training.distributed import ALONE, DistContext
 from tiedconv.training.evaluation import EvalResult, answers, require_some
 from tiedconv.training.events import OnEvent, ignore
 
-NEIGHBOURS = 20
-AT_ONCE = 1024
+_NEIGHBOURS = 20
+_AT_ONCE = 1024
 """Images that vote together: their cosines to all training images are held."""
 
-TEMPERATURE = 0.07
+_TEMPERATURE = 0.07
 """Of the weight of a vote, `exp(cosine / 0.07)` (Wu et al., arXiv 1805.01978; DINO's protocol)."""
 
 
@@ -51,7 +51,7 @@ class VotingList(ImageList):
 
 
 class Vote:
-    """Top-1 of a vote of the `NEIGHBOURS` nearest training images by the cosine of features.
+    """Top-1 of a vote of the 20 nearest training images by the cosine of features.
 
     Args:
         bank: the training images.
@@ -89,7 +89,7 @@ class Vote:
         right = sum(
             int((self._winners(part, known, labels) == classes).sum())
             for part, classes in zip(
-                torch.split(found, AT_ONCE), torch.split(truth, AT_ONCE), strict=True
+                torch.split(found, _AT_ONCE), torch.split(truth, _AT_ONCE), strict=True
             )
         )
         parts = processes.gathered((right, len(truth)))
@@ -100,9 +100,9 @@ class Vote:
         return EvalResult.ended(start, metrics, 0.0, images, self.classes, broken)
 
     def _winners(self, found: Tensor, known: Tensor, labels: Tensor) -> Tensor:
-        near, where = (found @ known.T).topk(min(NEIGHBOURS, len(known)))
+        near, where = (found @ known.T).topk(min(_NEIGHBOURS, len(known)))
         votes = torch.zeros(len(found), self.classes)
-        return votes.scatter_add_(1, labels[where], (near / TEMPERATURE).exp()).argmax(1)
+        return votes.scatter_add_(1, labels[where], (near / _TEMPERATURE).exp()).argmax(1)
 
 
 def _features(

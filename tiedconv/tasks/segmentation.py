@@ -22,7 +22,7 @@ from tiedconv.training.distributed import ALONE, DistContext
 from tiedconv.training.evaluation import EvalResult, answers, require_some
 from tiedconv.training.events import OnEvent, ignore
 
-NO_CLASS = 255
+_NO_CLASS = 255
 """The value in a mask of a pixel that does not count."""
 
 
@@ -52,7 +52,7 @@ class MeanIoU:
     Args:
         masks: of the data.
         first_class: the value in a mask that means the model's first class; smaller ones, and
-            `NO_CLASS`, do not count.
+            255, do not count.
     """
 
     metrics = ("miou", "pixel_accuracy")
@@ -94,7 +94,7 @@ class MeanIoU:
                 truth = self._truth(number, classes)
                 whole = F.interpolate(row[None], truth.shape, mode="bilinear", align_corners=False)
                 part = counter(
-                    whole[0].argmax(0).cpu(), truth, num_classes=classes, ignore_index=NO_CLASS
+                    whole[0].argmax(0).cpu(), truth, num_classes=classes, ignore_index=_NO_CLASS
                 )
                 counts = part if counts is None else counts + part
             images += len(batch.images)
@@ -107,8 +107,8 @@ class MeanIoU:
 
     def _truth(self, number: int, classes: int) -> Tensor:
         found = torch.from_numpy(self.masks.of(number))
-        counts = (found >= self.first_class) & (found != NO_CLASS)
-        truth = torch.where(counts, found - self.first_class, NO_CLASS)
+        counts = (found >= self.first_class) & (found != _NO_CLASS)
+        truth = torch.where(counts, found - self.first_class, _NO_CLASS)
         most = int(truth[counts].max()) if bool(counts.any()) else 0
         if most >= classes:
             raise DataError(

@@ -17,8 +17,8 @@ from tiedconv.data.layouts._base import VAL_NAMES, Layout, Parts
 from tiedconv.errors import DataError
 from tiedconv.io.plain_file import require_plain_file
 
-IMAGES = ("images", "JPEGImages")
-MASKS = ("annotations", "masks", "labels", "SegmentationClass")
+_IMAGES = ("images", "JPEGImages")
+_MASKS = ("annotations", "masks", "labels", "SegmentationClass")
 _TRAIN = ("train", "training")
 
 
@@ -71,7 +71,7 @@ class _Photos:
 
 def _folders(root: Path) -> tuple[Path, Path] | None:
     """The folder of images and that of masks."""
-    pairs = ((root / images, root / masks) for images in IMAGES for masks in MASKS)
+    pairs = ((root / images, root / masks) for images in _IMAGES for masks in _MASKS)
     return next(((a, b) for a, b in pairs if a.is_dir() and b.is_dir()), None)
 
 
