@@ -65,6 +65,27 @@ def test_a_block_that_moved_further_than_its_weights_is_found() -> None:
         compare_with_original(model, micro.model(), "random", micro.input())
 
 
+def rounded(model: nn.Module, bits: int) -> nn.Module:
+    size = {8: "32%", 4: "20%"}[bits]
+    return tiedconv.convert(model, "auto", bytes=size, bits=str(bits), include=["blocks.*"])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_was_only_rounded_is_as_far_as_rounding_explains(bits: int) -> None:
+    micro = all_micros()["timm-vit"]
+    model = rounded(micro.model(), bits)
+    blocks = compare_with_original(model, micro.model(), "random", micro.input())[0]
+    assert blocks.passed
+
+
+def test_integers_of_other_weights_are_found() -> None:
+    micro = all_micros()["timm-vit"]
+    broken = micro.model()
+    swap_heads(broken)
+    with raises(VerifyError, "block-differs", "blocks.1"):
+        compare_with_original(rounded(broken, 8), micro.model(), "random", micro.input())
+
+
 def test_another_model_is_no_original() -> None:
     model = tiedconv.convert(all_micros()["timm-vit"].model(), "lors", rank=2)
     other = all_micros()["torchvision-resnet"]

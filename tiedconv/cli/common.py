@@ -119,8 +119,8 @@ OutputName = Annotated[
     str | None,
     option_in(
         IMAGES,
-        "Compare only this output with the original's, such as last_hidden_state. Default: all.",
-        metavar="NAME",
+        "Use only these outputs, such as last_hidden_state; with commas between. Default: all.",
+        metavar="NAMES",
     ),
 ]
 Limit = Annotated[

@@ -19,10 +19,9 @@ from tiedconv.commands._reference import outputs_of
 from tiedconv.commands.verify_export import Check
 from tiedconv.conversion.captured_inputs import captured_inputs, evaluation
 from tiedconv.core.block_names import block_names
-from tiedconv.core.plan import Plan
 from tiedconv.errors import UserError, VerifyError
 from tiedconv.runtime.call_hooks import hooked, text_hooks
-from tiedconv.runtime.tie import state_of
+from tiedconv.runtime.tie import dense_state_dict, state_of
 
 FACTOR = 10.0
 """How many times the error of its weights the outputs of a block may be off. An error of random
@@ -47,7 +46,7 @@ def compare_with_original(
         UserError: it is not the original of this model (`original-differs`).
     """
     state = state_of(model)
-    promised = _promised(state.plan)
+    promised = _promised(model, original)
     try:
         with hooked(original, text_hooks(original)):
             shown = captured_inputs(original, list(promised), images)[:1]
@@ -74,6 +73,8 @@ def compare_with_original(
 def _as_promised(
     found: dict[str, float], promised: dict[str, float | None], trained: bool, name: str
 ) -> Check:
+    if not promised:
+        return Check.not_run("blocks", "the file stores every matrix as it was")
     if not found:
         return Check.not_run("blocks", f"the original can't be run on {name} images")
     worst = max(found, key=lambda block: found[block])
@@ -97,8 +98,13 @@ def _allowed(error: float | None) -> float:
     return max(ROUNDING, FACTOR * (error or 0.0))
 
 
-def _promised(plan: Plan) -> dict[str, float | None]:
-    """Each block with converted weights, and the largest error of the fits in it."""
+def _promised(model: nn.Module, original: nn.Module) -> dict[str, float | None]:
+    """Each block with converted weights, and the largest error of the fits in it.
+
+    Of weights that were rounded and no more, the file records no error: it is measured, and
+    counts as far as rounding to so many bits can explain it.
+    """
+    plan = state_of(model).plan
     names = [*plan.weights, *plan.kept]
     shapes = {**plan.kept, **{n: e.shape for n, e in plan.weights.items()}}
     home = block_names([n for n in names if len(shapes[n]) > 1])
@@ -108,6 +114,18 @@ def _promised(plan: Plan) -> dict[str, float | None]:
             tensor = member.slot.tensor
             block = home(tensor) or tensor.rpartition(".")[0]
             errors[block] = max(errors[block] or 0.0, group.error or 0.0)
+    fitted = {member.slot.tensor for group in plan.groups for member in group.members}
+    rounded = [n for n in plan.weights if n not in fitted]
+    found, known = dense_state_dict(model) if rounded else {}, original.state_dict()
+    for name in (n for n in rounded if n in known and known[n].shape == found[n].shape):
+        block = home(name) or name.rpartition(".")[0]
+        if not block:
+            continue  # a table of the whole model, such as positions
+        size = float(known[name].double().norm()) or 1.0
+        off = float((found[name].double() - known[name].double()).norm()) / size
+        widths = [plan.codes[ref].bits for ref in plan.weights[name].refs if ref in plan.codes]
+        bits = min(widths, default=8)
+        errors[block] = max(errors[block] or 0.0, min(off, 4.0 * 2.0**-bits))
     return dict(errors)
 
 

@@ -20,7 +20,7 @@ from tiedconv.runtime.outputs import chosen, named_outputs
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 After = Callable[[nn.Module, Any, Any], Any]
 Pick = str | Sequence[str] | Callable[[Any], Any]
-"""What of an output is meant: a name, names, or a function of the whole."""
+"""What of an output is meant: names, listed or with commas between, or a function of the whole."""
 
 TEXT_LENGTH = 16
 """Tokens of a random text, at most, where its length does not matter."""
@@ -84,7 +84,7 @@ class ChosenOutput(Shared):
         """
         if callable(self.pick):
             return self.pick(output)
-        names = [self.pick] if isinstance(self.pick, str) else list(self.pick)
+        names = self.pick.split(",") if isinstance(self.pick, str) else list(self.pick)
         return chosen(named_outputs(output), names)
 
 
