@@ -17,7 +17,7 @@ from tiedconv.exporters._onnx_store import EXTERNAL_ABOVE, INT4_OPSET, narrowed,
 from tiedconv.runtime.tie import state_of
 from tiedconv.version import __version__
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Onnx(Format):
@@ -67,7 +67,7 @@ class Onnx(Format):
         """Of the initializers; two numbers of INT4 are one byte."""
         return sum(self._read(path, lambda held: int(held.nbytes)).values())
 
-    def _read(self, path: Path, figure: Callable[[Any], T]) -> dict[str, T]:
+    def _read(self, path: Path, figure: Callable[[Any], _T]) -> dict[str, _T]:
         self.check()
         import onnx_ir as ir
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
