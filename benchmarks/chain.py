@@ -3,9 +3,10 @@
     python benchmarks/chain.py --photos PHOTOS [--dinov2 FOLDER] [--lite0 WEIGHTS.safetensors]
 
 Each step is the command line's. Real weights where they are given, else tiny models of transformers
-with random weights (tables, biases and norms drawn too), and a network of YOLO's shape. The distance to the original (as the kind of
-output measures it, on held-out images) is noted after the conversion, block by block, and after the
-distillation. A step that is refused is noted with its code. Results go to
+with random weights (tables, biases and norms drawn too), and a network of YOLO's shape. The
+distance to the original (as the kind of output measures it, on held-out images) is noted after the
+conversion and after the block-wise fit; before and after the distillation how far both say the
+same. What is refused, or could not be checked, is noted. Results go to
 `benchmarks/results/chain.json`.
 """
 
