@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from torch import nn
 
 import tiedconv
 from tiedconv.data import TensorList
+from tiedconv.outputs import Imitated, Imitation, kind_of
 from tiedconv.training import (
     DistContext,
     Interrupted,
@@ -50,11 +52,13 @@ def curves(folder: Path) -> None:
                     found[f"{scheme} {kind} resumed"] = resumed(
                         scheme, kind, processes, folder / f"{scheme}-{kind}"
                     )
+        for kind in kinds:
+            found[f"imitated {kind}"] = curve("tied", kind, imitated=True)
         if processes.first:
             torch.save(found, folder / f"{processes.count}.pt")
 
 
-def vit() -> nn.Module:
+def vit(classes: int = CLASSES) -> nn.Module:
     """A ViT with dropout off: its masks would depend on who draws them."""
     from tiedconv.sources.torchvision_compat import import_torchvision
 
@@ -64,7 +68,7 @@ def vit() -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2,
-        num_classes=CLASSES,
+        num_classes=classes,
     )  # fmt: skip
     return model
 
@@ -97,8 +101,13 @@ def resumed(scheme: str, kind: str, processes: DistContext, folder: Path) -> dic
     return {**curve(scheme, kind, folder, **RECIPE), "signum": int(signum)}
 
 
-def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) -> dict[str, Any]:
-    """The loss of each step, what the model is in the end, and what it holds on the way."""
+def curve(
+    scheme: str, kind: str, folder: Path | None = None, *, imitated: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The loss of each step, what the model is in the end, and what it holds on the way.
+
+    With `imitated` the model has no classifier, and learns the features of its teacher.
+    """
     losses: list[float] = []
     held: set[tuple[int, int]] = set()
     read, clip = LossMeter.read, TrainWrapper.clip
@@ -116,14 +125,20 @@ def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) ->
 
     LossMeter.read, TrainWrapper.clip = noted, counted  # type: ignore[method-assign]
     try:
-        teacher = vit()
-        model = tiedconv.convert(vit(), scheme)
+        teacher = vit(0 if imitated else CLASSES)
+        model = tiedconv.convert(copy.deepcopy(teacher), scheme)
+        data: list[Any] = [images(61, 0), images(33, 1)]
+        if imitated:
+            task = Imitation(kind_of(torch.zeros(1, 32), teacher), teacher.eval())
+            data = [Imitated(part, task) for part in data]
+            options["distill_weight"] = 1.0
         config = TrainConfig(
             steps=STEPS, batch_size=15, lr=2e-3, sharding="ddp" if kind == "alone" else kind,
-            eval_every_epoch=False, seed=3, distill_weight=0.1, keep_best=False, **options,
+            eval_every_epoch=False, seed=3, keep_best=False,
+            **{"distill_weight": 0.1, **options},
         )  # fmt: skip
         result = train(
-            model, images(61, 0), images(33, 1), config, teacher=teacher, device="cpu",
+            model, *data, config, teacher=teacher, device="cpu",
             checkpoint_dir=folder, resume=folder is not None,
         )  # fmt: skip
     finally:
@@ -132,7 +147,7 @@ def curve(scheme: str, kind: str, folder: Path | None = None, **options: Any) ->
     assert not others
     return {
         "losses": losses, "model": dict(model.state_dict()), "stored": stored, "once": once,
-        "result": (result.top1_before, result.top1, result.steps, result.images),
+        "result": (*result.metrics_before.values(), *result.metrics.values(), result.steps),
     }  # fmt: skip
 
 

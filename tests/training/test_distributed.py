@@ -70,6 +70,18 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_learn_features_as_one(
+    curves: tuple[dict[str, Any], dict[str, Any]], kind: str
+) -> None:
+    one, two = curves
+    expected, found = one["imitated alone"], two[f"imitated {kind}"]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+    assert found["result"] == pytest.approx(expected["result"], abs=1e-3)
+    assert expected["result"][1] > expected["result"][0]  # nearer to the teacher than before
+
+
+@pytest.mark.slow
 def test_two_processes_end_with_the_start_if_all_else_is_worse(tmp_path: Path) -> None:
     started([*TORCHRUN, WORKER, "harmful", tmp_path])
     found = torch.load(tmp_path / "harmful.pt", weights_only=True)
