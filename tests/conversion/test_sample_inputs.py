@@ -9,7 +9,7 @@ import pytest
 import torch
 from error_codes import raises
 from torch import Tensor, nn
-from towers import TOKENS, clip, pairs
+from towers import TOKENS, bert, clip, pairs
 
 import tiedconv
 from tiedconv.calibration import CalibConfig
@@ -19,7 +19,6 @@ from tiedconv.conversion.calibrate import Calibration, DrawnText, Event
 from tiedconv.errors import DataError, UserError
 from tiedconv.runtime.call_hooks import random_text, same_random_numbers
 from tiedconv.runtime.tie import state_of
-from tiedconv.sources.torchvision_compat import import_torchvision
 
 QUICK = CalibConfig(steps=6, joint_steps=6, batch_size=8)
 
@@ -99,16 +98,7 @@ def test_a_bytes_budget_without_images_is_decided_on_random_images_and_text() ->
 
 
 def test_text_alone_calibrates_a_model_of_text() -> None:
-    import_torchvision()
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    model = BertModel(
-        BertConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            vocab_size=TOKENS, max_position_embeddings=20,
-        )
-    ).eval()  # fmt: skip
+    model = bert()
     samples = [{k: s[k] for k in ("input_ids", "attention_mask")} for s in pairs(24)]
     by_plain = tiedconv.convert(model, "lowrank", params="60%")
     by_text = tiedconv.convert(model, "lowrank", params="60%", calib=calibration(samples))
@@ -130,6 +120,12 @@ def test_plan_and_sensitivity_take_such_samples_too() -> None:
 def test_samples_of_other_lengths_are_refused() -> None:
     with raises(DataError, "samples-differ"):
         converted(clip(), calibration([*pairs(4), *pairs(4, tokens=5)]))
+
+
+def test_images_of_other_sizes_are_refused() -> None:
+    mixed = [*images(pairs(3)), (torch.zeros(3, 16, 32), 0)]
+    with raises(DataError, "samples-differ"):
+        converted(clip(), calibration(mixed))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from error_codes import raises
 from export_helpers import MODEL_ARGS, SPEC, with_image_size
 from micro import Micro, all_micros
 from torch import Tensor, nn
-from towers import clip
+from towers import bert, clip
 
 import tiedconv
 from tiedconv import exporters as exporting
@@ -634,6 +634,22 @@ def test_a_model_of_two_towers_has_two_inputs(ending: str, here: Path) -> None:
     checks = tiedconv.verify("c.safetensors", against=f"c.{ending}", original=spec)
     assert {check.name: check.passed for check in checks}["blocks"]
     assert all(check.passed is not False for check in checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_a_model_of_text_is_verified_and_exported(ending: str, here: Path) -> None:
+    bert().save_pretrained(here / "bert")  # type: ignore[operator]
+    spec = f"hf:{here / 'bert'}"
+    tiedconv.save(tiedconv.convert(spec, "lowrank", rank=8), here / "b.safetensors")
+    assert all(check.passed for check in tiedconv.verify("b.safetensors", original=spec))
+    done = tiedconv.export("b.safetensors", f"b.{ending}")
+    assert done.difference is not None
+    assert done.difference < 1e-4
+    checks = tiedconv.verify("b.safetensors", against=f"b.{ending}")
+    assert all(check.passed for check in checks)
+    if ending == "onnx":
+        assert [given.name for given in session(here / "b.onnx").get_inputs()] == ["input_ids"]
 
 
 @pytest.mark.slow

@@ -32,6 +32,16 @@ def clip() -> nn.Module:
     return model.eval()
 
 
+def bert() -> nn.Module:
+    """A BERT of two layers for the same vocabulary."""
+    import_torchvision()
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    model: nn.Module = BertModel(BertConfig(**TOWER, vocab_size=TOKENS, max_position_embeddings=20))
+    return model.eval()
+
+
 def pairs(count: int, tokens: int = 8) -> list[dict[str, Any]]:
     """Samples as a data set of transformers gives them, with a label that nobody may read."""
     generator = torch.Generator().manual_seed(0)

@@ -54,7 +54,7 @@ class BenchTarget:
         dense: run the dense form of a compact file instead.
         one_copy: set ONNX Runtime's `session.disable_prepacking`.
         threads: threads of the runtime.
-        shape: shape of one image, `(C, H, W)`.
+        shape: shape of one image, `(C, H, W)`; `()` for a model of text alone.
         tokens: of the text beside each image, 0 for a model that takes images alone.
         trust_code: allow the file to name a function that builds the model.
     """
@@ -64,7 +64,7 @@ class BenchTarget:
     dense: bool = False
     one_copy: bool = False
     threads: int = 1
-    shape: tuple[int, int, int] = (3, 224, 224)
+    shape: tuple[int, ...] = (3, 224, 224)
     tokens: int = 0
     trust_code: bool = False
 
@@ -229,9 +229,11 @@ def make_runner(target: BenchTarget) -> Runner:
 
 def _blank(target: BenchTarget, batch: int) -> list[torch.Tensor]:
     """What a target is run on: black images, and the first token of a model that takes text."""
-    images = torch.zeros(batch, *target.shape)
-    text = torch.zeros(batch, target.tokens, dtype=torch.int64)
-    return [images, text] if target.tokens else [images]
+    images, text = (
+        torch.zeros(batch, *target.shape),
+        torch.zeros(batch, target.tokens, dtype=torch.int64),
+    )
+    return [images] * bool(target.shape) + [text] * bool(target.tokens)
 
 
 def _torch(target: BenchTarget) -> Runner:
@@ -250,9 +252,8 @@ def _torch(target: BenchTarget) -> Runner:
     call = torch.compile(model, dynamic=True) if target.runtime == "compiled" else model
 
     def run(batch: int) -> None:
-        images, *text = _blank(target, batch)
         with torch.inference_mode():
-            called(call, images, *text)
+            called(call, *_blank(target, batch))
 
     return run
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.exporters._format import is_weight, random_images
-from tiedconv.runtime.forward_check import checked_forward, further_inputs
+from tiedconv.runtime.call_hooks import LONGEST, random_text, takes_text_too
+from tiedconv.runtime.forward_check import checked_forward, further_inputs, takes_text
 from tiedconv.runtime.outputs import chosen, named_outputs
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import state_of
@@ -105,7 +106,12 @@ def outputs_differ_by(found: Outputs, expected: Outputs) -> float:
 
 
 def images_for(model: nn.Module) -> Tensor:
-    """Random images of the size that a tied model's source records, `(2, C, H, W)`."""
+    """Random images of the size that a tied model's source records, `(2, C, H, W)`.
+
+    For a model of text alone random token ids, `(2, tokens)`.
+    """
+    if takes_text(model) and not takes_text_too(model):
+        return random_text(model, random_images(1, 1), LONGEST)
     record = state_of(model).source
     preprocess = (Source.from_json(record).preprocess if record else None) or Preprocess(224)
     return random_images(len(preprocess.mean), preprocess.size)

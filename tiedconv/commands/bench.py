@@ -132,7 +132,7 @@ def bench(
     _check(runtimes, batches, rounds)
     model = load(file, trust_code=trust_code)
     images = images_for(model)
-    shape = (images.shape[1], images.shape[2], images.shape[3])
+    shape = tuple(images.shape[1:]) if images.is_floating_point() else ()
     with tempfile.TemporaryDirectory() as folder:
         forms = [
             dataclasses.replace(

@@ -171,7 +171,7 @@ def _outputs(
 
 def _memory(path: Path, form: Format, images: Tensor, tokens: int) -> Check:
     """The memory that the loaded file takes up in its runtime, measured in its own process."""
-    shape = (images.shape[1], images.shape[2], images.shape[3])
+    shape = tuple(images.shape[1:]) if images.is_floating_point() else ()
     target = BenchTarget(str(path), form.name, shape=shape, tokens=tokens)
     found = []
     for one_copy in (False, True) if form.name == "onnx" else (False,):

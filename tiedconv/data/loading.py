@@ -228,8 +228,24 @@ class _BatchReader(Dataset[Batch]):
                     labels.append(int(sample[1]))
         finally:
             torch.set_rng_state(before)
-        stacked = torch.stack(images) if images else torch.empty(0)
-        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), broken)
+        return Batch(_stacked(images), torch.tensor(labels, dtype=torch.int64), broken)
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    """One tensor `(B, ...)`.
+
+    Raises:
+        DataError: the images differ in shape (`samples-differ`).
+    """
+    if len({image.shape for image in images}) > 1:
+        shapes = " and ".join(map(str, sorted({tuple(image.shape) for image in images})[:2]))
+        raise DataError(
+            f"Images of one data set differ in shape: {shapes}",
+            "They can't be run together",
+            "Resize or crop them to one size, as the model wants them",
+            code="samples-differ",
+        )
+    return torch.stack(images) if images else torch.empty(0)
 
 
 def default_workers(data: Dataset[Any]) -> int:

@@ -179,7 +179,9 @@ def called(model: Callable[..., Any], images: Tensor, text: Tensor | None = None
 
 
 def named_inputs(images: Tensor, text: Tensor | None) -> dict[str, Tensor]:
-    """The inputs of an exported file, by name."""
+    """The inputs of an exported file, by name. Of a model of text alone the first is its text."""
+    if not images.is_floating_point():
+        return {TEXT: images}
     return {IMAGES: images} if text is None else {IMAGES: images, TEXT: text}
 
 

@@ -36,7 +36,9 @@ def further_inputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def token_count(model: nn.Module, images: Tensor) -> int:
-    """Tokens of a text beside an image, of a model that takes both; else 0."""
+    """Tokens of a text, beside an image or alone; 0 for a model that takes images alone."""
+    if not images.is_floating_point():
+        return images.shape[1]
     found = further_inputs(model, images[:1]).get("input_ids")
     return 0 if found is None else found.shape[1]
 
@@ -58,13 +60,22 @@ def checked_forward(model: Callable[..., Any], images: Tensor, **further: Tensor
     except (*_REJECTIONS, AttributeError) as error:
         if is_out_of_memory(error) or not _is_rejection(model, error, further):
             raise
-        if not further and takes_text(model) and not is_fed(model):
+        is_image = images.is_floating_point()
+        if is_image and not further and takes_text(model) and not is_fed(model):
             raise UserError(
                 f"The model reads text (input_ids), and got images ({type(error).__name__}: "
                 f"{first_line(error)})",
                 "Images alone can't calibrate, evaluate or train it",
                 "Convert it without images, or give its vision tower, such as CLIPVisionModel",
                 code="model-takes-text",
+            ) from error
+        if not is_image:
+            raise UserError(
+                f"The model can't take token ids alone ({type(error).__name__}: "
+                f"{first_line(error)})",
+                "Nothing can be computed",
+                "It may take further inputs, which only Python can give it",
+                code="images-rejected",
             ) from error
         height, width = images.shape[-2:]
         raise UserError(
