@@ -14,6 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import tiedconv.utils.import_hook as _import_hook
 from tiedconv.errors import TiedconvError
 from tiedconv.version import __version__
 
@@ -93,6 +94,9 @@ __all__ = [
     "untie",
     "verify",
 ]
+
+
+_import_hook.when_imported("transformers.quantizers.auto", "tiedconv.integrations.hf_quantizer")
 
 
 def __dir__() -> list[str]:

@@ -25,6 +25,7 @@ from tiedconv.conversion.pipeline import (
     plan_on,
 )
 from tiedconv.core.plan import Plan
+from tiedconv.integrations import let_others_save
 from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import write_compact, write_model
 from tiedconv.io.checkpoint_reader import Checkpoint
@@ -152,6 +153,7 @@ def convert(
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib)
     convert_in_memory(network, opened.source, planned, calib, on_group=on_group)
+    let_others_save(network)
     return network
 
 

@@ -28,6 +28,11 @@ def watch_tools(model: nn.Module) -> None:
 def unwatch_tools(model: nn.Module) -> None:
     """Give the model its own methods back."""
     model._load_state_dict_pre_hooks.pop(model.__dict__.pop(_HOOK, -1), None)
+    allow_savers(model)
+
+
+def allow_savers(model: nn.Module) -> None:
+    """Give the model back the savers of its library, which can save it as it is."""
     for name in _SAVERS:
         if isinstance(model.__dict__.get(name), _Refused):
             del model.__dict__[name]

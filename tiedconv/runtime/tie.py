@@ -138,6 +138,9 @@ def untie(model: nn.Module) -> nn.Module:
         del model._parameters[name]
     unwatch_tools(model)
     del model.__dict__[_STATE]
+    quantizer: Any = getattr(model, "hf_quantizer", None)  # of transformers
+    if getattr(quantizer, "of_tied_model", False):
+        quantizer.remove_quantization_config(model)
     return model
 
 

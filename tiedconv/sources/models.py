@@ -14,6 +14,7 @@ from torch import nn
 
 import tiedconv.sources as sources
 from tiedconv.errors import CheckpointError, UserError
+from tiedconv.integrations import let_others_save
 from tiedconv.io.checkpoint_reader import Checkpoint, read
 from tiedconv.io.install import install
 from tiedconv.io.safetensors_file import SafetensorsFile
@@ -153,7 +154,9 @@ def load(
     checkpoint = read(path)
     if model is None:
         model = skeleton_of(checkpoint, trust_code=trust_code)
-    return widened(install(checkpoint, model), checkpoint)
+    found = widened(install(checkpoint, model), checkpoint)
+    let_others_save(found)
+    return found
 
 
 def widened(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
