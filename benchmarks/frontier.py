@@ -50,6 +50,7 @@ import_torchvision()
 import timm  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "frontier.json"
+LEAST = 2.0**-24  # of float16, above 0
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (0, 128, 64, 32)
 ASKED = {
     "vit-real": (14, 10, 8, 6, 4, 3), "lite0": (25, 14, 10, 8, 6),
@@ -204,7 +205,8 @@ def quantised(matrix: Tensor, moment: Tensor | None, bits: int, group: int) -> t
     errors = torch.stack(
         [((cut / t).round().clamp(-largest, largest) * t - cut).square().sum(2) for t in tried]
     )
-    scales = torch.stack(tried).gather(0, errors.argmin(0)[None, :, :, None])[0].half().double()
+    scales = torch.stack(tried).gather(0, errors.argmin(0)[None, :, :, None])[0]
+    scales = scales.clamp(min=LEAST).half().double()  # EfficientNet-Lite0 has smaller ones
     units = scales.expand_as(cut).reshape(rows, -1)[:, :columns]
     if moment is None:
         values = (matrix.double() / units).round().clamp(-largest, largest)
@@ -247,7 +249,10 @@ def saved(model: nn.Module, stored: dict[str, Tensor], coded: Collection[str]) -
     """The bytes of a file of codes and scales; all but the coded weights is float16 in it."""
     for name, tensor in model.state_dict().items():
         if name not in coded and tensor.is_floating_point():
-            stored[name] = tensor.half()
+            half = tensor.half()
+            # A variance may be beyond the range of float16, or vanish in it.
+            kept = bool(half.isfinite().all()) and not bool(((half == 0) & (tensor != 0)).any())
+            stored[name] = half if kept else tensor
             tensor.copy_(stored[name].float())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
