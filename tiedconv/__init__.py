@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tiedconv.commands.finetune import finetune, forecast
     from tiedconv.commands.report import report
     from tiedconv.commands.sensitivity import sensitivity
+    from tiedconv.commands.transform import transform
     from tiedconv.commands.verify import verify
     from tiedconv.conversion.calibrate import Calibration
     from tiedconv.core.plan import Plan
@@ -61,6 +62,7 @@ _MODULES = {
     "save": "io.checkpoint",
     "sensitivity": "commands.sensitivity",
     "tie": "runtime.tie",
+    "transform": "commands.transform",
     "unfreeze": "runtime.tie",
     "untie": "runtime.tie",
     "verify": "commands.verify",
@@ -90,6 +92,7 @@ __all__ = [
     "save",
     "sensitivity",
     "tie",
+    "transform",
     "unfreeze",
     "untie",
     "verify",

@@ -13,6 +13,7 @@ from tiedconv.cli import (
     evaluate,
     export,
     finetune,
+    info,
     plan,
     report,
     sensitivity,
@@ -57,5 +58,6 @@ for _module in (
     export,
     bench,
     demo,
+    info,
 ):
     _module.register(app)

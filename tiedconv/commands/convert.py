@@ -6,13 +6,13 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.captured_inputs import Example
@@ -31,7 +31,7 @@ from tiedconv.io.checkpoint import write_compact, write_model
 from tiedconv.io.checkpoint_reader import Checkpoint
 from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import smaller_options
-from tiedconv.planning.recipe import Recipe
+from tiedconv.planning.recipe import Recipe, Size
 from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import AS_PUBLISHED, Reading, Source
@@ -82,6 +82,11 @@ def plan(
     model: str | nn.Module,
     scheme: str = "tied",
     *,
+    params: Size | None = None,
+    bytes: Size | None = None,
+    bits: int | str | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     recipe: Recipe | None = None,
     model_args: Mapping[str, Any] | None = None,
     **options: Any,
@@ -91,16 +96,22 @@ def plan(
     Args:
         model: a model, or its spec, such as `resnet50` or `timm:vit_tiny_patch16_224`.
         scheme: name of the scheme.
-        recipe: rules and budget instead of `scheme` and `options`.
+        params: parameters that may be stored: `0.5` or `50%` of the original's, or a number.
+        bytes: of the file, likewise; its weights are integers then.
+        bits: of an integer, at most.
+        include, exclude: glob patterns of tensor names.
+        recipe: rules and budget instead of these and `options`.
         model_args: arguments of the model's constructor, for a spec.
-        options: `params`, `include`, `exclude`, and the scheme's options.
+        options: of the scheme, such as `rank`.
 
     Raises:
         UserError: unknown model or scheme, nothing to convert, a budget that can't be met, an
             example that the model does not take.
     """
     opened = open_model(model, weights=None, model_args=model_args)
-    recipe = recipe or Recipe.of(scheme, **options)
+    recipe = recipe or Recipe.of(
+        scheme, params=params, bytes=bytes, bits=bits, include=include, exclude=exclude, **options
+    )
     return plan_on(opened.model, recipe, opened.source).sketch
 
 
@@ -108,13 +119,18 @@ def convert(
     model: str | nn.Module,
     scheme: str = "tied",
     *,
+    params: Size | None = None,
+    bytes: Size | None = None,
+    bits: int | str | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     recipe: Recipe | None = None,
     weights: str | Path = "default",
     reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     inplace: bool = False,
     seed: int = 0,
-    calib: str | Path | Dataset[Any] | Calibration | None = None,
+    calib: str | Path | Dataset[Any] | DataLoader[Any] | Calibration | None = None,
     example: Example | None = None,
     on_group: OnGroup | None = None,
     **options: Any,
@@ -124,19 +140,24 @@ def convert(
     Args:
         model: a model in memory, or a spec, such as `resnet50`.
         scheme: name of the scheme.
-        recipe: rules and budget instead of `scheme` and `options`.
+        params: parameters that may be stored: `0.5` or `50%` of the original's, or a number.
+        bytes: of the file, likewise; its weights are integers then.
+        bits: of an integer, at most.
+        include, exclude: glob patterns of tensor names.
+        recipe: rules and budget instead of these and `options`.
         weights: for a spec: `default`, `none`, or a file.
         reading: which weights of a file, and what to do where they are not finite.
         model_args: arguments of the model's constructor, for a spec.
         inplace: change the given model rather than a copy of it.
         seed: of random weights.
-        calib: images to convert by, without labels: a folder, a data set, or a `Calibration`
-            that says how many and with what effort. The model is left on the CPU.
+        calib: images to convert by, without labels: a folder, a data set or a `DataLoader` of one,
+            or a `Calibration` that says how many and with what effort. The model is left on the
+            CPU.
         example: an input of the model: a tensor, a tuple of arguments or a dict of keyword
             arguments. Symmetries are tried on it; without it, on inputs of usual shapes. Give it
             for a model that takes none of these; with `calib` the first image is used.
         on_group: called with (groups fitted, groups in all).
-        options: `params`, `include`, `exclude`, and the scheme's options.
+        options: of the scheme, such as `rank`.
 
     Returns:
         the tied model. `tiedconv.save` writes it, `tiedconv.report` lists what it stores.
@@ -148,7 +169,9 @@ def convert(
     network = opened.model
     if network is model and not inplace:
         network = copy.deepcopy(network)
-    wanted = recipe or Recipe.of(scheme, **options)
+    wanted = recipe or Recipe.of(
+        scheme, params=params, bytes=bytes, bits=bits, include=include, exclude=exclude, **options
+    )
     planned = plan_on(network, wanted, opened.source, example, measured=calib is not None)
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib)

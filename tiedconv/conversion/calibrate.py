@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from tiedconv.calibration import (
     BlockwiseResult,
@@ -106,7 +106,7 @@ class Calibration:
             `(B, n)` class logits); None for all that the model returns.
     """
 
-    data: str | Path | Dataset[Any]
+    data: str | Path | Dataset[Any] | DataLoader[Any]
     images: int = 1024
     config: CalibConfig = field(default_factory=CalibConfig)
     device: str = "auto"
@@ -128,6 +128,8 @@ class Calibration:
         Raises:
             DataError: a folder without images.
         """
+        if isinstance(self.data, DataLoader):
+            return self.data.dataset
         if not isinstance(self.data, str | Path):
             return self.data
         found = open_unlabelled(self.data, count=self.images, seed=self.config.seed)

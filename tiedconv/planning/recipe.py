@@ -21,6 +21,35 @@ _MOST = 2**20  # bytes of a recipe
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
+Size = float | int | str
+"""A size: a fraction such as 0.5, a whole number, or a text such as `50%` or `12M`."""
+
+
+def size_text(name: str, value: Size | None) -> str:
+    """A size as a text.
+
+    Args:
+        name: of the option, for messages.
+        value: what was given.
+
+    Raises:
+        RecipeError: a number that is neither a fraction nor whole (`budget-invalid`).
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return f"{100 * value:.10g}%"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    raise RecipeError(
+        f"Invalid budget {name}={value!r}",
+        hint="Give a fraction such as 0.5, a whole number, or a text such as '50%' or '12M'",
+        code="budget-invalid",
+    )
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many parameters may be stored: a share of the original, or a number."""
@@ -144,20 +173,30 @@ class Recipe:
         cls,
         scheme: str = "tied",
         *,
-        params: str | None = None,
-        bytes: str | None = None,
+        params: Size | None = None,
+        bytes: Size | None = None,
         bits: str | int | None = None,
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
         **options: Any,
     ) -> Recipe:
-        """A recipe of one rule."""
+        """A recipe of one rule.
+
+        Args:
+            scheme: name of the scheme.
+            params: parameters that may be stored: `0.5` or `50%` of the original's, or a number.
+            bytes: of the file, likewise.
+            bits: of an integer, at most.
+            include, exclude: glob patterns of tensor names.
+            options: of the scheme.
+        """
         # A text is one pattern, not a pattern for each of its letters: `*` would match all.
         include = (include,) if isinstance(include, str) else include
         exclude = (exclude,) if isinstance(exclude, str) else exclude
         rule = Rule(scheme, options, tuple(include) or ("*",), tuple(exclude))
-        budget = Budget(params) if params else None
-        return cls((rule,), budget, bytes, None if bits is None else str(bits)).asked()
+        budget = None if params in (None, "") else Budget(size_text("params", params))
+        size = None if bytes is None else size_text("bytes", bytes)
+        return cls((rule,), budget, size, None if bits is None else str(bits)).asked()
 
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:
