@@ -21,11 +21,13 @@ from tiedconv.version import __version__
 if TYPE_CHECKING:
     from tiedconv.calibration import CalibConfig
     from tiedconv.commands.bench import bench
+    from tiedconv.commands.card import card
     from tiedconv.commands.compare import compare
     from tiedconv.commands.convert import convert, plan
     from tiedconv.commands.evaluate import evaluate
     from tiedconv.commands.export import export
     from tiedconv.commands.finetune import finetune, forecast
+    from tiedconv.commands.push import push
     from tiedconv.commands.report import report
     from tiedconv.commands.sensitivity import sensitivity
     from tiedconv.commands.transform import transform
@@ -49,6 +51,7 @@ _MODULES = {
     "TrainConfig": "training",
     "apply_factors": "runtime.factored_linear",
     "bench": "commands.bench",
+    "card": "commands.card",
     "compare": "commands.compare",
     "convert": "commands.convert",
     "evaluate": "commands.evaluate",
@@ -58,6 +61,7 @@ _MODULES = {
     "freeze": "runtime.tie",
     "load": "sources.models",
     "plan": "commands.convert",
+    "push": "commands.push",
     "report": "commands.report",
     "save": "io.checkpoint",
     "sensitivity": "commands.sensitivity",
@@ -79,6 +83,7 @@ __all__ = [
     "__version__",
     "apply_factors",
     "bench",
+    "card",
     "compare",
     "convert",
     "evaluate",
@@ -88,6 +93,7 @@ __all__ = [
     "freeze",
     "load",
     "plan",
+    "push",
     "report",
     "save",
     "sensitivity",

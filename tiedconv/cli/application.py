@@ -15,6 +15,7 @@ from tiedconv.cli import (
     finetune,
     info,
     plan,
+    push,
     report,
     sensitivity,
     verify,
@@ -57,6 +58,7 @@ for _module in (
     verify,
     export,
     bench,
+    push,
     demo,
     info,
 ):

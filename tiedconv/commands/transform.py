@@ -12,6 +12,7 @@ from tiedconv.data.transforms import ImageTransform, eval_transform
 from tiedconv.errors import UserError
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources.models import is_compact, open_model, source_of
+from tiedconv.sources.repository import fetched, is_repository
 
 
 def transform(
@@ -32,7 +33,8 @@ def transform(
     if isinstance(model, nn.Module):
         record = state_of(model).source if is_tied(model) else None
         wanted = None if record is None else source_of(record).preprocess
-    elif is_compact(model):
+    elif is_repository(model) or is_compact(model):
+        model = fetched(str(model)) if is_repository(model) else model
         wanted = open_model(model, compact=True, weights=None).source.preprocess
     else:
         wanted = open_model(model, weights=None, model_args=model_args).source.preprocess

@@ -23,6 +23,7 @@ from tiedconv.runtime.forward_check import check_size
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources import LazyWeights, Preprocess, Reading, Source
 from tiedconv.sources.python_function import is_function_spec
+from tiedconv.sources.repository import fetched, is_repository
 from tiedconv.sources.size_guard import bounded
 
 PreprocessChange = Callable[[Preprocess], Preprocess]
@@ -142,7 +143,7 @@ def load(
     """The tied model of a file, in evaluation mode on the CPU.
 
     Args:
-        path: a file that tiedconv wrote.
+        path: a file that tiedconv wrote, or `hub:USER/NAME` for the one of a repository.
         model: an instance of the original class to load into (its weights are replaced), needed
             when the file was made from a model in memory.
         trust_code: allow the file to name a `package.module:function` that builds the model.
@@ -151,7 +152,7 @@ def load(
         CheckpointError: missing, damaged, or for another model.
         SourceError: the model's class can't be built here.
     """
-    checkpoint = read(path)
+    checkpoint = read(fetched(str(path)) if is_repository(path) else path)
     if model is None:
         model = skeleton_of(checkpoint, trust_code=trust_code)
     found = widened(install(checkpoint, model), checkpoint)

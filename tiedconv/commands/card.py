@@ -1,0 +1,108 @@
+"""The verb `card`: a model card of a compact file, as the hub shows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tiedconv.commands.report import Report, report
+from tiedconv.sources.repository import FILE
+
+_METRICS = {
+    "top1": "top-1", "top5": "top-5", "ap": "AP", "agreement": "agreement with the teacher",
+}  # fmt: skip
+_REPOSITORY = re.compile(r"hf:([\w.-]+/[\w.-]+)")
+
+
+def card(file: str | Path, *, repository: str = "", license: str = "") -> str:
+    """A model card in Markdown, with the front matter that the hub reads.
+
+    Args:
+        file: a compact file.
+        repository: where it will lie, such as `me/small-vit`; for the lines that load it.
+        license: of the original, which holds for the compact model too, as the hub names it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or not tiedconv's.
+    """
+    found = report(file)
+    parts = (
+        _front(found, license), _title(found), _sizes(found), _measured(found),
+        _loading(found, repository), _history(found), _terms(found, license),
+    )  # fmt: skip
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _front(found: Report, license: str) -> list[str]:
+    base = _REPOSITORY.fullmatch(found.model)
+    lines = ["---", "library_name: tiedconv", "tags:", "- tiedconv", "- model-compression"]
+    lines += [f"base_model: {base[1]}"] if base else []
+    lines += [f"license: {license}"] if license else []
+    return [*lines, "---"]
+
+
+def _title(found: Report) -> list[str]:
+    share = 100 * found.file_bytes / found.original_bytes
+    return [
+        f"# {found.model}, compact", "",
+        f"`{found.model}` in {share:.1f} % of its bytes, made with tiedconv: weights that layers "
+        "share, low ranks, few bits. Its class, its inputs and its outputs are the original's.",
+    ]  # fmt: skip
+
+
+def _sizes(found: Report) -> list[str]:
+    share = 100 * found.file_bytes / found.original_bytes
+    return [
+        "| | original | compact | |", "|---|---:|---:|---:|",
+        f"| parameters | {found.original:,} | {found.stored:,} | {100 * found.ratio:.1f} % |",
+        f"| bytes | {found.original_bytes:,} | {found.file_bytes:,} | {share:.1f} % |",
+    ]  # fmt: skip
+
+
+def _measured(found: Report) -> list[str]:
+    """What was measured, each with its data; nothing is said of what was not."""
+    lines = [line for entry in found.history for line in _figures(entry)]
+    none = "Nothing was measured: how far it answers as the original is not known."
+    return ["## Measured", "", *(lines or [none])]
+
+
+def _figures(entry: Mapping[str, Any]) -> Iterator[str]:
+    agreement = (entry.get("calibration") or {}).get("agreement")
+    if agreement:
+        mean = agreement["mean"]
+        share = f"{100 * mean:.1f} %" if agreement.get("counts", True) else f"{mean:.4f}"
+        yield f"- {agreement['compares']}: {share}, on {agreement['images']} held-out images"
+    if entry.get("step") != "finetune":
+        return
+    for figure, title in _METRICS.items():
+        if entry.get(figure) is None:
+            continue
+        beside = ""
+        for name, words in (("before", "before the training"), ("teacher", "the teacher")):
+            if (value := entry.get(f"{figure}_{name}")) is not None:
+                beside += f", {words} {100 * value:.2f} %"
+        yield (
+            f"- {title}: {100 * entry[figure]:.2f} %{beside}; on {entry['val_images']:,} images "
+            f"of {entry['data']}"
+        )
+
+
+def _loading(found: Report, repository: str) -> list[str]:
+    where = f"hub:{repository}" if repository else FILE
+    lines = ["## Use", "", "```python", "import tiedconv", "", f'model = tiedconv.load("{where}")']
+    if (found.source or {}).get("preprocess"):
+        lines.append(f'prepare = tiedconv.transform("{where}")  # from a PIL image to a tensor')
+    return [*lines, "```"]
+
+
+def _history(found: Report) -> list[str]:
+    commands = [str(entry["command"]) for entry in found.history if entry.get("command")]
+    return ["## How it was made", "", "```", *commands, "```"] if commands else []
+
+
+def _terms(found: Report, license: str) -> list[str]:
+    if license:
+        return []
+    return ["## Licence", "", f"That of the original, `{found.model}`: see there."]
