@@ -283,7 +283,7 @@ def test_the_output_is_named_after_model_and_scheme(
     name = "timm-vit_tiny_patch16_224-lors.safetensors"
     assert files_of(tmp_path) == {name}
     assert f"Wrote {name} (" in result.stdout
-    assert f"tiedconv finetune {name} --data" in result.stderr
+    assert f"Next: tiedconv verify {name}\n" in result.stderr
 
 
 def test_force_replaces_an_output(world: World, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -173,7 +174,9 @@ def convert(
         common.print_json(_figures(done))
     else:
         budget, sized = wanted.budget is not None, wanted.bytes is not None
-        _show(done, each=all_groups, budget=budget, sized=sized)
+        _show(
+            done, each=all_groups, budget=budget, sized=sized, weights=weights, calib=calib
+        )  # fmt: skip
 
 
 def _interruptible(
@@ -294,7 +297,32 @@ def _figures(done: Conversion) -> dict[str, Any]:
     }
 
 
-def _show(done: Conversion, *, each: bool, budget: bool, sized: bool) -> None:
+def next_command(done: Conversion, weights: str, calib: Path | None) -> list[str]:
+    """What to run after a conversion, as it runs: a distillation on the same images, or a check.
+
+    Args:
+        done: a conversion that wrote a file.
+        weights: of `--weights`.
+        calib: the images; None without any.
+    """
+    assert done.path is not None
+    spec, file = done.spec, str(done.path)
+    trust = ["--trust-code"] if ":" in spec and not spec.startswith(("timm:", "hf:")) else []
+    if calib is None or weights == "none":
+        return ["tiedconv", "verify", file, *trust]
+    # A file's own word for a folder, a repository or a function is not followed unasked.
+    named = spec if spec.startswith("hf:") or trust else None
+    teacher = named if weights == "default" else weights
+    return [
+        "tiedconv", "finetune", file, "--data", str(calib), "--unlabelled", "--distill", "1",
+        *(["--teacher", teacher] if teacher else []), *trust,
+        "-o", str(done.path.with_name(f"{done.path.stem}-finetuned.safetensors")),
+    ]  # fmt: skip
+
+
+def _show(
+    done: Conversion, *, each: bool, budget: bool, sized: bool, weights: str, calib: Path | None
+) -> None:
     figures = _report(done)
     rows = [*render.group_rows(figures, each=each), render.kept_row(figures)]
     common.show_groups([*rows, render.total_row(figures)])
@@ -345,6 +373,12 @@ def _show(done: Conversion, *, each: bool, budget: bool, sized: bool) -> None:
     if done.path:
         took = f"fitted in {done.seconds:.1f} s"
         say(f"Wrote {done.path} ({render.against_original(figures)}; {took}).")
-        hint(f"Next: tiedconv finetune {done.path} --data IMAGES -o finetuned.safetensors")
+        if not done.calibration:
+            hint(
+                "Nothing was calibrated: no image was seen, so answers may differ from the "
+                "original's, the more the smaller the file. Photos without labels help most: "
+                "--calib PHOTOS, about 256 of them."
+            )
+        hint(f"Next: {shlex.join(next_command(done, weights, calib))}")
     else:
         hint("Nothing was written: this was a dry run.")
