@@ -147,14 +147,16 @@ def passed(checks: list[dict[str, Any]]) -> bool | str:
     return "; ".join(missing) or all(c["passed"] for c in checks)
 
 
-def chain(spec: str, photos: Path, folder: Path, options: list[Any], size: str) -> dict[str, Any]:
+def chain(
+    spec: str, photos: Path, folder: Path, options: list[Any], size: str, effort: str
+) -> dict[str, Any]:
     """All steps of one model."""
     compact, tuned, onnx = (folder / name for name in ("c.safetensors", "t.safetensors", "m.onnx"))
     quiet = ["--workers", 0, "--device", "cpu"]
-    row: dict[str, Any] = {"bytes": size}
+    row: dict[str, Any] = {"bytes": size, "effort": effort}
     found, refused = command(
         "convert", spec, "-o", compact, "--scheme", "auto", "--bytes", size, "--calib", photos,
-        "--calib-images", 128, "--force", *options, *quiet,
+        "--calib-images", 128, "--effort", effort, "--force", *options, *quiet,
     )  # fmt: skip
     if refused:
         return {**row, "convert": refused}
@@ -169,7 +171,7 @@ def chain(spec: str, photos: Path, folder: Path, options: list[Any], size: str) 
     row["verify"] = refused or passed(found["checks"])
     found, refused = command(
         "finetune", compact, "--data", photos, "-o", tuned, "--teacher", weights, "--distill", 1,
-        "--unlabelled", "--steps", 60, "--batch-size", 16, "--limit", 256, "--force",
+        "--unlabelled", "--steps", 40, "--batch-size", 16, "--limit", 128, "--force",
         "--no-picture", *trust, *quiet,
     )  # fmt: skip
     if refused:
@@ -216,7 +218,8 @@ def main() -> None:
             if name in rows or (args.only and name not in args.only):
                 continue
             start = time.process_time()
-            row = chain(spec, args.photos.absolute(), folder, options, size)
+            effort = "fast" if name in ("EfficientNet-Lite0", "ViT-S/14") else "normal"
+            row = chain(spec, args.photos.absolute(), folder, options, size, effort)
             rows[name] = {**row, "seconds": round(time.process_time() - start)}
             print(name, rows[name], flush=True)
             args.result.write_text(json.dumps(rows, indent=1) + "\n")

@@ -652,6 +652,39 @@ def test_a_model_of_text_is_verified_and_exported(ending: str, here: Path) -> No
         assert [given.name for given in session(here / "b.onnx").get_inputs()] == ["input_ids"]
 
 
+class Attending(nn.Module):
+    """A model of transformers' kind, whose attention can be computed in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.way = nn.Linear(12, 16), nn.Linear(16, 12), "sdpa"
+
+    def set_attn_implementation(self, way: str) -> None:
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x.flatten(1)).relu())
+        return out
+
+
+def test_attention_is_computed_step_by_step_where_the_exporter_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    export = torch.onnx.export
+
+    def only_eager(wrapped: Any, *arguments: Any, **options: Any) -> Any:
+        if wrapped.model.way != "eager":
+            raise torch.onnx.OnnxExporterError("can't decompose")
+        return export(wrapped, *arguments, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", only_eager)
+    model = tiedconv.convert(Attending().eval(), "lowrank", rank=4)
+    graph, lowered = onnx_graph(model, {"images": torch.randn(2, 3, 2, 2)})
+    assert {*lowered.factored, *lowered.materialized} == {"up.weight", "down.weight"}
+    assert graph.graph.outputs
+
+
 @pytest.mark.slow
 def test_two_towers_are_measured(here: Path) -> None:
     clip().save_pretrained(here / "clip")  # type: ignore[operator]

@@ -63,30 +63,49 @@ def trace(
         UserError: torch can't export this model.
     """
     wrapped = Outputs(model, outputs, tuple).eval()
-    batch = torch.export.Dim("batch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        try:
-            program = torch.onnx.export(
-                wrapped, tuple(inputs.values()), dynamo=True, optimize=False, opset_version=opset,
-                input_names=list(inputs), output_names=list(outputs), verbose=False,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
-            )  # fmt: skip
-        except torch.onnx.OnnxExporterError as error:
-            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
-                raise error.__cause__ from None
-            raise UserError(
-                f"torch can't export this model to ONNX ({first_line(error)})",
-                "Nothing was written",
-                "Export it with --to pt2 or --to dense",
-                code="model-not-exportable",
-            ) from error
+    try:
+        program = _exported(wrapped, inputs, outputs, opset)
+    except torch.onnx.OnnxExporterError as error:
+        if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+            raise error.__cause__ from None
+        raise UserError(
+            f"torch can't export this model to ONNX ({first_line(error)})",
+            "Nothing was written",
+            "Export it with --to pt2 or --to dense",
+            code="model-not-exportable",
+        ) from error
     assert program is not None
     found = program.model
     for name in list(found.graph.initializers):
         value = found.graph.initializers[name]
         value.name = name.removeprefix("model.")
     return found
+
+
+def _exported(
+    wrapped: Outputs, inputs: Mapping[str, Tensor], outputs: Sequence[str], opset: int | None
+) -> Any:
+    """The exporter's program; with attention computed step by step where it needs that."""
+    batch = torch.export.Dim("batch")
+
+    def export() -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            return torch.onnx.export(
+                wrapped, tuple(inputs.values()), dynamo=True, optimize=False, opset_version=opset,
+                input_names=list(inputs), output_names=list(outputs), verbose=False,
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+            )  # fmt: skip
+
+    try:
+        return export()
+    except torch.onnx.OnnxExporterError:
+        # Of some models of transformers, such as Mask2Former, it can't decompose the fused one.
+        choose = getattr(wrapped.model, "set_attn_implementation", None)
+        if choose is None:
+            raise
+        choose("eager")
+        return export()
 
 
 def sites_of(weight: ir.Value) -> list[Site]:
