@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import results_bytes
+import results_chain
 import results_detectors
 import results_fits
 import results_training
@@ -193,6 +194,7 @@ def main() -> None:
         ("frontier", results_bytes.frontier),
         ("frontier_trained", results_bytes.trained),
         ("frontier_ablation", results_bytes.ablation),
+        ("chain", results_chain.section),
         ("detection", results_detectors.detection),
         ("adamixer_overfit", results_detectors.overfit),
         ("adamixer_speed", results_detectors.times),

@@ -103,3 +103,17 @@ def test_transform_prepares_images_as_the_model_wants_them(world: World) -> None
 def test_a_model_of_ones_own_has_no_transform() -> None:
     with raises(UserError, "preprocess-unknown"):
         tiedconv.transform(nn.Linear(4, 4))
+
+
+def test_a_plan_and_a_report_are_shown_as_tables(world: World) -> None:
+    plan, report = tiedconv.plan("resnet50", "tied"), tiedconv.report(world.tied)
+    for found, last in ((plan, f"{plan.stored:,}"), (report, f"{report.tensor_bytes:,}")):
+        lines = str(found).splitlines()
+        assert lines[1].split()[:2] == ["group", "scheme"]
+        assert lines[-1].startswith("whole model")
+        assert last in lines[-1]
+        assert len(lines[1]) == len(lines[-1])  # right-aligned
+        assert found._repr_html_().count("<tr>") == len(lines) - 1
+    rows = plan.table().rows
+    assert sum(int(row[3].replace(",", "")) for row in rows[:-1]) == plan.stored
+    assert "<script>" not in tiedconv.core.tables.Table("<script>", ("a",), (("<b>",),)).html()

@@ -6,8 +6,6 @@ import csv
 import io
 import itertools
 import math
-import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,16 +127,9 @@ def without_common_start(rows: Sequence[Row], least: int = 16) -> tuple[str, Seq
     return start, [[row[0].removeprefix(start), *row[1:]] for row in rows]
 
 
-_NUMBERS = re.compile(r"\d+(-\d+)*(?=\.)|(?<=\.)\d+(-\d+)*$")  # blocks.3.mlp, layer1.0.conv2.3
-
-
 def group_rows(report: Report, *, each: bool) -> list[Row]:
     """A row for each group; unless `each`, those that differ in a layer's number alone are one."""
-    merged: dict[tuple[str, str], list[GroupReport]] = defaultdict(list)
-    for g in report.groups:
-        key = g.name if each else _NUMBERS.sub("*", g.name)
-        merged[key, g.scheme].append(g)
-    return [_group_row(name, scheme, groups) for (name, scheme), groups in merged.items()]
+    return [_group_row(*merged) for merged in report.merged(each=each)]
 
 
 def total_row(report: Report) -> Row:

@@ -13,6 +13,7 @@ from torch import nn
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Group, Plan
 from tiedconv.core.storage import PARTS
+from tiedconv.core.tables import Table, Tabular, alike
 from tiedconv.io.checkpoint_reader import Checkpoint, read
 from tiedconv.io.safetensors_file import DTYPES
 from tiedconv.runtime.flops import apply_flops
@@ -61,7 +62,7 @@ class GroupReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Tabular):
     """The figures of a file or model.
 
     Args:
@@ -105,6 +106,26 @@ class Report:
         """Stored over original parameters."""
         return self.stored / self.original
 
+    def merged(self, *, each: bool = False) -> list[tuple[str, str, list[GroupReport]]]:
+        """(name, scheme, groups): those that differ in a layer's number alone are one."""
+        return alike(self.groups, each=each)
+
+    def table(self) -> Table:
+        """What `print` shows: parameters and bytes of its groups."""
+        rows = [
+            _line(name, scheme, *(sum(getattr(g, size) for g in groups) for size in _SIZES))
+            for name, scheme, groups in self.merged()
+        ]
+        rows.append(_line("kept as it was", "", self.kept, self.kept, None))
+        rows.append(_line("whole model", "", self.original, self.stored, self.tensor_bytes))
+        title = (
+            f"{self.name}: {self.model}, {self.original:,} parameters became {self.stored:,}"
+            + (f", {self.file_bytes:,} bytes" if self.file_bytes else "")
+        )  # fmt: skip
+        return Table(
+            title, ("group", "scheme", "original", "stored", "ratio", "bytes"), tuple(rows)
+        )
+
     @property
     def top1(self) -> float | None:
         """The last measured top-1 accuracy, 0 to 1; None if the last metric is another."""
@@ -125,6 +146,14 @@ class Report:
         measured = [e for e in self.history if _measured(e)]
         value = measured[-1].get(figure) if measured else None
         return None if value is None else float(value)
+
+
+_SIZES = ("original", "stored", "size")
+
+
+def _line(name: str, scheme: str, before: int, after: int, size: int | None) -> tuple[str, ...]:
+    ratio = f"{100 * after / before:.1f} %" if before else ""
+    return name, scheme, f"{before:,}", f"{after:,}", ratio, "" if size is None else f"{size:,}"
 
 
 def report(what: str | Path | nn.Module) -> Report:

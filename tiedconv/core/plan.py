@@ -24,6 +24,7 @@ from torch import Tensor
 from tiedconv.core.expr import Dequantize, Expr, Ref, Shape, is_name
 from tiedconv.core.expr_json import all_from_json, check_size
 from tiedconv.core.options import current_options
+from tiedconv.core.tables import PlanTable
 from tiedconv.errors import PlanError
 
 PREFIX = "tied/"
@@ -247,7 +248,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(PlanTable):
     """Which expression over which stored tensors gives each converted weight.
 
     Args:
