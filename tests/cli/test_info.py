@@ -12,8 +12,10 @@ from micro import all_micros
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
 
 import tiedconv
+from tiedconv.cli import app
 from tiedconv.errors import RecipeError, UserError
 from tiedconv.families import all_families
 from tiedconv.runtime.tie import state_of
@@ -117,3 +119,22 @@ def test_a_plan_and_a_report_are_shown_as_tables(world: World) -> None:
     rows = plan.table().rows
     assert sum(int(row[3].replace(",", "")) for row in rows[:-1]) == plan.stored
     assert "<script>" not in tiedconv.core.tables.Table("<script>", ("a",), (("<b>",),)).html()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("convert m --scheme lo", {"lors", "lors-adaptive", "lowrank"}),
+        ("convert m --calib d --effort t", {"thorough"}),
+        ("evaluate m --data d --task s", {"segmentation"}),
+        ("export f -o g --to o", {"onnx", "openvino"}),
+        ("list sch", {"schemes"}),
+    ],
+)
+def test_choices_are_completed(words: str, found: set[str]) -> None:
+    said = CliRunner().invoke(
+        app, [], prog_name="tiedconv",
+        env={"_TIEDCONV_COMPLETE": "complete_bash", "COMP_WORDS": f"tiedconv {words}",
+             "COMP_CWORD": str(len(words.split()))},
+    ).output  # fmt: skip
+    assert set(said.split()) == found

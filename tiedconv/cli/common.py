@@ -36,10 +36,30 @@ IMAGES = "Images"
 
 
 def option_in(
-    panel: str, help: str, *names: str, metavar: str | None = None, min: int | None = None
+    panel: str,
+    help: str,
+    *names: str,
+    metavar: str | None = None,
+    min: int | None = None,
+    choices: Sequence[str] = (),
 ) -> Any:
-    """An option in this part of the help; if no name is given, named after its variable."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, min=min)
+    """An option in this part of the help; if no name is given, named after its variable.
+
+    `choices` are completed by TAB; others are refused where the option is used.
+    """
+    return typer.Option(
+        *names, help=help, rich_help_panel=panel, metavar=metavar, min=min,
+        autocompletion=completed(*choices) if choices else None,
+    )  # fmt: skip
+
+
+def completed(*choices: str) -> Callable[[str], list[str]]:
+    """What TAB completes an option's value to."""
+
+    def matching(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return matching
 
 
 def names_in(folder: str) -> list[str]:
@@ -113,7 +133,11 @@ Data = Annotated[
 CALIB_SOURCES = "A folder of images, with or without class folders, tar shards, or hf:NAME."
 Task = Annotated[
     str,
-    option_in(IMAGES, "classification, detection, or [b]auto[/b] (from the data's annotations)."),
+    option_in(
+        IMAGES,
+        "classification, detection, or [b]auto[/b] (from the data's annotations).",
+        choices=("auto", "classification", "detection"),
+    ),
 ]
 OutputName = Annotated[
     str | None,

@@ -43,7 +43,8 @@ def convert(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(common.names_in('schemes'))}; default tied, with --bytes auto."
+            help=f"{', '.join(common.names_in('schemes'))}; default tied, with --bytes auto.",
+            autocompletion=common.completed(*common.names_in("schemes")),
         ),
     ] = None,
     output: Annotated[
@@ -123,6 +124,7 @@ def convert(
             CALIBRATION,
             "[b]fast[/b]: fit the weights in the error that the images define. [b]normal[/b]: "
             "then train block by block, and end to end. [b]thorough[/b]: train longer.",
+            choices=("fast", "normal", "thorough"),
         ),
     ] = "normal",
     batch_size: Annotated[

@@ -30,6 +30,7 @@ def evaluate(
         common.option_in(
             common.IMAGES,
             f"{', '.join(common.names_in('tasks'))}, or [b]auto[/b] (by the data).",
+            choices=("auto", *common.names_in("tasks")),
         ),
     ] = "auto",
     limit: common.Limit = None,

@@ -28,7 +28,8 @@ def export(
     to: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(common.names_in('exporters'))}; by default, by the extension."
+            help=f"{', '.join(common.names_in('exporters'))}; by default, by the extension.",
+            autocompletion=common.completed(*common.names_in("exporters")),
         ),
     ] = None,
     dtype: Annotated[

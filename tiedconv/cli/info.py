@@ -40,7 +40,12 @@ def info(*, json_: common.Json = False) -> None:
 
 
 def list(
-    what: Annotated[str, typer.Argument(help=f"{', '.join(KINDS)}.", metavar="WHAT")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help=f"{', '.join(KINDS)}.", metavar="WHAT", autocompletion=common.completed(*KINDS)
+        ),
+    ],
     pattern: Annotated[
         str, typer.Argument(help="Of models: only names that match, such as 'vit*'.")
     ] = "*",
