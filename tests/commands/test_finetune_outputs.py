@@ -123,6 +123,25 @@ def test_only_the_chosen_output_is_learned(work: Path, tmp_path: Path) -> None:
     assert before[0] != pytest.approx(before[1], abs=1e-6)
 
 
+def test_the_original_sees_images_of_the_size_that_the_compact_model_sees(
+    work: Path, tmp_path: Path
+) -> None:
+    """Its own preparation is of 32 pixels, which would give other tokens."""
+    done = tuned(work, "features", tmp_path / "o.safetensors", preprocess=lambda p: p.scaled_to(16))
+    assert done.result.metrics["similarity"] > 0.5
+
+
+def test_a_teacher_with_other_features_is_refused(work: Path, tmp_path: Path) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    wide = Dinov2Model(Dinov2Config(**{**SMALL, "hidden_size": 48, "num_attention_heads": 3}))
+    with raises(UserError, "teacher-mismatch"):
+        finetune(
+            work / "features.safetensors", work / "flat", tmp_path / "o.safetensors", CONFIG,
+            teacher=wide, device="cpu",
+        )  # fmt: skip
+
+
 def test_labels_are_not_needed_where_the_distillation_is_all(work: Path, tmp_path: Path) -> None:
     done = tuned(work, "features", tmp_path / "o.safetensors", data="classes")
     assert list(done.result.metrics) == ["similarity"]

@@ -181,7 +181,8 @@ def open_teacher(
         teacher: `auto` (the original model), `none`, a file of weights for the original's class,
             a compact file, or a model spec.
         source: of the model to be taught. A teacher of its own kind (a compact file, a spec)
-            has the images brought from that model's preparation to its own.
+            has the images brought from that model's preparation to its own; the model that the
+            file was made from sees them as the compact one does, at whatever size that is.
 
     Raises:
         UserError: `auto` can't be done, because the original's weights were a file that is not
@@ -218,7 +219,8 @@ def open_teacher(
         part = f" ({read.part})" if read.part else ""
         return model.eval(), Path(teacher).name + part
     opened = open_model(teacher)
-    _fit_inputs(opened.model, source, opened.source)
+    if opened.source.spec != source.spec:
+        _fit_inputs(opened.model, source, opened.source)
     return opened.model, teacher
 
 

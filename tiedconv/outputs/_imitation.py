@@ -89,8 +89,8 @@ class Imitation:
             with placement.autocast(), one_seed(shown, 0):
                 answer = self.teacher(shown)
             count = len(batch.images)
+            apart = self.kind.distance(output, answer, model).double().cpu() * count  # or raises
             same = self.kind.agreement(output, answer, model).double().sum().cpu()
-            apart = self.kind.distance(output, answer, model).double().cpu() * count
             sums += torch.stack([same, apart, torch.tensor(float(count), dtype=torch.float64)])
         parts = processes.gathered((sums.tolist(), broken))
         same_, apart_, images = (sum(part[0][i] for part in parts) for i in range(3))
