@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cli_helpers import MODEL_ARGS, SPEC, World, plain, run
+from covering import slow_unless
 from task_helpers import write_colours
 from towers import clip
 
@@ -41,7 +42,10 @@ def model_of(kind: str, world: World, folder: Path) -> list[Any]:
     return [f"hf:{folder / 'clip'}"]
 
 
-@pytest.mark.parametrize("kind", ["weights of a file", "a function", "a folder of transformers"])
+KINDS = ("weights of a file", "a function", "a folder of transformers")
+
+
+@pytest.mark.parametrize("kind", slow_unless(KINDS, KINDS[:1]))
 def test_after_a_calibration_it_distils_on_the_same_images(
     kind: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_schemes_convert_it(scheme: str) -> None:
     assert plan.stored < 0.85 * plan.original
 
 
+@pytest.mark.slow
 def test_it_is_calibrated_distilled_verified_and_exported(photos: Path, tmp_path: Path) -> None:
     file, tuned = tmp_path / "y.safetensors", tmp_path / "t.safetensors"
     made = figures("convert", SPEC, "-o", file, "--scheme", "auto", "--bytes", "12%",
@@ -72,6 +73,7 @@ def test_it_is_calibrated_distilled_verified_and_exported(photos: Path, tmp_path
     run("verify", tuned, "--original", SPEC, "--against", onnx, "--trust-code")
 
 
+@pytest.mark.slow
 def test_only_some_of_its_maps_can_be_compared(photos: Path, tmp_path: Path) -> None:
     options = ["--scheme", "lowrank", "--params", "60%", "--calib", photos, "--effort", "fast",
                *PREPARED, *QUIET]  # fmt: skip

@@ -619,6 +619,7 @@ def test_only_needs_a_name_that_there_is(
     assert files_of(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_calibration_takes_the_boxes_into_account(
     coco: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:

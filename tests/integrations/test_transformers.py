@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import slow_unless
 from error_codes import raises
 from micro import all_micros
 from safetensors.torch import load_file
@@ -68,7 +69,7 @@ def opened(folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForImageClassification.from_pretrained(folder, **options)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_unless(WAYS, ("tied", "integers")))
 def test_a_folder_gives_the_same_model(way: str, tmp_path: Path) -> None:
     model = tied(way)
     back = opened(saved(model, tmp_path / "a"))
@@ -85,7 +86,7 @@ def test_a_folder_gives_the_same_model(way: str, tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_unless(WAYS, ("integers",)))
 def test_each_tensor_is_there_once_and_as_small_as_in_a_file_of_ours(
     way: str, tmp_path: Path
 ) -> None:
@@ -103,7 +104,7 @@ def test_each_tensor_is_there_once_and_as_small_as_in_a_file_of_ours(
     assert held[0] <= held[1] <= 1.2 * held[0]
 
 
-@pytest.mark.parametrize("name", MICROS)
+@pytest.mark.parametrize("name", slow_unless(MICROS, ("hf-resnet", "hf-imagegpt")))
 def test_every_class_of_it_can_be_saved(name: str, tmp_path: Path) -> None:
     original = all_micros()[name].model()
     model = tiedconv.convert(original, "auto", params="80%", share=False)

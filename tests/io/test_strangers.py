@@ -288,6 +288,7 @@ def program_of(*words: object) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.slow
 def test_a_full_standard_output_is_one_line(world: World) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -333,6 +334,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+@pytest.mark.slow
 def test_a_hangup_leaves_nothing_half_written(world: World, tmp_path: Path) -> None:
     words = ("finetune", world.tied, "--data", world.data, "-o", tmp_path / "o.safetensors")
     with subprocess.Popen(
