@@ -383,7 +383,7 @@ def test_onnx_applies_the_factors_and_holds_no_generator(
 
     model = tied(**options)
     plan = state_of(model).plan
-    graph, lowered = onnx_graph(copy.deepcopy(model), MICRO.input())
+    graph, lowered = onnx_graph(copy.deepcopy(model), {"images": MICRO.input()})
     assert set(lowered.factored) == set(plan.weights)
     held = {n: v.const_value.numpy() for n, v in graph.graph.initializers.items()}
     assert plan.factors.keys() <= held.keys()

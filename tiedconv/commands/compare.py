@@ -189,7 +189,9 @@ def compare(
         seed=seed,
     )
     sizes = Sizes(inspect_model(opened.model))
-    rows, fixed, unfit = _sizes(sizes, wanted)
+    # Without images a conversion takes matrices that match no other only where it must.
+    careful = None if calib is not None else Sizes(dataclasses.replace(sizes.info, cautious=True))
+    rows, fixed, unfit = _sizes(sizes, careful, wanted)
     images, skipped = None, 0
     if calib is not None:
         with calibration_samples(opened.model, calib, opened.source) as data:
@@ -216,7 +218,7 @@ def _budgets(texts: Sequence[str]) -> list[Budget]:
 
 
 def _sizes(
-    sizes: Sizes, budgets: Sequence[Budget]
+    sizes: Sizes, careful: Sizes | None, budgets: Sequence[Budget]
 ) -> tuple[tuple[Row, ...], tuple[Fixed, ...], tuple[str, ...]]:
     """All schemes, without weights."""
     rows: list[Row] = []
@@ -231,7 +233,7 @@ def _sizes(
             unfit.append(scheme)
             continue
         if sizable:
-            rows.append(_row(sizes, SchemeSpec(scheme), budgets))
+            rows.append(_row(sizes, careful, SchemeSpec(scheme), budgets))
         if size:
             fixed += _fixed(sizes, scheme)
     if refused is not None and not rows and not fixed:
@@ -252,14 +254,15 @@ def _properties(sizes: Sizes, scheme: str) -> tuple[bool, bool]:
     return sizable, bare == [d.scheme.layout(d.shapes).factors for d in drafts]
 
 
-def _row(sizes: Sizes, spec: SchemeSpec, budgets: Sequence[Budget]) -> Row:
+def _row(sizes: Sizes, careful: Sizes | None, spec: SchemeSpec, budgets: Sequence[Budget]) -> Row:
     cells: list[Cell] = []
     for budget in budgets:
-        feasible = sizes.feasible(spec.recipe(budget.text))
+        found = ((s, s.feasible(spec.recipe(budget.text))) for s in (careful, sizes) if s)
+        of, feasible = next(((s, f) for s, f in found if f), (sizes, []))
         if not feasible:
             cells.append(Cell(budget.text))
             continue
-        stored = outline(sizes.info, feasible[0]).plan.stored
+        stored = outline(of.info, feasible[0]).plan.stored
         cells.append(Cell(budget.text, stored, stored / sizes.original, _spec_of(feasible[0])))
     tried = alternatives(spec.recipe("100%"))
     smallest = min(s for r in tried if (s := sizes.smallest(r)) is not None)
