@@ -234,26 +234,12 @@ def _locked(
     if not (resume or force):
         folder.require_new()
     work = open_inputs(request)
-    with images_alone(work, request.output_name):
-        return _trained(
-            work, request, output, folder, resume, force, command, on_event, started
-        )  # fmt: skip
-
-
-def _trained(
-    work: FinetuneInputs,
-    request: FinetuneRequest,
-    output: Path,
-    folder: RunDir,
-    resume: bool,
-    force: bool,
-    command: str | None,
-    on_event: OnEvent | None,
-    started: float,
-) -> Finetuned:
     model, split = work.model, work.split
-    blend = OriginalBlend(model, work.teacher) if work.config.progressive > 0 else None
-    with init_distributed(request.device) as (processes, place):
+    with (
+        images_alone(work, request.output_name),
+        init_distributed(request.device) as (processes, place),
+    ):
+        blend = OriginalBlend(model, work.teacher) if work.config.progressive > 0 else None
         if on_event is not None and processes.first:
             _announce(work, on_event)
         train_data, val_data = with_teacher_outputs(work, request.data, place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from tiedconv.commands.card import card
-from tiedconv.io.checkpoint_reader import read
 from tiedconv.sources import repository as hub
 
 
@@ -27,6 +26,5 @@ def push(file: str | Path, repository: str, *, license: str = "", private: bool 
         CheckpointError: the file is missing, damaged or not tiedconv's; nothing is uploaded.
         OutputError: the hub refuses it, or can't be reached.
     """
-    read(file)
     text = card(file, repository=repository, license=license)
     return hub.push(Path(file), repository, text, private=private)

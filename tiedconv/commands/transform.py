@@ -10,9 +10,11 @@ from torch import nn
 
 from tiedconv.data.transforms import ImageTransform, eval_transform
 from tiedconv.errors import UserError
+from tiedconv.io.checkpoint_reader import read
 from tiedconv.runtime.tie import is_tied, state_of
+from tiedconv.sources import Preprocess
 from tiedconv.sources.models import is_compact, open_model, source_of
-from tiedconv.sources.repository import fetched, is_repository
+from tiedconv.sources.repository import local
 
 
 def transform(
@@ -31,11 +33,9 @@ def transform(
         UserError: nothing says how its images are prepared (`preprocess-unknown`).
     """
     if isinstance(model, nn.Module):
-        record = state_of(model).source if is_tied(model) else None
-        wanted = None if record is None else source_of(record).preprocess
-    elif is_repository(model) or is_compact(model):
-        model = fetched(str(model)) if is_repository(model) else model
-        wanted = open_model(model, compact=True, weights=None).source.preprocess
+        wanted = _recorded(state_of(model).source) if is_tied(model) else None
+    elif is_compact(path := local(model)):
+        wanted = _recorded(read(path).source)
     else:
         wanted = open_model(model, weights=None, model_args=model_args).source.preprocess
     if wanted is None:
@@ -46,3 +46,7 @@ def transform(
             code="preprocess-unknown",
         )
     return eval_transform(wanted)
+
+
+def _recorded(source: Mapping[str, Any] | None) -> Preprocess | None:
+    return None if source is None else source_of(source).preprocess

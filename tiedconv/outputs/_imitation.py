@@ -7,8 +7,7 @@ that the kind of output has, the metric how far the model says the same as its t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.data import Broken, Loader, Normalization, as_uint8
 from tiedconv.outputs._base import OutputKind
+from tiedconv.runtime.call_hooks import one_seed
 from tiedconv.training.config import TrainConfig
 from tiedconv.training.device import Placement
 from tiedconv.training.distributed import ALONE, DistContext
@@ -150,15 +150,6 @@ class ImitationObjective:
         if aims:
             loss = loss + self.config.features * feature_loss(own, aims)
         return Outcome(loss, loss.detach())
-
-
-@contextmanager
-def one_seed(images: Tensor, seed: int) -> Iterator[None]:
-    """Within it random numbers are those of the seed: some models mask their images at random."""
-    devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed % 2**63)
-        yield
 
 
 class Seeded(nn.Module):

@@ -110,6 +110,15 @@ def hooked(
 
 
 @contextmanager
+def one_seed(images: Tensor | None, seed: int) -> Iterator[None]:
+    """Within it random numbers are those of the seed: some models mask their images at random."""
+    devices = [images.device] if images is not None and images.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed % 2**63)
+        yield
+
+
+@contextmanager
 def same_random_numbers(model: nn.Module) -> Iterator[None]:
     """Within it a model draws the same random numbers in each call, and leaves torch's alone."""
     seeded = _Seeded()
@@ -128,10 +137,8 @@ class _Seeded(Shared):
 
     def begin(self, model: nn.Module, args: Any) -> None:
         given = next((x for x in args if isinstance(x, Tensor)), None)
-        devices = [given.device] if given is not None and given.is_cuda else []
         stack = ExitStack()
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        torch.manual_seed(0)
+        stack.enter_context(one_seed(given, 0))
         self._open.append(stack)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:

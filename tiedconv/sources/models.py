@@ -23,7 +23,7 @@ from tiedconv.runtime.forward_check import check_size
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources import LazyWeights, Preprocess, Reading, Source
 from tiedconv.sources.python_function import is_function_spec
-from tiedconv.sources.repository import fetched, is_repository
+from tiedconv.sources.repository import local
 from tiedconv.sources.size_guard import bounded
 
 PreprocessChange = Callable[[Preprocess], Preprocess]
@@ -152,7 +152,7 @@ def load(
         CheckpointError: missing, damaged, or for another model.
         SourceError: the model's class can't be built here.
     """
-    checkpoint = read(fetched(str(path)) if is_repository(path) else path)
+    checkpoint = read(local(path))
     if model is None:
         model = skeleton_of(checkpoint, trust_code=trust_code)
     found = widened(install(checkpoint, model), checkpoint)

@@ -20,6 +20,11 @@ def is_repository(what: object) -> bool:
     return isinstance(what, str) and what.startswith(PREFIX)
 
 
+def local(what: str | Path) -> str | Path:
+    """A file of this machine: that of a repository, fetched, or what was named."""
+    return fetched(str(what)) if is_repository(what) else what
+
+
 def fetched(what: str) -> Path:
     """The compact file of a repository, fetched or from the local cache.
 
