@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_helpers import MODEL_ARGS, SPEC, World, plain, run
+from cli_helpers import MODEL_ARGS, SPEC, World, plain, refused, run
 from covering import slow_unless
 from task_helpers import write_colours
 from towers import clip
@@ -58,6 +58,14 @@ def test_after_a_calibration_it_distils_on_the_same_images(
     assert command[0] == "finetune"
     run(*command, *SHORT)
     assert (tmp_path / "c-finetuned.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_an_output_is_chosen_for_images_only(command: str) -> None:
+    refused(
+        command, SPEC, *MODEL_ARGS, "--output-name", "logits", error_code="needs-calib",
+        words=["--output-name"],
+    )  # fmt: skip
 
 
 def test_without_images_it_checks_the_file_and_says_what_is_missing(

@@ -147,7 +147,7 @@ def convert(
 
     if calib is None:
         common.refuse_without_images(
-            context, "calib_images", "effort", "batch_size", "resume", "strict"
+            context, "calib_images", "effort", "batch_size", "resume", "strict", "output_name"
         )
     wanted = make_recipe(scheme, params, size, bits, rank, option, include, exclude, recipe)
     change = images.change()

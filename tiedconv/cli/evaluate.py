@@ -60,7 +60,7 @@ def evaluate(
 ) -> None:
     """Measure what a model is for: accuracy, average precision, mean IoU, by the data.
 
-    [b]DATA[/b] has class folders (top-1 and top-5), boxes in COCO's form (a detector), or a mask
+    [b]--data[/b] has class folders (top-1 and top-5), boxes in COCO's form (a detector), or a mask
     for each image (a segmenter). [b]--task neighbours[/b] lets the nearest images of train/ vote,
     for models that give features; [b]--class-embeddings[/b] makes a classifier of CLIP.
     """

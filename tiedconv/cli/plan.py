@@ -60,7 +60,7 @@ def plan(
     from tiedconv.commands.compare import compare
 
     if calib is None:
-        common.refuse_without_images(context, "calib_images", "strict")
+        common.refuse_without_images(context, "calib_images", "strict", "output_name")
     change = images.change()
     quick = contextlib.nullcontext() if calib else _quick_start()
     with PlanBar("fitting") as bar, quick:
