@@ -110,7 +110,7 @@ def test_a_card_says_what_the_file_records(world: World, tmp_path: Path) -> None
     assert f"{told.original:,}" in text
     assert f"{told.file_bytes:,}" in text
     assert told.top1 is not None
-    assert f"top-1: {100 * told.top1:.2f} %" in text
+    assert f"Top-1 {100 * told.top1:.2f} %" in text
     assert "tiedconv convert" in text
     assert "tiedconv finetune" in text
     assert str(tmp_path) not in text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,18 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tiedconv.commands.history import history_lines as history_lines
+from tiedconv.commands.history import preparation as preparation
+from tiedconv.utils.figures import accuracy as accuracy
+from tiedconv.utils.figures import counted as counted
+from tiedconv.utils.figures import duration as duration
+from tiedconv.utils.figures import percent as percent
+from tiedconv.utils.figures import size as size
+from tiedconv.utils.figures import span as span
+
 if TYPE_CHECKING:
     from tiedconv.commands.report import GroupReport, Report
-    from tiedconv.sources import Preprocess, Source
+    from tiedconv.sources import Source
 
 Row = Sequence[str]
 
@@ -167,62 +175,12 @@ def _group_row(name: str, scheme: str, groups: Sequence[GroupReport]) -> Row:
     )
 
 
-def span(ends: Sequence[str]) -> str:
-    """`a-b`, or `a` if both are the same."""
-    return "-".join(dict.fromkeys(ends))
-
-
-def percent(fraction: float | None) -> str:
-    """A fraction as a percentage."""
-    return "" if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def accuracy(fraction: float | None) -> str:
-    """An accuracy as a percentage with two decimals; a dash where none could be measured."""
-    return "-" if fraction is None or math.isnan(fraction) else f"{100 * fraction:.2f} %"
-
-
-def counted(count: int, what: str) -> str:
-    """`1 step`, `2,000 steps`."""
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
-
-
 def skipped(count: int) -> str:
     """How many images could not be read."""
     what = "1 image could not be read and was" if count == 1 else (
         f"{count:,} images could not be read and were"
     )  # fmt: skip
     return f"{what} skipped."
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, as disks and downloads count them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
-
-
-def preparation(prepared: Preprocess | Mapping[str, Any] | None) -> str:
-    """How images become the model's input, in one line."""
-    if prepared is None:
-        return "Images: the model does not say how they are prepared; 224 pixels are assumed."
-    p: Mapping[str, Any] = prepared if isinstance(prepared, Mapping) else prepared.to_json()
-    side, shorter = p["size"], p["resize"]
-    how = f"resized to {side} x {side} pixels"
-    if shorter is not None:
-        how = f"shorter side to {shorter} pixels, centre crop of {side} x {side}"
-    mean, std = (", ".join(f"{v:.3g}" for v in p[key]) for key in ("mean", "std"))
-    turned = ", turned by EXIF" if p.get("exif") else ""
-    return f"Images: {how}, {p['interpolation']}{turned}, mean {mean}, std {std}."
 
 
 def other_size(native: tuple[int, int] | None, size: int) -> str:
@@ -294,11 +252,6 @@ def agrees(figures: Mapping[str, Any]) -> str:
     return f"Mean {figures['compares']} to the original's: {figures['mean']:.4f}, on {images}."
 
 
-def history_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each step that a model went through."""
-    return [_history_line(entry) for entry in history]
-
-
 def weights_part(source: Source) -> str:
     """Which weights of a file were taken."""
     part = source.weights_part or ""
@@ -325,45 +278,3 @@ def symmetry_lines(entry: Mapping[str, Any]) -> list[str]:
         for cost in found.get("cost", ())
     ]
     return lines
-
-
-def _history_line(entry: Mapping[str, Any]) -> str:
-    if entry.get("step") == "convert":
-        recipe = entry.get("recipe") or {}
-        rules = "; ".join(
-            " ".join(
-                [
-                    str(r.get("scheme")),
-                    *(f"{k}={v}" for k, v in r.items() if _differs_from_default(k, v)),
-                ]
-            )
-            for r in recipe.get("rules", [])
-        )
-        budget = f", params {recipe['params']}" if recipe.get("params") else ""
-        calib = entry.get("calibration") or {}
-        seen = ""
-        if calib:
-            seen = f", calibrated on {calib.get('images'):,} images ({calib.get('effort')})"
-        return f"converted by {rules}{budget}{seen}"
-    if entry.get("step") == "finetune":
-        unlabelled = entry.get("agreement") is not None
-        name = "agreement" if unlabelled else "ap" if "ap" in entry else "top1"
-        titles = {"agreement": "agreement with the teacher", "ap": "AP", "top1": "top-1"}
-        teacher = entry.get(f"{name}_teacher")
-        goal = "" if teacher is None else f" (teacher: {accuracy(teacher)})"
-        return (
-            f"fine-tuned on {entry.get('data')} ({entry.get('train_images'):,} images"
-            f"{' without labels' if unlabelled else ''}, "
-            f"{entry.get('steps'):,} steps, teacher {entry.get('teacher')}): "
-            f"{titles[name]} "
-            f"{accuracy(entry.get(f'{name}_before'))} before, "
-            f"{accuracy(entry.get(name))} after{goal}, on "
-            f"{entry.get('val_images'):,} {'held-out ' if entry.get('held_out') else ''}images"
-        )
-    if entry.get("step") == "export":
-        return f"stored as {entry.get('dtype')}, computes in {entry.get('computes_in')}"
-    return str(entry.get("step"))
-
-
-def _differs_from_default(key: str, value: Any) -> bool:
-    return key != "scheme" and value not in ([], ["*"])

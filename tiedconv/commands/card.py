@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from tiedconv.commands.measured import measured
 from tiedconv.commands.report import Report, report
 from tiedconv.sources.repository import FILE
 
-_METRICS = {
-    "top1": "top-1", "top5": "top-5", "ap": "AP", "agreement": "agreement with the teacher",
-}  # fmt: skip
 _REPOSITORY = re.compile(r"hf:([\w.-]+/[\w.-]+)")
 
 
@@ -63,30 +59,9 @@ def _sizes(found: Report) -> list[str]:
 
 def _measured(found: Report) -> list[str]:
     """What was measured, each with its data; nothing is said of what was not."""
-    lines = [line for entry in found.history for line in _figures(entry)]
+    lines = [f"- {each.sentence}" for each in measured(found.history)]
     none = "Nothing was measured: how far it answers as the original is not known."
     return ["## Measured", "", *(lines or [none])]
-
-
-def _figures(entry: Mapping[str, Any]) -> Iterator[str]:
-    agreement = (entry.get("calibration") or {}).get("agreement")
-    if agreement:
-        mean = agreement["mean"]
-        share = f"{100 * mean:.1f} %" if agreement.get("counts", True) else f"{mean:.4f}"
-        yield f"- {agreement['compares']}: {share}, on {agreement['images']} held-out images"
-    if entry.get("step") != "finetune":
-        return
-    for figure, title in _METRICS.items():
-        if entry.get(figure) is None:
-            continue
-        beside = ""
-        for name, words in (("before", "before the training"), ("teacher", "the teacher")):
-            if (value := entry.get(f"{figure}_{name}")) is not None:
-                beside += f", {words} {100 * value:.2f} %"
-        yield (
-            f"- {title}: {100 * entry[figure]:.2f} %{beside}; on {entry['val_images']:,} images "
-            f"of {entry['data']}"
-        )
 
 
 def _loading(found: Report, repository: str) -> list[str]:
