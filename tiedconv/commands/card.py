@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tiedconv.commands.loading import python_lines
 from tiedconv.commands.measured import measured
 from tiedconv.commands.report import Report, report
+from tiedconv.sources.models import source_of
 from tiedconv.sources.repository import FILE
 
 _REPOSITORY = re.compile(r"hf:([\w.-]+/[\w.-]+)")
@@ -66,10 +68,8 @@ def _measured(found: Report) -> list[str]:
 
 def _loading(found: Report, repository: str) -> list[str]:
     where = f"hub:{repository}" if repository else FILE
-    lines = ["## Use", "", "```python", "import tiedconv", "", f'model = tiedconv.load("{where}")']
-    if (found.source or {}).get("preprocess"):
-        lines.append(f'prepare = tiedconv.transform("{where}")  # from a PIL image to a tensor')
-    return [*lines, "```"]
+    source = None if found.source is None else source_of(found.source)
+    return ["## Use", "", "```python", *python_lines(where, source), "```"]
 
 
 def _history(found: Report) -> list[str]:

@@ -175,18 +175,22 @@ def report(what: str | Path | nn.Module) -> Report:
 
 def report_of(checkpoint: Checkpoint) -> Report:
     """Figures of a file whose header was read."""
-    sizes = {
-        name: DTYPES[dtype].itemsize * math.prod(checkpoint.shapes[name])
-        for name, dtype in checkpoint.dtypes.items()
-    }
     return _report(
         checkpoint.path.name,
         checkpoint.plan,
-        sizes,
+        sizes_of(checkpoint),
         checkpoint.source,
         checkpoint.history,
         checkpoint.size,
     )
+
+
+def sizes_of(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of each stored tensor of a file, as it is stored."""
+    return {
+        name: DTYPES[dtype].itemsize * math.prod(checkpoint.shapes[name])
+        for name, dtype in checkpoint.dtypes.items()
+    }
 
 
 def plan_report(plan: Plan, name: str) -> Report:

@@ -97,9 +97,14 @@ def alike(groups: Sequence[G], *, each: bool = False) -> list[tuple[str, str, li
     """
     merged: dict[tuple[str, str], list[G]] = defaultdict(list)
     for group in groups:
-        name = group.name if each else _NUMBERS.sub("*", group.name)
+        name = group.name if each else without_numbers(group.name)
         merged[name, group.scheme].append(group)
     return [(name, scheme, members) for (name, scheme), members in merged.items()]
+
+
+def without_numbers(name: str) -> str:
+    """A tensor's or group's name with `*` for the numbers of layers, as `blocks.*.mlp.fc1`."""
+    return _NUMBERS.sub("*", name)
 
 
 class PlanTable(Tabular):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tiedconv.loggers.curve import Course, Curve, Point
 from tiedconv.loggers.log import JsonLog
+from tiedconv.loggers.log_reader import LoggedRun, read_log
 from tiedconv.loggers.memory import memory_in_use
 from tiedconv.loggers.picture import draw
 from tiedconv.loggers.tensorboard import TensorBoard
@@ -16,6 +17,7 @@ __all__ = [
     "Course",
     "Curve",
     "JsonLog",
+    "LoggedRun",
     "Point",
     "Run",
     "TensorBoard",
@@ -23,4 +25,5 @@ __all__ = [
     "Watchers",
     "draw",
     "memory_in_use",
+    "read_log",
 ]
