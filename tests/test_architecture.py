@@ -54,10 +54,11 @@ IMPORTS: dict[str, str] = {
     " integrations io numerics outputs planning runtime schemes sources tasks training utils"
     " version",
     "loggers": "commands errors io training utils",
-    "cli": "calibration commands conversion errors io loggers planning sources training utils"
+    "pages": "commands core errors io loggers sources training utils version",
+    "cli": "calibration commands conversion errors io loggers pages planning sources training utils"
     " version",
     "__main__": "cli",
-    "__init__": "calibration commands conversion core errors io planning runtime sources"
+    "__init__": "calibration commands conversion core errors io pages planning runtime sources"
     " training utils version",
 }
 
@@ -68,6 +69,7 @@ ONLY = {
     "transformers": {"sources", "integrations"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "jinja2": {"pages"},
     "sklearn": {"commands"},
     "datasets": {"data"},
     "webdataset": {"data"},

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tiedconv.conversion.calibrate import Calibration
     from tiedconv.core.plan import Plan
     from tiedconv.io.checkpoint import save
+    from tiedconv.pages.page import report_page
     from tiedconv.planning.recipe import Recipe
     from tiedconv.runtime.factored_linear import apply_factors
     from tiedconv.runtime.tie import freeze, tie, unfreeze, untie
@@ -63,6 +64,7 @@ _MODULES = {
     "plan": "commands.convert",
     "push": "commands.push",
     "report": "commands.report",
+    "report_page": "pages.page",
     "save": "io.checkpoint",
     "sensitivity": "commands.sensitivity",
     "tie": "runtime.tie",
@@ -95,6 +97,7 @@ __all__ = [
     "plan",
     "push",
     "report",
+    "report_page",
     "save",
     "sensitivity",
     "tie",

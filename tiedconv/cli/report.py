@@ -11,6 +11,7 @@ import typer
 
 from tiedconv.cli import common, render
 from tiedconv.cli.common import say
+from tiedconv.errors import UserError
 
 if TYPE_CHECKING:
     from tiedconv.commands.report import Report
@@ -41,18 +42,52 @@ def report(
     format_: Annotated[
         Format, typer.Option("--format", help="Output format; csv lists every group.")
     ] = Format.TABLE,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PAGE.html",
+            help="Write one HTML page instead, with pictures, which needs no network.",
+        ),
+    ] = None,
+    log: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--log",
+            metavar="LOG",
+            help="For the page: what finetune --log wrote, for the curves. May be repeated.",
+        ),
+    ] = None,
+    license: Annotated[
+        str, typer.Option(help="For the page: the original's licence, such as apache-2.0.")
+    ] = "",
+    force: common.Force = False,
     all_groups: common.AllGroups = False,
     json_: common.Json = False,
 ) -> None:
     """Print a parameter and size report: by group and in total, and the history of the file.
 
-    Only the header of a file is read. [b]tiedconv verify[/b] checks the bytes too.
+    Only the header of a file is read, and for a page its bytes, for their hash. [b]tiedconv
+    verify[/b] checks them.
     """
     from tiedconv.commands.report import report as run
 
-    reports = [run(file) for file in files]
+    if output is not None:
+        _refuse_with_page(format_, all_groups=all_groups)
+        _write_page(files, output, log or [], license, force=force, quiet=json_)
+    elif log or license or force:
+        raise UserError(
+            "--log, --license or --force was given without -o",
+            "They are for a page alone",
+            "Add -o report.html, or leave them out",
+            code="needs-output",
+        )
+    reports = [run(file) for file in files] if json_ or output is None else []
     if json_ or format_ is Format.JSON:
         common.print_json(reports)
+    elif output is not None:
+        return
     elif format_ is Format.TABLE:
         for one in reports:
             _show(one, each=all_groups)
@@ -69,6 +104,28 @@ def report(
     else:
         rows = _rows(reports[0], each=all_groups)
         typer.echo(render.markdown(render.GROUP_COLUMNS, rows, text=3))
+
+
+def _refuse_with_page(format_: Format, *, all_groups: bool) -> None:
+    if format_ is not Format.TABLE or all_groups:
+        raise UserError(
+            "-o was given with --format or --all-groups",
+            "They are for what is printed, and a page has all groups",
+            "Leave them out; --json prints the figures besides",
+            code="options-conflict",
+        )
+
+
+def _write_page(
+    files: Sequence[Path], output: Path, logs: Sequence[Path], license: str, *, force: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    from tiedconv.pages.page import check_page, report_page, write_page
+
+    check_page(output, [*files, *logs], force=force)
+    size = write_page(report_page(*files, logs=logs, license=license), output, force=force)
+    if not quiet:
+        say(f"Wrote {output} ({render.size(size)}).")
 
 
 def _rows(one: Report, *, each: bool) -> list[render.Row]:

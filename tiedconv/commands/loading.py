@@ -20,7 +20,7 @@ def python_lines(where: str, source: Source | None) -> list[str]:
     argument = ""
     if source is None or not source.spec:
         argument = ", model=YourModel()"
-    elif is_function_spec(source.spec):
+    elif _names_a_function(source):
         argument = ", trust_code=True"
     lines = ["import tiedconv", "", f"model = tiedconv.load({where!r}{argument})"]
     if source is not None and source.preprocess is not None:
@@ -32,7 +32,7 @@ def shell_lines(file: str, source: Source | None) -> list[str]:
     """Commands that check a file and export it; none for a model that was in memory."""
     if source is None or not source.spec:
         return []
-    trust = " --trust-code" if is_function_spec(source.spec) else ""
+    trust = " --trust-code" if _names_a_function(source) else ""
     name = f"./{file}" if file.startswith("-") else file
     exported = name.removesuffix(".safetensors") + ".onnx"
     return [
@@ -45,3 +45,7 @@ def library_of(source: Source | None) -> str:
     """The library that holds the model's class, besides torchvision; "" for none."""
     kind, colon, _ = (source.spec if source else "").partition(":")
     return _LIBRARIES.get(kind, "") if colon else ""
+
+
+def _names_a_function(source: Source) -> bool:
+    return is_function_spec(source.spec) and not library_of(source)
