@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,10 +87,10 @@ class Course:
 
     def losses(self) -> list[Point]:
         """The points, and the means of epochs of which no step was reported."""
-        known = {point.step for point in self.points}
+        known = sorted(point.step for point in self.points)
         means, done = [], 0
         for _, step, loss in self.epochs:
-            if self.width == 1 and known.isdisjoint(range(done + 1, step + 1)):
+            if self.width == 1 and bisect_right(known, done) >= bisect_right(known, step):
                 means.append(Point(step, loss, math.nan, step - done))
             done = step
         return sorted([*self.points, *means], key=lambda point: point.step)
