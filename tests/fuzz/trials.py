@@ -8,12 +8,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from cli_helpers import SIZES, SPEC
+from html_pages import check
 from micro import all_micros, settle
 from mutations import DAMAGE, KINDS, mutated
 from safetensors import safe_open
@@ -180,6 +181,8 @@ def _show(what: str, path: Path, tally: Tally) -> None:
         bad = [c for c in result.output if not (c.isprintable() or c == "\n")]
         if bad:
             tally.wrong.append(f"{what}: report --format {form} prints {bad[:5]!r}")
+    with suppress(TiedconvError):
+        check(tiedconv.report_page(path))
 
 
 @contextmanager

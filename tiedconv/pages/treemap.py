@@ -38,7 +38,7 @@ class Box:
         room = (self.width - 10) / 6.2  # of a letter
         if self.height < 18:
             return ""
-        return next((text for text in fitting if len(text) <= room), "")
+        return next((text for text in fitting if len(text) <= room and text.strip("*.")), "")
 
 
 def treemap(parts: Sequence[Part], *, stored: bool, largest: float) -> tuple[Box, ...]:
