@@ -19,12 +19,14 @@ class Page(HTMLParser):
         texts: all that a reader sees.
         cells: texts of cells of tables.
         headings: (level, text).
+        rows: of each table, how many cells each row has.
     """
 
     tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     cells: list[str] = field(default_factory=list)
     headings: list[tuple[int, str]] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -46,7 +48,12 @@ class Page(HTMLParser):
         if tag in VOID:
             return
         self.open.append(tag)
+        if tag == "table":
+            self.rows.append([])
+        if tag == "tr":
+            self.rows[-1].append(0)
         if tag in ("td", "th"):
+            self.rows[-1][-1] += 1
             self.cells.append("")
         if len(tag) == 2 and tag[0] == "h" and tag[1].isdigit():
             self.headings.append((int(tag[1]), ""))
@@ -111,6 +118,7 @@ def _is_accessible(page: Page) -> None:
     assert levels.count(1) == 1
     assert all(b <= a + 1 for a, b in pairwise(levels))
     assert all(text.strip() for _, text in page.headings)
+    assert all(len(set(table)) == 1 for table in page.rows), page.rows
     identities = [a["id"] for _, a in page.tags if "id" in a]
     assert len(identities) == len(set(identities))
     for tag, attributes in page.tags:

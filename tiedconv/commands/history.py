@@ -10,6 +10,11 @@ from tiedconv.utils.figures import accuracy
 if TYPE_CHECKING:
     from tiedconv.sources import Preprocess
 
+_TITLES = {
+    "agreement": "agreement with the teacher", "similarity": "cosine to the teacher", "ap": "AP",
+    "top1": "top-1",
+}  # fmt: skip
+
 
 def history_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line for each step that a model went through."""
@@ -35,23 +40,37 @@ def _history_line(entry: Mapping[str, Any]) -> str:
             seen = f", calibrated on {calib.get('images'):,} images ({calib.get('effort')})"
         return f"converted by {rules}{budget}{seen}"
     if entry.get("step") == "finetune":
-        unlabelled = entry.get("agreement") is not None
-        name = "agreement" if unlabelled else "ap" if "ap" in entry else "top1"
-        titles = {"agreement": "agreement with the teacher", "ap": "AP", "top1": "top-1"}
-        teacher = entry.get(f"{name}_teacher")
-        goal = "" if teacher is None else f" (teacher: {accuracy(teacher)})"
-        return (
-            f"fine-tuned on {entry.get('data')} ({entry.get('train_images'):,} images"
-            f"{' without labels' if unlabelled else ''}, "
-            f"{entry.get('steps'):,} steps, teacher {entry.get('teacher')}): "
-            f"{titles[name]} "
-            f"{accuracy(entry.get(f'{name}_before'))} before, "
-            f"{accuracy(entry.get(name))} after{goal}, on "
-            f"{entry.get('val_images'):,} {'held-out ' if entry.get('held_out') else ''}images"
-        )
+        return _finetune_line(entry)
     if entry.get("step") == "export":
         return f"stored as {entry.get('dtype')}, computes in {entry.get('computes_in')}"
     return str(entry.get("step"))
+
+
+def _finetune_line(entry: Mapping[str, Any]) -> str:
+    known = [name for name in _TITLES if _is_number(entry.get(name))]
+    name = known[0] if known else "top1"
+    unlabelled = name in ("agreement", "similarity")
+    teacher = entry.get(f"{name}_teacher")
+    goal = f" (teacher: {_score(name, teacher)})" if _is_number(teacher) else ""
+    return (
+        f"fine-tuned on {entry.get('data')} ({entry.get('train_images'):,} images"
+        f"{' without labels' if unlabelled else ''}, "
+        f"{entry.get('steps'):,} steps, teacher {entry.get('teacher')}): "
+        f"{_TITLES[name]} "
+        f"{_score(name, entry.get(f'{name}_before'))} before, "
+        f"{_score(name, entry.get(name))} after{goal}, on "
+        f"{entry.get('val_images'):,} {'held-out ' if entry.get('held_out') else ''}images"
+    )
+
+
+def _score(name: str, value: object) -> str:
+    if not _is_number(value):
+        return "-"
+    return f"{value:.4f}" if name == "similarity" else accuracy(value)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _differs_from_default(key: str, value: Any) -> bool:

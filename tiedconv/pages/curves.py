@@ -70,7 +70,7 @@ def _losses(run: LoggedRun) -> Curve | None:
     smooth = smoothed(values)
     x = _Scale(0, points[-1].step, LEFT, RIGHT)
     y = _Scale.around(smooth, usual(values))
-    lines = [Line("raw", _thin(x, y, [p.step for p in points], values), "each step")]
+    lines = [Line("raw", _thin(x, y, [p.step for p in points], values), "as logged")]
     if smooth != values:
         lines.append(Line("smooth", _thin(x, y, [p.step for p in points], smooth), "smoothed"))
     return Curve(

@@ -58,7 +58,7 @@ def report_page(*files: str | Path, logs: Sequence[str | Path] = (), license: st
             files=facts,
             license=license,
             version=__version__,
-            # The one style of the page, and nothing else: not even a text that got past the escapes.
+            # The page's own style is all that may act: not even a text that got past the escapes.
             style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
             comparable=in_common([f.parts for f in facts]),
             kinds=_kinds(facts),
