@@ -10,7 +10,6 @@ import contextlib
 import json
 import shutil
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -99,8 +98,3 @@ def browser() -> Iterator[Browser]:
         driver.wait(10)
         if driver.stdout is not None:
             driver.stdout.close()
-
-
-def wait_until_still() -> None:
-    """Time for a page to be laid out."""
-    time.sleep(0.2)

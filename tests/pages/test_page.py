@@ -177,6 +177,8 @@ def test_files_side_by_side(parts: Parts, tmp_path: Path) -> None:
         "not recorded", "50.00 %4 images of photos",
     ]  # fmt: skip
     assert "models of the same parts" in page.text
+    maps = [a for a in page.named("svg") if a["class"] == "map"]
+    assert len(maps) == 3 + 2 * 2  # all on one scale, then both files by themselves
 
 
 def test_files_of_different_models_have_no_table_of_parts_in_common() -> None:

@@ -45,7 +45,8 @@ def parts_of(tensors: Sequence[TensorFigures]) -> tuple[Part, ...]:
     modules: dict[str, list[TensorFigures]] = defaultdict(list)
     for tensor in tensors:
         modules[without_numbers(tensor.module)].append(tensor)
-    order = sorted(modules, key=lambda name: -sum(t.original for t in modules[name]))
+    # By name where sizes are equal: a part has one colour in all files of a model.
+    order = sorted(modules, key=lambda name: (-sum(t.original for t in modules[name]), name))
     few = order if len(order) <= SHOWN + 1 else order[:SHOWN]
     shown = [
         _part(name, modules[name], colour if colour <= SHOWN else 0)
@@ -70,7 +71,7 @@ def _part(name: str, tensors: Sequence[TensorFigures], colour: int) -> Part:
 def in_common(files: Sequence[Sequence[Part]]) -> bool:
     """Whether files have the same parts before their conversion, so that they can be compared."""
 
-    def before(parts: Sequence[Part]) -> Mapping[str, int]:
-        return {part.name: part.parameters for part in parts}
+    def before(parts: Sequence[Part]) -> Mapping[str, tuple[int, float]]:
+        return {part.name: (part.colour, part.original) for part in parts}
 
     return all(before(parts) == before(files[0]) for parts in files[1:])
