@@ -43,7 +43,7 @@ def convert(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(common.names_in('schemes'))}; default tied, with --bytes auto.",
+            help=f"{', '.join(common.names_in('schemes'))}. Default: auto, the best for each block.",
             autocompletion=common.completed(*common.names_in("schemes")),
         ),
     ] = None,
@@ -53,7 +53,11 @@ def convert(
     ] = None,
     params: Annotated[
         str | None,
-        typer.Option(metavar="BUDGET", help="Choose ranks to fit a parameter budget: 50% or 12M."),
+        typer.Option(
+            metavar="BUDGET",
+            help="Choose ranks to fit a parameter budget: 50% or 12M. Scheme auto without a "
+            "budget: 50%.",
+        ),
     ] = None,
     size: Annotated[
         str | None,
@@ -61,8 +65,7 @@ def convert(
             "--bytes",
             metavar="BUDGET",
             help="Store weights as integers, as coarse as a budget of bytes asks for: 10% of the "
-            "original's bytes, 700kB or 2MB. The default scheme is auto then, which chooses how "
-            "much to share besides.",
+            "original's bytes, 700kB or 2MB.",
         ),
     ] = None,
     bits: Annotated[
@@ -220,7 +223,7 @@ def make_recipe(
     file: Path | None,
 ) -> Recipe:
     """The recipe that the options describe; a budget may be added to that of a file."""
-    from tiedconv.planning.recipe import Budget, Recipe, Rule
+    from tiedconv.planning.recipe import DEFAULT_SCHEME, Budget, Recipe, Rule
 
     if file is not None:
         if scheme or rank or option or include or exclude:
@@ -234,8 +237,7 @@ def make_recipe(
         budget = read.budget if params is None else Budget(params)
         return Recipe(read.rules, budget, size or read.bytes, bits or read.bits).asked()
     options = {**_options(option), **({} if rank is None else {"rank": _rank(rank)})}
-    usual = "tied" if size is None else "auto"
-    rule = Rule(scheme or usual, options, tuple(include or ["*"]), tuple(exclude or []))
+    rule = Rule(scheme or DEFAULT_SCHEME, options, tuple(include or ["*"]), tuple(exclude or []))
     return Recipe((rule,), None if params is None else Budget(params), size, bits).asked()
 
 

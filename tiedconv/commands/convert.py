@@ -31,7 +31,7 @@ from tiedconv.io.checkpoint import write_compact, write_model
 from tiedconv.io.checkpoint_reader import Checkpoint
 from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import smaller_options
-from tiedconv.planning.recipe import Recipe, Size
+from tiedconv.planning.recipe import DEFAULT_SCHEME, Recipe, Size
 from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import AS_PUBLISHED, Reading, Source
@@ -80,7 +80,7 @@ class Conversion:
 
 def plan(
     model: str | nn.Module,
-    scheme: str = "tied",
+    scheme: str = DEFAULT_SCHEME,
     *,
     params: Size | None = None,
     bytes: Size | None = None,
@@ -95,7 +95,7 @@ def plan(
 
     Args:
         model: a model, or its spec, such as `resnet50` or `timm:vit_tiny_patch16_224`.
-        scheme: name of the scheme.
+        scheme: name of the scheme; without a budget, `auto` halves the model.
         params: parameters that may be stored: `0.5` or `50%` of the original's, or a number.
         bytes: of the file, likewise; its weights are integers then.
         bits: of an integer, at most.
@@ -117,7 +117,7 @@ def plan(
 
 def convert(
     model: str | nn.Module,
-    scheme: str = "tied",
+    scheme: str = DEFAULT_SCHEME,
     *,
     params: Size | None = None,
     bytes: Size | None = None,
@@ -139,7 +139,7 @@ def convert(
 
     Args:
         model: a model in memory, or a spec, such as `resnet50`.
-        scheme: name of the scheme.
+        scheme: name of the scheme; without a budget, `auto` halves the model.
         params: parameters that may be stored: `0.5` or `50%` of the original's, or a number.
         bytes: of the file, likewise; its weights are integers then.
         bits: of an integer, at most.

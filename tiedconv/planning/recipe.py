@@ -17,6 +17,9 @@ from tiedconv.errors import RecipeError
 from tiedconv.io.plain_file import read_text
 from tiedconv.schemes import make_scheme
 
+DEFAULT_SCHEME = "auto"
+"""It needs no choice; without a budget it halves the model."""
+
 _MOST = 2**20  # bytes of a recipe
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
@@ -111,7 +114,7 @@ class Rule:
         exclude: glob patterns, none of which it may match.
     """
 
-    scheme: str = "tied"
+    scheme: str = DEFAULT_SCHEME
     options: Mapping[str, Any] = field(default_factory=dict)
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -171,7 +174,7 @@ class Recipe:
     @classmethod
     def of(
         cls,
-        scheme: str = "tied",
+        scheme: str = DEFAULT_SCHEME,
         *,
         params: Size | None = None,
         bytes: Size | None = None,
@@ -289,7 +292,7 @@ class Recipe:
 
 def _rule(data: Mapping[str, Any]) -> Rule:
     options = dict(data)
-    scheme = options.pop("scheme", "tied")
+    scheme = options.pop("scheme", DEFAULT_SCHEME)
     globs: list[tuple[str, ...]] = []
     for key, default in (("include", ["*"]), ("exclude", [])):
         value = options.pop(key, default)
