@@ -48,7 +48,7 @@ IMPORTS: dict[str, str] = {
     "tasks": "data detection errors outputs runtime sources training",
     "calibration": "core data errors io numerics outputs runtime training",
     "conversion": "calibration core data errors families io numerics planning runtime schemes"
-    " sources version",
+    " sources utils version",
     "exporters": "core errors io runtime sources version",
     "commands": "calibration conversion core data detection errors exporters families"
     " integrations io numerics outputs planning runtime schemes sources tasks training utils"

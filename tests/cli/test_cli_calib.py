@@ -24,6 +24,7 @@ from cli_helpers import (
 import tiedconv
 from tiedconv.calibration import EFFORTS, Effort, Fitted, config
 from tiedconv.cli import progress
+from tiedconv.utils.stage import Stage
 
 HERE = ["--workers", "0", "--device", "cpu", "-n", 16]
 
@@ -192,3 +193,29 @@ def test_a_budget_of_bytes_says_what_was_done(world: World, tmp_path: Path) -> N
     assert all(check.passed for check in tiedconv.verify(output))
     refused(*command[: -len(HERE)], "--bits", "7", "--force", error_code="invalid-bits")
     assert files_of(tmp_path) == {"c.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--params", "70%", "--effort", "fast"), "fit, calibrate, write"),
+        (("--bytes", "30%", "--effort", "fast"), "fit, round, calibrate the rounded model, write"),
+        (("--bytes", "30%"), "fit, calibrate, round, calibrate the rounded model, write"),
+    ],
+)
+def test_the_stages_are_told_in_order(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    names: str,
+) -> None:
+    told: list[Stage] = []
+    monkeypatch.setattr(progress.ConvertBar, "stage", lambda _, stage: told.append(stage))
+    base = convert(world, tmp_path / "c.safetensors", "--scheme", "lowrank")
+    at = base.index("--params")
+    run(*base[:at], *base[at + 2 :], *options)
+    started = [stage for stage in told if not stage.parts]
+    assert ", ".join(stage.name for stage in started) == names
+    assert [stage.number for stage in started] == list(range(1, started[0].count + 1))
+    assert all(1 <= stage.part <= stage.parts for stage in told if stage.parts)

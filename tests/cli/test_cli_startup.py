@@ -15,6 +15,7 @@ import typer
 import tiedconv
 from tiedconv.calibration import EFFORTS, CalibConfig
 from tiedconv.cli import app, common, convert, finetune, option_groups, plan
+from tiedconv.cli.command import add
 from tiedconv.commands.compare import BUDGETS
 from tiedconv.data import AUGMENTS
 from tiedconv.exporters import all_formats
@@ -147,7 +148,7 @@ def test_a_group_of_options_is_one_value_of_the_command() -> None:
         taken.extend([name, images, options])
 
     made = typer.Typer()
-    made.command()(common.guarded(command))
+    add(made, command)
     typer.main.get_command(made).main(
         ["x", "--mean", "0.5", "-n", "8"], standalone_mode=False, prog_name="x"
     )

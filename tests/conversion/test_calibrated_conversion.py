@@ -420,7 +420,7 @@ def test_where_two_fits_are_near_each_other_it_is_reported_which_is_kept(
     lines: list[str] = []
     monkeypatch.setattr(ConvertBar, "line", lambda _, text: lines.append(text))
     for event in reported:
-        ConvertBar("fitting")(event)
+        ConvertBar(64)(event)
     assert lines[0] == "fit 1 of 2 (lors), block by block:"
     assert lines[2].startswith(f"kept fit {kept.number}: ")
 

@@ -11,7 +11,7 @@ import pytest
 from data_helpers import contents, encoded, expected, pictures, sample, write_tar, written
 from error_codes import raises
 
-from tiedconv.cli.common import guarded
+from tiedconv.cli.command import guarded
 from tiedconv.data import open_images, open_split
 from tiedconv.data.layouts import _tar_index
 from tiedconv.errors import DataError

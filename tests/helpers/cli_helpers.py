@@ -114,6 +114,13 @@ class World:
     pickle: Path
     tied: Path
 
+    def convert(self, output: Path, scheme: str = "tied") -> list[object]:
+        """The command that converts the tiny model."""
+        return [
+            "convert", SPEC, *MODEL_ARGS, "--weights", self.weights, "--scheme", scheme,
+            "-o", output,
+        ]  # fmt: skip
+
 
 def make_world(root: Path) -> World:
     """Make those files."""
@@ -123,7 +130,7 @@ def make_world(root: Path) -> World:
     torch.save({"model": state, "epoch": 3}, root / "tiny.pth")
     weights, pickle = root / "tiny.safetensors", root / "tiny.pth"
     world = World(root, root / "images", weights, pickle, root / "tied.safetensors")
-    run("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", world.tied)
+    run(*world.convert(world.tied))
     return world
 
 

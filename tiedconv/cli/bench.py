@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import hint, say
 from tiedconv.errors import UserError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(bench))
+    add(app, bench)
 
 
 def bench(

@@ -6,22 +6,14 @@ need the signatures of the commands alone. What does the work is imported when a
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import errno
-import functools
-import inspect
 import json
-import logging
 import os
 import pkgutil
 import shlex
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,7 +21,7 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from tiedconv.cli import render
-from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError, printable
+from tiedconv.errors import UserError, printable
 
 IMAGES = "Images"
 """The part of a command's help on how images are chosen and prepared."""
@@ -100,12 +92,15 @@ Model = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of random weights and of the choice of images.")]
+MODEL_KWARGS = "--model-kwargs"
 ModelArg = Annotated[
     list[str] | None,
     typer.Option(
         "--model-arg",
+        MODEL_KWARGS,
         metavar="NAME=VALUE",
-        help="An argument of the model's constructor, such as img_size=32. Repeatable.",
+        help="An argument of the model's constructor, such as img_size=32, or a .toml file of "
+        "them. Repeatable; --model-kwargs takes several at once.",
     ),
 ]
 Weights = Annotated[
@@ -169,122 +164,6 @@ Strict = Annotated[
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-
-
-def guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """A command as Typer is to see it.
-
-    Its known errors become one line on standard error and an exit code. Each parameter that is a
-    dataclass of options becomes one option for each field of it.
-    """
-
-    @functools.wraps(function)
-    def run(**options: Any) -> None:
-        # Imported within: torch takes seconds, in which Ctrl-C is to leave no traceback either.
-        try:
-            from tiedconv.training import sigterm_as_keyboard_interrupt
-
-            with sigterm_as_keyboard_interrupt(), _log_as_hints():
-                function(**_grouped(groups, options))
-        except TiedconvError as error:
-            _print_error(error)
-            raise typer.Exit(error.exit_code) from None
-        except OSError as error:
-            if error.filename is not None or error.errno not in _OUTPUT_ERRORS:
-                raise
-            _close_output(error)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt as interrupt:
-            if _rank() == 0:
-                typer.echo("Interrupted. Nothing half-written was left behind.", err=True)
-            raise typer.Exit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None
-
-    signature = inspect.signature(function, eval_str=True)
-    parameters = signature.parameters.values()
-    groups = {p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)}
-    flat = [option for p in parameters for option in _options_of(p)]
-    run.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
-    run.__annotations__ = {option.name: option.annotation for option in flat}
-    return run
-
-
-# What writing to standard output fails with: a full disk, or a device that went away. A reader
-# that has ended (EPIPE) is click's to handle.
-_OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG})
-
-
-def _close_output(error: OSError) -> None:
-    """Say that standard output can't be written, and let nothing try again as Python ends."""
-    reason = error.strerror or str(error)
-    typer.echo(
-        f"error: Standard output can't be written ({reason}). [output-not-written]", err=True
-    )
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _options_of(parameter: inspect.Parameter) -> list[inspect.Parameter]:
-    """The parameter, or one for each field of its dataclass, with the defaults given for it."""
-    kind = parameter.annotation
-    if not dataclasses.is_dataclass(kind):
-        return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-    hints, empty = get_type_hints(kind, include_extras=True), inspect.Parameter.empty
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=getattr(kind if parameter.default is empty else parameter.default, field.name),
-            annotation=hints[field.name],
-        )
-        for field in dataclasses.fields(kind)
-    ]
-
-
-def _grouped(groups: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a command, its dataclasses filled from Typer's options."""
-    for name, kind in groups.items():
-        values = {field.name: options.pop(field.name) for field in dataclasses.fields(kind)}
-        options[name] = kind(**values)
-    return options
-
-
-def _rank() -> int:
-    from tiedconv.training import rank_in_environment
-
-    return rank_in_environment()
-
-
-def _print_error(error: TiedconvError) -> None:
-    """One line with the error's code. Of several processes, the first one prints it."""
-    rank = _rank()
-    if rank == 0 or not isinstance(error, UserError | CheckpointError | OutputError):
-        who = f" (process {rank})" if rank else ""
-        # Through typer.echo rather than Rich: one line, neither wrapped nor marked up.
-        code = typer.style(f"[{error.code}]", dim=True)
-        typer.echo(f"error{who}: {error} {code}", err=True)
-    else:
-        time.sleep(2)  # a launcher ends all when one ends, so let the first print
-
-
-class _Hints(logging.Handler):
-    """Prints the library's log messages."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if _rank() == 0:
-            hint(record.getMessage())
-
-
-@contextlib.contextmanager
-def _log_as_hints() -> Iterator[None]:
-    logger, handler = logging.getLogger("tiedconv"), _Hints()
-    before = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
 
 
 def refuse_without_images(context: typer.Context, *options: str) -> None:

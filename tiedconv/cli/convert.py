@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import CALIBRATION, hint, option_in, say, warn
 from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOptions
 from tiedconv.errors import UserError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(convert))
+    add(app, convert)
 
 
 BATCH_SIZE = 64
@@ -43,7 +44,8 @@ def convert(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(common.names_in('schemes'))}. Default: auto, the best for each block.",
+            help=f"{', '.join(common.names_in('schemes'))}. Default: auto, which chooses for each "
+            "block.",
             autocompletion=common.completed(*common.names_in("schemes")),
         ),
     ] = None,
@@ -147,6 +149,7 @@ def convert(
     need [b]tiedconv finetune[/b] to be of use.
     """
     from tiedconv.cli.progress import ConvertBar
+    from tiedconv.utils.stage import listening
 
     if calib is None:
         common.refuse_without_images(
@@ -154,7 +157,7 @@ def convert(
         )
     wanted = make_recipe(scheme, params, size, bits, rank, option, include, exclude, recipe)
     change = images.change()
-    with ConvertBar("fitting") as bar:
+    with ConvertBar(batch_size) as bar, listening(bar.stage):
         given: Calibration | None = None
         if calib is not None:
             given = options.calibration(

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import hint, say
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(demo))
+    add(app, demo)
 
 
 def demo(

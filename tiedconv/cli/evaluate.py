@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import say, warn
 from tiedconv.cli.option_groups import ImageOptions, ReadingOptions
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(evaluate))
+    add(app, evaluate)
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import say
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(export))
+    add(app, export)
 
 
 def export(

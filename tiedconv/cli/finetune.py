@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import hint, say
 from tiedconv.cli.option_groups import ImageOptions
 from tiedconv.errors import UserError
@@ -31,7 +32,7 @@ _logging = functools.partial(common.option_in, "Logging")
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(finetune))
+    add(app, finetune)
 
 
 def finetune(

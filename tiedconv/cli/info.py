@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tiedconv.cli import common
+from tiedconv.cli.command import add
 from tiedconv.cli.common import say
 from tiedconv.errors import UserError
 
@@ -15,8 +16,8 @@ KINDS = ("models", "schemes", "families", "exporters", "tasks")
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(common.guarded(info))
-    app.command()(common.guarded(list))
+    add(app, info)
+    add(app, list)
 
 
 def info(*, json_: common.Json = False) -> None:

@@ -1,6 +1,6 @@
 """Options that several commands have, declared once each.
 
-A command takes a group as one keyword, such as `images: ImageOptions`; `common.guarded` shows
+A command takes a group as one keyword, such as `images: ImageOptions`; `command.guarded` shows
 Typer an option for each field. A command changes defaults by the default that it gives the
 keyword, such as `CalibOptions(calib_images=1024)`.
 """

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import CALIBRATION, hint, option_in, say
 from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOptions
 
@@ -24,7 +25,7 @@ BUDGETS = "70%,50%,30%"
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(plan))
+    add(app, plan)
 
 
 def plan(

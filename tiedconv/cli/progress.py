@@ -11,6 +11,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -51,9 +52,13 @@ from tiedconv.training import (
     primary,
     rank_in_environment,
 )
+from tiedconv.utils.stage import Stage
 
 LINE_SECONDS = 60.0
 """Time between two lines where no bar is drawn."""
+
+BLOCKS = 0.5
+"""Share of a calibration that the fits of blocks are counted as; the rest is the whole model."""
 
 
 class Bar:
@@ -104,25 +109,48 @@ class Bar:
 
 
 class ConvertBar(Bar):
-    """A bar that listens to a conversion."""
+    """A bar for the whole of a conversion: its stages, and how far the present one is.
+
+    Args:
+        batch_size: images in a step of a calibration.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(
+            "open", BarColumn(bar_width=_bar_width()), TaskProgressColumn(), TimeRemainingColumn()
+        )
+        self._batch_size = batch_size
+        self._stage = Stage("open", 0, 0)
+        self._speed = _Speed()
+
+    def stage(self, stage: Stage) -> None:
+        """A stage starts, or a part of one."""
+        if stage.name != self._stage.name:
+            self._progress.reset(self._task, total=None)
+        self._stage = stage
+        self._show(0, 1, "")
 
     def groups(self, done: int, total: int) -> None:
         """Groups fitted."""
-        self._show("fitting", done, total, "groups")
+        self._show(done, total, f"{done:,} of {counted(total, 'group')}")
 
     def __call__(self, event: CalibrationEvent) -> None:
         match event:
             case Measuring(images, total):
-                self._show("measuring", images, total, "images")
+                speed = self._speed.of("measuring", images)
+                self._show(0, 1, f"{images:,} of {counted(total, 'image')} measured{speed}")
             case Fitting(units, index, count, number, step, steps, error):
-                note = f"step {step}/{steps}  error {error:.3f}  {_span(units)}"
-                what = "blocks" if number == 0 else f"blocks, pass {number + 1}"
-                self._show(what, index, count, note)
+                speed = self._speed.of((number, index), step * self._batch_size)
+                turn = f"pass {number + 1}, " if number else ""
+                note = f"{turn}{_span(units)}: step {step}/{steps}{speed}  error {error:.3f}"
+                self._show(BLOCKS * (index + step / max(steps, 1)) / count, 1, note)
             case Fitted(units, index, count, _, before, after):
-                self.update(index + 1, count, "", "blocks")
+                self._show(BLOCKS * (index + 1) / count, 1, "")
                 self.line(f"{_span(units)}: relative error {before:.3f} -> {after:.3f}")
             case Joint(step, steps, loss):
-                self._show("whole model", step, steps, f"loss {loss:.4f}")
+                speed = self._speed.of("whole model", step * self._batch_size)
+                done = BLOCKS + (1 - BLOCKS) * step / max(steps, 1)
+                self._show(done, 1, f"whole model: step {step}/{steps}{speed}  loss {loss:.4f}")
             case DrawnText():
                 self.line("The model reads text too: random token ids are drawn for each image")
             case ResumedFits(count):
@@ -133,9 +161,31 @@ class ConvertBar(Bar):
                 nats = ", ".join(f"{each:.3g}" for each in divergences)
                 self.line(f"kept fit {number}: KL divergence of each {nats} nats")
 
-    def _show(self, what: str, done: int, total: int, note: str) -> None:
-        self.update(done, total, note, what)
-        self.log_line(f"{what} {done:,}/{total:,}  {note}")
+    def _show(self, done: float, total: float, note: str) -> None:
+        """So much of the present part of the stage is done."""
+        stage = self._stage
+        what, parts = f"{stage.number}/{stage.count} {stage.name}", max(stage.parts, 1)
+        if parts > 1:
+            note = f"plan {stage.part} of {parts}  {note}"
+        share = (max(stage.part - 1, 0) + done / max(total, 1)) / parts
+        self.update(share, 1.0, note, what)
+        self.log_line(f"stage {what} {100 * share:.0f} %  {note}")
+
+
+class _Speed:
+    """Images in a second, from counts that start anew with each piece of work."""
+
+    def __init__(self) -> None:
+        self._what: object = None
+        self._since, self._start = 0.0, 0
+
+    def of(self, what: object, images: int) -> str:
+        """The speed as a note; empty at the start of a piece."""
+        now = time.monotonic()
+        if what != self._what or images < self._start:
+            self._what, self._since, self._start = what, now, images
+        seconds = now - self._since
+        return f"  {(images - self._start) / seconds:,.0f} images/s" if seconds > 0.5 else ""
 
 
 def _span(units: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tiedconv.cli import common
+from tiedconv.cli.command import add
 from tiedconv.cli.common import say
 
 License = Annotated[
@@ -17,8 +17,8 @@ License = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(common.guarded(card))
-    app.command()(common.guarded(push))
+    add(app, card)
+    add(app, push)
 
 
 def card(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import say
 from tiedconv.errors import UserError
 
@@ -34,7 +35,7 @@ class Format(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(report))
+    add(app, report)
 
 
 def report(

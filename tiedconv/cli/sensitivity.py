@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import CALIBRATION, hint, option_in, say
 from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOptions
 from tiedconv.errors import UserError
@@ -22,7 +23,7 @@ NAMED = 3  # matrices that the summary names at either end
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(sensitivity))
+    add(app, sensitivity)
 
 
 def sensitivity(

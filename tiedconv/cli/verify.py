@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from tiedconv.cli import common, render
+from tiedconv.cli.command import add
 from tiedconv.cli.common import out
 
 _MARKS = {True: ("ok ", "green"), None: ("-- ", "yellow")}
@@ -17,7 +18,7 @@ _MARKS = {True: ("ok ", "green"), None: ("-- ", "yellow")}
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(common.guarded(verify))
+    add(app, verify)
 
 
 def verify(

@@ -23,6 +23,7 @@ from tiedconv.conversion.pipeline import (
     fit_streamed,
     history_entry,
     plan_on,
+    stages_of,
 )
 from tiedconv.core.plan import Plan
 from tiedconv.integrations import let_others_save
@@ -36,6 +37,7 @@ from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import AS_PUBLISHED, Reading, Source
 from tiedconv.sources.models import OpenedModel, PreprocessChange, open_model
+from tiedconv.utils.stage import enter, stages
 
 
 @dataclass(frozen=True)
@@ -240,10 +242,16 @@ def convert_file(
         if output is None:
             if calib is not None:
                 calib.open(opened.source)  # or raises
-        elif opened.tensors is not None and calib is None:
-            done = _stream(done, opened, planned, output, force, command, on_group, own_process)
         else:
-            done = _load(done, opened, planned, output, force, command, on_group, calib, folder)
+            with stages(stages_of(planned, calib)):
+                if opened.tensors is not None and calib is None:
+                    done = _stream(
+                        done, opened, planned, output, force, command, on_group, own_process
+                    )
+                else:
+                    done = _load(
+                        done, opened, planned, output, force, command, on_group, calib, folder
+                    )
         return dataclasses.replace(done, smaller=_smaller(planned, recipe, done.plan))
 
 
@@ -266,6 +274,7 @@ def _stream(
         seconds = time.perf_counter() - start
         history = (history_entry(fitted, opened.source, command),)
         record, tensor = opened.source.to_json(), fitted.tensors.__getitem__
+        enter("write")
         written = write_compact(output, fitted.plan, record, history, tensor, force=force)
     return dataclasses.replace(todo, plan=fitted.plan, written=written, seconds=seconds)
 
@@ -297,6 +306,7 @@ def _load(
         if folder is not None:
             folder.close()
     seconds = time.perf_counter() - start
+    enter("write")
     written = write_model(opened.model, output, force=force)
     if folder is not None:
         folder.clear()

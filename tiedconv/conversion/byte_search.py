@@ -39,6 +39,7 @@ from tiedconv.runtime.soft_codes import harden, soften
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import state_of, untie
 from tiedconv.sources import Source
+from tiedconv.utils.stage import enter, enter_part
 
 RECORD, RECORD_EACH = 200, 30
 """Bytes of a file that the record of a calibration takes, and for each of its blocks."""
@@ -81,7 +82,8 @@ def choose_plan(
         on_group: called with (groups fitted, groups in all), for each plan.
     """
     best: Chosen | None = None
-    for i in by_alignment(outlined):
+    for number, i in enumerate(by_alignment(outlined), 1):
+        enter_part(number, len(outlined))
         limit = math.inf if best is None else best.forecast
         try:
             found, statistics = carry_out(info, outlined[i], store, cache, on_group, limit)
@@ -136,6 +138,7 @@ def convert_to_bytes(
     tie_fit(model, fitted, record)
     found: dict[str, Any] = {}
     if calib is not None and data is not None and fitted.plan.groups and calib.config.fits:
+        enter("calibrate")
         calib.part(0, 3).fit(model, original, data)
         model.cpu()
         fitted = dataclasses.replace(fitted, tensors=_tensors(model, fitted.plan))
@@ -145,6 +148,7 @@ def convert_to_bytes(
     def size_of(plan: Plan, tensors: Mapping[str, Tensor]) -> int:
         return spare + file_size(plan, record, [history], tensors.__getitem__)
 
+    enter("round")
     rounded = round_to_bytes(
         fitted.plan, fitted.tensors, metrics, budget.bytes, size_of, outlined[0].recipe.widths
     )
@@ -153,6 +157,7 @@ def convert_to_bytes(
     tie_fit(model, fitted, record)
     found["rounding"] = _rounding_record(rounded, chosen, budget)
     if calib is not None and data is not None:
+        enter("calibrate the rounded model")
         result = _calibrated(model, original, calib, data, size_of, budget)
         found["calibration"] = calibration_record(fitted.ridge, result, calib, model, original)
     return fitted, found

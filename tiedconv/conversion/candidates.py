@@ -28,6 +28,7 @@ from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import Outline
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import tie
+from tiedconv.utils.stage import enter_part
 
 SHORTLIST = 2
 CLOSE = 1.5
@@ -57,7 +58,8 @@ def fit_candidates(
         count: fits to return at most.
     """
     best: list[tuple[float, int, Fit]] = []
-    for i in by_alignment(outlined):
+    for number, i in enumerate(by_alignment(outlined), 1):
+        enter_part(number, len(outlined))
         found = carry_out(info, outlined[i], store, cache, on_group)[0]
         best = sorted([*best, (found.cost, i, found)], key=lambda entry: entry[:2])
         for entry in best.copy():
@@ -177,6 +179,7 @@ def calibrate_shortlist(
     """
     results: list[tuple[float, nn.Module, dict[str, Any]]] = []
     for i, fitted in enumerate(found):
+        enter_part(i + 1, len(found))
         student = model if len(found) == 1 else copy.deepcopy(model)
         tie_fit(student, fitted, source)
         if len(found) > 1:

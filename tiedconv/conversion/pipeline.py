@@ -58,6 +58,7 @@ from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.call_hooks import hooked, text_hooks
 from tiedconv.runtime.tie import set_state, tie
 from tiedconv.sources import LazyWeights, Source
+from tiedconv.utils.stage import enter
 from tiedconv.version import __version__
 
 
@@ -118,6 +119,15 @@ def plan_on(
     return Planned(info, byte_outlines(info, recipe, budget), budget, example)
 
 
+def stages_of(planned: Planned, calib: Calibration | None) -> tuple[str, ...]:
+    """Names of the stages of a conversion that writes a file, for `utils.stage.stages`."""
+    fits = calib is not None and calib.config.fits
+    if planned.budget is None:
+        return ("fit", *(("calibrate",) if calib is not None else ()), "write")
+    rounded = ("round", *(("calibrate the rounded model",) if calib is not None else ()))
+    return ("fit", *(("calibrate",) if fits else ()), *rounded, "write")
+
+
 def _outlines(info: ModelInfo, recipe: Recipe, measured: bool) -> tuple[Outline, ...]:
     if chooses_by_size(recipe) and not measured:
         with suppress(NothingToConvert, BudgetError):
@@ -173,6 +183,7 @@ def _carry_out(
         what the model is tied by, and what the history says of a calibration.
     """
     info, candidates, record = planned.info, planned.outlines, source.to_json()
+    enter("fit")
     if planned.budget is not None:
         sketch = Fit(candidates[0].recipe, planned.sketch, 0.0, None, {})
         entry = history_entry(sketch, source, command)
@@ -189,6 +200,7 @@ def _carry_out(
         return fitted, {}
     original = copy.deepcopy(model)  # before aligning, which may change the model's tensors
     found = shortlist(model, original, info, candidates, calib, data, record, on_group)
+    enter("calibrate")
     return calibrate_shortlist(model, original, found, calib, data, record)
 
 
@@ -222,6 +234,7 @@ def fit_streamed(
     if own_process and size > LARGE:
         return_freed_memory()
     store = StreamedStore(tensors, output.parent, SymmetryProof(planned.info, None))
+    enter("fit")
     with scratch_errors(output):
         (fitted,) = fit_candidates(planned.info, planned.outlines, store, on_group=on_group)
         try:

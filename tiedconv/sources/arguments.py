@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeAlias
 
 from tiedconv.errors import SourceError, UserError
+from tiedconv.io.plain_file import read_text
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
+
+_MOST = 2**20  # bytes of a file of arguments
 
 
 def parse_model_args(args: Sequence[str]) -> dict[str, JSON]:
     """Reads arguments such as `img_size=32`, `flag=true`, `dims=[1,2]` or `act=gelu`.
 
     Args:
-        args: `name=value` each; a value that is not JSON is taken as text.
+        args: `name=value` each, a value that is not JSON is taken as text; or a `.toml` file.
 
     Raises:
-        UserError: an argument has no "=", no valid name, or is given twice.
+        UserError: an argument has no "=", no valid name, or is given twice; a file can't be read.
     """
     parsed: dict[str, JSON] = {}
     for arg in args:
+        if "=" not in arg and arg.endswith(".toml"):
+            _add(parsed, _of_file(Path(arg)))
+            continue
         name, equals, text = arg.partition("=")
         name = name.strip()
         if not equals or not name.isidentifier():
@@ -31,17 +40,43 @@ def parse_model_args(args: Sequence[str]) -> dict[str, JSON]:
                 hint="Write it as, for example, img_size=32",
                 code="malformed-model-argument",
             )
+        value: JSON = text
+        with suppress(ValueError):
+            value = json.loads(text, parse_constant=_not_json)
+        _add(parsed, {name: value})
+    return parsed
+
+
+def _add(parsed: dict[str, JSON], more: Mapping[str, JSON]) -> None:
+    for name, value in more.items():
         if name in parsed:
             raise UserError(
                 f"The model argument {name} is given twice",
                 hint="Give it once",
                 code="model-argument-repeated",
             )
-        try:
-            parsed[name] = json.loads(text, parse_constant=_not_json)
-        except ValueError:
-            parsed[name] = text
-    return parsed
+        parsed[name] = value
+
+
+def _of_file(path: Path) -> dict[str, JSON]:
+    """The arguments of a TOML file: `img_size = 32`."""
+    try:
+        found = tomllib.loads(read_text(path, _MOST))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(
+            f"The model arguments {path} can't be read ({error})",
+            hint="Give a TOML file with a line such as img_size = 32 for each",
+            code="model-arguments-unreadable",
+        ) from None
+    odd = [name for name, value in found.items() if not (name.isidentifier() and is_json(value))]
+    if odd:
+        raise UserError(
+            f"The model argument {odd[0]} of {path} is neither a number, a text, a truth value, a "
+            "list nor a table of these, or has no valid name",
+            hint="Leave it out, or give the model as package.module:function",
+            code="malformed-model-argument",
+        )
+    return found
 
 
 def is_json(value: object) -> bool:

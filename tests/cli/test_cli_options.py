@@ -1,0 +1,73 @@
+"""Options that all commands have: how much is said, and arguments of a model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from cli_helpers import SIZES, SPEC, World, check_error, figures, refused, run
+
+PLAN = ("convert", SPEC, "--scheme", "tied", "--dry-run")
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    file = tmp_path / "args.toml"
+    file.write_text("".join(f"{name} = {value}\n" for name, value in SIZES.items()))
+    return file
+
+
+def test_model_kwargs_take_several_pairs_or_a_file(toml: Path) -> None:
+    pairs = [f"{name}={value}" for name, value in SIZES.items()]
+    singly = [word for pair in pairs for word in ("--model-arg", pair)]
+    expected = figures(*PLAN, *singly)
+    assert figures(*PLAN, "--model-kwargs", *pairs) == expected
+    assert figures("convert", "--model-kwargs", *pairs, *PLAN[1:]) == expected
+    assert figures(*PLAN, "--model-kwargs", toml) == expected
+    several = figures(*PLAN, "--model-kwargs", toml, "class_token=true", "qkv_bias=false")
+    assert several["original"] < expected["original"]
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "error_code"),
+    [
+        ("img_size = 32", ["img_size=32"], "model-argument-repeated"),
+        ("img_size = ", [], "model-arguments-unreadable"),
+        ("day = 1979-05-27", [], "malformed-model-argument"),
+        ("'in chans' = 3", [], "malformed-model-argument"),
+    ],
+)
+def test_a_file_of_model_arguments_is_checked(
+    tmp_path: Path, text: str, more: list[str], error_code: str
+) -> None:
+    file = tmp_path / "args.toml"
+    file.write_text(text)
+    refused(*PLAN, "--model-kwargs", file, *more, error_code=error_code)
+
+
+def test_a_file_of_model_arguments_that_is_missing() -> None:
+    refused(*PLAN, "--model-kwargs", "nowhere.toml", error_code="model-arguments-unreadable")
+
+
+def test_quiet_leaves_results_and_errors(world: World, tmp_path: Path) -> None:
+    command = world.convert(tmp_path / "c.safetensors")
+    quiet = run(*command, "-q")
+    assert quiet.stderr == ""
+    loud = run(*command, "--force")
+    assert "Next:" in loud.stderr
+    refused("report", tmp_path / "none", "-q", error_code="file-not-found")
+
+
+def test_verbose_tells_times_and_where_an_error_arose(world: World, tmp_path: Path) -> None:
+    level = logging.getLogger("tiedconv").level
+    said = run(*world.convert(tmp_path / "c.safetensors"), "-v").stderr
+    assert {"fit:", "write:"} <= {line.split()[0] for line in said.splitlines() if line}
+    told = run("report", tmp_path / "none", "-v", code=2).stderr
+    assert "Traceback" in told
+    check_error(told.splitlines()[-1], "file-not-found")
+    assert logging.getLogger("tiedconv").level == level
+
+
+def test_quiet_and_verbose_contradict_each_other() -> None:
+    refused("list", "schemes", "-q", "-v", error_code="options-conflict")
