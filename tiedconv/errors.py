@@ -1,7 +1,8 @@
 """Every error that tiedconv raises on purpose.
 
 Each message answers three questions in one line: what is wrong, what follows from it, and
-what to do about it. Each error has a `code`, a short name of what went wrong that stays the same
+what to do about it. In Python the message names parameters, on the command line options
+(`tiedconv.wording`). Each error has a `code`, a short name of what went wrong that stays the same
 from release to release; programs and tests compare classes and codes, never wording.
 
     TiedconvError
@@ -27,6 +28,8 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
+from tiedconv.wording import worded
+
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # which libraries write for terminals
 
 
@@ -50,6 +53,9 @@ class TiedconvError(Exception):
         super().__init__(". ".join(part for part in parts if part) + ".")
         self.what, self.consequence, self.hint = parts
         self.code = code or self.default_code
+
+    def __str__(self) -> str:
+        return worded(super().__str__())
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (data loader workers), so they must pickle.

@@ -84,7 +84,7 @@ def test_validation_may_lack_the_last_classes(tmp_path: Path) -> None:
 
 def test_shards_without_labels(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{k}.png", i) for k, _, i in pictures("train")])
-    with raises(DataError, "no-labels", ".cls or .json members", "--distill 1"):
+    with raises(DataError, "no-labels", ".cls or .json members", "distill_weight=1"):
         open_split(path)
     assert not open_split(path, labels="optional").labelled
 

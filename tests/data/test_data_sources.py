@@ -122,7 +122,7 @@ def test_a_broken_image_is_named_and_left_out(tmp_path: Path, name: str) -> None
     assert len(batch.broken) == 2
     assert all(name in path for path in batch.broken)
     assert "0x" not in str([reader(images)[at] for at in range(len(images))])
-    with raises(DataError, "image-unreadable", "--strict"):
+    with raises(DataError, "image-unreadable", "strict=True"):
         list(Loader(reader(images, strict=True), 4, workers=0).epoch())
 
 
@@ -176,7 +176,7 @@ def test_folders_without_classes(tmp_path: Path) -> None:
         for key, _, image in pictures("train"):
             (tmp_path / place / f"{key}.png").write_bytes(image)
     for name, held_out in (("flat", True), ("parts", False)):
-        with raises(DataError, "no-labels", "no class folders", "--distill 1"):
+        with raises(DataError, "no-labels", "no class folders", "distill_weight=1"):
             open_split(tmp_path / name)
         with raises(DataError, "no-labels"):
             open_images(tmp_path / name)
@@ -254,7 +254,7 @@ def test_an_empty_row_is_a_broken_image(tmp_path: Path) -> None:
 def test_labels_that_will_not_do(tmp_path: Path) -> None:
     table = table_of(pictures("train")).remove_columns("label")
     texts = saved(tmp_path / "texts", table.add_column("label", ["cat"] * 19))
-    with raises(DataError, "no-labels", "ClassLabel", "--distill 1"):
+    with raises(DataError, "no-labels", "ClassLabel", "distill_weight=1"):
         open_split(texts)
     with raises(DataError, "invalid-label-column", "label"):
         open_split(f"{texts}?label=label")

@@ -293,7 +293,7 @@ def test_saving_a_plain_model_is_refused(tmp_path: Path) -> None:
 def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_text("mine")
-    with raises(OutputError, "output-exists", "--force"):
+    with raises(OutputError, "output-exists", "force=True"):
         tiedconv.save(model(), path)
     assert path.read_text() == "mine"
     tiedconv.save(model(), path, force=True)

@@ -472,7 +472,7 @@ def test_a_log_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with raises(OutputError, "log-not-writable", "Permission denied", "--log"):
+    with raises(OutputError, "log-not-writable", "Permission denied", "log"):
         JsonLog(path, tmp_path / "o").check(force=True, resume=False)
 
 

@@ -251,7 +251,7 @@ def test_function_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_file_can_not_name_code() -> None:
     source = Source(f"{HERE}:small_net", {"width": 5})
-    with raises(SourceError, "code-not-trusted", f"{HERE}:small_net", "--trust-code"):
+    with raises(SourceError, "code-not-trusted", f"{HERE}:small_net", "trust_code=True"):
         skeleton(source)
     assert isinstance(skeleton(source, trust_code=True), nn.Sequential)
     with raises(SourceError, "code-not-trusted", "tiedconv.sources:open_source"):
@@ -279,7 +279,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("spec", ["resnet18", "timm:resnet18"])
 def test_pretrained_weights_without_a_network(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with raises(SourceError, "download-failed", spec, "--weights none"):
+    with raises(SourceError, "download-failed", spec, 'weights="none"'):
         open_source(spec)
     assert capfd.readouterr().out == ""
 

@@ -55,6 +55,6 @@ class Killed(Dataset[Any]):
 @pytest.mark.slow
 def test_a_killed_reader_is_one_line(tmp_path: Path) -> None:
     loader = Loader(Killed(os.getpid()), 4, workers=1)
-    with raises(RunError, "worker-lost", "--workers"):
+    with raises(RunError, "worker-lost", "workers"):
         list(loader.epoch())
     loader.close()

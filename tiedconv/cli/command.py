@@ -21,6 +21,7 @@ from typer.core import TyperCommand
 
 from tiedconv.cli.common import MODEL_KWARGS, err, hint
 from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError
+from tiedconv.wording import on_command_line
 
 Quiet = Annotated[
     bool,
@@ -65,6 +66,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(function)
+    @on_command_line()
     def run(quiet: bool, verbose: bool, **options: Any) -> None:
         # Imported within: torch takes seconds, in which Ctrl-C is to leave no traceback either.
         try:

@@ -245,7 +245,7 @@ def skeleton(source: Source, *, trust_code: bool = False) -> nn.Module:
         raise SourceError(
             f"The file names the function {spec}, which would be imported and run",
             "A file is not trusted to name code",
-            "If you trust it, pass --trust-code (in Python: trust_code=True)",
+            "If you trust it, pass --trust-code",
             code="code-not-trusted",
         )
     if _prefix(spec) == "hf" and source.config is None:
