@@ -152,7 +152,7 @@ def test_the_papers_lors_of_deit_tiny_from_a_recipe(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_reports_how_much_is_saved_and_what_would_save_half() -> None:
-    result = run("convert", "resnet50", "--dry-run")
+    result = run("convert", "resnet50", "--scheme", "tied", "--dry-run")
     assert "25,557,032 parameters become 21,919,784 (85.8 %), which saves 14.2 %" in result.stdout
     assert "10,098,728  39.5 %  --scheme tied --option groups=all --option first=expand" in (
         result.stdout
@@ -169,7 +169,7 @@ def test_a_plan_that_saves_nothing_says_so() -> None:
 def test_a_dry_run_at_a_budget_says_that_ranks_are_not_chosen_yet() -> None:
     result = run("convert", "vit_b_16", "--scheme", "auto", "--params", "30%", "--dry-run")
     assert "This is an estimate: the budget holds" in result.stdout
-    assert "estimate" not in run("convert", "vit_b_16", "--dry-run").stdout
+    assert "estimate" not in run("convert", "vit_b_16", "--scheme", "tied", "--dry-run").stdout
 
 
 def test_ways_to_save_more_are_each_named_once() -> None:
@@ -180,8 +180,9 @@ def test_ways_to_save_more_are_each_named_once() -> None:
 
 
 def test_every_group_on_a_line_of_its_own() -> None:
-    some = plain(run("convert", "resnet50", "--dry-run").stdout)
-    every = plain(run("convert", "resnet50", "--dry-run", "--all-groups").stdout)
+    tied = ("convert", "resnet50", "--scheme", "tied", "--dry-run")
+    some = plain(run(*tied).stdout)
+    every = plain(run(*tied, "--all-groups").stdout)
     assert "layer*.*.conv1-conv3 (x12)" in some
     assert "layer3.5.conv1-conv3" in every
     assert every.count("tied  ") == 12
@@ -267,7 +268,7 @@ def test_a_budget_is_kept(world: World, tmp_path: Path) -> None:
 
 def test_include_and_exclude() -> None:
     def kinds(*options: str) -> set[str]:
-        said = figures("convert", SPEC, *MODEL_ARGS, "--dry-run", *options)
+        said = figures("convert", SPEC, *MODEL_ARGS, "--scheme", "tied", "--dry-run", *options)
         return {group["name"].split(".")[2] for group in said["groups"]}
 
     assert kinds() == {"attn", "mlp"}
@@ -546,7 +547,7 @@ def test_a_folder_of_hugging_faces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     transformers.ViTForImageClassification(config).save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
     run("convert", f"hf:{folder}")
-    file = tmp_path / "my-vit-tied.safetensors"
+    file = tmp_path / "my-vit-auto.safetensors"
     run("verify", file)
     dense = tmp_path / "dense.pth"
     run("export", file, "--to", "dense", "-o", dense)

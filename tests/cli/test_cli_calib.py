@@ -50,7 +50,9 @@ def test_the_file_and_the_words_report_the_calibration(world: World, tmp_path: P
     text = plain(run(*convert(world, output, "--scheme", "lowrank")).stdout)
     assert "Calibrated on 16 images without labels, effort normal" in text
     assert "weighted by its effect on the outputs" in text
-    assert "16 images are few" in plain(run(*convert(world, output, "--force")).stderr)
+    assert "16 images are few" in plain(
+        run(*convert(world, output, "--scheme", "lowrank", "--force")).stderr
+    )
     record = tiedconv.report(output).history[0]["calibration"]
     assert record["images"] == 16
     assert record["effort"] == "normal"

@@ -62,24 +62,24 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("resnet50 --scheme tide", "unknown-scheme", ["'tide'"]),
         ("resnet50 --scheme lors --option rnk=3", "unknown-option", ["'rnk'"]),
         ("resnet50 --option groups", "option-without-value", ["'groups'", "--option groups=all"]),
-        ("resnet50 --option groups=some", "invalid-groups", ["'some'"]),
-        ("resnet50 --option first=never", "unknown-choice", ["'never'"]),
-        ("resnet50 --option scale=3", "wrong-option-type", ["scale=3"]),
-        ("resnet50 --rank many", "wrong-option-type", ["rank='many'"]),
-        ("resnet50 --rank -4", "invalid-rank", ["-4"]),
+        ("resnet50 --scheme tied --option groups=some", "invalid-groups", ["'some'"]),
+        ("resnet50 --scheme tied --option first=never", "unknown-choice", ["'never'"]),
+        ("resnet50 --scheme tied --option scale=3", "wrong-option-type", ["scale=3"]),
+        ("resnet50 --scheme tied --rank many", "wrong-option-type", ["rank='many'"]),
+        ("resnet50 --scheme tied --rank -4", "invalid-rank", ["-4"]),
         ("resnet50 --rank 1.5", "invalid-rank", ["1.5"]),
         ("resnet50 --params half", "budget-invalid", ["'half'", "50%"]),
         ("resnet50 --params 0%", "budget-invalid", ["'0%'", "50%"]),
         ("resnet50 --params 150%", "budget-invalid", ["'150%'", "50%"]),
         ("resnet50 --params=", "budget-invalid", ["''", "50%"]),
-        ("resnet50 --params 10%", "budget-too-small", ["10%", "18,296,616 (71.6 %)"]),
+        ("resnet50 --scheme tied --params 10%", "budget-too-small", ["10%", "18,296,616 (71.6 %)"]),
         (
             "resnet50 --scheme lors --params 1000",
             "budget-too-small",
             ["1,000", "85,091 (0.3 %)"],
         ),
         ("resnet50 --include nothing*", "nothing-to-convert", ["--include"]),
-        ("resnet18", "nothing-to-convert", ["--scheme lowrank"]),
+        ("resnet18 --scheme tied", "nothing-to-convert", ["--scheme lowrank"]),
         ("resnet50 --model-arg width", "malformed-model-argument", ["img_size=32"]),
         ("resnet50 --model-arg wdth=3", "unknown-model-argument", []),
         ("resnet50 --mean 1,2", "invalid-mean-or-std", ["--mean", "0.485,0.456,0.406"]),
@@ -140,7 +140,10 @@ def test_a_recipe_that_makes_no_sense(
 
 
 def test_a_budget_beyond_reach_names_ways_that_reach_it(here: Path) -> None:
-    line = refused("convert", "resnet50", "--params", "50%", error_code="budget-too-small")
+    line = refused(
+        "convert", "resnet50", "--scheme", "tied", "--params", "50%",
+        error_code="budget-too-small",
+    )  # fmt: skip
     assert "--scheme tied --option groups=all --option first=expand --option spatial=true" in line
     assert "7,828,968 (30.6 %)" in line
 

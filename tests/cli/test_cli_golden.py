@@ -44,7 +44,7 @@ def tables(text: str) -> list[str]:
 
 @pytest.mark.parametrize("model", ["resnet50", "vit_b_16"])
 def test_dry_run(model: str) -> None:
-    text = output_of("convert", model, "--dry-run")
+    text = output_of("convert", model, "--scheme", "tied", "--dry-run")
     assert max(map(len, tables(text))) <= WIDEST
     check(f"dry-run-{model}.txt", text)
 

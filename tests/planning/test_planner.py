@@ -158,7 +158,7 @@ def test_a_budget_that_saves_nothing_is_refused(params: str) -> None:
         ('[[rule]]\nscheme = "nothing"', "unknown-scheme"),
         ("[[rule]]\nscheme = 3", "unknown-scheme"),
         ("[[rule]]\nnope = 3", "unknown-option"),
-        ('[[rule]]\nscale = "yes"', "wrong-option-type"),
+        ('[[rule]]\nscheme = "tied"\nscale = "yes"', "wrong-option-type"),
         ("[[rule]]\ninclude = 3", "patterns-invalid"),
         ("[[rule]]\nexclude = [3]", "patterns-invalid"),
         ('params = "half"\n[[rule]]\nscheme = "tied"', "budget-invalid"),
@@ -508,7 +508,7 @@ def test_a_tied_model_is_not_tied_again() -> None:
 
 def test_progress_counts_every_group_once() -> None:
     seen: list[tuple[int, int]] = []
-    tied = tiedconv.convert(model("timm-vit"), on_group=lambda *done: seen.append(done))
+    tied = tiedconv.convert(model("timm-vit"), "tied", on_group=lambda *done: seen.append(done))
     count = len(state_of(tied).plan.groups)
     assert seen == [(i + 1, count) for i in range(count)]
 
