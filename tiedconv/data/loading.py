@@ -7,6 +7,8 @@ same tensors whatever the number of workers is, and workers stay alive from epoc
 
 from __future__ import annotations
 
+import functools
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -19,8 +21,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tiedconv.data.datasets import Broken
 from tiedconv.data.normalize import as_uint8
+from tiedconv.data.reading_processes import why_not
 from tiedconv.data.seeds import epoch_seed, sample_seeds
 from tiedconv.errors import DataError, RunError, TiedconvError, first_line
+
+_log = logging.getLogger(__name__)
 
 SampleKey = tuple[int, int]
 """An index into the data set, and the seed for what is random in reading it."""
@@ -86,6 +91,9 @@ class Loader:
         self._sampler = _EpochBatches(count, batch_size, shuffle, seed, part)
         # A data set with few batches has no use for more readers than batches.
         workers = min(default_workers(data) if workers is None else workers, len(self._sampler))
+        if workers and (reason := why_not(data)):
+            _say_once(reason)
+            workers = 0
         self._data, self._normalisation = as_uint8(data)
         self._workers, self._device = workers, device
         self._loader: DataLoader[Batch] | None = None
@@ -140,6 +148,11 @@ class Loader:
             # Its own generator: otherwise making an iterator draws from the global one.
             generator=torch.Generator(),
         )
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _log.warning("Images are read by this process alone: %s.", reason)
 
 
 def _from_workers(loader: DataLoader[Batch]) -> Iterator[Batch]:
@@ -268,7 +281,7 @@ def _context() -> Any:
     torch has threads, and a fork of a process with threads may hang (Python 3.12 warns of it).
     A fork server is a clean process that imports once and then forks fast. Where there is none
     (Windows), each worker starts from scratch. Either way a script needs the usual
-    `if __name__ == "__main__":`.
+    `if __name__ == "__main__":`; without, there are no workers (`reading_processes`).
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
