@@ -57,10 +57,11 @@ def worded(text: str) -> str:
 def _parameter(match: re.Match[str]) -> str:
     option, value = match[1].replace("-", "_"), match[2]
     if option == "option" and value:
-        return value
+        name, _, given = value.partition("=")
+        return f"{name}={_literal(given)}"
     if option == "model_arg" and value:
         name, _, given = value.partition("=")
-        return f'model_args={{"{name}": {given}}}'
+        return f'model_args={{"{name}": {_literal(given)}}}'
     if option in _OF_READING:
         name = option.removeprefix("no_")
         chosen = str(option == "ema") if name == "ema" else repr(value or "zero")
@@ -72,5 +73,11 @@ def _parameter(match: re.Match[str]) -> str:
         return f"{name}=True"
     if value is None:
         return name
-    literal = value if re.fullmatch(r"[A-Z_]+|[\d.]+", value) else f'"{value}"'
-    return f"{name}={literal}"
+    return f"{name}={_literal(value)}"
+
+
+def _literal(value: str) -> str:
+    """A value as Python writes it; placeholders and lists stay."""
+    if value in ("true", "false"):
+        return value.capitalize()
+    return value if re.fullmatch(r"[A-Z_,]+|[\d.]+|\[.*\]", value) else f'"{value}"'

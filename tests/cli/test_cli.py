@@ -290,7 +290,7 @@ def test_the_output_is_named_after_model_and_scheme(
 def test_force_replaces_an_output(world: World, tmp_path: Path) -> None:
     file = tmp_path / "compact.safetensors"
     file.write_text("mine")
-    command = ("convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "-o", file)
+    command = world.convert(file)
     refused(*command, error_code="output-exists", words=["--force"])
     assert file.read_text() == "mine"
     run(*command, "--force")

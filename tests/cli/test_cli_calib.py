@@ -47,11 +47,11 @@ def digest(path: Path) -> str:
 
 def test_the_file_and_the_words_report_the_calibration(world: World, tmp_path: Path) -> None:
     output = tmp_path / "c.safetensors"
-    text = plain(run(*convert(world, output, "--scheme", "lowrank")).stdout)
+    text = plain(run(*convert(world, output, "--scheme", "tied")).stdout)
     assert "Calibrated on 16 images without labels, effort normal" in text
     assert "weighted by its effect on the outputs" in text
     assert "16 images are few" in plain(
-        run(*convert(world, output, "--scheme", "lowrank", "--force")).stderr
+        run(*convert(world, output, "--scheme", "tied", "--force")).stderr
     )
     record = tiedconv.report(output).history[0]["calibration"]
     assert record["images"] == 16

@@ -36,6 +36,7 @@ from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.schemes import Draft, all_schemes, make_scheme
 from tiedconv.schemes._base import Ranked
+from tiedconv.wording import on_command_line
 
 RANKED = [name for name, cls in all_schemes().items() if issubclass(cls, Ranked)]
 # A scheme that chooses by size is given one: not all of these models can be halved.
@@ -60,7 +61,7 @@ def test_a_scheme_that_finds_nothing_names_one_that_converts_most() -> None:
     dense = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 40))
     with raises(NothingToConvert, "nothing-to-convert", "generic linear") as caught:
         tiedconv.plan(dense, "tied")
-    ways = re.findall(r"--scheme (\S+) \(converts (\d+) %\)", str(caught.value))
+    ways = re.findall(r'scheme="(\S+)" \(converts (\d+) %\)', str(caught.value))
     assert {"lowrank", "lors", "auto"} <= {way for way, _ in ways}
     for scheme, share in ways:
         plan = tiedconv.plan(dense, scheme)
@@ -265,7 +266,8 @@ def test_a_budget_out_of_reach_names_the_smallest_and_ways_that_reach_it() -> No
         share = 40 if scheme == "shared" else 5
         with pytest.raises(BudgetError) as caught:
             tiedconv.plan(model("timm-vit"), scheme, params=f"{share}%")
-        message = str(caught.value)
+        with on_command_line():
+            message = str(caught.value)
         found = re.search(r"stores at least ([\d,]+) \(", message)
         assert found is not None
         smallest = int(found[1].replace(",", ""))
