@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all check format bench dist clean
 
 help:
 	@echo "make demo      install, then convert, calibrate and fine-tune a model of handwritten digits"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-all  install, then run all tests and 20,000 mutated files (an hour)"
 	@echo "make check     install, then run ruff and mypy --strict"
 	@echo "make format    run ruff --fix and ruff format"
+	@echo "make dist      build wheel and sdist, and try both in an empty environment"
 	@echo "make bench     time tied models against dense ones (minutes; see docs/results.md)"
 
 demo: .venv/.demo
@@ -36,8 +37,11 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/conversion.py
 
+dist: .venv/.dev
+	$(BIN)/python scripts/check_dist.py
+
 clean:
-	rm -rf .venv demo-output build *.egg-info
+	rm -rf .venv demo-output build dist *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
