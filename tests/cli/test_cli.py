@@ -65,8 +65,8 @@ def finetuned(world: World) -> Path:
                      "--mean --std --interpolation --device --workers --strict --trust-code "
                      "--json"),
         ("report", "--format --all-groups --json"),
-        ("verify", "--against --images --count --trust-code --json"),
-        ("bench", "--runtime --batch --rounds --threads --output --trust-code --force --json"),
+        ("verify", "--against --data --limit --trust-code --json"),
+        ("bench", "--runtime --batch-size --rounds --threads --output --trust-code --force --json"),
         ("export", "--output --to --dtype --lower --opset --trust-code --force --json"),
         ("demo", "--output --seed --quick --json"),
         ("plan", "--params --calib --calib-images --weights --model-arg --image-size --resize "

@@ -6,7 +6,12 @@ import logging
 from pathlib import Path
 
 import pytest
-from cli_helpers import SIZES, SPEC, World, check_error, figures, refused, run
+from cli_helpers import SIZES, SPEC, World, check_error, figures, refused, run, tiny_model
+from error_codes import raises
+
+import tiedconv
+from tiedconv.cli.command import RENAMED
+from tiedconv.errors import UserError
 
 PLAN = ("convert", SPEC, "--scheme", "tied", "--dry-run")
 
@@ -71,3 +76,36 @@ def test_verbose_tells_times_and_where_an_error_arose(world: World, tmp_path: Pa
 
 def test_quiet_and_verbose_contradict_each_other() -> None:
     refused("list", "schemes", "-q", "-v", error_code="options-conflict")
+
+
+@pytest.mark.parametrize(
+    ("command", "former", "now"),
+    [(c, f, n) for c, names in RENAMED.items() for f, n in names.items()],
+)
+def test_former_names_of_options_are_accepted_and_told(
+    command: str, former: str, now: str, tmp_path: Path
+) -> None:
+    # No value is right, so that nothing runs: the name alone counts.
+    for words in ([former, "x"], [f"{former}=x"]):
+        said = run(command, tmp_path / "none", *words, code=2).stderr
+        assert f"{former} is now called {now}" in said
+        assert "No such option" not in said
+    shown = run(command, "--help").stdout
+    assert now in shown
+    assert f"{former} " not in shown
+
+
+def test_an_effort_goes_with_images(world: World) -> None:
+    model = tiny_model()
+    with raises(UserError, "needs-calib"):
+        tiedconv.convert(model, "tied", effort="fast")
+    calib = tiedconv.Calibration(str(world.data))
+    with raises(UserError, "options-conflict"):
+        tiedconv.convert(model, "tied", calib=calib, effort="fast")
+
+
+def test_a_report_prints_what_a_calibration_measured(world: World) -> None:
+    made = tiedconv.convert(tiny_model(), "tied", calib=str(world.data / "train"), effort="fast")
+    report = tiedconv.report(made)
+    assert "held-out image" in str(report).splitlines()[-1]
+    assert "held-out image" in report._repr_html_()

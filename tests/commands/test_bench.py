@@ -36,7 +36,7 @@ def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(compact: Path) -> dict[str, Any]:
-    made: dict[str, Any] = figures("bench", compact, "--rounds", 3, "--batch", "1,2")
+    made: dict[str, Any] = figures("bench", compact, "--rounds", 3, "--batch-size", "1,2")
     return made
 
 
@@ -80,7 +80,7 @@ def test_compiled_forms_are_compared_with_the_compiled_dense_one(tmp_path: Path)
     path = tmp_path / "m.safetensors"
     model = tiedconv.convert(SPEC, "tied", model_args={**MODEL_ARGS, "depth": 1}, weights="none")
     tiedconv.save(with_image_size(model), path)
-    made = figures("bench", path, "--runtime", "compiled", "--rounds", 3, "--batch", "1")
+    made = figures("bench", path, "--runtime", "compiled", "--rounds", 3, "--batch-size", "1")
     assert [(row["runtime"], row["model"]) for row in made["rows"]] == [
         ("compiled", "dense"), ("compiled", "compact"),
     ]  # fmt: skip
@@ -133,8 +133,8 @@ def test_the_table_says_what_the_figures_say(
 
 def test_what_can_not_be_measured_is_refused(compact: Path, tmp_path: Path) -> None:
     refused("bench", compact, "--runtime", "tensorrt", error_code="unknown-runtime")
-    refused("bench", compact, "--batch", "one", error_code="invalid-batch-sizes")
-    refused("bench", compact, "--batch", "0", error_code="nothing-to-measure")
+    refused("bench", compact, "--batch-size", "one", error_code="invalid-batch-sizes")
+    refused("bench", compact, "--batch-size", "0", error_code="nothing-to-measure")
     refused("bench", tmp_path / "gone.safetensors", error_code="file-not-found")
     refused("bench", compact, "-o", tmp_path / "b.gif", error_code="unknown-picture-format")
 
@@ -297,5 +297,5 @@ def test_where_nothing_can_be_compared_the_command_fails(
 ) -> None:
     failing(monkeypatch, "eager")  # its dense form too
     words = ["eager, dense: eager can't run"]
-    refused("bench", compact, "--runtime", "eager", "--rounds", 3, "--batch", 1,
+    refused("bench", compact, "--runtime", "eager", "--rounds", 3, "--batch-size", 1,
             error_code="nothing-compared", words=words, code=1)  # fmt: skip

@@ -31,7 +31,9 @@ def bench(
             "form in the same runtime.",
         ),
     ] = "eager,onnx",
-    batch: Annotated[str, typer.Option(metavar="SIZES", help="Batch sizes.")] = "1,8",
+    batch: Annotated[
+        str, typer.Option("--batch-size", metavar="SIZES", help="Batch sizes.")
+    ] = "1,8",
     rounds: Annotated[int, typer.Option(help="Runs of each form at each batch size.", min=3)] = 20,
     threads: Annotated[int, typer.Option(help="Threads of each runtime.", min=1)] = 1,
     output: Annotated[
@@ -75,7 +77,7 @@ def _sizes(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            f"Invalid --batch {text!r}: not a list of integers",
+            f"Invalid --batch-size {text!r}: not a list of integers",
             hint="Write it as 1,8,32",
             code="invalid-batch-sizes",
         ) from None

@@ -33,11 +33,32 @@ Verbose = Annotated[
 ]
 
 
+RENAMED = {
+    "bench": {"--batch": "--batch-size"},
+    "export": {"--outputs": "--output-name"},
+    "finetune": {"--keep": "--keep-checkpoints"},
+    "verify": {"--images": "--data", "--count": "--limit"},
+}
+"""Options by their former names, which are accepted for one release."""
+
+
 class Command(TyperCommand):
-    """A command whose `--model-kwargs` takes several values: pairs with `=`, and .toml files."""
+    """A command that accepts former names of options, and several values of `--model-kwargs`.
+
+    These end with the first word that is neither a pair with `=` nor a .toml file.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _one_value_each(args))
+        return super().parse_args(ctx, _one_value_each([self._present_name(word) for word in args]))
+
+    def _present_name(self, word: str) -> str:
+        """An option's name of now for one of before."""
+        option, equals, value = word.partition("=")
+        now = RENAMED.get(self.name or "", {}).get(option)
+        if now is None:
+            return word
+        hint(f"{option} is now called {now}; the former name goes with the next release.")
+        return f"{now}{equals}{value}"
 
 
 def _one_value_each(words: list[str]) -> list[str]:

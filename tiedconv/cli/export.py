@@ -50,7 +50,9 @@ def export(
     outputs: Annotated[
         str | None,
         typer.Option(
-            metavar="NAMES", help="Outputs to export, such as logits,pred_boxes; default all."
+            "--output-name",
+            metavar="NAMES",
+            help="Outputs to export, such as logits,pred_boxes; default all.",
         ),
     ] = None,
     trust_code: common.TrustCode = False,

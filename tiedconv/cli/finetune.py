@@ -132,7 +132,9 @@ def finetune(
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between two checkpoints.")
     ] = 10.0,
-    keep: Annotated[int, typer.Option(help="Number of checkpoints to keep.")] = 2,
+    keep: Annotated[
+        int, typer.Option("--keep-checkpoints", help="Number of checkpoints to keep.")
+    ] = 2,
     log: Annotated[
         Path | None,
         _logging(

@@ -32,7 +32,9 @@ def verify(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A folder of images to compare on, besides random ones."),
+        typer.Option(
+            "--data", metavar="DIR", help="A folder of images to compare on, besides random ones."
+        ),
     ] = None,
     original: Annotated[
         str | None,
@@ -42,7 +44,7 @@ def verify(
         ),
     ] = None,
     count: Annotated[
-        int, typer.Option("-n", "--count", help="Number of images of --images.", min=2)
+        int, typer.Option("-n", "--limit", help="Number of images of --data.", min=2)
     ] = 16,
     allow_unchecked: Annotated[
         bool,

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from tiedconv.calibration import CalibConfig
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.captured_inputs import Example
 from tiedconv.conversion.fit import OnGroup
@@ -26,6 +27,7 @@ from tiedconv.conversion.pipeline import (
     stages_of,
 )
 from tiedconv.core.plan import Plan
+from tiedconv.errors import UserError
 from tiedconv.integrations import let_others_save
 from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import write_compact, write_model
@@ -133,6 +135,7 @@ def convert(
     inplace: bool = False,
     seed: int = 0,
     calib: str | Path | Dataset[Any] | DataLoader[Any] | Calibration | None = None,
+    effort: str | None = None,
     example: Example | None = None,
     on_group: OnGroup | None = None,
     **options: Any,
@@ -153,8 +156,8 @@ def convert(
         inplace: change the given model rather than a copy of it.
         seed: of random weights.
         calib: images to convert by, without labels: a folder, a data set or a `DataLoader` of one,
-            or a `Calibration` that says how many and with what effort. The model is left on the
-            CPU.
+            or a `Calibration` that says how many, and more. The model is left on the CPU.
+        effort: of a calibration by `calib`: `fast`, `normal` (the default) or `thorough`.
         example: an input of the model: a tensor, a tuple of arguments or a dict of keyword
             arguments. Symmetries are tried on it; without it, on inputs of usual shapes. Give it
             for a model that takes none of these; with `calib` the first image is used.
@@ -175,11 +178,38 @@ def convert(
         scheme, params=params, bytes=bytes, bits=bits, include=include, exclude=exclude, **options
     )
     planned = plan_on(network, wanted, opened.source, example, measured=calib is not None)
-    if calib is not None and not isinstance(calib, Calibration):
-        calib = Calibration(calib)
-    convert_in_memory(network, opened.source, planned, calib, on_group=on_group)
+    convert_in_memory(
+        network, opened.source, planned, _calibration(calib, effort), on_group=on_group
+    )
     let_others_save(network)
     return network
+
+
+def _calibration(
+    calib: str | Path | Dataset[Any] | DataLoader[Any] | Calibration | None, effort: str | None
+) -> Calibration | None:
+    """The images with the effort.
+
+    Raises:
+        UserError: an effort without images (`needs-calib`), or beside a whole `Calibration`.
+    """
+    if calib is None and effort is not None:
+        raise UserError(
+            "effort was given without calib",
+            "It has no effect without calibration images",
+            "Give images, or leave it out",
+            code="needs-calib",
+        )
+    if isinstance(calib, Calibration) and effort is not None:
+        raise UserError(
+            "effort and a Calibration were both given",
+            "The Calibration says its own",
+            "Write it as Calibration(..., config=CalibConfig(effort=...))",
+            code="options-conflict",
+        )
+    if calib is None or isinstance(calib, Calibration):
+        return calib
+    return Calibration(calib, config=CalibConfig(effort=effort or "normal"))
 
 
 def convert_file(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tiedconv.commands.measured import measured
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Group, Plan
 from tiedconv.core.storage import PARTS
@@ -118,13 +119,14 @@ class Report(Tabular):
         ]
         rows.append(_line("kept as it was", "", self.kept, self.kept, None))
         rows.append(_line("whole model", "", self.original, self.stored, self.tensor_bytes))
+        size = self.file_bytes or self.tensor_bytes
         title = (
-            f"{self.name}: {self.model}, {self.original:,} parameters became {self.stored:,}"
-            + (f", {self.file_bytes:,} bytes" if self.file_bytes else "")
-        )  # fmt: skip
-        return Table(
-            title, ("group", "scheme", "original", "stored", "ratio", "bytes"), tuple(rows)
+            f"{self.name}: {self.model}, {self.original:,} parameters became {self.stored:,}, "
+            f"{size:,} bytes ({100 * size / self.original_bytes:.1f} % of the original's)"
         )
+        columns = ("group", "scheme", "original", "stored", "ratio", "bytes")
+        found = measured(self.history)
+        return Table(title, columns, tuple(rows), below=found[-1].sentence if found else "")
 
     @property
     def top1(self) -> float | None:

@@ -122,8 +122,12 @@ class Calibration:
         place = None if self.run_dir is None else RunDir(self.run_dir).part(index, count)
         return dataclasses.replace(self, run_dir=place)
 
-    def open(self, source: Source) -> Dataset[Any]:
+    def open(self, source: Source, native: tuple[int, int] | None = None) -> Dataset[Any]:
         """The images as the model wants them.
+
+        Args:
+            source: says how they are prepared, if anything does.
+            native: height and width that the model was built for, where the source says nothing.
 
         Raises:
             DataError: a folder without images.
@@ -133,7 +137,7 @@ class Calibration:
         if not isinstance(self.data, str | Path):
             return self.data
         found = open_unlabelled(self.data, count=self.images, seed=self.config.seed)
-        wanted = source.preprocess or Preprocess(224)
+        wanted = source.preprocess or Preprocess(224 if native is None else min(native))
         return ImageList(
             found,
             eval_transform(wanted),

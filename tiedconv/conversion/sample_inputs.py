@@ -32,6 +32,7 @@ from tiedconv.runtime.call_hooks import (
     same_random_numbers,
     takes_text_too,
 )
+from tiedconv.runtime.native_size import native_size
 from tiedconv.sources import Source
 
 LABELS = ("label", "labels")
@@ -55,7 +56,7 @@ def calibration_samples(
         DataError: a folder without images; samples that do not go together (`samples-differ`).
         UserError: the model takes none of the entries of a sample (`inputs-unknown`).
     """
-    data = calib.open(source)
+    data = calib.open(source, native_size(model))
     before: list[Before] = []
     after: list[After] = []
     table = _table_of(model, data)

@@ -22,12 +22,14 @@ class Table:
         columns: their titles.
         rows: as many texts each.
         text: columns of words, on the left; the others are figures, on the right.
+        below: a sentence below them.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     text: int = 2
+    below: str = ""
 
     def plain(self) -> str:
         """In aligned columns."""
@@ -40,7 +42,7 @@ class Table:
             ).rstrip()
             for line in lines
         )
-        return "\n".join([self.title, *shown])
+        return "\n".join([self.title, *shown, *([self.below] if self.below else [])])
 
     def html(self) -> str:
         """As an HTML table, which notebooks show."""
@@ -56,7 +58,8 @@ class Table:
         rows = "".join(line(row, "td") for row in self.rows)
         head = line(self.columns, "th")
         caption = f"<caption>{html.escape(self.title)}</caption>"
-        return f"<table>{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>"
+        below = f"<p>{html.escape(self.below)}</p>" if self.below else ""
+        return f"<table>{caption}<thead>{head}</thead><tbody>{rows}</tbody></table>{below}"
 
 
 class Tabular:

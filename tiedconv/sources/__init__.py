@@ -13,7 +13,7 @@ The only place that imports model libraries, each when a model of its is asked f
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -315,6 +315,14 @@ def _provider(
     return TorchvisionModel(spec, kwargs)
 
 
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of torch and of these packages."""
+    return {
+        "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
 def _recorded(spec: str) -> str:
     """A spec as a file keeps it: of a folder the name, as its place tells of this machine."""
     name = spec.removeprefix("hf:")
@@ -338,7 +346,6 @@ def _source(
     part: str | None = None,
     dtype: str | None = None,
 ) -> Source:
-    versions = {package: importlib.metadata.version(package) for package in provider.packages}
     return Source(
         spec=_recorded(spec),
         kwargs=dict(provider.kwargs),
@@ -349,5 +356,5 @@ def _source(
         weights_dtype=dtype if _in_float32(model) else None,
         config=provider.config,
         preprocess=provider.preprocess(model),
-        versions={"torch": torch.__version__, **versions},
+        versions=versions_of(provider.packages),
     )

@@ -22,6 +22,7 @@ from tiedconv.runtime.finite import check_finite
 from tiedconv.runtime.forward_check import check_size
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources import LazyWeights, Preprocess, Reading, Source
+from tiedconv.sources.in_memory import source_in_memory
 from tiedconv.sources.python_function import is_function_spec
 from tiedconv.sources.repository import local
 from tiedconv.sources.size_guard import bounded
@@ -101,7 +102,7 @@ def open_model(
                 code="already-tied",
             )
         check_finite(model)
-        return OpenedModel(model, with_preprocess(Source("", weights="memory"), preprocess))
+        return OpenedModel(model, with_preprocess(source_in_memory(model), preprocess))
     if compact and looks_like_file(model):
         network = load(model, trust_code=trust_code)
         source = source_of(state_of(network).source)
