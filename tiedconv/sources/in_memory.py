@@ -89,7 +89,8 @@ def _first_alike(
 
 
 def _of_transformers(model: nn.Module) -> Source | None:
-    from tiedconv.sources.hf_models import HfModel, to_data
+    from tiedconv.sources.hf_config import to_data
+    from tiedconv.sources.hf_models import HfModel
 
     config: Any = getattr(model, "config", None)
     if config is None:
