@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from cli_helpers import SIZES, SPEC, World, check_error, figures, refused, run, tiny_model
 from error_codes import raises
 
 import tiedconv
+from tiedconv.cli import app
 from tiedconv.cli.command import RENAMED
 from tiedconv.errors import UserError
 
@@ -109,3 +112,18 @@ def test_a_report_prints_what_a_calibration_measured(world: World) -> None:
     report = tiedconv.report(made)
     assert "held-out image" in str(report).splitlines()[-1]
     assert "held-out image" in report._repr_html_()
+
+
+def examples() -> list[str]:
+    """Command lines that end the help of a command."""
+    group = typer.main.get_command(app)
+    lines = "\n".join(each.epilog or "" for each in group.commands.values())  # type: ignore[attr-defined]
+    return [line for line in lines.splitlines() if line.startswith("tiedconv ")]
+
+
+@pytest.mark.parametrize("line", examples())
+def test_examples_in_the_help_are_command_lines(line: str) -> None:
+    name, *words = shlex.split(line)[1:]
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    with command.make_context(name, words):  # or it raises a usage error
+        pass

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add(app, bench)
+    add(
+        app,
+        bench,
+        "tiedconv bench compact.safetensors --runtime eager,onnx --batch-size 1,8",
+    )
 
 
 def bench(

@@ -19,17 +19,27 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from tiedconv.cli.common import MODEL_KWARGS, err, hint
+from tiedconv.cli.common import MODEL_KWARGS, OUTPUT, err, hint
 from tiedconv.errors import CheckpointError, OutputError, TiedconvError, UserError
 from tiedconv.wording import on_command_line
 
 Quiet = Annotated[
     bool,
-    typer.Option("-q", "--quiet", help="No progress and no notes: only results and errors."),
+    typer.Option(
+        "-q",
+        "--quiet",
+        help="No progress and no notes: only results and errors.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Verbose = Annotated[
     bool,
-    typer.Option("-v", "--verbose", help="Also the time of each stage, and where an error arose."),
+    typer.Option(
+        "-v",
+        "--verbose",
+        help="Also the time of each stage, and where an error arose.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 
@@ -74,9 +84,16 @@ def _one_value_each(words: list[str]) -> list[str]:
     return found
 
 
-def add(app: typer.Typer, function: Callable[..., None]) -> None:
-    """Add a function as a command."""
-    app.command(cls=Command)(guarded(function))
+def add(app: typer.Typer, function: Callable[..., None], *examples: str) -> None:
+    """Add a function as a command.
+
+    Args:
+        app: gets the command.
+        function: its keywords are the options, its docstring the help.
+        examples: command lines that end the help.
+    """
+    lines = ("Examples:", *examples) if examples else ()
+    app.command(cls=Command, epilog="\n\n".join(lines) or None)(guarded(function))
 
 
 def guarded(function: Callable[..., None]) -> Callable[..., None]:

@@ -61,16 +61,31 @@ def names_in(folder: str) -> list[str]:
     return sorted(name.replace("_", "-") for name in modules if not name.startswith("_"))
 
 
+MODEL = "Model"
+"""The part of a command's help on which model is opened, and with which weights."""
+
+OUTPUT = "Output"
+"""The part of a command's help on what it writes and prints."""
+
 CALIBRATION = "Calibration"
 """The part of a command's help on the images that a model is calibrated on."""
 
-Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print the results as JSON on standard output.", rich_help_panel=OUTPUT
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace the output if it exists.", rich_help_panel=OUTPUT),
+]
 ForceRestart = Annotated[
     bool,
     typer.Option(
         "--force",
         help="Replace the output if it exists, and discard the state of an interrupted run.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 TrustCode = Annotated[
@@ -78,11 +93,16 @@ TrustCode = Annotated[
     typer.Option(
         "--trust-code",
         help="Allow a file to import and call the package.module:function that builds its model.",
+        rich_help_panel=MODEL,
     ),
 ]
 AllGroups = Annotated[
     bool,
-    typer.Option("--all-groups", help="One row per group, instead of one per kind of group."),
+    typer.Option(
+        "--all-groups",
+        help="One row per group, instead of one per kind of group.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Model = Annotated[
     str,
@@ -101,6 +121,7 @@ ModelArg = Annotated[
         metavar="NAME=VALUE",
         help="An argument of the model's constructor, such as img_size=32, or a .toml file of "
         "them. Repeatable; --model-kwargs takes several at once.",
+        rich_help_panel=MODEL,
     ),
 ]
 Weights = Annotated[
@@ -108,6 +129,7 @@ Weights = Annotated[
     typer.Option(
         help="[b]default[/b] (the published weights), [b]none[/b] (random), or a file: "
         ".safetensors, .safetensors.index.json, or a .pth that contains only tensors.",
+        rich_help_panel=MODEL,
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]

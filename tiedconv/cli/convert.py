@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +13,7 @@ from tiedconv.cli import common, render
 from tiedconv.cli.command import add
 from tiedconv.cli.common import CALIBRATION, hint, option_in, say, warn
 from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOptions
-from tiedconv.errors import UserError
+from tiedconv.cli.recipe_options import make_recipe
 
 if TYPE_CHECKING:
     from tiedconv.commands.convert import Conversion
@@ -25,8 +24,18 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add(app, convert)
+    add(
+        app,
+        convert,
+        "tiedconv convert resnet50 --bytes 10% --calib PHOTOS",
+        "tiedconv convert timm:vit_tiny_patch16_224 --scheme tied --weights FILE.safetensors",
+        "tiedconv convert hf:FOLDER --params 50% --calib PHOTOS --effort fast -o small.safetensors",
+        "tiedconv convert resnet50 --scheme lors --params 50% --dry-run",
+    )
 
+
+SIZE = "Size and schemes"
+"""The part of the help on how small the file becomes, and by what."""
 
 BATCH_SIZE = 64
 """The default of `CalibConfig`, which can't be imported without torch."""
@@ -47,11 +56,17 @@ def convert(
             help=f"{', '.join(common.names_in('schemes'))}. Default: auto, which chooses for each "
             "block.",
             autocompletion=common.completed(*common.names_in("schemes")),
+            rich_help_panel=SIZE,
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The file to write; default MODEL-SCHEME.safetensors."),
+        typer.Option(
+            "-o",
+            "--output",
+            help="The file to write; default MODEL-SCHEME.safetensors.",
+            rich_help_panel=common.OUTPUT,
+        ),
     ] = None,
     params: Annotated[
         str | None,
@@ -59,6 +74,7 @@ def convert(
             metavar="BUDGET",
             help="Choose ranks to fit a parameter budget: 50% or 12M. Scheme auto without a "
             "budget: 50%.",
+            rich_help_panel=SIZE,
         ),
     ] = None,
     size: Annotated[
@@ -68,19 +84,23 @@ def convert(
             metavar="BUDGET",
             help="Store weights as integers, as coarse as a budget of bytes asks for: 10% of the "
             "original's bytes, 700kB or 2MB.",
+            rich_help_panel=SIZE,
         ),
     ] = None,
     bits: Annotated[
         str | None,
         typer.Option(
-            metavar="BITS", help="With --bytes: the most bits of an integer, or least:most (4:8)."
+            metavar="BITS",
+            help="With --bytes: the most bits of an integer, or least:most (4:8).",
+            rich_help_panel=SIZE,
         ),
     ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
             help="Rank of the residuals (for lowrank: of the matrices): an integer such as 16, or "
-            "a fraction of each matrix's parameters such as 0.2. --params chooses it."
+            "a fraction of each matrix's parameters such as 0.2. --params chooses it.",
+            rich_help_panel=SIZE,
         ),
     ] = None,
     option: Annotated[
@@ -88,18 +108,30 @@ def convert(
         typer.Option(
             metavar="NAME=VALUE",
             help="A scheme option, such as groups=all (see docs/schemes.md). Repeatable.",
+            rich_help_panel=SIZE,
         ),
     ] = None,
     include: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Convert only tensors whose name matches. Repeatable."),
+        typer.Option(
+            metavar="GLOB",
+            help="Convert only tensors whose name matches. Repeatable.",
+            rich_help_panel=SIZE,
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Convert no tensor whose name matches. Repeatable."),
+        typer.Option(
+            metavar="GLOB",
+            help="Convert no tensor whose name matches. Repeatable.",
+            rich_help_panel=SIZE,
+        ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="Rules and budget from a file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml", help="Rules and budget from a file.", rich_help_panel=SIZE
+        ),
     ] = None,
     weights: common.Weights = "default",
     reading: ReadingOptions,
@@ -110,6 +142,7 @@ def convert(
             "--dry-run",
             help="Print the plan without loading weights. Exact, except for the schemes and ranks "
             "that --params will choose.",
+            rich_help_panel=common.OUTPUT,
         ),
     ] = False,
     all_groups: common.AllGroups = False,
@@ -212,69 +245,6 @@ def default_output(model: str, recipe: Recipe) -> Path:
         model = Path(name).resolve().name
     stem = re.sub(r"[^\w.-]+", "-", model).strip("-")
     return Path(f"{stem}-{recipe.rules[0].scheme}.safetensors")
-
-
-def make_recipe(
-    scheme: str | None,
-    params: str | None,
-    size: str | None,
-    bits: str | None,
-    rank: str | None,
-    option: list[str] | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    file: Path | None,
-) -> Recipe:
-    """The recipe that the options describe; a budget may be added to that of a file."""
-    from tiedconv.planning.recipe import DEFAULT_SCHEME, Budget, Recipe, Rule
-
-    if file is not None:
-        if scheme or rank or option or include or exclude:
-            raise UserError(
-                "A recipe file and --scheme, --rank, --option, --include or --exclude were given",
-                "They would contradict each other",
-                "Write them into the file's rules",
-                code="recipe-and-options",
-            )
-        read = Recipe.from_toml(file)
-        budget = read.budget if params is None else Budget(params)
-        return Recipe(read.rules, budget, size or read.bytes, bits or read.bits).asked()
-    options = {**_options(option), **({} if rank is None else {"rank": _rank(rank)})}
-    rule = Rule(scheme or DEFAULT_SCHEME, options, tuple(include or ["*"]), tuple(exclude or []))
-    return Recipe((rule,), None if params is None else Budget(params), size, bits).asked()
-
-
-def _options(pairs: list[str] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UserError(
-                f"--option {pair!r} has no value",
-                hint="Write it as --option groups=all",
-                code="option-without-value",
-            )
-        options[name] = _value(value)
-    return options
-
-
-def _rank(text: str) -> Any:
-    rank = _value(text)
-    if isinstance(rank, float) and rank > 1:
-        raise UserError(
-            f"--rank {text} is neither an integer nor a fraction in (0, 1)",
-            hint="Write it as --rank 16, or as --rank 0.2 for a fraction of each matrix",
-            code="invalid-rank",
-        )
-    return rank
-
-
-def _value(text: str) -> Any:
-    """A JSON number, boolean or list, or else the text itself."""
-    try:
-        return json.loads(f"[{text}]" if "," in text and not text.startswith("[") else text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _report(done: Conversion) -> Report:

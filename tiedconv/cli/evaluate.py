@@ -15,7 +15,12 @@ from tiedconv.cli.option_groups import ImageOptions, ReadingOptions
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add(app, evaluate)
+    add(
+        app,
+        evaluate,
+        "tiedconv evaluate compact.safetensors --data IMAGES",
+        "tiedconv evaluate resnet50 --data IMAGES --limit 1000",
+    )
 
 
 def evaluate(

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add(app, export)
+    add(
+        app,
+        export,
+        "tiedconv export compact.safetensors -o model.onnx",
+        "tiedconv export compact.safetensors --to dense -o dense.safetensors",
+    )
 
 
 def export(

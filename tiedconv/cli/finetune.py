@@ -32,7 +32,14 @@ _logging = functools.partial(common.option_in, "Logging")
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add(app, finetune)
+    add(
+        app,
+        finetune,
+        "tiedconv finetune compact.safetensors --data IMAGES -o finetuned.safetensors",
+        "tiedconv finetune compact.safetensors --data PHOTOS --unlabelled --distill 1 "
+        "-o finetuned.safetensors",
+        "tiedconv finetune compact.safetensors --data IMAGES -o finetuned.safetensors --dry-run",
+    )
 
 
 def finetune(

@@ -102,6 +102,7 @@ class ReadingOptions:
             help="Of a weights file that holds both: the averaged weights (EMA), or the others. "
             "Default: averaged, as timm does.",
             show_default=False,
+            rich_help_panel=common.MODEL,
         ),
     ] = None
     non_finite: Annotated[
@@ -109,6 +110,7 @@ class ReadingOptions:
         typer.Option(
             metavar="refuse|zero",
             help="Where a weight is NaN, infinite or above 1e15: refuse the weights, or take 0.",
+            rich_help_panel=common.MODEL,
         ),
     ] = "refuse"
 

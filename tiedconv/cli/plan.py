@@ -25,7 +25,12 @@ BUDGETS = "70%,50%,30%"
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add(app, plan)
+    add(
+        app,
+        plan,
+        "tiedconv plan resnet50",
+        "tiedconv plan resnet50 --params 50%,30% --calib PHOTOS --weights FILE.safetensors",
+    )
 
 
 def plan(

@@ -35,7 +35,13 @@ class Format(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add(app, report)
+    add(
+        app,
+        report,
+        "tiedconv report compact.safetensors",
+        "tiedconv report compact.safetensors -o report.html",
+        "tiedconv report small.safetensors smaller.safetensors -o both.html",
+    )
 
 
 def report(

@@ -23,7 +23,11 @@ NAMED = 3  # matrices that the summary names at either end
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add(app, sensitivity)
+    add(
+        app,
+        sensitivity,
+        "tiedconv sensitivity resnet50 --calib PHOTOS -o heat.png",
+    )
 
 
 def sensitivity(

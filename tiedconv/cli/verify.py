@@ -18,7 +18,12 @@ _MARKS = {True: ("ok ", "green"), None: ("-- ", "yellow")}
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    add(app, verify)
+    add(
+        app,
+        verify,
+        "tiedconv verify compact.safetensors",
+        "tiedconv verify compact.safetensors --against model.onnx --data PHOTOS",
+    )
 
 
 def verify(

@@ -119,11 +119,10 @@ class Report(Tabular):
         ]
         rows.append(_line("kept as it was", "", self.kept, self.kept, None))
         rows.append(_line("whole model", "", self.original, self.stored, self.tensor_bytes))
-        size = self.file_bytes or self.tensor_bytes
-        title = (
-            f"{self.name}: {self.model}, {self.original:,} parameters became {self.stored:,}, "
-            f"{size:,} bytes ({100 * size / self.original_bytes:.1f} % of the original's)"
-        )
+        title = f"{self.name}: {self.model}, {self.original:,} parameters became {self.stored:,}"
+        if self.file_bytes:
+            share = 100 * self.file_bytes / self.original_bytes
+            title += f", {self.file_bytes:,} bytes ({share:.1f} % of the original's)"
         columns = ("group", "scheme", "original", "stored", "ratio", "bytes")
         found = measured(self.history)
         return Table(title, columns, tuple(rows), below=found[-1].sentence if found else "")
