@@ -11,7 +11,7 @@ from tiedconv.conversion.tensor_store import MemoryStore, Workspace
 from tiedconv.core.plan import Plan
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.symmetries import Allows
-from tiedconv.planning.planner import align_weights, choose_ranks, outline
+from tiedconv.planning.planner import align_weights, arrange_weights, choose_ranks, outline
 from tiedconv.planning.rank_allocation import KfacMetrics
 from tiedconv.planning.recipe import Recipe
 
@@ -33,6 +33,8 @@ def make_plan(
     align_weights(outlined.tasks, workspace.editor)
     aligned = {name: workspace.aligned(name) for name in tensors}
     metrics = {} if measure is None else measure(aligned)
+    metrics = arrange_weights(outlined.tasks, workspace.editor, metrics)
+    aligned = {name: workspace.aligned(name) for name in tensors}
     return choose_ranks(info, outlined, workspace.editor, metrics), aligned
 
 

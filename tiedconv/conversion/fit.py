@@ -112,9 +112,9 @@ def fit_group(
         fitted, wrong, total = {next(iter(group.factors)): matrices[0]}, 0.0, 0.0
     else:
         scheme = make_scheme(group.scheme, group.options)
-        measures = metrics_of(group.members, metrics or {})
-        fitted = scheme.fit(matrices)
         shapes = [m.shape for m in group.members]
+        measures = scheme.measures(shapes, metrics_of(group.members, metrics or {}))
+        fitted = scheme.fit_measured(matrices, measures)
         weights = scheme.layout(shapes).weights
         # Without images only a product that several matrices share is not optimal yet.
         if scheme.base_shape(shapes) is not None or any(m.measured for m in measures):

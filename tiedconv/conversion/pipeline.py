@@ -1,4 +1,4 @@
-"""A conversion, stage by stage: inspect, plan, align, measure, fit, tie, calibrate, write.
+"""A conversion, stage by stage: inspect, plan, align, measure, arrange, fit, tie, calibrate, write.
 
 | stage | function | result |
 |---|---|---|
@@ -6,13 +6,14 @@
 | plan | `planning.planner.outlines` | `Outline`s: the recipe and its alternatives, their sizes |
 | align | `conversion.stages.align` | `Workspace`: the weights where the schemes fit best |
 | measure | `conversion.stages.measure` | `KfacStatistics` of activations and gradients, on images |
+| arrange | `conversion.stages.arrange` | the weights and statistics, ordered by importance |
 | fit | `conversion.stages.fit` | `Fit`: ranks and factors; stored <= asked holds from here on |
 | tie | `runtime.tie.tie` | the model, its weights computed from the factors |
 | calibrate | `conversion.candidates.calibrate_shortlist` | reconstructed block by block |
 | write | `io.checkpoint` | one file, checked and read back before it gets its name |
 
-Align, measure and fit run once for each candidate; all else runs once. Weights in memory and
-weights on disk differ in their `TensorStore` alone.
+Align, measure, arrange and fit run once for each candidate; all else runs once. Weights in memory
+and weights on disk differ in their `TensorStore` alone.
 """
 
 from __future__ import annotations

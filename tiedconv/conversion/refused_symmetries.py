@@ -46,6 +46,7 @@ def cost_of_refused(outlined: Outline, plan: Plan, workspace: Workspace) -> list
             continue
         exact, every = WeightEditor(tensors), WeightEditor(tensors)
         task.scheme.align(blocks, every)
+        task.scheme.arrange(blocks, every, {})
         found.append(
             {
                 "block": block.name,

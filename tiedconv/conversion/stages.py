@@ -1,7 +1,8 @@
-"""Align, measure, fit: the stages that one recipe goes through, each run once."""
+"""Align, measure, arrange, fit: the stages that one recipe goes through, each run once."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +14,12 @@ from tiedconv.conversion.refused_symmetries import cost_of_refused
 from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.conversion.tensor_store import TensorStore, Workspace
 from tiedconv.families.inspect import ModelInfo
-from tiedconv.planning.planner import Outline, align_weights, choose_ranks
+from tiedconv.planning.planner import (
+    Outline,
+    align_weights,
+    arrange_weights,
+    choose_ranks,
+)
 
 
 def align(outlined: Outline, store: TensorStore) -> Workspace:
@@ -32,6 +38,15 @@ def measure(
 ) -> KfacStatistics | None:
     """Statistics of the weights that a recipe governs, as aligned; None without images."""
     return None if cache is None else cache.of(outlined.weights, workspace)
+
+
+def arrange(
+    outlined: Outline, workspace: Workspace, statistics: KfacStatistics | None
+) -> KfacStatistics | None:
+    """The statistics of the weights after symmetries that schemes choose by them."""
+    metrics = {} if statistics is None else statistics.metrics
+    metrics = arrange_weights(outlined.tasks, workspace.editor, metrics)
+    return None if statistics is None else dataclasses.replace(statistics, metrics=metrics)
 
 
 def fit(
@@ -68,7 +83,7 @@ def carry_out(
     on_group: OnGroup | None = None,
     limit: float = math.inf,
 ) -> tuple[Fit, KfacStatistics | None]:
-    """All three stages, for one recipe: the fit, and the statistics that it was made by.
+    """All four stages, for one recipe: the fit, and the statistics that it was made by.
 
     Args:
         info: of the model.
@@ -83,7 +98,7 @@ def carry_out(
     """
     workspace = align(outlined, store)
     try:
-        statistics = measure(outlined, workspace, cache)
+        statistics = arrange(outlined, workspace, measure(outlined, workspace, cache))
         return fit(info, outlined, workspace, statistics, on_group, limit), statistics
     except BaseException:
         workspace.close()

@@ -13,6 +13,7 @@ from tiedconv.core.expr import (
     Expr,
     MatMul,
     Mul,
+    Pad,
     Permute,
     Ref,
     Reshape,
@@ -69,6 +70,8 @@ def _parse(data: object, depth: int, budget: list[int]) -> Expr:
             return Reshape(_parse(x, depth + 1, budget), _ints(shape))
         case ["slice", x, *bounds] if len(bounds) == 3:
             return Slice(_parse(x, depth + 1, budget), *_ints(bounds))
+        case ["pad", x, *sizes] if len(sizes) == 2:
+            return Pad(_parse(x, depth + 1, budget), *_ints(sizes))
         case ["cat", list(xs), dim] if 0 < len(xs) <= MAX_NODES:
             return Cat(tuple(_parse(x, depth + 1, budget) for x in xs), _ints([dim])[0])
         case ["dequantize", codes, scales, *sizes] if len(sizes) == 2:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tiedconv.core.expr import Expr, Ref, Reshape, Shape
-from tiedconv.exporters._onnx_factors import Factors, emit, int_constant, kernel_use
+from tiedconv.exporters._onnx_factors import Factors, emit, int_constant, kernel_use, pad_along
 from tiedconv.runtime.factored import NotFactorableError
 from tiedconv.runtime.generator import Generated
 
@@ -47,6 +47,12 @@ class NoteLinear:
     def split(self, x: None, sizes: Sequence[int]) -> list[None]:
         """The features, split into groups."""
         return [None] * len(sizes)
+
+    def first(self, x: None, count: int) -> None:
+        """Nothing to note."""
+
+    def pad(self, x: None, count: int) -> None:
+        """Nothing to note."""
 
     def generated(self, x: None, parts: Generated) -> None:
         """The products of a generated weight."""
@@ -110,6 +116,15 @@ class OnnxLinear:
         return list(
             self.tape.op_multi_out("Split", [x, split], {"axis": self.axis}, num_outputs=len(sizes))
         )
+
+    def first(self, x: ir.Value, count: int) -> ir.Value:
+        """The first features."""
+        ends = [int_constant(self.tape, [n]) for n in (0, count, self.axis)]
+        return self.tape.op("Slice", [x, *ends])
+
+    def pad(self, x: ir.Value, count: int) -> ir.Value:
+        """The features, and zeros after them."""
+        return pad_along(self.tape, x, self.axis, count)
 
     def generated(self, x: ir.Value, parts: Generated) -> ir.Value:
         """The products of a generated weight, A first: no stored factor need be transposed."""
@@ -193,6 +208,17 @@ class NoteKernel:
         self._check(x)
         return [x] * len(sizes)
 
+    def first(self, x: Pixels, count: int) -> Pixels:
+        """The first features."""
+        del count
+        self._check(x)
+        return x
+
+    def pad(self, x: Pixels, count: int) -> Pixels:
+        """The features, and zeros after them."""
+        del count
+        return x
+
     def generated(self, x: Pixels, parts: Generated) -> Pixels:
         """Not supported: generated kernels are materialised."""
         raise NotFactorableError
@@ -246,6 +272,14 @@ class OnnxKernel:
     def split(self, x: Pixels, sizes: Sequence[int]) -> list[Pixels]:
         """The features, split into groups."""
         return [Pixels(v, x.fresh) for v in self.linear.split(_value_of(x), sizes)]
+
+    def first(self, x: Pixels, count: int) -> Pixels:
+        """The first features."""
+        return Pixels(self.linear.first(_value_of(x), count), x.fresh)
+
+    def pad(self, x: Pixels, count: int) -> Pixels:
+        """The features, and zeros after them."""
+        return Pixels(self.linear.pad(_value_of(x), count), fresh=False)
 
     def generated(self, x: Pixels, parts: Generated) -> Pixels:
         """Not accepted by `NoteKernel`."""

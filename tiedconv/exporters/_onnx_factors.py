@@ -93,6 +93,8 @@ def emit(expr: Expr, factors: Factors, tape: Tape) -> ir.Value:
         case e.Slice(dim=dim, start=start, stop=stop):
             ends = [int_constant(tape, [n]) for n in (start, stop, dim)]
             return tape.op("Slice", [*inputs, *ends])
+        case e.Pad(dim=dim):
+            return pad_along(tape, inputs[0], dim, expr.shape[dim] - expr.children[0].shape[dim])
         case e.Cat(dim=dim):
             return tape.op("Concat", inputs, {"axis": dim})
         case e.Add():
@@ -102,6 +104,12 @@ def emit(expr: Expr, factors: Factors, tape: Tape) -> ir.Value:
         case e.MatMul():
             return tape.op("MatMul", inputs)
     raise AssertionError(expr)
+
+
+def pad_along(tape: Tape, x: ir.Value, axis: int, count: int) -> ir.Value:
+    """A value, and zeros after it along one axis."""
+    ends = [int_constant(tape, [0, count]), None, int_constant(tape, [axis])]
+    return tape.op("Pad", [x, *ends])
 
 
 def int_constant(tape: Tape, values: object) -> ir.Value:

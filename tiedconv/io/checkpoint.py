@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError, UserError
 from tiedconv.io.atomic import replacing
-from tiedconv.io.checkpoint_reader import FORMAT, Checkpoint, digest_of, read, tensor_hash
+from tiedconv.io.checkpoint_reader import (
+    FORMAT,
+    WITH_CODES,
+    Checkpoint,
+    digest_of,
+    read,
+    tensor_hash,
+)
 from tiedconv.io.deflated import deflated, deflated_text
 from tiedconv.io.joined import JOINED, joined, list_of, small_names
 from tiedconv.io.json_text import compact_json
@@ -178,10 +185,12 @@ def _content(
         value = stored(name)
         forms[name], hashes[name] = (value.dtype, tuple(value.shape)), tensor_hash(value)
     record = {"format": 1, "plan": plan.to_json(), "sha256": hashes, "history": list(history)}
+    if plan.has_pads:
+        record |= {"format": FORMAT, "deflated": {}, "small": []}
     if not plan.codes:
         return _Content(forms, _metadata(compact_json(record), source), stored)
     small = small_names(forms)
-    record["format"] = FORMAT
+    record["format"] = FORMAT if plan.has_pads else WITH_CODES
     record["deflated"] = {n: forms[n][1][0] for n in plan.codes if forms[n][1] != plan.factors[n]}
     record["small"] = list_of(small, forms)
     joint = joined(small, stored)

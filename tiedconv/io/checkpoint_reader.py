@@ -26,8 +26,10 @@ from tiedconv.io.raw import bytes_of
 from tiedconv.io.safetensors_file import SafetensorsFile
 from tiedconv.io.validation import check_plan, checked_history, checked_source
 
-FORMAT = 2
-"""The newest: files with codes. All others are written as version 1, which older releases read."""
+FORMAT = 3
+"""The newest: files with padded weights. Files are written as the oldest version that has all they
+need, which older releases read: 2 with codes, 1 without."""
+WITH_CODES = 2
 # safetensors' names of dtypes that readers of version 1 need not know.
 _LATER_DTYPES = frozenset({"F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -153,7 +155,7 @@ def _checked(
             "history": [*entries],
             **rest,
         } if (
-            version in (1, FORMAT)
+            version in range(1, FORMAT + 1)
             and version is not True
             and rest.keys() == ({"deflated", "small"} if version > 1 else set())
         ):
@@ -163,8 +165,10 @@ def _checked(
     check_plan(plan)
     history = checked_history(entries)
     expected = {**plan.kept, **plan.factors}
-    if plan.codes and version < FORMAT:
+    if plan.codes and version < WITH_CODES:
         raise ValueError(f"a file of version {version} has no codes")
+    if plan.has_pads and version < FORMAT:
+        raise ValueError(f"a file of version {version} has no padded weights")
     if hashes.keys() != shapes.keys():
         raise ValueError("its hashes are not those of its tensors")
     shorter = _checked_deflated(rest.get("deflated", {}), plan)

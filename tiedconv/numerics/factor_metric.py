@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tiedconv.core.expr import Add, Cat, Expr, Lookup, MatMul, Mul, Permute, Ref, Slice
+from tiedconv.core.expr import Add, Cat, Expr, Lookup, MatMul, Mul, Pad, Permute, Ref, Slice
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric, mean_metric
 
 Sides = tuple[Tensor | None, Tensor | None]
@@ -70,6 +70,10 @@ def _sides(expr: Expr, name: str, sides: Sides, lookup: Lookup) -> list[Sides]:
         case Slice(x=x, dim=dim, start=start) if len(x.shape) == 2:
             whole = _embedded(sides[dim], start, expr.shape[dim], x.shape[dim])
             return _sides(x, name, (whole, right) if dim == 0 else (left, whole), lookup)
+        case Pad(x=x, dim=dim) if len(expr.shape) == 2:
+            moment, kept = sides[dim], x.shape[dim]
+            own = None if moment is None else moment[:kept, :kept]
+            return _sides(x, name, (own, right) if dim == 0 else (left, own), lookup)
         case Cat(xs=parts, dim=dim) if len(expr.shape) == 2:
             found, start = [], 0
             for part in parts:

@@ -107,14 +107,53 @@ class KfacMetric:
         """G times the mean eigenvalue of C: the left side once C is scaled to mean eigenvalue 1."""
         return None if self.left is None else self.left * _mean_eigenvalue(self.right)
 
+    def onto_first_columns(self, matrix: Tensor, count: int) -> Tensor:
+        """The first `count` columns that leave the least cost, the others being zero.
+
+        They make up for the others as far as the inputs depend on each other; G does not matter.
+
+        Returns:
+            `(out, count)`.
+        """
+        if self._right_root is None or count == matrix.shape[1]:
+            return matrix[:, :count]
+        root = self._right_root.of(torch.float64)
+        own = matrix.double() @ root[:, :count]
+        first: Tensor = torch.linalg.solve_triangular(
+            root[:count, :count], own, upper=False, left=False
+        )
+        return first.to(matrix.dtype)
+
+    def of_first_rows(self, count: int) -> KfacMetric:
+        """The metric of errors of which those of the rows after the first `count` cost nothing."""
+        if self.left is None:
+            return self
+        if count == len(self.left):
+            return self
+        left = torch.zeros_like(self.left)
+        left[:count, :count] = self.left[:count, :count]
+        return self._beside(KfacMetric(left, self.right))
+
+    def reordered(self, rows: Tensor | None = None, columns: Tensor | None = None) -> KfacMetric:
+        """The metric of a matrix whose rows or columns were put into this order."""
+
+        def moved(side: Tensor | None, order: Tensor | None) -> Tensor | None:
+            return side if side is None or order is None else side[order][:, order]
+
+        return KfacMetric(moved(self.left, rows), moved(self.right, columns))
+
+    def _beside(self, other: KfacMetric) -> KfacMetric:
+        """A metric with the same C, whose root is computed once."""
+        vars(other).update(_right_root=self._right_root)
+        return other
+
     def part(self, start: int, stop: int) -> KfacMetric:
         """The metric of rows `start` to `stop`."""
         if self.left is None or (start, stop) == (0, len(self.left)):
             return self
         if (start, stop) not in self._parts:
             part = KfacMetric(self.left[start:stop, start:stop], self.right)
-            vars(part).update(_right_root=self._right_root)  # the same C
-            self._parts[start, stop] = part
+            self._parts[start, stop] = self._beside(part)
         return self._parts[start, stop]
 
 

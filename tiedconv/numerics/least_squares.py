@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Permute, Ref, Reshape, Slice
+from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Pad, Permute, Ref, Reshape, Slice
 from tiedconv.numerics.kfac_metric import KfacMetric, mean_metric
 from tiedconv.numerics.linalg import cholesky
 
@@ -232,6 +232,11 @@ def _other_terms(
             return _other_terms(x, name, left, None) + _other_terms(y, name, None, right)
         case Permute(x=x, dims=(1, 0)):
             return _other_terms(x, name, right, left)
+        case Pad(x=x, dim=dim) if len(expr.shape) == 2:
+            kept = x.shape[dim]
+            own = (left, right)[dim]
+            own = None if own is None else own[:kept, :kept]
+            return _other_terms(x, name, *((own, right) if dim == 0 else (left, own)))
         case Slice() | Cat() | Reshape():  # another size: no moment fits
             return [part for c in expr.children for part in _other_terms(c, name, left, right)]
         case Add() | Mul():

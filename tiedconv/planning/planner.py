@@ -127,6 +127,15 @@ def align_weights(tasks: Sequence[Task], editor: WeightEditor) -> None:
         task.scheme.align(task.blocks, editor)
 
 
+def arrange_weights(
+    tasks: Sequence[Task], editor: WeightEditor, metrics: KfacMetrics
+) -> KfacMetrics:
+    """Apply the symmetries that schemes choose by what errors cost; returns the metrics then."""
+    for task in tasks:
+        metrics = task.scheme.arrange(task.blocks, editor, metrics)
+    return metrics
+
+
 def choose_ranks(
     info: ModelInfo, outlined: Outline, editor: WeightEditor, metrics: KfacMetrics
 ) -> Plan:

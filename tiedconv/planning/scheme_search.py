@@ -236,9 +236,10 @@ def _floor(d: Draft, editor: WeightEditor, metrics: KfacMetrics) -> float:
     matrices = editor.matrices(d.members)
     ends = [option.full_rank if option else 0 for option in d.scheme.rank_options(d.shapes)]
     scheme = d.scheme.with_ranks(ends) if any(ends) else d.scheme
-    factors = scheme.fit(matrices)
+    measures = scheme.measures(d.shapes, metrics_of(d.members, metrics))
+    factors = scheme.fit_measured(matrices, measures)
     weights = scheme.layout(d.shapes).weights
-    return total_cost(weights, factors, matrices, metrics_of(d.members, metrics))
+    return total_cost(weights, factors, matrices, measures)
 
 
 def _size(drafts: Sequence[Draft], blocks: Sequence[Block]) -> int:

@@ -2,8 +2,9 @@
 
 A linear layer needs `x W^T`, not W. By the algebra of `core.expr` the product goes factor by
 factor: `x (B A)^T = (x A^T) B^T`, `x (base + R)^T = x base^T + x R^T`, a scale of rows scales the
-result, concatenated rows concatenate results, a generated weight (see `generator`) takes the
-features through its core. So memory holds the stored tensors alone, and low ranks save time too.
+result, concatenated rows concatenate results, rows of zeros give zeros, a generated weight
+(see `generator`) takes the features through its core. So memory holds the stored tensors alone, and
+low ranks save time too.
 
 The rules are in `apply`; each backend (torch, an ONNX graph, a counter) implements `Operations`.
 """
@@ -14,7 +15,19 @@ import math
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from tiedconv.core.expr import Add, Cat, Dequantize, Expr, MatMul, Mul, Permute, Ref, Reshape, Slice
+from tiedconv.core.expr import (
+    Add,
+    Cat,
+    Dequantize,
+    Expr,
+    MatMul,
+    Mul,
+    Pad,
+    Permute,
+    Ref,
+    Reshape,
+    Slice,
+)
 from tiedconv.runtime.generator import Generated, parts_of
 
 V = TypeVar("V")
@@ -41,6 +54,12 @@ class Operations(Protocol[V]):
 
     def split(self, x: V, sizes: Sequence[int]) -> list[V]:
         """The features, split into groups of these sizes."""
+
+    def first(self, x: V, count: int) -> V:
+        """The first `count` features."""
+
+    def pad(self, x: V, count: int) -> V:
+        """The features, and `count` zeros after them."""
 
     def generated(self, x: V, parts: Generated) -> V:
         """`sum_k B_k^g X_k A_k^g` of all groups g, row by row, where x is `(terms * r * s)`."""
@@ -95,6 +114,10 @@ def apply(expr: Expr, x: V, on: Operations[V], transpose: bool = False) -> V:
             for term in terms[1:]:
                 total = on.add(total, term)
             return total
+        case Pad(x=inner, dim=dim, size=size) if len(expr.shape) == 2:
+            if dim == int(transpose):
+                return on.pad(apply(inner, x, on, transpose), size - inner.shape[dim])
+            return apply(inner, on.first(x, inner.shape[dim]), on, transpose)
         case Ref() | Slice() | Reshape() | Dequantize() if len(expr.shape) == 2 and is_stored(expr):
             return on.product(x, expr, transpose)
     raise NotFactorableError

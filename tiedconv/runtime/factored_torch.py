@@ -59,6 +59,14 @@ class Features:
         """The features, split into groups."""
         return list(torch.split(x, list(sizes), dim=-1))
 
+    def first(self, x: Tensor, count: int) -> Tensor:
+        """The first features."""
+        return x[..., :count]
+
+    def pad(self, x: Tensor, count: int) -> Tensor:
+        """The features, and zeros after them."""
+        return F.pad(x, (0, count))
+
     def generated(self, x: Tensor, parts: Generated) -> Tensor:
         """`sum_k B_k^g X_k A_k^g`, where x is `(..., terms * r * s)`."""
         (terms, r, s), n = parts.inner, math.prod(x.shape[:-1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tiedconv.core.expr import Add, Cat, Dequantize, Expr, MatMul, Mul, Reshape
+from tiedconv.core.expr import Add, Cat, Dequantize, Expr, MatMul, Mul, Pad, Reshape
 from tiedconv.runtime.factored import NotFactorableError, apply, matrix_of
 from tiedconv.runtime.generator import Generated, parts_of
 
@@ -29,7 +29,7 @@ def eval_flops(expr: Expr) -> tuple[int, int]:
     """Values written while evaluating, the result included, and multiplications of the products."""
     written = products = 0
     for node in expr.walk():
-        if isinstance(node, Add | Cat | Dequantize | MatMul | Mul | Reshape):
+        if isinstance(node, Add | Cat | Dequantize | MatMul | Mul | Pad | Reshape):
             written += math.prod(node.shape)
         if isinstance(node, MatMul):
             products += math.prod(node.shape) * node.a.shape[-1]
@@ -99,6 +99,13 @@ class _Counter:
     def split(self, x: int, sizes: Sequence[int]) -> list[int]:
         del x
         return list(sizes)
+
+    def first(self, x: int, count: int) -> int:
+        del x
+        return count
+
+    def pad(self, x: int, count: int) -> int:
+        return x + count
 
     def generated(self, x: int, parts: Generated) -> int:
         del x

@@ -111,10 +111,43 @@ class Scheme(ABC):
         """For each matrix, what a residual of its rank approximates; None where it has no rank."""
         return [None] * len(matrices)
 
+    def fit_measured(
+        self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]
+    ) -> dict[str, Tensor]:
+        """The factors to start from where it is known what errors cost; by default those of `fit`.
+
+        Least squares improve them either way.
+        """
+        del metrics
+        return self.fit(matrices)
+
+    def measures(
+        self, shapes: Sequence[tuple[int, int]], metrics: Sequence[KfacMetric]
+    ) -> list[KfacMetric]:
+        """What errors of each matrix cost, where its scheme knows more of it than the weight."""
+        del shapes
+        return list(metrics)
+
     def align(self, blocks: Sequence[Block], editor: WeightEditor) -> None:
         """Apply function-preserving symmetries, after which this scheme fits better."""
         if self.fold:
             fold_norms(blocks, editor)
+
+    def arrange(
+        self, blocks: Sequence[Block], editor: WeightEditor, metrics: Mapping[str, KfacMetric]
+    ) -> Mapping[str, KfacMetric]:
+        """Apply symmetries that are chosen by what errors cost, after these were measured.
+
+        Args:
+            blocks: that the scheme governs.
+            editor: of the weights.
+            metrics: by the names of the tensors; none without images.
+
+        Returns:
+            the metrics of the weights as they are then.
+        """
+        del blocks, editor
+        return metrics
 
     @property
     def aligns(self) -> bool:

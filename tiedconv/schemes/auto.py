@@ -8,18 +8,20 @@ and so is keeping a block as it is. Without a budget it halves the model.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from tiedconv.core.plan import Block
+from tiedconv.numerics.kfac_metric import KfacMetric
 from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.schemes._base import Draft, Layout, Scheme
 from tiedconv.schemes.basis import Basis
 from tiedconv.schemes.lors import Lors
 from tiedconv.schemes.lowrank import LowRank
+from tiedconv.schemes.narrow import Narrow
 from tiedconv.schemes.tied import Tied
 
 
@@ -32,12 +34,19 @@ class Auto(Scheme):
     """
 
     name: ClassVar[str] = "auto"
-    pattern: ClassVar[str] = "what lowrank, basis, tied or lors convert"
+    pattern: ClassVar[str] = "what lowrank, basis, tied, narrow or lors convert"
 
     share: bool = True
 
     def candidates(self) -> tuple[Scheme, ...]:
-        alone = (LowRank(), LowRank(fused=False), Basis(), Basis(tie=True), Tied(base_rank=0.5))
+        alone = (
+            LowRank(),
+            LowRank(fused=False),
+            Basis(),
+            Basis(tie=True),
+            Tied(base_rank=0.5),
+            Narrow(),
+        )
         spanning = (Basis(groups="all"), Basis(groups="adjacent:2"))
         return alone + spanning if self.share else alone
 
@@ -55,6 +64,12 @@ class Auto(Scheme):
         super().align(blocks, editor)
         # The alignment for pairs; low rank and bases do not depend on a head's basis.
         Tied().align(blocks, editor)
+
+    def arrange(
+        self, blocks: Sequence[Block], editor: WeightEditor, metrics: Mapping[str, KfacMetric]
+    ) -> Mapping[str, KfacMetric]:
+        # The others do not depend on the order of hidden units.
+        return Narrow().arrange(blocks, editor, metrics)
 
     @property
     def alignment(self) -> Hashable:
