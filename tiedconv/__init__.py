@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from tiedconv.pages.page import report_page
     from tiedconv.planning.recipe import Recipe
     from tiedconv.runtime.factored_linear import apply_factors
-    from tiedconv.runtime.tie import freeze, tie, unfreeze, untie
+    from tiedconv.runtime.narrow_layers import narrow_layers, untie
+    from tiedconv.runtime.tie import freeze, tie, unfreeze
     from tiedconv.sources.models import load
     from tiedconv.sources.weights import Reading
     from tiedconv.training import TrainConfig
@@ -61,6 +62,7 @@ _MODULES = {
     "forecast": "commands.finetune",
     "freeze": "runtime.tie",
     "load": "sources.models",
+    "narrow_layers": "runtime.narrow_layers",
     "plan": "commands.convert",
     "push": "commands.push",
     "report": "commands.report",
@@ -70,7 +72,7 @@ _MODULES = {
     "tie": "runtime.tie",
     "transform": "commands.transform",
     "unfreeze": "runtime.tie",
-    "untie": "runtime.tie",
+    "untie": "runtime.narrow_layers",
     "verify": "commands.verify",
 }
 
@@ -94,6 +96,7 @@ __all__ = [
     "forecast",
     "freeze",
     "load",
+    "narrow_layers",
     "plan",
     "push",
     "report",

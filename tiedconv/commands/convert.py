@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from tiedconv.calibration import CalibConfig
 from tiedconv.conversion.calibrate import Calibration
-from tiedconv.conversion.captured_inputs import Example
 from tiedconv.conversion.fit import OnGroup
 from tiedconv.conversion.pipeline import (
     Planned,
@@ -35,6 +34,7 @@ from tiedconv.io.checkpoint_reader import Checkpoint
 from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import smaller_options
 from tiedconv.planning.recipe import DEFAULT_SCHEME, Recipe, Size
+from tiedconv.runtime.example_inputs import Example
 from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import AS_PUBLISHED, Reading, Source

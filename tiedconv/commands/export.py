@@ -18,10 +18,11 @@ from tiedconv.commands._reference import (
 )
 from tiedconv.errors import UserError, VerifyError
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
-from tiedconv.exporters._format import stored_bytes
+from tiedconv.exporters._format import TEXT, stored_bytes
 from tiedconv.io.atomic import check_output, replacing_files
 from tiedconv.runtime.dequantize import Integers, dequantized
 from tiedconv.runtime.forward_check import further_inputs
+from tiedconv.runtime.narrow_layers import narrow_layers
 from tiedconv.runtime.outputs import ONLY, chosen
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import Source
@@ -113,9 +114,11 @@ def export(
     quantised = bool(state_of(model).plan.codes) and form.has_graph
     if quantised:
         model, integers = dequantized(model)
-    stored = stored_bytes(model, dtype)
     images = images_for(model)
     text = further_inputs(model, images).get("input_ids") if form.has_graph else None
+    if form.has_graph:
+        narrow_layers(model, images if text is None else {"pixel_values": images, TEXT: text})
+    stored = stored_bytes(model, dtype)
     names = _output_names(form, model, images, outputs)
     expected, not_checked = _reference(form, model, images, dtype, names)
     difference = None

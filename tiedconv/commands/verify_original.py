@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 from tiedconv.commands._reference import outputs_of
 from tiedconv.commands.verify_export import Check
-from tiedconv.conversion.captured_inputs import captured_inputs, evaluation
+from tiedconv.conversion.captured_inputs import captured_inputs
 from tiedconv.core.block_names import block_names
 from tiedconv.errors import UserError, VerifyError
 from tiedconv.runtime.call_hooks import hooked, text_hooks
+from tiedconv.runtime.example_inputs import evaluation
 from tiedconv.runtime.tie import dense_state_dict, state_of
 
 FACTOR = 10.0

@@ -16,7 +16,6 @@ from tiedconv.conversion.calibrate import (
     ResumedFits,
     calibration_record,
 )
-from tiedconv.conversion.captured_inputs import Example
 from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.fit_cache import identity_of, load_fits, save_fits
 from tiedconv.conversion.stages import carry_out
@@ -26,6 +25,7 @@ from tiedconv.conversion.tensor_store import MemoryStore, TensorStore
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.planner import Outline
+from tiedconv.runtime.example_inputs import Example
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import tie
 from tiedconv.utils.stage import enter_part

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -13,20 +12,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tiedconv.errors import UserError, first_line
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""An input of a model: one tensor, positional arguments, or keyword arguments."""
+from tiedconv.runtime.example_inputs import (
+    Arguments,
+    Example,
+    as_arguments,
+    evaluation,
+    usual_inputs,
+)
 
 FEW_TOKENS, FEW_PIXELS = 16, 8
 """Tokens, and pixels a side, of random inputs: what they try does not depend on their number."""
-
-
-def as_arguments(example: Example) -> Arguments:
-    """An input of a model as positional and keyword arguments."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (example if isinstance(example, tuple) else (example,)), {}
 
 
 def require_example(model: nn.Module, example: Example) -> None:
@@ -71,7 +66,7 @@ def captured_inputs(
         if found is not None:
             return [found]
     runs: list[dict[str, Arguments]] = []
-    for kind in (_images(model), _tokens(model), _indices(model)):
+    for kind in usual_inputs(model):
         tried = (_one_run(model, given, modules) for given in kind)
         found = next((run for run in tried if run is not None), None)
         if found is not None:
@@ -98,20 +93,6 @@ def _one_run(
         for handle in handles:
             handle.remove()
     return found
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Within it a model is in evaluation mode, without gradients, its random state its own."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def alone(module: nn.Module, width: int, *, spatial: bool) -> Iterator[Arguments]:
@@ -201,55 +182,6 @@ def _keeper(found: dict[str, Arguments], name: str) -> Callable[..., None]:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _drawn(model: nn.Module, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(next(model.parameters(), torch.zeros(0)))
-
-
-def _images(model: nn.Module) -> Iterator[Tensor]:
-    kernels = (m for m in model.modules() if isinstance(m, nn.Conv2d))
-    channels = next((m.in_channels for m in kernels), 3)
-    for height, width in dict.fromkeys(_sizes(model)):
-        yield _drawn(model, 1, channels, height, width)
-
-
-def _tokens(model: nn.Module) -> Iterator[Tensor]:
-    """Sequences as wide as a linear layer or a norm reads, the first few widths of the model."""
-    widths = dict.fromkeys(
-        m.in_features if isinstance(m, nn.Linear) else m.normalized_shape[-1]
-        for m in model.modules()
-        if isinstance(m, nn.Linear | nn.LayerNorm)
-    )
-    for width in list(widths)[:6]:
-        yield _drawn(model, 1, 16, width)
-
-
-def _indices(model: nn.Module) -> Iterator[Tensor]:
-    device = next(model.parameters(), torch.zeros(0)).device
-    generator = torch.Generator().manual_seed(0)
-    yield torch.randint(0, 4, (1, 8), generator=generator).to(device)
-
-
-def _sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """Heights and widths of images: those that attributes and configurations name, usual ones."""
-    config = getattr(model, "config", None)
-    vision = getattr(config, "vision_config", None)
-    named: list[Any] = []
-    for holder in (model, getattr(model, "patch_embed", None), config, vision):
-        named += [getattr(holder, key, None) for key in ("image_size", "img_size")]
-    for record in ("pretrained_cfg", "default_cfg"):
-        found = getattr(model, record, None)
-        size = found.get("input_size") if isinstance(found, Mapping) else None
-        named.append(size[-2:] if size else None)
-    for size in [*named, 64, 224, 32, 16]:
-        if isinstance(size, int):
-            yield size, size
-        elif isinstance(size, list | tuple) and len(size) == 2 and all(
-            isinstance(n, int) for n in size
-        ):  # fmt: skip
-            yield size[0], size[1]
 
 
 def double_copy(module: nn.Module) -> nn.Module | None:

@@ -40,7 +40,7 @@ from tiedconv.conversion.candidates import (
     shortlist,
     tie_fit,
 )
-from tiedconv.conversion.captured_inputs import Example, require_example
+from tiedconv.conversion.captured_inputs import require_example
 from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.sample_inputs import calibration_samples
 from tiedconv.conversion.streaming import (
@@ -57,6 +57,7 @@ from tiedconv.planning.byte_budget import ByteBudget, byte_budget, byte_outlines
 from tiedconv.planning.planner import Outline, chooses_by_size, outlines
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.call_hooks import hooked, text_hooks
+from tiedconv.runtime.example_inputs import Example
 from tiedconv.runtime.tie import set_state, tie
 from tiedconv.sources import LazyWeights, Source
 from tiedconv.utils.stage import enter

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.conversion.calibrate import Calibration, DrawnText
-from tiedconv.conversion.captured_inputs import evaluation
 from tiedconv.conversion.symmetry_proof import first_image
 from tiedconv.errors import DataError, UserError
 from tiedconv.runtime.call_hooks import (
@@ -32,6 +31,7 @@ from tiedconv.runtime.call_hooks import (
     same_random_numbers,
     takes_text_too,
 )
+from tiedconv.runtime.example_inputs import evaluation
 from tiedconv.runtime.native_size import native_size
 from tiedconv.sources import Source
 

@@ -22,12 +22,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from tiedconv.conversion.captured_inputs import (
-    Arguments,
-    Example,
     alone,
     captured_inputs,
     double_copy,
-    evaluation,
     in_double,
     random_activations,
 )
@@ -37,6 +34,7 @@ from tiedconv.errors import TiedconvError
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.random_symmetries import RANDOM, applicable
 from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.runtime.example_inputs import Arguments, Example, evaluation
 from tiedconv.runtime.tensors import state_tensors
 
 TOLERANCE = 1e-6

@@ -67,6 +67,13 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
 def write_model(model: nn.Module, path: Path, *, force: bool = False) -> Checkpoint:
     """As `save`; returns the file as it was read back."""
     state = state_of(model)
+    if state.narrowed:
+        raise UserError(
+            "The layers of this model were made narrow",
+            "A compact file is of the original's layers, and would not fit",
+            "Save it before narrow_layers is called on it, or export it",
+            code="layers-narrowed",
+        )
     own = state_tensors(model)
     _same_as_planned(own, state.plan)
     return write_compact(

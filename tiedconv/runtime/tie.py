@@ -42,11 +42,15 @@ _ORDER = "_tiedconv_order"  # of a module's parameters before some of them were 
 
 @dataclass(frozen=True)
 class State:
-    """What a tied model records: its plan, its source, and the history of what was done with it."""
+    """What a tied model records: its plan, its source, and the history of what was done with it.
+
+    `narrowed` if its layers are narrower than the original's (see `runtime.narrow_layers`).
+    """
 
     plan: Plan
     source: Mapping[str, Any] | None = None
     history: tuple[Mapping[str, Any], ...] = field(default=())
+    narrowed: bool = False
 
     def __deepcopy__(self, memo: object) -> State:
         return self  # immutable
@@ -112,6 +116,7 @@ def tie(
 def untie(model: nn.Module) -> nn.Module:
     """Restore the plain weights and classes of a tied model, in place; returns it.
 
+    Weights have the original's shapes (`runtime.narrow_layers.untie` cuts hidden units of zeros).
     Weights that the original model shared are shared again; ties of the plan are not. Offsets are
     dropped: the weights are those of the expressions alone. `apply_factors` is undone.
 
