@@ -88,6 +88,9 @@ class Scheme(ABC):
     # Options with which the scheme stores less, mildest first: suggested when a budget can't be
     # met.
     smaller_options: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    # Whether two ranks of a group may be sides of one matrix, so that both together store less than
+    # one after the other.
+    has_shared_sides: ClassVar[bool] = False
 
     fold: bool = False
 

@@ -8,6 +8,7 @@ CORP (arXiv 2602.05243). Which units stay is chosen in the metric of the outputs
 elimination (`numerics.unit_selection`); they are put first, which permutes hidden units and so is
 done only where that preserves the function. The weights are the stored ones, padded with zeros, so
 a model can be fine-tuned and saved as any other, and `narrow_layers` makes its layers narrow.
+In a bottleneck there are two layers of hidden units, those after conv1 and those after conv2.
 
 Without images nothing is known of h: the units with the largest weights stay, as they are.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ from tiedconv.core.expr import Expr, Ref, Shape, padded
 from tiedconv.core.plan import Block, Member
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
-from tiedconv.numerics.symmetries import WeightEditor, permute_hidden
+from tiedconv.numerics.symmetries import WeightEditor, permute_bottleneck, permute_hidden
 from tiedconv.numerics.unit_selection import decreasing, order_by_loss
 from tiedconv.schemes._base import Draft, Layout, RankOption, Scheme
 
@@ -45,9 +46,10 @@ class Narrow(Scheme):
     """
 
     name: ClassVar[str] = "narrow"
-    pattern: ClassVar[str] = "feed-forwards of two matrices with an activation alone between them"
+    pattern: ClassVar[str] = "feed-forwards with an activation alone between, bottlenecks"
     min_rank: ClassVar[int] = 1
     smaller_options: ClassVar = ({"width": 0.25},)
+    has_shared_sides: ClassVar = True
 
     width: int | float | tuple[int, ...] = 0.5
     step: int = 8
@@ -63,9 +65,10 @@ class Narrow(Scheme):
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         for block in blocks:
-            chain = _chain(block)
-            if chain and block.slots[chain[0]].rows > self.step:
-                yield Draft(f"{block.name}.{'-'.join(chain)}", self, _members(block, chain))
+            roles = _roles(_hidden_of(block))
+            if any(block.slots[role].rows > self.step for role in roles[:-1]):
+                members = tuple(Member(block.slots[role]) for role in roles)
+                yield Draft(f"{block.name}.{'-'.join(roles)}", self, members)
 
     def layout(self, shapes: Shapes) -> Layout:
         factors: dict[str, Shape] = {}
@@ -100,15 +103,17 @@ class Narrow(Scheme):
     ) -> Mapping[str, KfacMetric]:
         found = dict(metrics)
         for block in blocks:
-            if _chain(block) and editor.allows(block, "permute hidden units"):
-                up, down = block.slots["up"], block.slots["down"]
-                order = _order(editor.matrix(up), editor.matrix(down), found.get(down.tensor))
-                permute_hidden(editor, block, order)
-                if up.tensor in found:
-                    found[up.tensor] = found[up.tensor].reordered(rows=order)
-                if down.tensor in found:
-                    columns = _columns(order, down.columns // up.rows)
-                    found[down.tensor] = found[down.tensor].reordered(columns=columns)
+            for hidden in _hidden_of(block):
+                if not editor.allows(block, hidden.symmetry):
+                    continue
+                one, two = block.slots[hidden.writer], block.slots[hidden.reader]
+                order = _order(editor.matrix(one), editor.matrix(two), found.get(two.tensor))
+                hidden.permute(editor, block, order)
+                if one.tensor in found:
+                    found[one.tensor] = found[one.tensor].reordered(rows=order)
+                if two.tensor in found:
+                    columns = _columns(order, two.columns // one.rows)
+                    found[two.tensor] = found[two.tensor].reordered(columns=columns)
         return found
 
     def rank_options(self, shapes: Shapes) -> list[RankOption | None]:
@@ -168,25 +173,55 @@ def _is_width(width: int | float) -> bool:
     return 0 < width < 1 if isinstance(width, float) else width > 0
 
 
-def _chain(block: Block) -> tuple[str, ...]:
-    """The roles of the matrices between which hidden units lie, in order; none if unknown."""
-    slots = block.slots
-    if block.kind != "ffn" or not block.permutable or slots.keys() != {"up", "down"}:
-        return ()
-    is_chain = slots["down"].columns % slots["up"].rows == 0
-    return ("up", "down") if is_chain and slots["up"].tensor != slots["down"].tensor else ()
+@dataclass(frozen=True)
+class _Hidden:
+    """Hidden units of a block: the roles of the matrices that write and read them.
+
+    Args:
+        writer, reader: roles.
+        permute: puts them into another order, by the symmetry of the name `symmetry`.
+    """
+
+    writer: str
+    reader: str
+    symmetry: str
+    permute: Callable[[WeightEditor, Block, Tensor], None]
 
 
-def _members(block: Block, chain: Sequence[str]) -> tuple[Member, ...]:
-    return tuple(Member(block.slots[role]) for role in chain)
+_HIDDEN: Mapping[str, tuple[_Hidden, ...]] = {
+    "ffn": (_Hidden("up", "down", "permute hidden units", permute_hidden),),
+    "bottleneck": (
+        _Hidden("conv1", "conv2", "permute units after conv1",
+                lambda editor, block, order: permute_bottleneck(editor, block, order, None)),
+        _Hidden("conv2", "conv3", "permute units after conv2",
+                lambda editor, block, order: permute_bottleneck(editor, block, None, order)),
+    ),
+}  # fmt: skip
 
 
-def _order(up: Tensor, down: Tensor, metric: KfacMetric | None) -> Tensor:
+def _hidden_of(block: Block) -> tuple[_Hidden, ...]:
+    """The hidden units of a block, layer after layer; none where they are not known to be apart."""
+    found = _HIDDEN.get(block.kind, ())
+    roles = _roles(found)
+    slots = [block.slots[role] for role in roles if role in block.slots]
+    # As a gate, which a unit has a row of too, or groups of a convolution.
+    is_chain = set(roles) == block.slots.keys() and all(
+        reader.columns == writer.rows * math.prod(reader.kernel)
+        for writer, reader in itertools.pairwise(slots)
+    )
+    return found if is_chain and block.permutable else ()
+
+
+def _roles(hidden: Sequence[_Hidden]) -> list[str]:
+    return [*(h.writer for h in hidden), *(h.reader for h in hidden[-1:])]
+
+
+def _order(writer: Tensor, reader: Tensor, metric: KfacMetric | None) -> Tensor:
     """The units, the most important first."""
-    units = up.shape[0]
+    units = writer.shape[0]
     if metric is not None:
-        return order_by_loss(down, metric, down.shape[1] // units)
-    sizes = down.square().sum(0).reshape(units, -1).sum(1) + up.square().sum(1)
+        return order_by_loss(reader, metric, reader.shape[1] // units)
+    sizes = reader.square().sum(0).reshape(units, -1).sum(1) + writer.square().sum(1)
     return sizes.argsort(descending=True, stable=True)
 
 
