@@ -20,6 +20,7 @@ from tiedconv.core.expr import (
     Expr,
     MatMul,
     Mul,
+    Pad,
     Permute,
     Ref,
     Reshape,
@@ -42,7 +43,7 @@ def exprs(draw: st.DrawFn, shape: Shape | None = None, depth: int = 3) -> Expr:
     kinds = ["ref"]
     if depth:
         kinds += ["permute", "reshape", "add", "mul"]
-        kinds += ["slice", "cat"] if shape else []
+        kinds += ["slice", "cat", "pad"] if shape else []
         kinds += ["matmul"] * 2 if len(shape) >= 2 else []
         kinds += ["dequantize"] if len(shape) == 2 else []
     kind = draw(st.sampled_from(kinds))
@@ -75,6 +76,10 @@ def exprs(draw: st.DrawFn, shape: Shape | None = None, depth: int = 3) -> Expr:
         before, after = draw(st.integers(0, 2)), draw(st.integers(0, 2))
         whole = (*shape[:d], before + shape[d] + after, *shape[d + 1 :])
         return Slice(below(whole), d, before, before + shape[d])
+    if kind == "pad":
+        d = draw(st.integers(0, len(shape) - 1))
+        kept = draw(st.integers(1, shape[d]))
+        return Pad(below((*shape[:d], kept, *shape[d + 1 :])), d, shape[d])
     if kind == "cat":
         d = draw(st.integers(0, len(shape) - 1))
         cut = draw(st.integers(1, shape[d]))
@@ -123,6 +128,10 @@ def oracle(expr: Expr, stored: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
             return np.reshape(oracle(x, stored), to, order="C")
         case Slice(x=x, dim=dim, start=start, stop=stop):
             return np.take(oracle(x, stored), range(start, stop), axis=dim)
+        case Pad(x=x, dim=dim, size=size):
+            inner = oracle(x, stored)
+            ends = [(0, size - n if d == dim else 0) for d, n in enumerate(inner.shape)]
+            return np.pad(inner, ends)
         case Cat(xs=xs, dim=dim):
             return np.concatenate([oracle(x, stored) for x in xs], axis=dim)
         case Add(a=a, b=b):
@@ -236,6 +245,10 @@ W = Ref("w", (2, 3))
         lambda: Cat((), 0),
         lambda: Cat((W, Ref("v", (2, 2))), 0),
         lambda: Cat((W, W), 2),
+        lambda: Pad(W, 2, 5),
+        lambda: Pad(W, -1, 5),
+        lambda: Pad(W, 0, 1),
+        lambda: Pad(W, 0, 2**62),
         lambda: Add(W, Ref("v", (2, 2))),
         lambda: Mul(W, Ref("v", (4, 1))),
         lambda: MatMul(W, W),
@@ -256,7 +269,9 @@ atoms = (
     | st.booleans()
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=True)
-    | st.sampled_from(["ref", "permute", "reshape", "slice", "cat", "add", "mul", "matmul", ""])
+    | st.sampled_from(
+        ["ref", "permute", "reshape", "slice", "cat", "pad", "add", "mul", "matmul", ""]
+    )
     | st.text(max_size=5)
 )
 garbage = st.recursive(

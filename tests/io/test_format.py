@@ -54,8 +54,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "lors-adaptive",
         {"shape": [6, 4], "rank": 2, "k": [0, 1, 2], "include": ["*spatial*"]},
     ),
+    "narrow": ("torchvision-resnet", "narrow", {}),
     "halves": ("timm-vit", "lors", {}),
     "integers": ("timm-vit", "auto", {"bytes": "60%"}),
+    "narrow integers": ("timm-vit", "narrow", {"params": "90%", "bytes": "40%"}),
     "integers of factors": ("timm-vit", "lors", {"params": "70%", "bytes": "60%", "bits": "3"}),
 }
 
@@ -138,7 +140,10 @@ def test_the_reader_refuses_damage_and_explosions(tmp_path: Path) -> None:
         namespace["dense_state_dict"](str(path))
     tall, wide = ["ref", "u", [3000, 1]], ["ref", "v", [1, 3000]]
     stored = {"u": torch.zeros(3000, 1), "v": torch.zeros(1, 3000)}
-    for bomb in (["matmul", tall, wide], ["add", tall, wide], ["cat", [tall] * 500, 0]):
+    for bomb in (
+        ["matmul", tall, wide], ["add", tall, wide], ["cat", [tall] * 500, 0],
+        ["pad", tall, 1, 2**20],
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="too expensive"):
             namespace["evaluate"](bomb, stored, 2**20)
 

@@ -43,6 +43,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], Shapes]] = {
         {"shape": [4, 3], "rank": 1, "k": [0, 1, 3]},
         [(12, 6)] * 3,
     ),
+    "narrow": ("narrow", {"width": 3, "step": 1}, [(8, 6), (5, 8)]),
+    "narrow, kernels": ("narrow", {"width": 2, "step": 1}, [(4, 5), (3, 8), (6, 3)]),
     "basis, tied": ("basis", {"base_rank": 3, "owners": [0, 0, 2]}, [(8, 6), (8, 6), (9, 6)]),
 }
 

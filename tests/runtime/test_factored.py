@@ -14,7 +14,7 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, transpose
+from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, padded, transpose
 from tiedconv.runtime.factored import (
     NotFactorableError,
     apply,
@@ -52,7 +52,7 @@ class Grower:
     def matrix(self, rows: int, columns: int, depth: int) -> Expr:
         kinds = ["ref", "slice"]
         if depth:
-            kinds += ["turn", "product", "sum", "rows", "columns", "number", "cat0", "cat1"]
+            kinds += ["turn", "product", "sum", "rows", "columns", "number", "cat0", "cat1", "pad"]
         inner = depth - 1
         match self.draw(st.sampled_from(kinds)):
             case "slice":
@@ -70,6 +70,9 @@ class Grower:
                 return Mul(self.matrix(rows, columns, inner), self.ref(1, columns))
             case "number":
                 return Mul(self.matrix(rows, columns, inner), self.ref(1, 1))
+            case "pad":
+                kept = self.draw(st.integers(1, rows)), self.draw(st.integers(1, columns))
+                return padded(padded(self.matrix(*kept, inner), 1, columns), 0, rows)
             case "cat0":
                 parts = (self.matrix(1, columns, inner), self.matrix(rows, columns, inner))
                 return (
