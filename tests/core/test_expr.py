@@ -20,7 +20,6 @@ from tiedconv.core.expr import (
     Expr,
     MatMul,
     Mul,
-    Pad,
     Permute,
     Ref,
     Reshape,
@@ -31,6 +30,7 @@ from tiedconv.core.expr import (
 )
 from tiedconv.core.expr_json import MAX_DEPTH, MAX_NODES, from_json
 from tiedconv.core.packed_codes import WIDTHS, packed, packed_length, unpacked
+from tiedconv.core.pad import Pad
 from tiedconv.errors import PlanError
 
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=4).map(tuple)

@@ -14,7 +14,8 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, padded, transpose
+from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, transpose
+from tiedconv.core.pad import padded
 from tiedconv.runtime.factored import (
     NotFactorableError,
     apply,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedconv
-from tiedconv.core.expr import Pad
+from tiedconv.core.pad import has_pads
 from tiedconv.errors import UserError
 from tiedconv.runtime.narrow_layers import narrow_layers, untie
 from tiedconv.runtime.tie import is_tied, state_of
@@ -44,11 +44,11 @@ def test_outputs_stay_and_no_padding_is_left(name: str) -> None:
     micro, tied = all_micros()[name], tied_of(name)
     before = micro.logits(tied)
     padded = {n for n, e in state_of(tied).plan.weights.items()
-              if any(isinstance(x, Pad) for x in e.walk())}  # fmt: skip
+              if has_pads([e])}  # fmt: skip
     found = narrow_layers(tied)
     assert set(found.narrow) == padded
     assert found.left == ()
-    assert not state_of(tied).plan.has_pads
+    assert not has_pads(state_of(tied).plan.weights.values())
     assert torch.allclose(micro.logits(tied), before, rtol=1e-5, atol=1e-5)
     # It is a tied model as any other.
     for change in (tiedconv.freeze, tiedconv.apply_factors, copy.deepcopy):

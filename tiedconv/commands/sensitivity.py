@@ -35,7 +35,7 @@ from tiedconv.outputs import kind_of
 from tiedconv.planning.rank_allocation import metrics_of
 from tiedconv.runtime.forward_check import checked_forward
 from tiedconv.runtime.tensors import state_tensors
-from tiedconv.schemes._base import fuse
+from tiedconv.schemes._stacks import fuse
 from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading
 from tiedconv.sources.models import open_model
 from tiedconv.training import pick_device

@@ -1,9 +1,8 @@
 """The expression algebra: how a weight is computed from stored tensors.
 
 An expression is a small tree of frozen nodes. Its leaves are `Ref`s, names of stored tensors
-with their shapes; inner nodes permute, reshape, slice, join, pad, add, multiply, dequantize.
-Nothing else exists: a file that holds expressions can describe weights, but it can never name code
-to run.
+with their shapes; inner nodes permute, reshape, slice, join, pad, add, multiply, dequantize. No
+other exists: a file that holds expressions can describe weights, but it can never name code to run.
 
     >>> W = Ref("W", (64, 256))
     >>> conv3 = Reshape(Permute(W, (1, 0)), (256, 64, 1, 1))   # W^T as a 1x1 convolution
@@ -22,7 +21,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tiedconv.core.packed_codes import WIDTHS, integers_of, packed_length, unpacked
 from tiedconv.core.row_col_scale import scaled
@@ -86,9 +84,7 @@ class Expr:
     @property
     def is_view(self) -> bool:
         """True if evaluating allocates nothing: the result shares the stored tensor's memory."""
-        if any(
-            isinstance(node, Cat | Pad | Add | Mul | MatMul | Dequantize) for node in self.walk()
-        ):
+        if not all(isinstance(node, Ref | Permute | Reshape | Slice) for node in self.walk()):
             return False
         shape = next(iter(self.refs.values()))
         # Whether a reshape can stay a view depends on strides; torch itself knows best.
@@ -253,37 +249,6 @@ class Cat(Expr):
 
 
 @dataclass(frozen=True)
-class Pad(Expr):
-    """A tensor, and zeros after it along one dimension, which has `size` entries then."""
-
-    tag: ClassVar[str] = "pad"
-    x: Expr = field(default_factory=Expr)
-    dim: int = 0
-    size: int = 0
-
-    def _infer_shape(self) -> Shape:
-        shape, d = self.x.shape, self.dim
-        if not (0 <= d < len(shape) and shape[d] <= self.size):
-            raise malformed(f"pad of {shape} to {self.size} along dimension {d}")
-        return (*shape[:d], self.size, *shape[d + 1 :])
-
-    @property
-    def children(self) -> tuple[Expr, ...]:
-        return (self.x,)
-
-    def _with(self, children: tuple[Expr, ...]) -> Expr:
-        return Pad(children[0], self.dim, self.size)
-
-    def evaluate(self, lookup: Lookup) -> Tensor:
-        later = len(self.shape) - self.dim - 1
-        zeros = self.size - self.x.shape[self.dim]
-        return pad(self.x.evaluate(lookup), (0, 0) * later + (0, zeros))
-
-    def to_json(self) -> list[Any]:
-        return [self.tag, self.x.to_json(), self.dim, self.size]
-
-
-@dataclass(frozen=True)
 class _Binary(Expr):
     a: Expr = field(default_factory=Expr)
     b: Expr = field(default_factory=Expr)
@@ -437,11 +402,6 @@ def transpose(x: Expr) -> Expr:
 def reshape(x: Expr, shape: Sequence[int]) -> Expr:
     """`x` in another shape; nothing is added when it has that shape already."""
     return x if x.shape == tuple(shape) else Reshape(x, tuple(shape))
-
-
-def padded(x: Expr, dim: int, size: int) -> Expr:
-    """`x` with zeros after it; nothing is added when it has that size already."""
-    return x if x.shape[dim] == size else Pad(x, dim, size)
 
 
 def is_name(text: object) -> bool:

@@ -13,7 +13,6 @@ from tiedconv.core.expr import (
     Expr,
     MatMul,
     Mul,
-    Pad,
     Permute,
     Ref,
     Reshape,
@@ -21,6 +20,7 @@ from tiedconv.core.expr import (
     is_name,
     malformed,
 )
+from tiedconv.core.pad import Pad
 
 # Far above what any scheme builds, far below what could hurt a reader of an untrusted file.
 MAX_DEPTH = 24

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tiedconv.core.expr import Dequantize, Expr, Pad, Ref, Shape, is_name
+from tiedconv.core.expr import Dequantize, Expr, Ref, Shape, is_name
 from tiedconv.core.expr_json import all_from_json, check_size
 from tiedconv.core.options import current_options
 from tiedconv.core.tables import PlanTable
@@ -299,11 +299,6 @@ class Plan(PlanTable):
                         code="contradictory-plan",
                     )
         return found
-
-    @functools.cached_property
-    def has_pads(self) -> bool:
-        """Whether a weight is padded with zeros."""
-        return any(isinstance(n, Pad) for e in self.weights.values() for n in e.walk())
 
     @property
     def stored(self) -> int:

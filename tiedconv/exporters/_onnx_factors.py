@@ -81,6 +81,7 @@ def kernel_use(shape: tuple[int, ...]) -> str:
 def emit(expr: Expr, factors: Factors, tape: Tape) -> ir.Value:
     """Add the nodes that compute an expression; returns its value."""
     from tiedconv.core import expr as e
+    from tiedconv.core.pad import Pad
 
     if isinstance(expr, Ref):
         return factors.whole(expr.name)
@@ -93,7 +94,7 @@ def emit(expr: Expr, factors: Factors, tape: Tape) -> ir.Value:
         case e.Slice(dim=dim, start=start, stop=stop):
             ends = [int_constant(tape, [n]) for n in (start, stop, dim)]
             return tape.op("Slice", [*inputs, *ends])
-        case e.Pad(dim=dim):
+        case Pad(dim=dim):
             return pad_along(tape, inputs[0], dim, expr.shape[dim] - expr.children[0].shape[dim])
         case e.Cat(dim=dim):
             return tape.op("Concat", inputs, {"axis": dim})

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tiedconv.core.pad import has_pads
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError, UserError
 from tiedconv.io.atomic import replacing
@@ -192,12 +193,12 @@ def _content(
         value = stored(name)
         forms[name], hashes[name] = (value.dtype, tuple(value.shape)), tensor_hash(value)
     record = {"format": 1, "plan": plan.to_json(), "sha256": hashes, "history": list(history)}
-    if plan.has_pads:
+    if has_pads(plan.weights.values()):
         record |= {"format": FORMAT, "deflated": {}, "small": []}
     if not plan.codes:
         return _Content(forms, _metadata(compact_json(record), source), stored)
     small = small_names(forms)
-    record["format"] = FORMAT if plan.has_pads else WITH_CODES
+    record["format"] = FORMAT if has_pads(plan.weights.values()) else WITH_CODES
     record["deflated"] = {n: forms[n][1][0] for n in plan.codes if forms[n][1] != plan.factors[n]}
     record["small"] = list_of(small, forms)
     joint = joined(small, stored)

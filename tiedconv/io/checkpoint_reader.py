@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tiedconv.core.expr import Shape
+from tiedconv.core.pad import has_pads
 from tiedconv.core.plan import Plan
 from tiedconv.errors import CheckpointError, PlanError
 from tiedconv.io.deflated import PREFIX, inflated, inflated_text
@@ -167,7 +168,7 @@ def _checked(
     expected = {**plan.kept, **plan.factors}
     if plan.codes and version < WITH_CODES:
         raise ValueError(f"a file of version {version} has no codes")
-    if plan.has_pads and version < FORMAT:
+    if has_pads(plan.weights.values()) and version < FORMAT:
         raise ValueError(f"a file of version {version} has no padded weights")
     if hashes.keys() != shapes.keys():
         raise ValueError("its hashes are not those of its tensors")

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tiedconv.core.expr import Add, Cat, Expr, Lookup, MatMul, Mul, Pad, Permute, Ref, Slice
+from tiedconv.core.expr import Add, Cat, Expr, Lookup, MatMul, Mul, Permute, Ref, Slice
+from tiedconv.core.pad import Pad
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric, mean_metric
 
 Sides = tuple[Tensor | None, Tensor | None]

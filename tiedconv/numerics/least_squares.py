@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Pad, Permute, Ref, Reshape, Slice
+from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Permute, Ref, Reshape, Slice
+from tiedconv.core.pad import Pad
 from tiedconv.numerics.kfac_metric import KfacMetric, mean_metric
 from tiedconv.numerics.linalg import cholesky
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tiedconv.core.assemble import assemble, member_expr
@@ -19,6 +19,7 @@ from tiedconv.planning.rank_allocation import (
     KfacMetrics,
     allocate,
     allocate_evenly,
+    using_all,
     with_least,
 )
 from tiedconv.planning.recipe import Budget, Recipe, Rule
@@ -26,8 +27,6 @@ from tiedconv.planning.scheme_search import Part, choose, least_size
 from tiedconv.schemes import Draft, Scheme, all_schemes, make_scheme
 
 OPEN_BUDGET = "50%"  # of a scheme that chooses by size, where no size is given
-ROUNDS = 6  # of an allocation, until the budget is used
-CLOSE = 0.005  # of a budget: so little need not be used
 KEPT = "kept"  # the scheme's name of rows that share a tensor with converted ones
 
 
@@ -172,7 +171,7 @@ def choose_ranks(
 
     plan, shared = chosen(spare)
     if shared:
-        plan = _using_all(plan, spare, outlined.budget, lambda spare: chosen(spare)[0])
+        plan = using_all(plan, spare, outlined.budget, lambda spare: chosen(spare)[0])
     if plan.stored > outlined.budget:
         raise PlanError(
             f"The plan stores {plan.stored:,} parameters, and {outlined.budget:,} were asked for",
@@ -180,29 +179,6 @@ def choose_ranks(
             "Report this as a bug, with the model and the recipe",
             code="budget-exceeded",
         )
-    return plan
-
-
-def _using_all(plan: Plan, spare: int, budget: int, chosen: Callable[[int], Plan]) -> Plan:
-    """The plan that uses a budget where ranks are sides of one matrix: it stores less than counted.
-
-    Args:
-        plan: of the counted parameters `spare`.
-        budget: parameters that may be stored.
-        chosen: the plan of so many counted parameters.
-    """
-    more = budget - plan.stored
-    for _ in range(ROUNDS):
-        if budget - plan.stored <= CLOSE * budget or not more:
-            break
-        larger = chosen(spare + more)
-        if larger.stored > budget:
-            more //= 2
-            continue
-        if larger.stored == plan.stored:
-            break
-        plan, spare = larger, spare + more
-        more = budget - plan.stored
     return plan
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tiedconv.core.plan import Member, Slot
+from tiedconv.core.plan import Member, Plan, Slot
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.schemes import Draft, RankOption
+
+ROUNDS = 6
+"""Of an allocation, until the budget is used."""
+
+CLOSE = 0.005
+"""Of a budget: so little need not be used."""
 
 KfacMetrics = Mapping[str, KfacMetric]
 """The metric of each weight by its tensor's name, in the orientation `(out, in)`."""
@@ -92,6 +98,29 @@ def fill(
                 spare -= costs[i]
                 ranks[g][j] += 1
     return _finalize(drafts, ranks)
+
+
+def using_all(plan: Plan, spare: int, budget: int, chosen: Callable[[int], Plan]) -> Plan:
+    """The plan that uses a budget where ranks are sides of one matrix: it stores less than counted.
+
+    Args:
+        plan: of the counted parameters `spare`.
+        budget: parameters that may be stored.
+        chosen: the plan of so many counted parameters.
+    """
+    more = budget - plan.stored
+    for _ in range(ROUNDS):
+        if budget - plan.stored <= CLOSE * budget or not more:
+            break
+        larger = chosen(spare + more)
+        if larger.stored > budget:
+            more //= 2
+            continue
+        if larger.stored == plan.stored:
+            break
+        plan, spare = larger, spare + more
+        more = budget - plan.stored
+    return plan
 
 
 def allocate_evenly(drafts: Sequence[Draft], spare: int) -> list[Draft]:

@@ -22,12 +22,12 @@ from tiedconv.core.expr import (
     Expr,
     MatMul,
     Mul,
-    Pad,
     Permute,
     Ref,
     Reshape,
     Slice,
 )
+from tiedconv.core.pad import Pad
 from tiedconv.runtime.generator import Generated, parts_of
 
 V = TypeVar("V")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tiedconv.core.expr import Add, Cat, Dequantize, Expr, MatMul, Mul, Pad, Reshape
+from tiedconv.core.expr import Add, Cat, Dequantize, Expr, MatMul, Mul, Reshape
+from tiedconv.core.pad import Pad
 from tiedconv.runtime.factored import NotFactorableError, apply, matrix_of
 from tiedconv.runtime.generator import Generated, parts_of
 

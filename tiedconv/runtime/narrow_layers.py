@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tiedconv.core.assemble import assemble
-from tiedconv.core.expr import Expr, Pad, Reshape, padded, transpose
+from tiedconv.core.expr import Expr, Reshape, transpose
+from tiedconv.core.pad import Pad, has_pads, padded
 from tiedconv.core.plan import Plan, Slot
 from tiedconv.errors import UserError
 from tiedconv.runtime import tie
@@ -83,7 +84,7 @@ def narrow_layers(model: nn.Module, example: Example | None = None) -> Narrowed:
         UserError: the model is not tied.
     """
     plan = tie.state_of(model).plan
-    if not plan.has_pads:
+    if not has_pads(plan.weights.values()):
         return Narrowed((), ())
     if tie.has_offsets(model):
         raise UserError(
@@ -136,8 +137,7 @@ def untie(model: nn.Module, *, narrow: bool = True, example: Example | None = No
 
 def _result(plan: Plan, done: Sequence[_Hidden], reason: str = "") -> Narrowed:
     narrow = dict.fromkeys(slot.tensor for place in done for slot in (place.writer, place.reader))
-    pads = (n for n, e in plan.weights.items() if any(isinstance(x, Pad) for x in e.walk()))
-    left = tuple(name for name in pads if name not in narrow)
+    left = tuple(n for n, e in plan.weights.items() if has_pads([e]) and n not in narrow)
     return Narrowed(tuple(narrow), left, reason if left else "")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,8 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tiedconv.core.expr import Add, Expr, MatMul, Ref, Shape
-from tiedconv.core.partition import partition
-from tiedconv.core.plan import Block, Member, Slot
+from tiedconv.core.plan import Block, Member
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.kfac_metric import KfacMetric, mean_metric
 from tiedconv.numerics.linalg import spectrum, truncate
@@ -410,41 +408,3 @@ def with_product(
     left, right = Ref(b, (shape[0], rank)), Ref(a, (rank, shape[1]))
     factors |= {left.name: left.of, right.name: right.of}
     return MatMul(left, right)
-
-
-def stacks(
-    blocks: Sequence[Block], groups: str, *, fused: bool
-) -> Iterator[tuple[str, tuple[Member, ...]]]:
-    """The same role of the layers of each stack, divided into groups, by equal shape.
-
-    Args:
-        groups: a partition, see `core.partition.partition`.
-        fused: take a fused tensor (qkv) as one matrix rather than three.
-    """
-    found: dict[tuple[str, tuple[int, ...]], list[tuple[int, Slot]]] = defaultdict(list)
-    for block in sorted(blocks, key=lambda b: (b.stack, b.index)):
-        for role, slot in (fuse(block.slots) if fused else block.slots).items():
-            name = f"{block.stack.replace('.*', '').replace('*', '')}.{role}"
-            found[name, slot.matrix_shape].append((block.index, slot))
-    used: dict[str, int] = defaultdict(int)
-    for (name, _), slots in found.items():
-        # Layers of one role but two shapes (a stage's first block) make two groups.
-        used[name] += 1
-        label = name if used[name] == 1 else f"{name}.shape{used[name]}"
-        for part in partition(len(slots), groups):
-            where = "" if groups == "all" else f".{'-'.join(str(slots[i][0]) for i in part)}"
-            yield label + where, tuple(Member(slots[i][1]) for i in part)
-
-
-def fuse(slots: Mapping[str, Slot]) -> dict[str, Slot]:
-    """Slots of one tensor whose rows follow on each other, joined: roles q, k, v become qkv."""
-    joined: dict[str, Slot] = {}
-    for role, slot in slots.items():
-        last = next(reversed(joined), None)
-        if last is not None and joined[last].tensor == slot.tensor and (
-            joined[last].stop == slot.start
-        ):  # fmt: skip
-            joined[last + role] = dataclasses.replace(joined.pop(last), stop=slot.stop)
-        else:
-            joined[role] = slot
-    return joined

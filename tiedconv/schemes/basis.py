@@ -28,7 +28,8 @@ from tiedconv.core.plan import Block, Member
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.kfac_metric import KfacMetric, mean_metric
 from tiedconv.numerics.linalg import shared_with_scales, spectrum, truncate
-from tiedconv.schemes._base import Draft, FactoredBase, Layout, fuse
+from tiedconv.schemes._base import Draft, FactoredBase, Layout
+from tiedconv.schemes._stacks import fuse
 
 _READS = {"q", "k", "v", "qk", "kv", "qkv", "up", "conv1"}
 _WRITES = {"o", "down", "conv3"}

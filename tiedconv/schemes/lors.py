@@ -35,10 +35,10 @@ from tiedconv.schemes._base import (
     Layout,
     Ranked,
     Scheme,
-    stacks,
     with_residual,
 )
 from tiedconv.schemes._matched import LayersMatched
+from tiedconv.schemes._stacks import stacks
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Block
 from tiedconv.errors import NothingToConvert
 from tiedconv.numerics.kfac_metric import KfacMetric
-from tiedconv.schemes._base import Draft, Layout, RankOption, Scheme, stacks
+from tiedconv.schemes._base import Draft, Layout, RankOption, Scheme
 from tiedconv.schemes._generators import Form, is_linear
+from tiedconv.schemes._stacks import stacks
 
 
 @dataclass(frozen=True)

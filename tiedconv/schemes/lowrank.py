@@ -17,7 +17,8 @@ from torch import Tensor
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Block
 from tiedconv.numerics.linalg import truncate
-from tiedconv.schemes._base import Draft, Layout, Ranked, stacks, with_residual
+from tiedconv.schemes._base import Draft, Layout, Ranked, with_residual
+from tiedconv.schemes._stacks import stacks
 
 
 @dataclass(frozen=True)

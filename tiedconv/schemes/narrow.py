@@ -25,7 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tiedconv.core.expr import Expr, Ref, Shape, padded
+from tiedconv.core.expr import Expr, Ref, Shape
+from tiedconv.core.pad import padded
 from tiedconv.core.plan import Block, Member
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric

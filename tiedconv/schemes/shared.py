@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tiedconv.core.expr import Ref
 from tiedconv.core.plan import Block
-from tiedconv.schemes._base import Draft, Layout, stacks
+from tiedconv.schemes._base import Draft, Layout
 from tiedconv.schemes._matched import LayersMatched
+from tiedconv.schemes._stacks import stacks
 
 
 @dataclass(frozen=True)
