@@ -49,7 +49,6 @@ ASKED = {
     "vit-real": {"narrow": (75, 60), "lowrank": (75, 60, 50), "auto": (75, 60, 50)},
     "resnet-narrow": {"narrow": (75, 50), "lowrank": (75, 50), "auto": (75, 50)},
 }
-EFFORTS = ("fast", "normal")
 TIMED = {
     "vit-s": lambda: timm.create_model("vit_small_patch16_224"),
     "resnet50": lambda: torchvision.models.resnet50(weights=None),
@@ -131,7 +130,7 @@ def accuracy(args: argparse.Namespace, add: Callable[[dict[str, Any]], None], ro
         return int(done["multiply_adds"] * whole)
 
     row("original", 100, "", lambda: model)
-    for effort in EFFORTS:
+    for effort in args.efforts:
         for scheme, sizes in ASKED[args.model].items():
             for asked in sizes:
                 ours = partial(converted, model, calib, scheme, asked, effort)
@@ -205,6 +204,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(ASKED))
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--efforts", nargs="*", default=["fast", "normal"])
     parser.add_argument("--times", action="store_true")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()

@@ -105,6 +105,14 @@ def _facts(done: Exported) -> list[str]:
     else:
         what = " and ".join(done.outputs) or "outputs"
         lines.append(f"Checked: on random images its {what} differ by {done.difference:.1e}.")
+    if narrow := done.facts.get("narrow"):
+        lines.append(f"{len(narrow)} weights are of layers as narrow as what is stored.")
+    if padded := done.facts.get("padded"):
+        why = done.facts.get("why_padded") or "its class has layers of this width"
+        lines.append(
+            f"{len(padded)} weights have the original's width, zeros for hidden units that were "
+            f"removed: {why}."
+        )
     if done.facts.get("integers_as_floats"):
         lines.append(
             "This format has no packed integers: they are floats in it. --dtype float16 or int8 "

@@ -16,6 +16,7 @@ from tiedconv.commands._reference import (
     outputs_of,
     reference,
 )
+from tiedconv.core.pad import has_pads
 from tiedconv.errors import UserError, VerifyError
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
 from tiedconv.exporters._format import TEXT, stored_bytes
@@ -116,8 +117,7 @@ def export(
         model, integers = dequantized(model)
     images = images_for(model)
     text = further_inputs(model, images).get("input_ids") if form.has_graph else None
-    if form.has_graph:
-        narrow_layers(model, images if text is None else {"pixel_values": images, TEXT: text})
+    widths = _narrow(form, model, images, text)
     stored = stored_bytes(model, dtype)
     names = _output_names(form, model, images, outputs)
     expected, not_checked = _reference(form, model, images, dtype, names)
@@ -135,8 +135,21 @@ def export(
     as_floats = quantised and not written.facts.get("packed")
     return Exported(
         output, form.name, size, written.tensors, written.parameters, written.weight_bytes,
-        stored, difference, not_checked, {**written.facts, "integers_as_floats": as_floats}, names,
+        stored, difference, not_checked,
+        {**written.facts, **widths, "integers_as_floats": as_floats}, names,
     )  # fmt: skip
+
+
+def _narrow(form: Format, model: nn.Module, images: Tensor, text: Tensor | None) -> dict[str, Any]:
+    """Make the layers of a graph as narrow as what is stored; what the figures say of it."""
+    padded = [n for n, e in state_of(model).plan.weights.items() if has_pads([e])]
+    if not padded or (form.compact and not form.has_graph):
+        return {}
+    if not form.has_graph:
+        return {"padded": padded}
+    example = images if text is None else {"pixel_values": images, TEXT: text}
+    found = narrow_layers(model, example)
+    return {"narrow": list(found.narrow), "padded": list(found.left), "why_padded": found.reason}
 
 
 def _about(model: nn.Module) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def narrow_layers(model: nn.Module, example: Example | None = None) -> Narrowed:
         if before := _outputs(model, given, order):
             break
     else:
-        return _result(plan, (), "The model could not be run on usual inputs: give an example")
+        return _result(plan, (), "the model could not be run on usual inputs (give an example)")
 
     def is_same() -> bool:
         return _alike(before, _outputs(model, given))
@@ -111,7 +111,7 @@ def narrow_layers(model: nn.Module, example: Example | None = None) -> Narrowed:
         return _result(plan, places)
     # One by one: which of them can't be?
     done = [place for place in places if _try(model, [place], is_same, order)]
-    return _result(plan, done, "Its outputs would not be the same")
+    return _result(plan, done, "outputs would not be the same")
 
 
 def untie(model: nn.Module, *, narrow: bool = True, example: Example | None = None) -> nn.Module:
