@@ -14,6 +14,7 @@ import results_bytes
 import results_chain
 import results_detectors
 import results_fits
+import results_narrow
 import results_training
 from markdown_table import table
 from results_folder import RESULTS, ROOT, comment_on
@@ -194,6 +195,7 @@ def main() -> None:
         ("frontier", results_bytes.frontier),
         ("frontier_trained", results_bytes.trained),
         ("frontier_ablation", results_bytes.ablation),
+        ("narrow", results_narrow.section),
         ("chain", results_chain.section),
         ("detection", results_detectors.detection),
         ("adamixer_overfit", results_detectors.overfit),

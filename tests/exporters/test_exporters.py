@@ -49,6 +49,8 @@ WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "basis, tied": ("hf-vit", "basis", {"tie": True, "params": "75%"}),
     "lowrank": ("torchvision-vit", "lowrank", {"rank": 3}),
     "shared": ("timm-vit", "shared", {}),
+    "narrow": ("timm-vit", "narrow", {}),
+    "narrow kernels": ("torchvision-resnet", "narrow", {"width": 0.3}),
     "(in, out)": ("hf-imagegpt", "tied", {}),
     "kernels tied": ("torchvision-resnet", "tied", {}),
     "kernels low rank": ("timm-resnet", "lowrank", {"rank": 3}),

@@ -173,6 +173,27 @@ def test_a_model_that_takes_no_usual_input_needs_an_example() -> None:
     assert len(narrow_layers(tied, (x, x)).narrow) == 4
 
 
+@pytest.mark.parametrize(
+    "to", ["dense", "compact", *(pytest.param(f, marks=pytest.mark.slow) for f in ("pt2", "onnx"))]
+)
+def test_exports_with_a_graph_are_narrow_and_say_so(to: str, tmp_path: Path) -> None:
+    args = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "num_classes": 5}
+    tied = tiedconv.convert("timm:vit_tiny_patch16_224", "narrow", weights="none", model_args=args)
+    tiedconv.save(tied, tmp_path / "m.safetensors")
+    ending = {"dense": "pth", "compact": "safetensors", "pt2": "pt2", "onnx": "onnx"}[to]
+    done = tiedconv.export(tmp_path / "m.safetensors", tmp_path / f"out.{ending}", to)
+    plan = state_of(tied).plan
+    if to == "dense":
+        assert set(done.facts["padded"]) == set(plan.weights)
+        assert done.parameters == plan.original
+    elif to == "compact":
+        assert "padded" not in done.facts
+    else:
+        assert set(done.facts["narrow"]) == set(plan.weights)
+        assert done.facts["padded"] == []
+        assert done.weight_bytes < 4 * plan.stored
+
+
 def test_a_model_with_narrow_layers_is_not_saved(tmp_path: Path) -> None:
     tied = tied_of("timm-vit")
     tiedconv.save(tied, tmp_path / "wide.safetensors")

@@ -1,0 +1,77 @@
+"""The part of `docs/results.md` that is about narrower layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markdown_table import table
+
+TEXT = """## Narrow
+
+Hidden units removed (`narrow`) beside low rank, `auto` and torch-pruning, on CIFAR-10 after calibration with 512 training
+images alone: no training. *fast* is the closed-form fit with the statistics of batch norms, *normal* the block-wise fit
+besides. torch-pruning has the multiply-adds of the line beside it, no fit, and labels of the same images for its gradients;
+the better of two forms counts. Multiply-adds are those that PyTorch's counter counts as the models run.
+
+    python benchmarks/narrow.py --model vit-real --weights VIT.safetensors --data CIFAR10
+    python benchmarks/narrow.py --model resnet-narrow --weights RESNET.safetensors --data CIFAR10
+
+{accuracy}
+
+At equal multiply-adds `narrow` is ahead of torch-pruning wherever both were measured{lead}. Low rank is ahead of `narrow` on this
+ViT, whose hidden layers are only twice as wide as its tokens: its hidden units depend on each other less than their weights do,
+and `auto` chooses low rank for it.
+
+What narrow layers take in time: random weights, {images} images, one thread, all forms by turns, the least of many runs.
+`lowrank` has as many parameters as `narrow`, its factors applied one by one.
+
+    python benchmarks/narrow.py --times
+
+{times}
+"""
+
+
+def section(rows: list[dict[str, Any]]) -> str:
+    """The tables of `benchmarks/results/narrow.json`."""
+    lines, leads = [], []
+    fast = [r for r in rows if r.get("effort") in ("fast", "") and "top1" in r]
+    for row in fast:
+        if row["method"].startswith("torch-pruning"):
+            continue
+        same = {"model": row["model"], "asked": row["asked"]}
+        pruned = _find(rows, **same, method=f"torch-pruning as {row['method']}")
+        normal = _find(rows, **same, method=row["method"], effort="normal")
+        if pruned is not None and row["method"] == "narrow":
+            leads.append(100 * (row["top1"] - pruned["top1"]))
+        lines.append([
+            row["model"], row["method"], f"{100 * row['parameters']:.1f} %",
+            f"{100 * row['multiply_adds']:.1f} %", _percent(row), _percent(normal), _percent(pruned),
+        ])  # fmt: skip
+    head = [
+        "model",
+        "method",
+        "parameters",
+        "multiply-adds",
+        "top-1, fast",
+        "normal",
+        "torch-pruning",
+    ]
+    timed = [row for row in rows if "eager_ms" in row]
+    times = [
+        [row["model"], row["method"], f"{100 * row['multiply_adds']:.1f} %",
+         f"{row['eager_ms']:.0f} ms", f"{row['onnx_ms']:.0f} ms"]
+        for row in timed
+    ]  # fmt: skip
+    return TEXT.format(
+        accuracy=table(head, lines), images=timed[0]["images"] if timed else 0,
+        lead=f", by {min(leads):.1f} to {max(leads):.1f} points" if leads else "",
+        times=table(["model", "form", "multiply-adds", "eager", "ONNX Runtime"], times),
+    )  # fmt: skip
+
+
+def _find(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
+    return next((row for row in rows if wanted.items() <= row.items()), None)
+
+
+def _percent(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{100 * row['top1']:.2f} %"
