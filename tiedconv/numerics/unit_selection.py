@@ -18,7 +18,7 @@ from torch import Tensor
 from tiedconv.numerics.kfac_metric import KfacMetric
 from tiedconv.numerics.linalg import cholesky
 
-AT_ONCE = 64
+AT_ONCE = 16
 """One of so many units is removed at a time, those that matter least; of fewer, one by one."""
 
 
