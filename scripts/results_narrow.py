@@ -10,18 +10,21 @@ TEXT = """## Narrow
 
 Hidden units removed (`narrow`) beside low rank, `auto` and torch-pruning, on CIFAR-10 after calibration with 512 training
 images alone: no training. *fast* is the closed-form fit with the statistics of batch norms, *normal* the block-wise fit
-besides. torch-pruning has the multiply-adds of the line beside it, no fit, and labels of the same images for its gradients;
-the better of two forms counts. Multiply-adds are those that PyTorch's counter counts as the models run.
+besides; empty cells were not measured. torch-pruning has the multiply-adds of the line beside it and labels of the same
+images for its gradients, but no fit of any kind: what remains keeps its weights, and batch norms their statistics. The better
+of two forms counts. Multiply-adds are those that PyTorch's counter counts as the models run.
 
     python benchmarks/narrow.py --model vit-real --weights VIT.safetensors --data CIFAR10
     python benchmarks/narrow.py --model resnet-narrow --weights RESNET.safetensors --data CIFAR10
 
 {accuracy}
 
-At equal multiply-adds `narrow` is ahead of torch-pruning wherever both were measured{lead}. Low rank is ahead of `narrow` on this
-ViT, whose hidden layers are only twice as wide as its tokens: its hidden units depend on each other less than their weights do,
-and `auto` chooses low rank for it.
+At equal multiply-adds `narrow` is ahead of torch-pruning wherever both were measured{lead}. Low rank is ahead of
+`narrow` on this ViT, whose hidden layers are only twice as wide as its tokens. Attention is not narrowed, so `narrow` alone can't
+reach half of it.
+{timed}"""
 
+TIMES = """
 What narrow layers take in time: random weights, {images} images, one thread, all forms by turns, the least of many runs.
 `lowrank` has as many parameters as `narrow`, its factors applied one by one.
 
@@ -57,16 +60,17 @@ def section(rows: list[dict[str, Any]]) -> str:
         "torch-pruning",
     ]
     timed = [row for row in rows if "eager_ms" in row]
-    times = [
+    lines_of_times = [
         [row["model"], row["method"], f"{100 * row['multiply_adds']:.1f} %",
          f"{row['eager_ms']:.0f} ms", f"{row['onnx_ms']:.0f} ms"]
         for row in timed
     ]  # fmt: skip
+    times = table(["model", "form", "multiply-adds", "eager", "ONNX Runtime"], lines_of_times)
     return TEXT.format(
-        accuracy=table(head, lines), images=timed[0]["images"] if timed else 0,
+        accuracy=table(head, lines),
         lead=f", by {min(leads):.1f} to {max(leads):.1f} points" if leads else "",
-        times=table(["model", "form", "multiply-adds", "eager", "ONNX Runtime"], times),
-    )  # fmt: skip
+        timed=TIMES.format(images=timed[0]["images"], times=times) if timed else "",
+    )
 
 
 def _find(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
