@@ -40,7 +40,8 @@ from zoo_models import NAMES, built, has_small_form, published
 import tiedconv
 from tiedconv.errors import NothingToConvert, TiedconvError
 from tiedconv.families.inspect import ModelInfo, inspect_model
-from tiedconv.planning.planner import outline, parameters_of
+from tiedconv.planning.drafting import parameters_of
+from tiedconv.planning.planner import outline
 from tiedconv.planning.recipe import Recipe
 
 RESULT = Path(__file__).parent / "results" / "zoo.json"

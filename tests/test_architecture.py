@@ -37,7 +37,7 @@ IMPORTS: dict[str, str] = {
     "families": "core errors",
     "runtime": "core errors",
     "schemes": "core errors numerics runtime",
-    "planning": "core errors families io numerics schemes",
+    "planning": "core errors families io numerics runtime schemes",
     "io": "core errors families runtime",
     "utils": "errors io",
     "integrations": "core errors io runtime version",

@@ -25,6 +25,7 @@ from tiedconv.data import TensorList
 from tiedconv.errors import NothingToConvert, RecipeError, UserError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.planner import outline
+from tiedconv.planning.recipe import Budget
 from tiedconv.schemes import all_schemes
 
 FAST = CalibConfig(effort="fast")
@@ -182,7 +183,7 @@ def test_a_cost_is_what_the_metric_says_of_the_converted_weights(
 
 def test_statistics_are_measured_once_for_each_alignment(work: Work, vit: nn.Module) -> None:
     info = inspect_model(vit)
-    specs = [row.spec.recipe(cell.budget) for row in work.found.rows for cell in row.cells]
+    specs = [row.spec.recipe(Budget(cell.budget)) for row in work.found.rows for cell in row.cells]
     feasible = [r for recipe in specs for r in Sizes(info).feasible(recipe)]
     recipes = [*feasible, *(f.spec.recipe() for f in work.found.fixed)]
     alignments = {outline(info, recipe).alignment for recipe in recipes}

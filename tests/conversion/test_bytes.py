@@ -27,7 +27,7 @@ from tiedconv.core.plan import Plan
 from tiedconv.errors import BudgetError, CheckpointError, PlanError, RecipeError, UserError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.io.checkpoint_reader import read
-from tiedconv.planning.planner import compile_plan
+from tiedconv.planning.drafting import compile_plan
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.dequantize import dequantize
 from tiedconv.runtime.tensors import state_tensors

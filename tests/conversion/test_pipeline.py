@@ -105,8 +105,8 @@ def test_a_plan_above_the_budget_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     planned = plan_on(model, Recipe.of("lowrank", params="50%"))
     least = planner.allocate
 
-    def too_many(drafts: Any, spare: int, *rest: Any) -> Any:
-        return least(drafts, 100 * spare, *rest)
+    def too_many(drafts: Any, spare: Any, *rest: Any) -> Any:
+        return least(drafts, spare.times(100), *rest)
 
     monkeypatch.setattr(planner, "allocate", too_many)
     with pytest.raises(PlanError) as caught:

@@ -30,9 +30,11 @@ from tiedconv.errors import (
 from tiedconv.families.inspect import inspect_model
 from tiedconv.numerics.linalg import spectrum
 from tiedconv.numerics.symmetries import WeightEditor
-from tiedconv.planning.planner import draft, smaller_options
+from tiedconv.planning.drafting import draft
+from tiedconv.planning.feasibility import smaller_options
 from tiedconv.planning.rank_allocation import allocate
 from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.planning.resources import limits
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.schemes import Draft, all_schemes, make_scheme
 from tiedconv.schemes._base import Ranked
@@ -431,7 +433,7 @@ def test_no_exchange_of_one_rank_for_another_removes_more_error(scheme: str, spa
     taken: list[tuple[float, int]] = []  # error removed and cost of the last rank of each matrix
     untaken: list[tuple[float, int]] = []
     spent = 0
-    for before, after in zip(drafts, allocate(drafts, spare, editor), strict=True):
+    for before, after in zip(drafts, allocate(drafts, limits(spare), editor), strict=True):
         assert isinstance(after.scheme, Ranked)
         assert isinstance(after.scheme.rank, tuple)
         matrices = [m.matrix_of(editor.tensors[m.slot.tensor]) for m in before.members]

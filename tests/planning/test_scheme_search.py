@@ -21,7 +21,7 @@ from tiedconv.families.inspect import inspect_model
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.linalg import spectrum
 from tiedconv.numerics.symmetries import WeightEditor
-from tiedconv.planning.planner import compile_plan, draft
+from tiedconv.planning.drafting import compile_plan, draft
 from tiedconv.planning.rank_allocation import (
     KfacMetrics,
     allocate,
@@ -31,7 +31,8 @@ from tiedconv.planning.rank_allocation import (
     with_least,
 )
 from tiedconv.planning.recipe import Recipe
-from tiedconv.planning.scheme_search import Curve, Part, StackOptions, choose, least_size
+from tiedconv.planning.resources import Resources, limits
+from tiedconv.planning.scheme_search import Curve, Part, StackOptions, choose, least_of
 from tiedconv.schemes import Draft, Scheme, make_scheme
 
 NAMES = ("timm-vit", "torchvision-resnet", "hf-imagegpt", "convmixer")
@@ -49,6 +50,11 @@ CANDIDATES = (
     scheme("tied", base_rank=0.5),
     scheme("basis", groups="all"),
 )
+
+
+def least_size(part: Part) -> int:
+    """The fewest parameters of a part."""
+    return int(least_of(part).params)
 
 
 @functools.cache
@@ -125,7 +131,7 @@ def test_a_choice_keeps_to_its_budget_and_gives_each_matrix_once(
     part = Part(CANDIDATES[:count], blocks_of(name))
     least = least_size(part)
     budget = int(least + share * (dense(name) - least))
-    drafts = choose([part], budget, bench_of(name), metrics_for(name))
+    drafts = choose([part], limits(budget), bench_of(name), metrics_for(name))
     assert size_of(name, drafts) <= budget
     rows: dict[str, list[tuple[int, int]]] = {}
     for d in drafts:
@@ -143,13 +149,13 @@ def test_a_single_candidate_is_spent_on_as_ranks_are(name: str, share: float) ->
     budget = int(least_size(part) + share * (dense(name) - least_size(part)))
     assert least_size(part) == size_of(name, least)
     metrics = metrics_for(name)
-    chosen = choose([part], budget, bench_of(name), metrics)
-    assert chosen == allocate(least, budget - size_of(name, least), bench_of(name), metrics)
+    chosen = choose([part], limits(budget), bench_of(name), metrics)
+    assert chosen == allocate(least, limits(budget - size_of(name, least)), bench_of(name), metrics)
 
 
 def left_by(name: str, part: Part, budget: int) -> float:
     """The cost that a choice leaves, by its own account."""
-    drafts = choose([part], budget, bench_of(name), metrics_for(name))
+    drafts = choose([part], limits(budget), bench_of(name), metrics_for(name))
     return predicted(name, drafts, metrics_for(name))
 
 
@@ -179,14 +185,14 @@ def test_more_candidates_never_leave_a_higher_predicted_cost(name: str, share: f
 @each_model
 def test_with_room_for_all_every_block_is_kept(name: str) -> None:
     part = Part(CANDIDATES, blocks_of(name))
-    assert choose([part], dense(name), bench_of(name), metrics_for(name)) == []
-    assert choose([part], dense(name) - 1, bench_of(name), metrics_for(name)) != []
+    assert choose([part], limits(dense(name)), bench_of(name), metrics_for(name)) == []
+    assert choose([part], limits(dense(name) - 1), bench_of(name), metrics_for(name)) != []
 
 
 @each_model
 def test_nothing_is_kept_where_everything_must_be_small(name: str) -> None:
     part = Part(CANDIDATES, blocks_of(name))
-    drafts = choose([part], least_size(part), bench_of(name), metrics_for(name))
+    drafts = choose([part], limits(least_size(part)), bench_of(name), metrics_for(name))
     assert size_of(name, drafts) <= least_size(part)
 
 
@@ -224,7 +230,7 @@ def test_parts_share_one_budget() -> None:
             for tensor in metrics_for(name)
             for factor in [100.0 if loved in tensor else 1.0]
         }
-        drafts = choose(parts, budget, bench_of(name), metrics)
+        drafts = choose(parts, limits(budget), bench_of(name), metrics)
         assert size_of(name, drafts) <= budget
         spent.append(sum(
             sum(math.prod(s) for s in d.scheme.layout(d.shapes).factors.values())
@@ -235,17 +241,24 @@ def test_parts_share_one_budget() -> None:
 
 def curve(size: int, cost: float, *gains: float, multiplier: int = 1) -> Curve:
     """A curve of one rank_option."""
+    taken = Resources(size)
     if not gains:
-        return Curve((), size, cost)
-    return Curve((), size, cost, ((0, 0),), (torch.tensor(gains),), (multiplier,))
+        return Curve((), taken, cost)
+    each = (Resources(multiplier),)
+    return Curve((), taken, cost, ((0, 0),), (torch.tensor(gains),), each)
+
+
+def price(multiplier: float) -> Resources:
+    """Of a parameter."""
+    return Resources(multiplier)
 
 
 def test_a_curve_takes_what_is_worth_its_price() -> None:
     c = curve(10, 0.5, 8.0, 4.0, 2.0, 1.0, multiplier=2)
-    assert c.at(1e9) == (15.5, 10)
-    assert c.at(3.0) == (7.5, 12)
-    assert c.at(1.5) == (3.5, 14)
-    assert c.at(1e-9) == (0.5, 18)
+    assert c.at(price(1e9)) == (15.5, Resources(10))
+    assert c.at(price(3.0)) == (7.5, Resources(12))
+    assert c.at(price(1.5)) == (3.5, Resources(14))
+    assert c.at(price(1e-9)) == (0.5, Resources(18))
 
 
 @given(st.floats(1e-3, 1e3))
@@ -255,10 +268,11 @@ def test_a_menu_is_ordered_by_cost_plus_price(multiplier: float) -> None:
         (curve(100, 0.0), curve(20, 5.0, 20.0, 8.0, multiplier=12)),
     )
     whole = (curve(25, 9.0, 40.0, 20.0, multiplier=20),)
-    chosen = StackOptions(each, whole).best(multiplier)
+    of = price(multiplier)
+    chosen = StackOptions(each, whole).best(of)
 
     def worth(curves: Sequence[Curve]) -> float:
-        return sum(c.at(multiplier)[0] + multiplier * c.at(multiplier)[1] for c in curves)
+        return sum(c.at(of)[0] + c.at(of)[1].at(of) for c in curves)
 
     ways = [*itertools.product(*each), whole]
     assert worth(chosen) == pytest.approx(min(map(worth, ways)))
@@ -266,8 +280,8 @@ def test_a_menu_is_ordered_by_cost_plus_price(multiplier: float) -> None:
 
 def test_a_stack_is_taken_as_a_whole_where_that_is_best() -> None:
     each = ((curve(100, 0.0), curve(10, 5.0)), (curve(100, 0.0), curve(10, 5.0)))
-    assert len(StackOptions(each, (curve(12, 6.0),)).best(0.1)) == 1
-    assert len(StackOptions(each, (curve(12, 60.0),)).best(0.1)) == 2
+    assert len(StackOptions(each, (curve(12, 6.0),)).best(price(0.1))) == 1
+    assert len(StackOptions(each, (curve(12, 60.0),)).best(price(0.1))) == 2
 
 
 @each_model
@@ -275,12 +289,12 @@ def test_ranks_go_where_the_metric_says(name: str) -> None:
     least = with_least(list(scheme("lowrank", fused=False).drafts(blocks_of(name))))
     spare = dense(name) // 4
     metrics = dict(metrics_for(name))
-    before = allocate(least, spare, bench_of(name), metrics)
+    before = allocate(least, limits(spare), bench_of(name), metrics)
     for loved in list(metrics)[:3]:
         m = metrics[loved]
         assert m.left is not None
         raised = {**metrics, loved: KfacMetric(m.left * 100, m.right)}
-        after = allocate(least, spare, bench_of(name), raised)
+        after = allocate(least, limits(spare), bench_of(name), raised)
         for old, new in zip(before, after, strict=True):
             mine = old.members[0].slot.tensor == loved
             rank_option = old.scheme.rank_options(old.shapes)[0]
@@ -305,8 +319,8 @@ def test_the_scale_of_all_costs_decides_nothing(name: str) -> None:
         n: KfacMetric(m.left * 2.0**-20, m.right) for n, m in metrics.items() if m.left is not None
     }
     spare = dense(name) // 3
-    assert allocate(least, spare, bench_of(name), metrics) == allocate(
-        least, spare, bench_of(name), scaled
+    assert allocate(least, limits(spare), bench_of(name), metrics) == allocate(
+        least, limits(spare), bench_of(name), scaled
     )
 
 
@@ -351,11 +365,13 @@ def test_a_rank_too_dear_is_passed_over_for_one_that_fits() -> None:
     dear, cheap = (
         next(g for g, d in enumerate(least) if sum(d.shapes[0]) == cost) for cost in (160, 64)
     )
-    ratios = [torch.tensor([5.0, 4.0]), torch.tensor([3.0, 2.0])]
+    costs = [Resources(160), Resources(64)]
+    gains = [torch.tensor([5.0, 4.0]) * 160, torch.tensor([3.0, 2.0]) * 64]
     start = [rank_of(d, 0) for d in least]
 
     def ranks(spare: int) -> tuple[int, int]:
-        made = fill(least, spare, [(dear, 0), (cheap, 0)], ratios)
+        places = [(dear, 0), (cheap, 0)]
+        made = fill(least, limits(spare), places, gains, costs, price(1)).drafts
         return rank_of(made[dear], 0) - start[dear], rank_of(made[cheap], 0) - start[cheap]
 
     assert ranks(63) == (0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 import tiedconv
 from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Ref, Reshape, Slice, transpose
 from tiedconv.core.pad import padded
+from tiedconv.core.part import part
+from tiedconv.planning.recipe import Recipe, Rule
 from tiedconv.runtime.factored import (
     NotFactorableError,
     apply,
@@ -23,10 +26,11 @@ from tiedconv.runtime.factored import (
 )
 from tiedconv.runtime.factored_linear import apply_factors
 from tiedconv.runtime.factored_torch import Features
-from tiedconv.runtime.flops import apply_flops, materialize_flops, reads_transposed
+from tiedconv.runtime.flops import apply_flops, apply_macs, materialize_flops, reads_transposed
 from tiedconv.runtime.tie import (
     clear_offsets,
     freeze,
+    is_frozen,
     scale_offsets,
     set_offsets,
     state_of,
@@ -106,6 +110,23 @@ def test_applying_is_multiplying_with_the_matrix(
     assert (apply_flops(expr) or 0) >= 1
 
 
+@given(expressions(), st.integers(0, 1), st.data())
+def test_a_part_of_a_matrix_is_one_of_its_factors(
+    drawn: tuple[Expr, dict[str, Tensor]], dim: int, data: st.DataObject
+) -> None:
+    expr, tensors = drawn
+    size = expr.shape[dim]
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    found = part(expr, dim, start, stop)
+    whole = expr.evaluate(tensors.__getitem__)
+    assert torch.allclose(
+        found.evaluate(tensors.__getitem__), whole.narrow(dim, start, stop - start)
+    )
+    assert found.shape == whole.narrow(dim, start, stop - start).shape
+    assert apply_flops(found) is not None
+
+
 def test_a_kernel_that_is_not_a_reshaped_matrix_must_be_materialized() -> None:
     with pytest.raises(NotFactorableError):
         matrix_of(Reshape(transpose(Ref("w", (6, 4))), (2, 3, 2, 2)))
@@ -143,11 +164,11 @@ def test_applied_factors_give_the_outputs_of_the_weights_and_untie_undoes_them(
     model = tiedconv.convert(micro.model(), scheme, **options)
     expected = micro.logits(model)
     applied = apply_factors(model)
-    linear = {
+    able = {
         n for n, module, attribute, expr in tied_weights(model)
-        if isinstance(module, nn.Linear) and attribute == "weight" and not expr.is_view
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and not expr.is_view
     }  # fmt: skip
-    assert set(applied) == linear
+    assert set(applied) == able
     assert applied
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.allclose(micro.logits(other), expected, rtol=1e-4, atol=1e-5)
@@ -168,6 +189,131 @@ def test_applied_again_with_fewer_rows_it_chooses_again() -> None:
     assert not apply_factors(model, rows=10**6)
     assert not [n for n, m, _, _ in tied_weights(model) if type(m).forward is not nn.Linear.forward
                 and isinstance(m, nn.Linear)]  # fmt: skip
+
+
+KERNELS: list[tuple[int, dict[str, Any], bool]] = [
+    (1, {}, True),
+    (1, {"stride": (2, 1)}, True),
+    (1, {"padding": 1}, False),
+    (3, {"padding": 1}, True),
+    (3, {"padding": "same", "dilation": 2, "bias": False}, True),
+    (3, {"stride": 2, "padding": 1, "padding_mode": "reflect"}, False),
+    (3, {"groups": 2}, False),
+    (4, {"stride": 2}, True),
+]
+
+
+@pytest.mark.parametrize(("size", "options", "able"), KERNELS)
+@pytest.mark.parametrize("scheme", ["lowrank", "lors", "basis"])
+def test_convolutions_apply_factors(
+    size: int, options: dict[str, Any], able: bool, scheme: str
+) -> None:
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(nn.Conv2d(16, 16, size, **options) for _ in range(3)))
+    model = tiedconv.convert(stack, scheme, example=torch.randn(1, 16, 32, 32)).eval()
+    x = torch.randn(2, 16, 40, 64)
+    with torch.no_grad():
+        expected = model(x)
+        assert bool(apply_factors(model)) == able
+        assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(model(x[0]), expected[0], rtol=1e-4, atol=1e-5)
+        compiled = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert torch.allclose(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    gradient = torch.autograd.grad(model(x).square().sum(), next(model.parameters()))[0]
+    assert gradient.abs().sum() > 0
+    tiedconv.untie(model)
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+ATTENTIONS: list[dict[str, Any]] = [
+    {},
+    {"batch_first": True},
+    {"bias": False},
+    {"kdim": 24, "vdim": 40},
+    {"add_bias_kv": True, "add_zero_attn": True},
+]
+
+
+@pytest.mark.parametrize("options", ATTENTIONS)
+@pytest.mark.parametrize("needs_weights", [False, True])
+def test_attentions_apply_factors(options: dict[str, Any], needs_weights: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({str(i): nn.MultiheadAttention(32, 2, **options) for i in range(2)})
+    example = torch.randn(4, 3, 32)  # nothing is run here: the attentions are called below
+    tied = tiedconv.convert(model, "lowrank", rank=3).eval()
+    attention = tied["0"]
+    assert isinstance(attention, nn.MultiheadAttention)
+    widths = [32, options.get("kdim", 32), options.get("vdim", 32)]
+    inputs = [torch.randn(4, 3, width) for width in widths]
+    alike = [example] * 3 if widths == [32] * 3 else inputs
+    with torch.no_grad():
+        for given in (inputs, alike):
+            attention.train(False)
+            expected = attention(*given, need_weights=needs_weights)
+            names = apply_factors(tied)
+            assert "0.out_proj.weight" in names
+            found = attention(*given, need_weights=needs_weights)
+            assert torch.allclose(found[0], expected[0], atol=1e-5)
+            assert (found[1] is None) == (expected[1] is None)
+            apply_factors(tied, rows=10**9)
+    tiedconv.untie(tied)
+    assert type(tied["0"]) is nn.MultiheadAttention
+
+
+class ReadsTheType(nn.Module):
+    """Reads the type of a layer's weight, as transformers do, and computes with it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, 16)` to the same."""
+        for layer in self.layers:
+            assert layer.weight.shape == (16, 16)
+            x = layer(x.to(layer.weight.dtype))
+        return x @ self.layers[0].weight
+
+
+def test_a_weight_is_evaluated_only_where_something_is_computed_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiedconv.convert(ReadsTheType(), "lowrank", rank=2, example=torch.randn(1, 16)).eval()
+    x = torch.randn(3, 16, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+    apply_factors(model)
+    evaluated: list[Expr] = []
+    evaluate = MatMul.evaluate
+    monkeypatch.setattr(
+        MatMul, "evaluate", lambda self, lookup: (evaluated.append(self), evaluate(self, lookup))[1]
+    )
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(evaluated) == 1
+
+
+def test_a_factor_that_parts_share_is_multiplied_once() -> None:
+    b, c, a = Ref("b", (6, 2)), Ref("c", (3, 2)), Ref("a", (2, 8))
+    joined = Cat((MatMul(b, a), MatMul(c, a)), 0)
+    assert apply_macs(joined) == 2 * 8 + 6 * 2 + 3 * 2
+    assert apply_macs(transpose(joined)) == 6 * 2 + 3 * 2 + 2 * 8
+
+
+def test_for_the_fewest_multiply_adds_some_weights_are_cached() -> None:
+    micro = all_micros()["timm-vit"]
+    rules = [Rule("lowrank", {"rank": 2}, ("*mlp*",)), Rule("lors", {}, ("*attn*",))]
+    model = tiedconv.convert(micro.model(), recipe=Recipe(tuple(rules)))
+    expected = micro.logits(model)
+    applied = apply_factors(model, cache=True)
+    assert applied
+    assert all("mlp" in name for name in applied)
+    for name, module, attribute, _ in tied_weights(model):
+        assert is_frozen(module, attribute) == (name not in applied)
+    assert torch.allclose(micro.logits(model), expected, rtol=1e-4, atol=1e-5)
+    tiedconv.untie(model)
+    assert torch.allclose(micro.logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_offsets_count_with_factors_applied() -> None:
@@ -193,8 +339,7 @@ def test_offsets_count_with_factors_applied() -> None:
 
 def test_no_weight_is_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
     micro = all_micros()["timm-vit"]
-    # Of a convolution with a stride the weight is materialised.
-    model = tiedconv.convert(micro.model(), "lowrank", rank=2, include=["blocks.*"])
+    model = tiedconv.convert(micro.model(), "lowrank", rank=2)
     apply_factors(model)
 
     def forbidden(self: MatMul, lookup: object) -> Tensor:

@@ -188,12 +188,17 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option of a command was typed, rather than left at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse_without_images(context: typer.Context, *options: str) -> None:
     """UserError if any of these options of a command was given: it has no --calib."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        source = context.get_parameter_source(name) if name in options else None
-        if source is not None and source.name == "COMMANDLINE":
+        if name in options and is_given(context, name):
             raise UserError(
                 f"{parameter.opts[-1]} was given without --calib",
                 "It has no effect without calibration images",

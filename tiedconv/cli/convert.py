@@ -95,11 +95,21 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = None,
+    macs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BUDGET",
+            help="Choose ranks such that a forward pass takes at most so many multiply-adds: 60% "
+            "or 2.5G, with factors applied, as in ONNX files. With --params or --bytes both are "
+            "kept.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
             help="Rank of the residuals (for lowrank: of the matrices): an integer such as 16, or "
-            "a fraction of each matrix's parameters such as 0.2. --params chooses it.",
+            "a fraction of each matrix's parameters such as 0.2. --params and --macs choose it.",
             rich_help_panel=SIZE,
         ),
     ] = None,
@@ -141,7 +151,7 @@ def convert(
         typer.Option(
             "--dry-run",
             help="Print the plan without loading weights. Exact, except for the schemes and ranks "
-            "that --params will choose.",
+            "that a budget will choose.",
             rich_help_panel=common.OUTPUT,
         ),
     ] = False,
@@ -188,7 +198,7 @@ def convert(
         common.refuse_without_images(
             context, "calib_images", "effort", "batch_size", "resume", "strict", "output_name"
         )
-    wanted = make_recipe(scheme, params, size, bits, rank, option, include, exclude, recipe)
+    wanted = make_recipe(scheme, params, size, bits, macs, rank, option, include, exclude, recipe)
     change = images.change()
     with ConvertBar(batch_size) as bar, listening(bar.stage):
         given: Calibration | None = None
@@ -214,7 +224,8 @@ def convert(
     if json_:
         common.print_json(_figures(done))
     else:
-        budget, sized = wanted.budget is not None, wanted.bytes is not None
+        budget = wanted.budget is not None or wanted.macs is not None
+        sized = wanted.bytes is not None
         _show(
             done, each=all_groups, budget=budget, sized=sized, weights=weights, calib=calib
         )  # fmt: skip
@@ -250,7 +261,9 @@ def default_output(model: str, recipe: Recipe) -> Path:
 def _report(done: Conversion) -> Report:
     from tiedconv.commands.report import plan_report, report_of
 
-    return report_of(done.written) if done.written else plan_report(done.plan, done.spec)
+    if done.written:
+        return report_of(done.written)
+    return plan_report(done.plan, done.spec, done.macs)
 
 
 def _figures(done: Conversion) -> dict[str, Any]:
@@ -264,6 +277,7 @@ def _figures(done: Conversion) -> dict[str, Any]:
         "file_bytes": done.size,
         "fit_seconds": round(done.seconds, 3),
         "original_bytes": figures.original_bytes,
+        "macs": figures.macs,
         "integers": figures.integers,
         "rounding": done.record.get("rounding"),
         "calibration": done.calibration,

@@ -41,6 +41,13 @@ def plan(
         str,
         typer.Option(metavar="BUDGETS", help="Budgets to compare, such as 70%,50%,30% or 40M,20M."),
     ] = BUDGETS,
+    macs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BUDGETS",
+            help="Budgets of multiply-adds, such as 70%,50% or 4G, in place of the usual --params.",
+        ),
+    ] = None,
     calib: Annotated[
         Path | None,
         option_in(
@@ -57,7 +64,9 @@ def plan(
     options: CalibOptions,
     json_: common.Json = False,
 ) -> None:
-    """Compare the sizes that every scheme reaches at each budget, without converting anything.
+    """Compare what every scheme takes at each budget, without converting anything.
+
+    Parameters, bytes in float32, and multiply-adds of a forward pass.
 
     Takes seconds and loads no weights. With [b]--calib[/b] every combination is fitted, and its
     expected KL divergence from the original's outputs (in nats, before fine-tuning) is shown.
@@ -67,6 +76,7 @@ def plan(
 
     if calib is None:
         common.refuse_without_images(context, "calib_images", "strict", "output_name")
+    budgets = params.split(",") if macs is None or common.is_given(context, "params") else []
     change = images.change()
     quick = contextlib.nullcontext() if calib else _quick_start()
     with PlanBar("fitting") as bar, quick:
@@ -74,7 +84,8 @@ def plan(
         if calib is not None:
             given = options.calibration(calib, bar, effort="fast")
         found = compare(
-            model, params.split(","), calib=given, weights=weights, reading=reading.reading(),
+            model, budgets, macs=(macs or "").split(","), calib=given, weights=weights,
+            reading=reading.reading(),
             model_args=common.model_args(model_arg), preprocess=change, seed=options.seed,
             on_fit=bar.fit,
         )  # fmt: skip
@@ -117,17 +128,38 @@ def _show(found: Comparison) -> None:
     if found.fixed:
         say("")
         columns = ["of fixed size", "stored", "ratio"] + ["nats"] * costs
-        common.show_table(columns, [_fixed(f, costs) for f in found.fixed])
+        columns += ["bytes", "macs"] * (found.macs is not None)
+        common.show_table(columns, [_fixed(f, costs, found.macs) for f in found.fixed])
+    if found.rows and found.macs is not None:
+        say("")
+        _show_work(found)
     say("")
     for note in _notes(found):
         say(note)
+
+
+def _show_work(found: Comparison) -> None:
+    """Bytes and multiply-adds of the same cells."""
+    columns = ["scheme"]
+    for budget in found.budgets:
+        columns += [budget, "bytes"]
+    rows = []
+    for row in found.rows:
+        cells = [row.spec.name]
+        for cell in row.cells:
+            size = "" if cell.bytes is None else render.size(cell.bytes)
+            cells += [render.percent(cell.macs_share) or "–", size]
+        rows.append(cells)
+    inputs = render.shapes(found.inputs)
+    title = f"{render.amount(found.macs or 0)} multiply-adds ({inputs}): taken at each budget"
+    common.show_table(columns, rows, title)
 
 
 def _cells(row: Row, costs: bool) -> list[str]:
     cells: list[str] = []
     for cell in row.cells:
         if cell.stored is None:
-            cells.append(f"– from {_size(row.smallest, row.share)}")
+            cells.append(_from(row, cell))
         else:
             cells.append(_size(cell.stored, cell.share))
         if costs:
@@ -135,9 +167,19 @@ def _cells(row: Row, costs: bool) -> list[str]:
     return cells
 
 
-def _fixed(f: Fixed, costs: bool) -> list[str]:
+def _from(row: Row, cell: Cell) -> str:
+    """The smallest size that a scheme reaches, of what the budget is of."""
+    if cell.of == "params":
+        return f"– from {_size(row.smallest, row.share)}"
+    if row.macs_share is None or row.macs_share >= 1:
+        return "– never fewer"
+    return f"– from {render.percent(row.macs_share)} macs"
+
+
+def _fixed(f: Fixed, costs: bool, macs: int | None) -> list[str]:
     cells = [f.spec.name, f"{f.stored:,}", render.percent(f.share)]
-    return cells + [_nats(f.cost)] * costs
+    cells += [_nats(f.cost)] * costs
+    return cells + [render.size(f.bytes or 0), render.percent(f.macs_share)] * (macs is not None)
 
 
 def _size(stored: int, share: float | None) -> str:
@@ -153,10 +195,15 @@ def _notes(found: Comparison) -> list[str]:
     for row in found.rows:
         others = [c for c in row.cells if c.how is not None and c.how != row.spec]
         for how in dict.fromkeys(c.how.name for c in others if c.how is not None):
-            where = ", ".join(c.budget for c in others if c.how and c.how.name == how)
+            where = ", ".join(_label(c) for c in others if c.how and c.how.name == how)
             notes.append(f"{row.spec.name} at {where}: as {how}, chosen automatically.")
     if any(cell.stored is None for row in found.rows for cell in row.cells):
         notes.append("– from: the smallest size that the scheme can reach.")
+    if found.macs is not None:
+        notes.append(
+            "Multiply-adds: with factors applied where that takes fewer, as in ONNX files "
+            "(docs/speed.md). Bytes: in float32; --bytes stores integers."
+        )
     if found.unfit:
         notes.append(f"Nothing to convert in this model: {', '.join(found.unfit)}.")
     if found.images is not None:
@@ -169,6 +216,10 @@ def _notes(found: Comparison) -> list[str]:
     if found.skipped:
         notes.append(render.skipped(found.skipped))
     return notes
+
+
+def _label(cell: Cell) -> str:
+    return cell.budget if cell.of == "params" else f"{cell.budget} macs"
 
 
 def _coverage(found: Comparison) -> str:
@@ -184,7 +235,7 @@ def _show_next(found: Comparison, words: Sequence[str], calib: Path | None) -> N
     model = [found.model, *words]
     if picked:
         cell = picked[len(picked) // 2]
-        options = [*_asked(found, cell).flags, "--params", cell.budget]
+        options = [*_asked(found, cell).flags, f"--{cell.of}", cell.budget]
         images = ["--calib", str(calib) if calib else "IMAGES"]
         hint(f"Next: {shlex.join(['tiedconv', 'convert', *model, *options, *images])}")
     if calib is None:

@@ -17,6 +17,7 @@ def make_recipe(
     params: str | None,
     size: str | None,
     bits: str | None,
+    macs: str | None,
     rank: str | None,
     option: list[str] | None,
     include: list[str] | None,
@@ -36,10 +37,13 @@ def make_recipe(
             )
         read = Recipe.from_toml(file)
         budget = read.budget if params is None else Budget(params)
-        return Recipe(read.rules, budget, size or read.bytes, bits or read.bits).asked()
+        work = read.macs if macs is None else Budget(macs, "macs")
+        return Recipe(read.rules, budget, size or read.bytes, bits or read.bits, work).asked()
     options = {**_options(option), **({} if rank is None else {"rank": _rank(rank)})}
     rule = Rule(scheme or DEFAULT_SCHEME, options, tuple(include or ["*"]), tuple(exclude or []))
-    return Recipe((rule,), None if params is None else Budget(params), size, bits).asked()
+    budget = None if params is None else Budget(params)
+    work = None if macs is None else Budget(macs, "macs")
+    return Recipe((rule,), budget, size, bits, work).asked()
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -215,14 +216,44 @@ def precision(found: Report) -> str:
 
 
 def work(found: Report) -> str:
-    """What the converted layers take to run."""
+    """What a forward pass takes."""
     text = "FLOPs are unchanged: every weight keeps its shape when it is used."
-    if found.factored_flops and abs(found.factored_flops - 1) > 0.05:
+    if found.macs is not None:
+        text = multiply_adds(found.macs)
+    if found.factored_flops > 1.05:
         text += (
             f" Factored, for the least memory, converted layers take "
             f"{found.factored_flops:.2f} times as many multiplications."
         )
     return text
+
+
+def multiply_adds(macs: Mapping[str, Any]) -> str:
+    """Those of a forward pass, before and after."""
+    before, after = macs["original"], macs["converted"]
+    inputs = shapes(macs["inputs"])
+    if after == before:
+        return (
+            f"A forward pass still takes {amount(before)} multiply-adds ({inputs}): every weight "
+            "keeps its shape when it is used."
+        )
+    return (
+        f"A forward pass takes {amount(after)} multiply-adds ({percent(after / before)} of "
+        f"{amount(before)}; {inputs}) where factors are applied: in ONNX files, or after "
+        "tiedconv.apply_factors(model, cache=True)."
+    )
+
+
+def shapes(inputs: Sequence[Sequence[int]]) -> str:
+    """Of inputs, such as `3 x 224 x 224`, without a batch of one."""
+    each = (shape[1:] if list(shape[:1]) == [1] else shape for shape in inputs)
+    return ", ".join(" x ".join(map(str, shape)) for shape in each if math.prod(shape) > 1)
+
+
+def amount(count: float) -> str:
+    """A number with three digits, in thousands (k), millions (M), billions (G) or trillions (T)."""
+    power = min(4, (len(str(int(count))) - 1) // 3)
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T')[power]}".rstrip()
 
 
 def calibrated(figures: Mapping[str, Any]) -> str:

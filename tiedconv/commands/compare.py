@@ -1,9 +1,9 @@
 """The verb `plan`: what each scheme stores of a model at each budget, side by side.
 
-Without images it takes no weights: sizes follow from shapes. With images each cell is fitted in
-the Fisher-weighted error (see `tiedconv.numerics.kfac_metric`), and the error of the fit estimates
-the KL divergence of the converted model's outputs from the original's, before any block-wise
-reconstruction or fine-tuning.
+Without images it takes no weights: sizes and multiply-adds follow from shapes. With images each
+cell is fitted in the Fisher-weighted error (see `tiedconv.numerics.kfac_metric`), and the error of
+the fit estimates the KL divergence of the converted model's outputs from the original's, before any
+block-wise reconstruction or fine-tuning.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from torch.utils.data import Dataset
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.cost_estimate import CostEstimator, Sizes
 from tiedconv.conversion.sample_inputs import calibration_samples
+from tiedconv.conversion.workload import count_macs
+from tiedconv.core.plan import Plan
 from tiedconv.errors import NothingToConvert, RecipeError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.coverage import Coverage, coverage
-from tiedconv.planning.planner import alternatives, draft, outline
+from tiedconv.planning.drafting import draft
+from tiedconv.planning.planner import alternatives, outline
 from tiedconv.planning.rank_allocation import has_rank_options, with_least
 from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import all_schemes, make_scheme
@@ -34,6 +37,9 @@ from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading
 from tiedconv.sources.models import open_model
 
 BUDGETS = ("70%", "50%", "30%")
+BYTES = 4
+"""Of a parameter, in float32."""
+
 OnFit = Callable[[int, int, str], None]
 
 
@@ -55,9 +61,12 @@ class SchemeSpec:
         options = [word for setting in self._settings() for word in ("--option", setting)]
         return ("--scheme", self.scheme, *options)
 
-    def recipe(self, budget: str | None = None) -> Recipe:
+    def recipe(self, budget: Budget | None = None) -> Recipe:
         """Of one rule, with a budget or without."""
-        return Recipe((Rule(self.scheme, self.options),), Budget(budget) if budget else None)
+        rules = (Rule(self.scheme, self.options),)
+        if budget is not None and budget.of == "macs":
+            return Recipe(rules, macs=budget)
+        return Recipe(rules, budget)
 
     def _settings(self) -> list[str]:
         return [
@@ -71,16 +80,25 @@ class Cell:
 
     Args:
         budget: as it was asked for.
+        of: of what: `params` or `macs`.
         stored: parameters, None if the budget can't be met.
         share: fraction of the original's parameters, 0 to 1.
+        bytes: of the parameters, in float32.
+        macs: multiply-adds of a forward pass, each layer in the form that takes fewest; None if
+            they are not known.
+        macs_share: fraction of the original's multiply-adds, 0 to 1.
         how: the scheme taken, which for small budgets may have an option of its own.
         cost: estimated KL divergence from the original's outputs, in nats for each image.
         best: whether no other scheme at this budget has a lower cost.
     """
 
     budget: str
+    of: str = "params"
     stored: int | None = None
     share: float | None = None
+    bytes: int | None = None
+    macs: int | None = None
+    macs_share: float | None = None
     how: SchemeSpec | None = None
     cost: float | None = None
     best: bool = False
@@ -95,22 +113,29 @@ class Row:
         smallest: the fewest parameters that it can store.
         share: the same as a fraction of the original's parameters.
         cells: one for each budget.
+        fewest_macs: the fewest multiply-adds that it can take; None if they are not known.
+        macs_share: the same as a fraction of the original's.
     """
 
     spec: SchemeSpec
     smallest: int
     share: float
     cells: tuple[Cell, ...]
+    fewest_macs: int | None = None
+    macs_share: float | None = None
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A scheme of one size, with no budget: parameters, their fraction, the cost as `Cell`."""
+    """A scheme of one size, with no budget: figures as in `Cell`."""
 
     spec: SchemeSpec
     stored: int
     share: float
     cost: float | None = None
+    bytes: int | None = None
+    macs: int | None = None
+    macs_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +153,9 @@ class Comparison:
         skipped: images that could not be read.
         seconds: time taken.
         coverage: how much of the model lies in matrices that can be converted.
+        macs: multiply-adds of the original's forward pass; None where it runs on no input that
+            was tried.
+        inputs: shapes of that input.
     """
 
     model: str
@@ -140,12 +168,15 @@ class Comparison:
     skipped: int
     seconds: float
     coverage: Coverage
+    macs: int | None = None
+    inputs: tuple[tuple[int, ...], ...] = ()
 
 
 def compare(
     model: str | nn.Module,
     budgets: Sequence[str] = BUDGETS,
     *,
+    macs: Sequence[str] = (),
     calib: str | Path | Dataset[Any] | Calibration | None = None,
     weights: str | Path = "default",
     reading: Reading = AS_PUBLISHED,
@@ -159,6 +190,7 @@ def compare(
     Args:
         model: a model, which is left as it is, or its spec, such as `resnet50`.
         budgets: percentages of the original such as `50%`, or numbers of parameters such as `12M`.
+        macs: likewise of multiply-adds; columns after those of `budgets`.
         calib: images without labels to estimate costs by: a folder, a data set, or a
             `Calibration` that says how many.
         weights: for a spec: `default`, `none`, or a file. Without images they are not used, but
@@ -171,11 +203,12 @@ def compare(
 
     Raises:
         RecipeError: a budget that is none.
+        BudgetError: multiply-adds can't be counted, and a budget of them was given.
         NothingToConvert: no scheme finds anything in this model.
         UserError: a model or folder that can't be used.
     """
     start = time.perf_counter()
-    wanted = _budgets(budgets)
+    wanted = _budgets(budgets, macs)
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
     spec = model if isinstance(model, str) else ""
@@ -188,7 +221,8 @@ def compare(
         preprocess=preprocess,
         seed=seed,
     )
-    sizes = Sizes(inspect_model(opened.model))
+    workload = count_macs(opened.model, opened.source, calib=calib)
+    sizes = Sizes(dataclasses.replace(inspect_model(opened.model), workload=workload))
     # Without images a conversion takes matrices that match no other only where it must.
     careful = None if calib is not None else Sizes(dataclasses.replace(sizes.info, cautious=True))
     rows, fixed, unfit = _sizes(sizes, careful, wanted)
@@ -199,14 +233,26 @@ def compare(
             rows, fixed = _estimated(sizes, estimator, rows, fixed, on_fit)
         images, skipped = estimator.images, estimator.skipped
     seconds = time.perf_counter() - start
+    labels = tuple(_label(budget.text, budget.of) for budget in wanted)
     return Comparison(
-        spec, sizes.original, tuple(b.text for b in wanted), rows, fixed, unfit, images, skipped,
-        seconds, coverage(sizes.info),
+        spec, sizes.original, labels, rows, fixed, unfit, images, skipped,
+        seconds, coverage(sizes.info), None if workload is None else workload.total,
+        () if workload is None else workload.inputs,
     )  # fmt: skip
 
 
-def _budgets(texts: Sequence[str]) -> list[Budget]:
-    found = [Budget(text.strip()) for text in dict.fromkeys(texts) if text.strip()]
+def _label(budget: str, of: str) -> str:
+    """A budget's column."""
+    return budget if of == "params" else f"{budget} macs"
+
+
+def _budgets(params: Sequence[str], macs: Sequence[str]) -> list[Budget]:
+    found = [
+        Budget(text.strip(), of)
+        for of, texts in (("params", params), ("macs", macs))
+        for text in dict.fromkeys(texts)
+        if text.strip()
+    ]
     if not found:
         raise RecipeError(
             "No budget was given",
@@ -257,16 +303,37 @@ def _properties(sizes: Sizes, scheme: str) -> tuple[bool, bool]:
 def _row(sizes: Sizes, careful: Sizes | None, spec: SchemeSpec, budgets: Sequence[Budget]) -> Row:
     cells: list[Cell] = []
     for budget in budgets:
-        found = ((s, s.feasible(spec.recipe(budget.text))) for s in (careful, sizes) if s)
+        found = ((s, s.feasible(spec.recipe(budget))) for s in (careful, sizes) if s)
         of, feasible = next(((s, f) for s, f in found if f), (sizes, []))
-        if not feasible:
-            cells.append(Cell(budget.text))
-            continue
-        stored = outline(of.info, feasible[0]).plan.stored
-        cells.append(Cell(budget.text, stored, stored / sizes.original, _spec_of(feasible[0])))
-    tried = alternatives(spec.recipe("100%"))
+        cell = Cell(budget.text, budget.of)
+        if feasible:
+            plan = outline(of.info, feasible[0]).plan
+            figures = _figures(sizes, plan)
+            cell = dataclasses.replace(cell, how=_spec_of(feasible[0]), **figures)
+        cells.append(cell)
+    tried = alternatives(spec.recipe(Budget("100%")))
     smallest = min(s for r in tried if (s := sizes.smallest(r)) is not None)
-    return Row(spec, smallest, smallest / sizes.original, tuple(cells))
+    fewest = min((n for r in tried if (n := sizes.fewest_macs(r)) is not None), default=None)
+    return Row(
+        spec, smallest, smallest / sizes.original, tuple(cells), fewest, _macs_share(sizes, fewest)
+    )
+
+
+def _figures(sizes: Sizes, plan: Plan) -> dict[str, Any]:
+    """What a plan takes."""
+    macs = sizes.macs(plan)
+    return {
+        "stored": plan.stored,
+        "share": plan.stored / sizes.original,
+        "bytes": BYTES * plan.stored,
+        "macs": macs,
+        "macs_share": _macs_share(sizes, macs),
+    }
+
+
+def _macs_share(sizes: Sizes, macs: int | None) -> float | None:
+    work = sizes.info.workload
+    return None if macs is None or work is None else macs / work.total
 
 
 def _fixed(sizes: Sizes, scheme: str) -> list[Fixed]:
@@ -274,8 +341,8 @@ def _fixed(sizes: Sizes, scheme: str) -> list[Fixed]:
     found: dict[int, Fixed] = {}
     for options in ({}, *all_schemes()[scheme].smaller_options):
         spec = SchemeSpec(scheme, options)
-        stored = outline(sizes.info, spec.recipe()).plan.stored
-        found.setdefault(stored, Fixed(spec, stored, stored / sizes.original))
+        plan = outline(sizes.info, spec.recipe()).plan
+        found.setdefault(plan.stored, Fixed(spec, **_figures(sizes, plan)))
     return list(found.values())
 
 
@@ -295,11 +362,12 @@ def _estimated(
         recipe
         for row in rows
         for cell in row.cells
-        for recipe in sizes.feasible(row.spec.recipe(cell.budget))
+        for recipe in sizes.feasible(row.spec.recipe(Budget(cell.budget, cell.of)))
     ] + [f.spec.recipe() for f in fixed]
     each = estimator.in_order(wanted)
     for done, recipe in enumerate(each):
-        budget = f" at {recipe.budget.text}" if recipe.budget else ""
+        given = recipe.budget or recipe.macs
+        budget = f" at {given.text} of the {given.what}" if given else ""
         if on_fit is not None:
             on_fit(done, len(each), _spec_of(recipe).name + budget)
         estimator.estimate(recipe)
@@ -312,24 +380,27 @@ def _estimated(
 def _estimated_row(sizes: Sizes, estimator: CostEstimator, row: Row) -> Row:
     cells: list[Cell] = []
     for cell in row.cells:
-        found = [estimator.estimate(r) for r in sizes.feasible(row.spec.recipe(cell.budget))]
+        wanted = row.spec.recipe(Budget(cell.budget, cell.of))
+        found = [estimator.estimate(r) for r in sizes.feasible(wanted)]
         if found:
             best = min(found, key=lambda e: e.cost)
-            fraction = best.stored / sizes.original
-            cell = Cell(cell.budget, best.stored, fraction, _spec_of(best.recipe), best.cost)
+            figures = _figures(sizes, best.plan)
+            how, cost = _spec_of(best.recipe), best.cost
+            cell = dataclasses.replace(cell, how=how, cost=cost, **figures)
         cells.append(cell)
     return dataclasses.replace(row, cells=tuple(cells))
 
 
 def _marked(rows: Sequence[Row]) -> list[Row]:
     """The rows with the lowest cost of each budget marked."""
-    lowest: dict[str, float] = {}
+    lowest: dict[tuple[str, str], float] = {}
     for cell in (c for row in rows for c in row.cells):
         if cell.cost is not None:
-            lowest[cell.budget] = min(cell.cost, lowest.get(cell.budget, math.inf))
+            at = cell.of, cell.budget
+            lowest[at] = min(cell.cost, lowest.get(at, math.inf))
 
     def marked(cell: Cell) -> Cell:
-        best = cell.cost is not None and cell.cost == lowest[cell.budget]
+        best = cell.cost is not None and cell.cost == lowest[cell.of, cell.budget]
         return dataclasses.replace(cell, best=best)
 
     return [dataclasses.replace(r, cells=tuple(map(marked, r.cells))) for r in rows]

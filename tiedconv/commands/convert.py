@@ -22,17 +22,20 @@ from tiedconv.conversion.pipeline import (
     convert_in_memory,
     fit_streamed,
     history_entry,
+    macs_record,
     plan_on,
     stages_of,
 )
+from tiedconv.conversion.workload import count_macs
 from tiedconv.core.plan import Plan
+from tiedconv.core.workload import Workload
 from tiedconv.errors import UserError
 from tiedconv.integrations import let_others_save
 from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import write_compact, write_model
 from tiedconv.io.checkpoint_reader import Checkpoint
 from tiedconv.io.run_dir import RunDir
-from tiedconv.planning.planner import smaller_options
+from tiedconv.planning.feasibility import smaller_options
 from tiedconv.planning.recipe import DEFAULT_SCHEME, Recipe, Size
 from tiedconv.runtime.example_inputs import Example
 from tiedconv.runtime.native_size import native_size
@@ -55,6 +58,7 @@ class Conversion:
         smaller: options and schemes that would store less, with their parameters.
         calibration: the history's record of it, None without images.
         native_size: height and width that the model was built for, if it says so.
+        workload: multiply-adds of the original, if it could be run.
     """
 
     spec: str
@@ -65,6 +69,12 @@ class Conversion:
     smaller: tuple[tuple[str, int], ...] = ()
     calibration: Mapping[str, Any] | None = None
     native_size: tuple[int, int] | None = None
+    workload: Workload | None = None
+
+    @property
+    def macs(self) -> Mapping[str, Any] | None:
+        """Multiply-adds before and after, see `Report.macs`; None if not counted."""
+        return None if self.workload is None else macs_record(self.plan, self.workload)
 
     @property
     def path(self) -> Path | None:
@@ -89,6 +99,7 @@ def plan(
     params: Size | None = None,
     bytes: Size | None = None,
     bits: int | str | None = None,
+    macs: Size | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     recipe: Recipe | None = None,
@@ -103,6 +114,7 @@ def plan(
         params: parameters that may be stored: `0.5` or `50%` of the original's, or a number.
         bytes: of the file, likewise; its weights are integers then.
         bits: of an integer, at most.
+        macs: multiply-adds that a forward pass may take with `apply_factors`, as `params`.
         include, exclude: glob patterns of tensor names.
         recipe: rules and budget instead of these and `options`.
         model_args: arguments of the model's constructor, for a spec.
@@ -114,8 +126,9 @@ def plan(
     """
     opened = open_model(model, weights=None, model_args=model_args)
     recipe = recipe or Recipe.of(
-        scheme, params=params, bytes=bytes, bits=bits, include=include, exclude=exclude, **options
-    )
+        scheme, params=params, bytes=bytes, bits=bits, macs=macs, include=include, exclude=exclude,
+        **options,
+    )  # fmt: skip
     return plan_on(opened.model, recipe, opened.source).sketch
 
 
@@ -126,6 +139,7 @@ def convert(
     params: Size | None = None,
     bytes: Size | None = None,
     bits: int | str | None = None,
+    macs: Size | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     recipe: Recipe | None = None,
@@ -148,6 +162,7 @@ def convert(
         params: parameters that may be stored: `0.5` or `50%` of the original's, or a number.
         bytes: of the file, likewise; its weights are integers then.
         bits: of an integer, at most.
+        macs: multiply-adds that a forward pass may take with `apply_factors`, as `params`.
         include, exclude: glob patterns of tensor names.
         recipe: rules and budget instead of these and `options`.
         weights: for a spec: `default`, `none`, or a file.
@@ -175,12 +190,17 @@ def convert(
     if network is model and not inplace:
         network = copy.deepcopy(network)
     wanted = recipe or Recipe.of(
-        scheme, params=params, bytes=bytes, bits=bits, include=include, exclude=exclude, **options
+        scheme, params=params, bytes=bytes, bits=bits, macs=macs, include=include, exclude=exclude,
+        **options,
+    )  # fmt: skip
+    given = _calibration(calib, effort)
+    workload = None
+    if wanted.macs is not None:
+        workload = count_macs(network, opened.source, example, given)
+    planned = plan_on(
+        network, wanted, opened.source, example, measured=calib is not None, workload=workload
     )
-    planned = plan_on(network, wanted, opened.source, example, measured=calib is not None)
-    convert_in_memory(
-        network, opened.source, planned, _calibration(calib, effort), on_group=on_group
-    )
+    convert_in_memory(network, opened.source, planned, given, on_group=on_group)
     let_others_save(network)
     return network
 
@@ -266,9 +286,14 @@ def convert_file(
             seed=seed,
             lazy=recipe.bytes is None and (calib is None or weights == "default"),
         )
-        planned = plan_on(opened.model, recipe, opened.source, measured=calib is not None)
+        workload = count_macs(opened.model, opened.source, calib=calib)
+        planned = plan_on(
+            opened.model, recipe, opened.source, measured=calib is not None, workload=workload
+        )
         size = native_size(opened.model)
-        done = Conversion(spec, planned.sketch, opened.source, native_size=size)
+        done = Conversion(
+            spec, planned.sketch, opened.source, native_size=size, workload=workload
+        )  # fmt: skip
         if output is None:
             if calib is not None:
                 calib.open(opened.source)  # or raises
@@ -302,7 +327,7 @@ def _stream(
         opened.model, planned, opened.tensors, output, on_group, own_process=own_process
     ) as fitted:
         seconds = time.perf_counter() - start
-        history = (history_entry(fitted, opened.source, command),)
+        history = (history_entry(fitted, opened.source, command, planned.info.workload),)
         record, tensor = opened.source.to_json(), fitted.tensors.__getitem__
         enter("write")
         written = write_compact(output, fitted.plan, record, history, tensor, force=force)
@@ -352,7 +377,7 @@ def _load(
 
 def _smaller(planned: Planned, recipe: Recipe, plan: Plan) -> tuple[tuple[str, int], ...]:
     """What would store less, where the reader may have hoped for it."""
-    sized = recipe.budget is not None or recipe.bytes is not None
+    sized = any(b is not None for b in (recipe.budget, recipe.bytes, recipe.macs))
     if sized or plan.stored < 0.6 * plan.original:
         return ()
     return tuple(smaller_options(planned.info, recipe))

@@ -33,7 +33,7 @@ def _history_line(entry: Mapping[str, Any]) -> str:
             )
             for r in recipe.get("rules", [])
         )
-        budget = "".join(f", {k} {recipe[k]}" for k in ("params", "bytes") if recipe.get(k))
+        budget = "".join(f", {k} {recipe[k]}" for k in ("params", "macs", "bytes") if recipe.get(k))
         calib = entry.get("calibration") or {}
         seen = ""
         if calib:

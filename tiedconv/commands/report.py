@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,9 @@ class Report(Tabular):
         source: the recorded source.
         factored_flops: multiplications of the converted layers with factors applied one by one
             (see `apply_factors`), as a ratio to those with their weights.
+        macs: multiply-adds of a forward pass: `original`, `converted` (each layer in the form that
+            takes fewest, as `apply_factors(cache=True)` runs it), and the shapes of its `inputs`;
+            None where they were not counted.
     """
 
     name: str
@@ -101,6 +105,7 @@ class Report(Tabular):
     history: tuple[Mapping[str, Any], ...]
     source: Mapping[str, Any] | None
     factored_flops: float
+    macs: Mapping[str, Any] | None = None
 
     @property
     def ratio(self) -> float:
@@ -194,10 +199,11 @@ def sizes_of(checkpoint: Checkpoint) -> dict[str, int]:
     }
 
 
-def plan_report(plan: Plan, name: str) -> Report:
+def plan_report(plan: Plan, name: str, macs: Mapping[str, Any] | None = None) -> Report:
     """Figures of a plan before the conversion, at 4 bytes per parameter."""
     sizes = {n: 4 * math.prod(s) for n, s in {**plan.kept, **plan.factors}.items()}
-    return _report(name, plan, sizes, {"spec": name}, (), file_bytes=0)
+    found = _report(name, plan, sizes, {"spec": name}, (), file_bytes=0)
+    return dataclasses.replace(found, macs=macs)
 
 
 def _report(
@@ -231,6 +237,9 @@ def _report(
         history=history,
         source=source,
         factored_flops=_factored_flops(plan),
+        macs=next(
+            (step["macs"] for step in history if isinstance(step.get("macs"), Mapping)), None
+        ),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,16 +15,14 @@ from tiedconv.conversion.candidates import by_alignment, memory_store
 from tiedconv.conversion.stages import carry_out
 from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.conversion.symmetry_proof import first_image
+from tiedconv.core.plan import Plan
 from tiedconv.errors import NothingToConvert
 from tiedconv.families.inspect import ModelInfo
-from tiedconv.planning.planner import (
-    alternatives,
-    draft,
-    least_stored,
-    outline,
-    parameters_of,
-)
+from tiedconv.planning.drafting import Task, draft, parameters_of
+from tiedconv.planning.feasibility import least_macs, least_stored, workload_of
+from tiedconv.planning.planner import alternatives, outline
 from tiedconv.planning.recipe import Recipe
+from tiedconv.runtime.macs import macs_of
 
 
 def key_of(recipe: Recipe) -> str:
@@ -42,41 +40,64 @@ class Sizes:
     def __init__(self, info: ModelInfo) -> None:
         self.info = info
         self.original = parameters_of(info)
-        self._smallest: dict[str, int | None] = {}
+        self._tasks: dict[str, list[Task] | None] = {}
+        self._smallest: dict[str, int] = {}
+        self._fewest: dict[str, int] = {}
 
     def smallest(self, recipe: Recipe) -> int | None:
         """The fewest parameters that a recipe can store at any budget, None if it does nothing.
 
         The same as a BudgetError tells, without the search for ways out that goes with it.
         """
-        key = key_of(dataclasses.replace(recipe, budget=None))
-        if key not in self._smallest:
-            self._smallest[key] = self._least(recipe)
-        return self._smallest[key]
+        return self._least(recipe, self._smallest, least_stored)
+
+    def fewest_macs(self, recipe: Recipe) -> int | None:
+        """The fewest multiply-adds that it can take, None if it does nothing or none are known."""
+        if self.info.workload is None:
+            return None
+        return self._least(recipe, self._fewest, least_macs)
 
     def feasible(self, recipe: Recipe) -> list[Recipe]:
         """Of a recipe with a budget and its alternatives, those that can meet it."""
-        assert recipe.budget is not None
-        budget = recipe.budget.resolve(self.original)
-        return [
-            wanted
-            for wanted in alternatives(recipe)
-            if (least := self.smallest(wanted)) is not None and least <= budget
-        ]
+        return [wanted for wanted in alternatives(recipe) if self._meets(wanted)]
 
-    def _least(self, recipe: Recipe) -> int | None:
-        try:
-            return least_stored(self.info, draft(self.info, recipe))
-        except NothingToConvert:
-            return None
+    def macs(self, plan: Plan) -> int | None:
+        """The multiply-adds of a plan, None where none are known."""
+        work = self.info.workload
+        return None if work is None else macs_of(plan.weights, work)
+
+    def _meets(self, recipe: Recipe) -> bool:
+        limits: list[tuple[int | None, int]] = []
+        if recipe.budget is not None:
+            limits.append((self.smallest(recipe), recipe.budget.resolve(self.original)))
+        if recipe.macs is not None and (work := workload_of(self.info, recipe)) is not None:
+            limits.append((self.fewest_macs(recipe), recipe.macs.resolve(work.total)))
+        return all(least is not None and least <= limit for least, limit in limits)
+
+    def _least(
+        self,
+        recipe: Recipe,
+        known: dict[str, int],
+        least: Callable[[ModelInfo, Sequence[Task]], int],
+    ) -> int | None:
+        key = key_of(dataclasses.replace(recipe, budget=None, macs=None))
+        if key not in self._tasks:
+            try:
+                self._tasks[key] = draft(self.info, recipe)
+            except NothingToConvert:
+                self._tasks[key] = None
+        tasks = self._tasks[key]
+        if tasks is not None and key not in known:
+            known[key] = least(self.info, tasks)
+        return known.get(key)
 
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What the fit of a recipe stores, and its estimated cost: KL divergence in nats an image."""
+    """What the fit of a recipe takes, and its estimated cost: KL divergence in nats an image."""
 
     recipe: Recipe
-    stored: int
+    plan: Plan
     cost: float
 
 
@@ -119,5 +140,5 @@ class CostEstimator:
         if key not in self._found:
             outlined = outline(self._info, recipe)
             fitted = carry_out(self._info, outlined, self._store, self._cache)[0]
-            self._found[key] = CostEstimate(recipe, fitted.plan.stored, fitted.cost)
+            self._found[key] = CostEstimate(recipe, fitted.plan, fitted.cost)
         return self._found[key]

@@ -13,7 +13,7 @@ from torch import Tensor
 from tiedconv.conversion.tensor_store import Workspace
 from tiedconv.core.plan import Group, Plan
 from tiedconv.numerics.least_squares import improve, total_cost
-from tiedconv.planning.planner import KEPT
+from tiedconv.planning.drafting import KEPT
 from tiedconv.planning.rank_allocation import KfacMetrics, metrics_of
 from tiedconv.planning.recipe import Recipe
 from tiedconv.schemes import make_scheme

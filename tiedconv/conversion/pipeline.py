@@ -50,7 +50,9 @@ from tiedconv.conversion.streaming import (
     scratch_errors,
 )
 from tiedconv.conversion.symmetry_proof import SymmetryProof, first_image
+from tiedconv.conversion.workload import count_macs
 from tiedconv.core.plan import Plan
+from tiedconv.core.workload import Workload
 from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.planning.byte_budget import ByteBudget, byte_budget, byte_outlines
@@ -58,6 +60,7 @@ from tiedconv.planning.planner import Outline, chooses_by_size, outlines
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.call_hooks import hooked, text_hooks
 from tiedconv.runtime.example_inputs import Example
+from tiedconv.runtime.macs import macs_of
 from tiedconv.runtime.tie import set_state, tie
 from tiedconv.sources import LazyWeights, Source
 from tiedconv.utils.stage import enter
@@ -93,6 +96,7 @@ def plan_on(
     example: Example | None = None,
     *,
     measured: bool = False,
+    workload: Workload | None = None,
 ) -> Planned:
     """Inspect a model and plan a recipe on it; what can't be done is refused here.
 
@@ -105,6 +109,8 @@ def plan_on(
             classifier and other matrices that match no other only if the recipe names them, or if
             it can't be met without them: by the plain distance they look as others do, and an
             error in them costs ten times as much.
+        workload: multiply-adds of the model, where they were counted; a recipe that limits them
+            counts them itself.
 
     Raises:
         NothingToConvert, BudgetError: the recipe can't be carried out.
@@ -112,7 +118,9 @@ def plan_on(
     """
     if example is not None:
         require_example(model, example)
-    info = inspect_model(model)
+    if workload is None and recipe.macs is not None:
+        workload = count_macs(model, source, example)
+    info = dataclasses.replace(inspect_model(model), workload=workload)
     if recipe.bytes is None:
         return Planned(info, _outlines(info, recipe, measured), example=example)
     numbers = sum(math.prod(shape) for shape in info.shapes.values())
@@ -167,7 +175,9 @@ def convert_in_memory(
         else:
             stack.enter_context(hooked(model, text_hooks(model)))
         fitted, extra = _carry_out(model, source, planned, calib, data, command, on_group)
-    set_state(model, history=({**history_entry(fitted, source, command), **extra},))
+    workload = planned.info.workload
+    entry = history_entry(fitted, source, command, workload)
+    set_state(model, history=({**entry, **extra},))
 
 
 def _carry_out(
@@ -188,7 +198,7 @@ def _carry_out(
     enter("fit")
     if planned.budget is not None:
         sketch = Fit(candidates[0].recipe, planned.sketch, 0.0, None, {})
-        entry = history_entry(sketch, source, command)
+        entry = history_entry(sketch, source, command, info.workload)
         example = planned.example if data is None else first_image(data)
         store = memory_store(model, info, lambda: example)
         return convert_to_bytes(
@@ -247,7 +257,18 @@ def fit_streamed(
             fitted.close()
 
 
-def history_entry(fitted: Fit, source: Source, command: str | None) -> dict[str, Any]:
+def macs_record(plan: Plan, workload: Workload) -> dict[str, Any]:
+    """What the history says of multiply-adds: before, after, and on which input."""
+    return {
+        "original": workload.total,
+        "converted": macs_of(plan.weights, workload),
+        "inputs": [list(shape) for shape in workload.inputs],
+    }
+
+
+def history_entry(
+    fitted: Fit, source: Source, command: str | None, workload: Workload | None = None
+) -> dict[str, Any]:
     """The history's record of a conversion, which says in what type weights are stored."""
     half = "float16" if fitted.recipe.bytes is not None else source.weights_dtype
     return {
@@ -257,6 +278,7 @@ def history_entry(fitted: Fit, source: Source, command: str | None) -> dict[str,
         "original": fitted.plan.original,
         "stored": fitted.plan.stored,
         "symmetries": fitted.symmetries,
+        **({} if workload is None else {"macs": macs_record(fitted.plan, workload)}),
         **({} if half is None else {"stored_as": half, "computes_in": "float32"}),
         "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
     }

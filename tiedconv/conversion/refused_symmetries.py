@@ -14,7 +14,8 @@ from tiedconv.conversion.fit import fit_group
 from tiedconv.conversion.tensor_store import Workspace, widened
 from tiedconv.core.plan import Block, Group, Plan
 from tiedconv.numerics.symmetries import WeightEditor
-from tiedconv.planning.planner import KEPT, Outline, Task
+from tiedconv.planning.drafting import KEPT, Task
+from tiedconv.planning.planner import Outline
 
 LARGEST = 2**27
 """Numbers in the weights of the groups that are fitted twice; nothing is measured above."""

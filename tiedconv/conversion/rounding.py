@@ -33,7 +33,7 @@ from tiedconv.numerics.rounding import (
     half_exact,
     width_of,
 )
-from tiedconv.planning.planner import KEPT
+from tiedconv.planning.drafting import KEPT
 from tiedconv.planning.rank_allocation import KfacMetrics, metrics_of
 from tiedconv.schemes import make_scheme
 

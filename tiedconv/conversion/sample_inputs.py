@@ -100,7 +100,7 @@ def _table_of(model: nn.Module, data: Dataset[Any]) -> dict[str, Tensor] | None:
     if not len(sized) or not isinstance(sized[0], Mapping):
         return None
     samples = [sized[i] for i in range(len(sized))]
-    names = [name for name in samples[0] if name not in LABELS and _is_taken(model, name)]
+    names = named_inputs(model, samples[0])
     tensors = {name: [_tensor(sample.get(name)) for sample in samples] for name in names}
     if not names or any(t is None for rows in tensors.values() for t in rows):
         raise UserError(
@@ -124,6 +124,11 @@ def _table_of(model: nn.Module, data: Dataset[Any]) -> dict[str, Tensor] | None:
             "Pad token ids to one length (with an attention_mask), and give images of one size",
             code="samples-differ",
         ) from error
+
+
+def named_inputs(model: nn.Module, sample: Mapping[str, Any]) -> list[str]:
+    """The entries of a sample that are arguments of the model."""
+    return [name for name in sample if name not in LABELS and _is_taken(model, name)]
 
 
 def _tensor(value: Any) -> Tensor | None:

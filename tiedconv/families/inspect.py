@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Block
+from tiedconv.core.workload import Workload
 from tiedconv.errors import UserError
 from tiedconv.families import Hints, find_blocks
 
@@ -26,6 +27,7 @@ class ModelInfo:
         hints: facts about modules, see `families.find_blocks`.
         fixed: tensors that are never converted: complex ones and integers.
         cautious: whether unmatched matrices are opt-in.
+        workload: multiply-adds of one forward pass, where they were counted.
     """
 
     shapes: Mapping[str, Shape]
@@ -34,6 +36,7 @@ class ModelInfo:
     hints: Hints = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     cautious: bool = False
+    workload: Workload | None = None
 
     @property
     def parameters(self) -> dict[str, Shape]:

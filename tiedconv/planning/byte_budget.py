@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
 from tiedconv.families.inspect import ModelInfo
-from tiedconv.planning.planner import Outline, compile_plan, outlines, parameters_of
+from tiedconv.planning.drafting import compile_plan, parameters_of
+from tiedconv.planning.planner import Outline, outlines
 from tiedconv.planning.recipe import Budget, Recipe
 from tiedconv.schemes import make_scheme
 
@@ -82,7 +83,8 @@ def parsed_bytes(text: str) -> tuple[float | None, float]:
 def byte_outlines(info: ModelInfo, recipe: Recipe, budget: ByteBudget) -> tuple[Outline, ...]:
     """The plans whose rounded files may be the best of a size.
 
-    Where the schemes are open, that of the whole model, and those of fewer parameters that leave
+    Where the schemes are open, that of the whole model (of as few multiply-adds as it may take, if
+    these are limited), and those of fewer parameters that leave
     each of them enough bits. Else what the recipe says.
 
     Args:
@@ -98,7 +100,7 @@ def byte_outlines(info: ModelInfo, recipe: Recipe, budget: ByteBudget) -> tuple[
     if not is_open or recipe.budget is not None:
         found = list(outlines(info, recipe))
     else:
-        found = [Outline(recipe, (), None, compile_plan(info, []))]
+        found = _unbound(info, recipe)
         average = 8 * budget.bytes / max(1, parameters_of(info))
         for share in SHARES:
             if not FEWEST_BITS <= 100 * average / share <= MOST_BITS:
@@ -108,6 +110,13 @@ def byte_outlines(info: ModelInfo, recipe: Recipe, budget: ByteBudget) -> tuple[
             except (BudgetError, NothingToConvert):
                 continue
     return tuple(dataclasses.replace(one, rounded=others) for one in found)
+
+
+def _unbound(info: ModelInfo, recipe: Recipe) -> list[Outline]:
+    """The plans that no number of parameters limits: the whole model, or for few multiply-adds."""
+    if recipe.macs is None:
+        return [Outline(recipe, (), None, compile_plan(info, []))]
+    return list(outlines(info, recipe))
 
 
 def matrices_of(info: ModelInfo) -> dict[str, bool]:

@@ -1,16 +1,19 @@
-"""Spending a parameter budget on ranks."""
+"""Spending a budget of parameters, of multiply-adds or of both on ranks."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tiedconv.core.plan import Member, Plan, Slot
+from tiedconv.core.workload import Workload
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.planning.resources import Resources, is_mixed, of_ranks, prices, spread, total
 from tiedconv.schemes import Draft, RankOption
 
 ROUNDS = 6
@@ -21,6 +24,9 @@ CLOSE = 0.005
 
 KfacMetrics = Mapping[str, KfacMetric]
 """The metric of each weight by its tensor's name, in the orientation `(out, in)`."""
+
+MIXES = 8
+"""Steps from a price on parameters alone to one on multiply-adds alone, where both are limited."""
 
 RankIndex = tuple[int, int]
 """One rank that can be chosen: index of its draft, index of the rank option in it."""
@@ -55,52 +61,88 @@ def gains_of(d: Draft, editor: WeightEditor, metrics: KfacMetrics) -> list[Tenso
 
 
 def allocate(
-    drafts: Sequence[Draft], spare: int, editor: WeightEditor, metrics: KfacMetrics | None = None
+    drafts: Sequence[Draft],
+    spare: Resources,
+    editor: WeightEditor,
+    metrics: KfacMetrics | None = None,
+    workload: Workload | None = None,
 ) -> list[Draft]:
-    """Ranks that remove the most cost for the parameters spent.
+    """Ranks that remove the most cost for what is spent.
 
     One more rank of a residual removes its next singular value squared (in the metric, if there
-    is one), and costs `out + in`. Taking the best ratios first is exact for truncated SVDs
-    (Eckart and Young) up to the size of the last step.
+    is one), and takes `out + in` parameters. Taking the best ratios first is exact for truncated
+    SVDs (Eckart and Young) up to the size of the last step.
 
     Args:
         drafts: at their least ranks.
-        spare: parameters to spend beyond those.
+        spare: to spend beyond those.
         editor: the weights.
         metrics: what errors cost; without them all weights count alike.
+        workload: of the model, where multiply-adds are limited.
     """
     places: list[RankIndex] = []
-    ratios: list[Tensor] = []
+    gains: list[Tensor] = []
+    costs: list[Resources] = []
     for g, d in enumerate(drafts):
+        taken = of_ranks(d, workload)
         for j, gain in enumerate(gains_of(d, editor, metrics or {})):
-            option = d.scheme.rank_options(d.shapes)[j]
-            if gain is not None and option is not None:
+            option, cost = d.scheme.rank_options(d.shapes)[j], taken[j]
+            if gain is not None and option is not None and cost is not None:
                 places.append((g, j))
-                ratios.append(
-                    gain[option.min_rank : option.break_even_rank] / option.params_per_rank
-                )
-    return fill(drafts, spare, places, ratios)
+                gains.append(gain[option.min_rank : option.break_even_rank])
+                costs.append(cost)
+    mixes = [i / MIXES for i in range(MIXES + 1)] if is_mixed(spare) else [0.0]
+    tried = [fill(drafts, spare, places, gains, costs, prices(spare, mix)) for mix in mixes]
+    return max(tried, key=lambda filled: filled.gain).drafts
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Drafts at the ranks that `fill` chose, and the cost that these remove."""
+
+    drafts: list[Draft]
+    gain: float
 
 
 def fill(
-    drafts: Sequence[Draft], spare: int, places: Sequence[RankIndex], ratios: Sequence[Tensor]
-) -> list[Draft]:
-    """The drafts with their rank_options with_ranks up, best ratio of gain to cost first."""
+    drafts: Sequence[Draft],
+    spare: Resources,
+    places: Sequence[RankIndex],
+    gains: Sequence[Tensor],
+    costs: Sequence[Resources],
+    price: Resources,
+) -> Filled:
+    """The drafts with more ranks, best ratio of gain to price first.
+
+    Args:
+        drafts: at their least ranks.
+        spare: what may be spent.
+        places: of the options.
+        gains: for each option, the cost that each further rank removes.
+        costs: for each option, what a rank takes.
+        price: of a parameter and of a multiply-add.
+    """
     ranks = _least(drafts)
+    gained = 0.0
     if places:
-        costs = [_option_at(drafts, place).params_per_rank for place in places]
-        owner = torch.cat([torch.full((len(v),), i) for i, v in enumerate(ratios)])
-        for i in owner[
-            torch.argsort(torch.cat(list(ratios)), descending=True, stable=True)
-        ].tolist():
+        owner = torch.cat([torch.full((len(v),), i) for i, v in enumerate(gains)])
+        ratios = [gain / cost.worth(price) for gain, cost in zip(gains, costs, strict=True)]
+        for i in owner[torch.argsort(torch.cat(ratios), descending=True, stable=True)].tolist():
             g, j = places[i]
-            if costs[i] <= spare:
+            if costs[i].within(spare):
                 spare -= costs[i]
                 ranks[g][j] += 1
-    return _finalize(drafts, ranks)
+        least = _least(drafts)
+        gained = sum(
+            float(gain[: ranks[g][j] - least[g][j]].sum())
+            for (g, j), gain in zip(places, gains, strict=True)
+        )
+    return Filled(_finalize(drafts, ranks), gained)
 
 
-def using_all(plan: Plan, spare: int, budget: int, chosen: Callable[[int], Plan]) -> Plan:
+def using_all(
+    plan: Plan, spare: Resources, budget: int, chosen: Callable[[Resources], Plan]
+) -> Plan:
     """The plan that uses a budget where ranks are sides of one matrix: it stores less than counted.
 
     Args:
@@ -112,39 +154,40 @@ def using_all(plan: Plan, spare: int, budget: int, chosen: Callable[[int], Plan]
     for _ in range(ROUNDS):
         if budget - plan.stored <= CLOSE * budget or not more:
             break
-        larger = chosen(spare + more)
+        larger = chosen(spare + Resources(more))
         if larger.stored > budget:
             more //= 2
             continue
         if larger.stored == plan.stored:
             break
-        plan, spare = larger, spare + more
+        plan, spare = larger, spare + Resources(more)
         more = budget - plan.stored
     return plan
 
 
-def allocate_evenly(drafts: Sequence[Draft], spare: int) -> list[Draft]:
+def allocate_evenly(
+    drafts: Sequence[Draft], spare: Resources, workload: Workload | None = None
+) -> list[Draft]:
     """Ranks that are the same share of each matrix, for plans made without weights."""
     ranks = _least(drafts)
-    rank_options = {
-        (g, j): option
-        for g, d in enumerate(drafts)
-        for j, option in enumerate(d.scheme.rank_options(d.shapes))
-        if option is not None
-    }
-    full = sum(
-        (option.break_even_rank - option.min_rank) * option.params_per_rank
-        for option in rank_options.values()
-    )
-    share = min(1.0, spare / full) if full else 0.0
-    for (g, j), option in rank_options.items():
-        more = int(share * (option.break_even_rank - option.min_rank))
+    found: dict[RankIndex, tuple[RankOption, Resources]] = {}
+    for g, d in enumerate(drafts):
+        for j, (option, cost) in enumerate(
+            zip(d.scheme.rank_options(d.shapes), of_ranks(d, workload), strict=True)
+        ):
+            if option is not None and cost is not None:
+                found[g, j] = option, cost
+    full = total(cost.times(spread(option)) for option, cost in found.values())
+    pairs = ((spare.params, full.params), (spare.macs, full.macs))
+    share = min([1.0, *(left / whole for left, whole in pairs if whole)]) if full.params else 0.0
+    for (g, j), (option, cost) in found.items():
+        more = int(share * spread(option))
         ranks[g][j] += more
-        spare -= more * option.params_per_rank
-    for (g, j), option in rank_options.items():  # what rounding left, one rank each
-        if option.params_per_rank <= spare and ranks[g][j] < option.break_even_rank:
+        spare -= cost.times(more)
+    for (g, j), (option, cost) in found.items():  # what rounding left, one rank each
+        if cost.within(spare) and ranks[g][j] < option.break_even_rank:
             ranks[g][j] += 1
-            spare -= option.params_per_rank
+            spare -= cost
     return _finalize(drafts, ranks)
 
 
@@ -156,13 +199,6 @@ def with_least(drafts: Sequence[Draft]) -> list[Draft]:
 def has_rank_options(d: Draft) -> bool:
     """Whether a budget can turn anything here."""
     return any(option is not None for option in d.scheme.rank_options(d.shapes))
-
-
-def _option_at(drafts: Sequence[Draft], place: RankIndex) -> RankOption:
-    d = drafts[place[0]]
-    option = d.scheme.rank_options(d.shapes)[place[1]]
-    assert option is not None
-    return option
 
 
 def _least(drafts: Sequence[Draft]) -> list[list[int]]:

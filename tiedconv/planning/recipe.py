@@ -21,7 +21,7 @@ DEFAULT_SCHEME = "auto"
 """It needs no choice; without a budget it halves the model."""
 
 _MOST = 2**20  # bytes of a recipe
-_UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
 Size = float | int | str
@@ -55,15 +55,26 @@ def size_text(name: str, value: Size | None) -> str:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many parameters may be stored: a share of the original, or a number."""
+    """How much there may be of something: a share of the original's, or a number.
+
+    Args:
+        text: such as `50%`, `12M`, `2G`.
+        of: what: `params`, or `macs`.
+    """
 
     text: str
+    of: str = "params"
 
     def __post_init__(self) -> None:
         self._parsed()
 
+    @property
+    def what(self) -> str:
+        """In words."""
+        return {"params": "parameters", "macs": "multiply-adds"}[self.of]
+
     def resolve(self, original: int) -> int:
-        """The number of parameters, of a model that has so many.
+        """The number, of a model that has so many.
 
         Raises:
             RecipeError: it is no fewer, so that nothing would be saved.
@@ -72,7 +83,8 @@ class Budget:
         count = int(original * number / 100) if is_share else int(number)
         if count >= original:
             raise RecipeError(
-                f"params={self.text!r} is not less than the model's own {original:,} parameters",
+                f"{self.of}={self.text!r} is not less than the model's own {original:,} "
+                f"{self.what}",
                 "Nothing would be saved",
                 "Give less, such as 50%",
                 code="budget-saves-nothing",
@@ -85,11 +97,11 @@ class Budget:
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
             if 0 < (share := float(match[1])) <= 100:
                 return share, True
-        elif match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", text):
+        elif match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbgt]?)", text):
             count = float(match[1]) * _UNITS[match[2]]
             if 1 <= count <= 100:
                 raise RecipeError(
-                    f"params={self.text!r} would mean that many parameters",
+                    f"{self.of}={self.text!r} would mean that many {self.what}",
                     "No model is that small",
                     f"For a percentage of the original write {self.text.strip()}%",
                     code="budget-without-percent",
@@ -97,7 +109,7 @@ class Budget:
             if count > 100:
                 return count, False
         raise RecipeError(
-            f"Invalid budget params={self.text!r}",
+            f"Invalid budget {self.of}={self.text!r}",
             hint="Give a percentage of the original such as 50%, or a number such as 12M",
             code="budget-invalid",
         )
@@ -156,6 +168,7 @@ class Recipe:
         budget: parameters that may be stored.
         bytes: that the file may take, such as `8%`, `700kB` or `2MB`: weights become integers.
         bits: of those integers, the most or `least:most`, such as `4` or `4:8`.
+        macs: multiply-adds that a forward pass may take, with factors applied.
 
     The same as a TOML file:
 
@@ -170,6 +183,7 @@ class Recipe:
     budget: Budget | None = None
     bytes: str | None = None
     bits: str | None = None
+    macs: Budget | None = None
 
     @classmethod
     def of(
@@ -179,6 +193,7 @@ class Recipe:
         params: Size | None = None,
         bytes: Size | None = None,
         bits: str | int | None = None,
+        macs: Size | None = None,
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
         **options: Any,
@@ -190,6 +205,7 @@ class Recipe:
             params: parameters that may be stored: `0.5` or `50%` of the original's, or a number.
             bytes: of the file, likewise.
             bits: of an integer, at most.
+            macs: multiply-adds of a forward pass, as `params`.
             include, exclude: glob patterns of tensor names.
             options: of the scheme.
         """
@@ -199,7 +215,8 @@ class Recipe:
         rule = Rule(scheme, options, tuple(include) or ("*",), tuple(exclude))
         budget = None if params in (None, "") else Budget(size_text("params", params))
         size = None if bytes is None else size_text("bytes", bytes)
-        return cls((rule,), budget, size, None if bits is None else str(bits)).asked()
+        work = None if macs is None else Budget(size_text("macs", macs), "macs")
+        return cls((rule,), budget, size, None if bits is None else str(bits), work).asked()
 
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:
@@ -216,19 +233,20 @@ class Recipe:
                 hint="Give a TOML file as docs/recipes.md shows",
                 code="recipe-unreadable",
             ) from None
-        unknown = data.keys() - {"params", "bytes", "bits", "rule"}
+        unknown = data.keys() - {"params", "bytes", "bits", "macs", "rule"}
         rules = data.get("rule", [])
         sound = isinstance(rules, list) and all(isinstance(rule, dict) for rule in rules)
         if unknown or not rules or not sound:
             what = f"has the unknown key {sorted(unknown)[0]!r}" if unknown else "has no [[rule]]"
             raise RecipeError(
                 f"The recipe {path} {what}",
-                hint="It takes params, bytes, bits and [[rule]] tables, as docs/recipes.md shows",
+                hint="It takes params, bytes, bits, macs and [[rule]] tables (docs/recipes.md)",
                 code="recipe-malformed",
             )
         budget = Budget(str(data["params"])) if "params" in data else None
         size, bits = (str(data[k]) if k in data else None for k in ("bytes", "bits"))
-        return cls(tuple(_rule(rule) for rule in rules), budget, size, bits).asked()
+        macs = Budget(str(data["macs"]), "macs") if "macs" in data else None
+        return cls(tuple(_rule(rule) for rule in rules), budget, size, bits, macs).asked()
 
     def asked(self) -> Recipe:
         """The recipe, as someone asks for it now; histories hold older ones.
@@ -244,12 +262,12 @@ class Recipe:
                 code="bits-without-bytes",
             )
         _ = self.widths
-        for rule in self.rules if self.budget else ():
+        for rule in self.rules if self.budget or self.macs else ():
             if given := " and ".join(rule.chosen_by_a_budget()):
                 raise RecipeError(
                     f"{given} of {rule.scheme} and a budget were both given",
                     "The budget chooses the ranks",
-                    f"Leave out params, or {given}",
+                    f"Leave out the budget, or {given}",
                     code="rank-and-budget",
                 )
         return self
@@ -285,7 +303,8 @@ class Recipe:
             for r in self.rules
         ]
         budget = self.budget.text if self.budget else None
-        sizes = {"bytes": self.bytes, "bits": self.bits}
+        work = self.macs.text if self.macs else None
+        sizes = {"bytes": self.bytes, "bits": self.bits, "macs": work}
         given = {name: text for name, text in sizes.items() if text is not None}
         return {"params": budget, **given, "rules": rules}
 

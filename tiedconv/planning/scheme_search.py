@@ -2,10 +2,13 @@
 
 A rule whose scheme names several candidates (`auto`) leaves the choice open. For each block, and
 for each stack as a whole, every candidate has a curve: the error (see `kfac_metric`) that remains
-at each size, from the spectra of the residuals. At a Lagrange multiplier (cost per parameter), the
-best candidate of a part is the one with the least error plus multiplier times parameters; the
-multiplier is found by bisection so that all of them together meet the budget. For convex curves
-that is the optimum, and keeping a part unchanged is one of the candidates.
+at each size, from the spectra of the residuals. At a Lagrange multiplier (cost per parameter, or
+per multiply-add), the best candidate of a part is the one with the least error plus multiplier
+times parameters; the multiplier is found by bisection so that all of them together meet the budget.
+For convex curves that is the optimum, and keeping a part unchanged is one of the candidates.
+
+Where both are limited, a mixture of both prices is bisected too, until neither limit is met with
+room to spare while the other decides.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tiedconv.core.plan import Block
+from tiedconv.core.workload import Workload
 from tiedconv.numerics.least_squares import total_cost
 from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.planning.rank_allocation import (
@@ -28,8 +32,18 @@ from tiedconv.planning.rank_allocation import (
     metrics_of,
     with_least,
 )
+from tiedconv.planning.resources import (
+    Resources,
+    is_mixed,
+    of_blocks,
+    of_drafts,
+    of_ranks,
+    prices,
+    total,
+)
 from tiedconv.schemes import Draft, Scheme
 
+_MIXINGS = 8  # of prices, where parameters and multiply-adds are both limited
 _LARGEST = 1e300  # multiplier that is tried
 _STEP = 2.0**20  # between multipliers, until one is too large and the next is not
 
@@ -40,27 +54,27 @@ class Curve:
 
     Args:
         drafts: at their least ranks.
-        size: parameters stored there.
+        size: what is taken there.
         cost: at full ranks.
         places: rank_options.
         gains: for each option, the cost that each rank removes, beyond the least.
-        rank_costs: for each option, parameters for each rank.
+        rank_costs: for each option, what each rank takes.
     """
 
     drafts: tuple[Draft, ...]
-    size: int
+    size: Resources
     cost: float
     places: tuple[RankIndex, ...] = ()
     gains: tuple[Tensor, ...] = ()
-    rank_costs: tuple[int, ...] = ()
+    rank_costs: tuple[Resources, ...] = ()
 
-    def at(self, multiplier: float) -> tuple[float, int]:
-        """Cost left and parameters stored, when every rank worth the multiplier is taken."""
+    def at(self, price: Resources) -> tuple[float, Resources]:
+        """Cost left and what is taken, when every rank worth the price is taken."""
         cost, size = self.cost, self.size
         for gain, each in zip(self.gains, self.rank_costs, strict=True):
-            taken = int((gain > multiplier * each).sum())
+            taken = int((gain > each.at(price)).sum())
             cost += float(gain[taken:].sum())
-            size += taken * each
+            size += each.times(taken)
         return cost, size
 
 
@@ -76,12 +90,12 @@ class StackOptions:
     each: tuple[tuple[Curve, ...], ...]
     whole: tuple[Curve, ...] = ()
 
-    def best(self, multiplier: float) -> list[Curve]:
-        """The curves with the least cost plus multiplier of their parameters."""
+    def best(self, price: Resources) -> list[Curve]:
+        """The curves with the least cost plus the price of what they take."""
 
         def worth(curve: Curve) -> float:
-            cost, size = curve.at(multiplier)
-            return cost + multiplier * size
+            cost, size = curve.at(price)
+            return cost + size.at(price)
 
         apart = [min(curves, key=worth) for curves in self.each]
         together = min(self.whole, key=worth, default=None)
@@ -99,63 +113,89 @@ class Part:
 
 
 def choose(
-    parts: Sequence[Part], budget: int, editor: WeightEditor, metrics: KfacMetrics
+    parts: Sequence[Part],
+    budget: Resources,
+    editor: WeightEditor,
+    metrics: KfacMetrics,
+    workload: Workload | None = None,
 ) -> list[Draft]:
     """The groups, with schemes and ranks, that leave the least cost within a budget.
 
     Args:
         parts: of the model.
-        budget: parameters for the matrices of their blocks.
+        budget: for the matrices of their blocks.
         editor: the weights.
         metrics: what errors cost.
+        workload: of the model, where multiply-adds are limited.
     """
-    options = [stack for part in parts for stack in _options_of_stacks(part, editor, metrics)]
+    weights = _Weights(editor, metrics, workload)
+    options = [stack for part in parts for stack in _options_of_stacks(part, weights)]
 
-    def chosen(multiplier: float) -> list[Curve]:
-        return [curve for stack in options for curve in stack.best(multiplier)]
+    def chosen(price: Resources) -> list[Curve]:
+        return [curve for stack in options for curve in stack.best(price)]
 
-    curves = chosen(_lagrange_multiplier(chosen, budget))
+    price = _price(chosen, budget)
+    curves = chosen(price)
     places: list[RankIndex] = []
-    ratios: list[Tensor] = []
+    gains: list[Tensor] = []
+    costs: list[Resources] = []
     drafts: list[Draft] = []
     for curve in curves:
         places += [(g + len(drafts), j) for g, j in curve.places]
-        ratios += [g / p for g, p in zip(curve.gains, curve.rank_costs, strict=True)]
+        gains += curve.gains
+        costs += curve.rank_costs
         drafts += curve.drafts
-    return fill(drafts, budget - sum(c.size for c in curves), places, ratios)
+    spare = budget - total(c.size for c in curves)
+    return fill(drafts, spare, places, gains, costs, price).drafts
 
 
-def _options_of_stacks(
-    part: Part, editor: WeightEditor, metrics: KfacMetrics
-) -> list[StackOptions]:
+@dataclass(frozen=True)
+class _Weights:
+    """What curves are drawn from."""
+
+    editor: WeightEditor
+    metrics: KfacMetrics
+    workload: Workload | None
+
+
+def _options_of_stacks(part: Part, weights: _Weights) -> list[StackOptions]:
     if len(part.candidates) == 1:  # nothing to choose but ranks
         drafts = with_least(list(part.candidates[0].drafts(part.blocks)))
-        return [StackOptions(((_curve(drafts, part.blocks, editor, metrics),),))] if drafts else []
+        return [StackOptions(((_curve(drafts, part.blocks, weights),),))] if drafts else []
     options: list[StackOptions] = []
     for blocks in _stacks(part.blocks):
-        whole = tuple(_curves(part.candidates, blocks, editor, metrics))
-        each = tuple(
-            tuple(_curves(part.candidates, [b], editor, metrics, keep=True)) for b in blocks
-        )
+        whole = tuple(_curves(part.candidates, blocks, weights))
+        each = tuple(tuple(_curves(part.candidates, [b], weights, keep=True)) for b in blocks)
         options.append(StackOptions(each, whole))
     return options
 
 
-def least_size(part: Part) -> int:
-    """The fewest parameters that any mixture of the candidates stores for a part's blocks."""
+def least_of(part: Part, workload: Workload | None = None) -> Resources:
+    """The fewest parameters, and the fewest multiply-adds, of any mixture of the candidates.
+
+    Each by itself: no mixture need reach both.
+    """
     if len(part.candidates) == 1:
-        return _least_of(part.candidates, part.blocks)
-    return sum(
-        min(
-            sum(_least_of(part.candidates, [block]) for block in blocks),
-            _least_of(part.candidates, blocks),
+        return _least(part.candidates, part.blocks, workload)
+    return total(
+        _fewest(
+            total(_least(part.candidates, [block], workload) for block in blocks),
+            _least(part.candidates, blocks, workload),
         )
         for blocks in _stacks(part.blocks)
     )
 
 
-def _least_of(candidates: Sequence[Scheme], blocks: Sequence[Block]) -> int:
-    return min(_size(with_least(list(c.drafts(blocks))), blocks) for c in candidates)
+def _least(
+    candidates: Sequence[Scheme], blocks: Sequence[Block], workload: Workload | None
+) -> Resources:
+    return _fewest(
+        *(of_drafts(with_least(list(c.drafts(blocks))), blocks, workload) for c in candidates)
+    )
+
+
+def _fewest(*found: Resources) -> Resources:
+    return Resources(min(one.params for one in found), min(one.macs for one in found))
 
 
 def _stacks(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -165,15 +205,45 @@ def _stacks(blocks: Sequence[Block]) -> list[list[Block]]:
     return list(stacks.values())
 
 
-def _lagrange_multiplier(chosen: Callable[[float], list[Curve]], budget: int) -> float:
-    """The lowest cost per parameter at which the choice is no larger than the budget.
+def _price(chosen: Callable[[Resources], list[Curve]], budget: Resources) -> Resources:
+    """The price of a parameter and of a multiply-add at which what is chosen meets the budget."""
+
+    def taken(price: Resources) -> tuple[float, Resources]:
+        found = [curve.at(price) for curve in chosen(price)]
+        return sum(cost for cost, _ in found), total(size for _, size in found)
+
+    def meeting(mix: float, limit: Resources = budget) -> Resources:
+        unit = prices(budget, mix)
+        multiplier = _lagrange_multiplier(lambda m: taken(unit.times(m))[1].within(limit))
+        return unit.times(multiplier)
+
+    if not is_mixed(budget):
+        return meeting(0.0)
+    for mix, limit in ((0.0, Resources(budget.params, math.inf)), (1.0, _macs_alone(budget))):
+        price = meeting(mix, limit)
+        if taken(price)[1].within(budget):
+            return price  # this limit decides alone
+    low, high = 0.0, 1.0
+    best = (math.inf, Resources())
+    for _ in range(_MIXINGS):
+        mix = (low + high) / 2
+        price = meeting(mix)
+        cost, size = taken(price)
+        best = min(best, (cost, price), key=lambda one: one[0])
+        params_decide = size.params / budget.params > size.macs / budget.macs
+        low, high = (low, mix) if params_decide else (mix, high)
+    return best[1]
+
+
+def _macs_alone(budget: Resources) -> Resources:
+    return Resources(math.inf, budget.macs)
+
+
+def _lagrange_multiplier(fits: Callable[[float], bool]) -> float:
+    """The lowest multiplier at which the choice is no larger than the budget.
 
     Costs have the scale of the squared weights, so the search starts from no scale of its own.
     """
-
-    def fits(multiplier: float) -> bool:
-        return sum(curve.at(multiplier)[1] for curve in chosen(multiplier)) <= budget
-
     high = 1.0
     while not fits(high) and high < _LARGEST:
         high *= _STEP
@@ -192,13 +262,12 @@ def _lagrange_multiplier(chosen: Callable[[float], list[Curve]], budget: int) ->
 def _curves(
     candidates: Sequence[Scheme],
     blocks: Sequence[Block],
-    editor: WeightEditor,
-    metrics: KfacMetrics,
+    weights: _Weights,
     *,
     keep: bool = False,
 ) -> list[Curve]:
     """The curve of every candidate that makes something of these blocks; `keep` adds none."""
-    found = [Curve((), _size([], blocks), 0.0)] if keep else []
+    found = [Curve((), of_blocks(blocks, weights.workload), 0.0)] if keep else []
     seen: list[object] = []
     for candidate in candidates:
         drafts = with_least(list(candidate.drafts(blocks)))
@@ -206,28 +275,28 @@ def _curves(
         alike = [(d.members, d.scheme.layout(d.shapes)) for d in drafts]
         if drafts and (keep or spans) and alike not in seen:
             seen.append(alike)
-            found.append(_curve(drafts, blocks, editor, metrics))
+            found.append(_curve(drafts, blocks, weights))
     return found
 
 
-def _curve(
-    drafts: Sequence[Draft], blocks: Sequence[Block], editor: WeightEditor, metrics: KfacMetrics
-) -> Curve:
+def _curve(drafts: Sequence[Draft], blocks: Sequence[Block], weights: _Weights) -> Curve:
     floor = 0.0
     places: list[RankIndex] = []
     gains: list[Tensor] = []
-    rank_costs: list[int] = []
+    rank_costs: list[Resources] = []
     for g, d in enumerate(drafts):
-        rank_options, found = d.scheme.rank_options(d.shapes), gains_of(d, editor, metrics)
-        floor += _floor(d, editor, metrics)
-        for j, (option, gain) in enumerate(zip(rank_options, found, strict=True)):
-            if option is not None and gain is not None:
+        found = gains_of(d, weights.editor, weights.metrics)
+        costs = of_ranks(d, weights.workload)
+        floor += _floor(d, weights.editor, weights.metrics)
+        for j, option in enumerate(d.scheme.rank_options(d.shapes)):
+            gain, cost = found[j], costs[j]
+            if option is not None and gain is not None and cost is not None:
                 places.append((g, j))
                 gains.append(gain[option.min_rank : option.break_even_rank].float())
                 # Ranks above `most` are never taken: what they would remove stays.
                 floor += float(gain[option.break_even_rank :].sum())
-                rank_costs.append(option.params_per_rank)
-    size = _size(drafts, blocks)
+                rank_costs.append(cost)
+    size = of_drafts(drafts, blocks, weights.workload)
     return Curve(tuple(drafts), size, floor, tuple(places), tuple(gains), tuple(rank_costs))
 
 
@@ -240,16 +309,6 @@ def _floor(d: Draft, editor: WeightEditor, metrics: KfacMetrics) -> float:
     factors = scheme.fit_measured(matrices, measures)
     weights = scheme.layout(d.shapes).weights
     return total_cost(weights, factors, matrices, measures)
-
-
-def _size(drafts: Sequence[Draft], blocks: Sequence[Block]) -> int:
-    """Parameters stored for the matrices of some blocks, converted or not."""
-    converted = {m.slot for d in drafts for m in d.members}
-    total = sum(s.numel for b in blocks for s in b.slots.values())
-    total -= sum(slot.numel for slot in converted)
-    return total + sum(
-        math.prod(shape) for d in drafts for shape in d.scheme.layout(d.shapes).factors.values()
-    )
 
 
 def _block_of(tensor: str, blocks: Sequence[Block]) -> str:

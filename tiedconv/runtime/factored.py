@@ -37,6 +37,16 @@ class NotFactorableError(Exception):
     """Not a product, sum or concatenation of stored matrices: the weight must be materialised."""
 
 
+def require_values(are_patches: bool) -> None:
+    """What only features in memory can do is refused for patches, which a kernel reads first.
+
+    Raises:
+        NotFactorableError: they are patches.
+    """
+    if are_patches:
+        raise NotFactorableError
+
+
 class Operations(Protocol[V]):
     """What `apply` needs of features, whose last dimension (or channels) it transforms."""
 
@@ -107,13 +117,9 @@ def apply(expr: Expr, x: V, on: Operations[V], transpose: bool = False) -> V:
             return _scaled(a, b, x, on, transpose)
         case Cat(xs=parts, dim=dim) if len(expr.shape) == 2:
             if dim == int(transpose):
-                return on.concat([apply(p, x, on, transpose) for p in parts])
+                return on.concat(_side_by_side(parts, x, on, transpose))
             pieces = on.split(x, [p.shape[dim] for p in parts])
-            terms = [apply(p, v, on, transpose) for p, v in zip(parts, pieces, strict=True)]
-            total = terms[0]
-            for term in terms[1:]:
-                total = on.add(total, term)
-            return total
+            return _summed(parts, pieces, on, transpose)
         case Pad(x=inner, dim=dim, size=size) if len(expr.shape) == 2:
             if dim == int(transpose):
                 return on.pad(apply(inner, x, on, transpose), size - inner.shape[dim])
@@ -121,6 +127,38 @@ def apply(expr: Expr, x: V, on: Operations[V], transpose: bool = False) -> V:
         case Ref() | Slice() | Reshape() | Dequantize() if len(expr.shape) == 2 and is_stored(expr):
             return on.product(x, expr, transpose)
     raise NotFactorableError
+
+
+def _side_by_side(parts: Sequence[Expr], x: V, on: Operations[V], transpose: bool) -> list[V]:
+    """The features by each part; a factor that products share is multiplied once."""
+    shared: dict[Expr, V] = {}
+    found: list[V] = []
+    for part in parts:
+        if isinstance(part, MatMul):
+            first, second = (part.a, part.b) if transpose else (part.b, part.a)
+            if first not in shared:
+                shared[first] = apply(first, x, on, transpose)
+            found.append(apply(second, shared[first], on, transpose))
+        else:
+            found.append(apply(part, x, on, transpose))
+    return found
+
+
+def _summed(parts: Sequence[Expr], pieces: Sequence[V], on: Operations[V], transpose: bool) -> V:
+    """The sum of all features by their parts; a factor that products end with is applied once."""
+    sums: dict[Expr | None, V] = {}
+    for part, x in zip(parts, pieces, strict=True):
+        last: Expr | None = None
+        first = part
+        if isinstance(part, MatMul):
+            first, last = (part.a, part.b) if transpose else (part.b, part.a)
+        term = apply(first, x, on, transpose)
+        sums[last] = on.add(sums[last], term) if last in sums else term
+    terms = [x if e is None else apply(e, x, on, transpose) for e, x in sums.items()]
+    total = terms[0]
+    for term in terms[1:]:
+        total = on.add(total, term)
+    return total
 
 
 def _scaled(matrix: Expr, vector: Expr, x: V, on: Operations[V], transpose: bool) -> V:

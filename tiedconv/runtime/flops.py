@@ -1,6 +1,7 @@
 """Multiplications of an expression, counted on shapes: no tensor is needed.
 
-Three figures: what applying the factors to one row of features takes (`apply_flops`), what
+Four figures: what applying the factors to one row of features takes, scales included
+(`apply_flops`), the multiply-adds of a row in the form that takes fewest (`fewest_macs`), what
 computing the weight takes (`materialize_flops`), and what evaluating any well-formed expression
 takes, values written included (`eval_flops`, by which files are bounded).
 """
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tiedconv.core.expr import Add, Cat, Dequantize, Expr, MatMul, Mul, Reshape
 from tiedconv.core.pad import Pad
-from tiedconv.runtime.factored import NotFactorableError, apply, matrix_of
+from tiedconv.runtime.factored import NotFactorableError, apply, matrix_of, require_values
 from tiedconv.runtime.generator import Generated, parts_of
 
 
@@ -24,6 +26,28 @@ def apply_flops(expr: Expr) -> int | None:
     """
     counter = _counted(expr)
     return None if counter is None else counter.total
+
+
+def apply_macs(expr: Expr) -> int | None:
+    """Multiply-adds of the products alone of `factored.apply`, for each row of features.
+
+    Returns:
+        None if the weight must be materialised.
+    """
+    counter = _counted(expr)
+    return None if counter is None else counter.products
+
+
+def fewest_macs(expr: Expr) -> tuple[int, bool]:
+    """Multiply-adds for each row of features, and whether factors are applied for it.
+
+    Factors are applied where that takes fewer than the weight does, and where the weight is never
+    materialised at all.
+    """
+    whole, applied = math.prod(expr.shape), apply_macs(expr)
+    if applied is None or not (applied < whole or never_materialized(expr)):
+        return whole, False
+    return applied, True
 
 
 def eval_flops(expr: Expr) -> tuple[int, int]:
@@ -67,48 +91,63 @@ def reads_transposed(expr: Expr) -> bool:
 
 def _counted(expr: Expr) -> _Counter | None:
     counter = _Counter()
+    matrix_like = math.prod(expr.shape[2:]) == 1
     try:
-        apply(matrix_of(expr), expr.shape[1], counter)
+        apply(matrix_of(expr), _Given(math.prod(expr.shape[1:]), not matrix_like), counter)
     except NotFactorableError:
         return None
     return counter
 
 
+@dataclass(frozen=True)
+class _Given:
+    """The number of features, and whether they are patches that a kernel has yet to read."""
+
+    count: int
+    patches: bool = False
+
+
 class _Counter:
-    """Operations on the number of features."""
+    """Operations on the number of features.
+
+    Patches are not in memory: the first product reads them, as a convolution does.
+    """
 
     def __init__(self) -> None:
-        self.total, self.transposes = 0, False
+        self.total, self.products, self.transposes = 0, 0, False
 
-    def product(self, x: int, matrix: Expr, transpose: bool) -> int:
-        del x
+    def product(self, x: _Given, matrix: Expr, transpose: bool) -> _Given:
+        require_values(x.patches and transpose)
         self.total += math.prod(matrix.shape)
+        self.products += math.prod(matrix.shape)
         self.transposes |= transpose
-        return matrix.shape[1 if transpose else 0]
+        return _Given(matrix.shape[1 if transpose else 0])
 
-    def scale(self, x: int, vector: Expr) -> int:
+    def scale(self, x: _Given, vector: Expr) -> _Given:
+        require_values(x.patches)
         self.total += math.prod(vector.shape)
         return x
 
-    def add(self, a: int, b: int) -> int:
+    def add(self, a: _Given, b: _Given) -> _Given:
         del b
         return a
 
-    def concat(self, parts: Sequence[int]) -> int:
-        return sum(parts)
+    def concat(self, parts: Sequence[_Given]) -> _Given:
+        return _Given(sum(part.count for part in parts))
 
-    def split(self, x: int, sizes: Sequence[int]) -> list[int]:
-        del x
-        return list(sizes)
+    def split(self, x: _Given, sizes: Sequence[int]) -> list[_Given]:
+        require_values(x.patches)
+        return [_Given(size) for size in sizes]
 
-    def first(self, x: int, count: int) -> int:
-        del x
-        return count
+    def first(self, x: _Given, count: int) -> _Given:
+        require_values(x.patches)
+        return _Given(count)
 
-    def pad(self, x: int, count: int) -> int:
-        return x + count
+    def pad(self, x: _Given, count: int) -> _Given:
+        return _Given(x.count + count)
 
-    def generated(self, x: int, parts: Generated) -> int:
+    def generated(self, x: _Given, parts: Generated) -> _Given:
         del x
         self.total += parts.flops
-        return parts.outputs
+        self.products += parts.flops
+        return _Given(parts.outputs)

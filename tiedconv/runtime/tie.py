@@ -14,7 +14,7 @@ never written.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -204,6 +204,11 @@ def freeze(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the model is not tied, or it has offsets, which the cache would keep.
     """
+    return cache_weights(model)
+
+
+def cache_weights(model: nn.Module, apart_from: Collection[str] = ()) -> nn.Module:
+    """`freeze`, but for the weights of these names, which are not cached."""
     if has_offsets(model):
         raise UserError(
             "The weights of this model have offsets towards the original",
@@ -212,8 +217,10 @@ def freeze(model: nn.Module) -> nn.Module:
             code="offsets-set",
         )
     model.eval()
-    for _, module, attribute in list(_iter_converted(model, state_of(model).plan)):
-        if not (module.__dict__[EXPRS][attribute].is_view or is_factored(module, attribute)):
+    unfreeze(model)
+    for name, module, attribute in list(_iter_converted(model, state_of(model).plan)):
+        expr = module.__dict__[EXPRS][attribute]
+        if not (name in apart_from or expr.is_view or is_factored(module, attribute)):
             with torch.no_grad():
                 value = plain(getattr(module, attribute)).detach().contiguous()
                 module.register_buffer(FROZEN + attribute, value, persistent=False)

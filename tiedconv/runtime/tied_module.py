@@ -3,7 +3,8 @@
 In such a subclass each converted weight is a property that evaluates its expression over the stored
 tensors of the root module. The forward pass of a linear layer may apply the factors instead (see
 `Forward`): always where the weight has a generated part (see `generator`), so that the weight is
-materialised only if it is read; for inference alone where `apply_factors` asks for it.
+materialised only if it is read; for inference alone where `apply_factors` asks for it, and then of
+a convolution too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from tiedconv.runtime.computed_weight import (
     refusal,
     refuse_rewriters,
 )
+from tiedconv.runtime.factored_conv import can_convolve, convolve
 from tiedconv.runtime.factored_torch import linear
 from tiedconv.runtime.flops import never_materialized
+from tiedconv.runtime.lazy_weight import lazy_weight
 
 # Keys of what tied modules keep in their `__dict__`, and prefixes of buffers beside a weight.
 ROOT = "_tiedconv_root"
@@ -34,6 +37,8 @@ FROZEN = "_tiedconv_frozen_"
 OFFSET = "_tiedconv_offset_"
 OFFSET_SCALE = "_tiedconv_offset_scale"
 
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
 
 class Forward(enum.Enum):
     """How the forward pass of a tied module uses a weight."""
@@ -41,7 +46,7 @@ class Forward(enum.Enum):
     MATERIALIZED = "materialized"
     """As the class does: the weight is evaluated, or read from the cache of `freeze`."""
     FACTORED_INFERENCE = "factored-inference"
-    """A linear layer applies the factors in evaluation mode without gradients."""
+    """A linear layer or a convolution applies the factors in evaluation without gradients."""
     FACTORED = "factored"
     """A linear layer always applies the factors, in training and when frozen too."""
 
@@ -68,21 +73,44 @@ def set_expressions(module: nn.Module, exprs: Mapping[str, Expr], root: nn.Modul
     module.__dict__[ROOT] = root
 
 
-def forward_of(module: nn.Module) -> Forward | None:
-    """How the weight of a tied linear layer is used; None for any other module."""
-    is_linear = _plain_class(module).forward is nn.Linear.forward
-    return getattr(type(module), "_tiedconv_forward", None) if is_linear else None
+def forward_of(module: nn.Module, attribute: str = "weight") -> Forward | None:
+    """How a computed weight of a tied module is used; None for one that can apply no factors."""
+    if not takes_factors(module, attribute):
+        return None
+    return getattr(type(module), "_tiedconv_forward", None)
+
+
+def takes_factors(module: nn.Module, attribute: str = "weight") -> bool:
+    """Whether what a module, tied or plain, does with a weight can be done with its factors.
+
+    torch's own linear layers and convolutions can, and a multi-head attention, whose projections
+    get a `LazyWeight`. A subclass with a forward pass of its own may use a weight in another way.
+    """
+    forward = _plain_class(module).forward
+    if forward is nn.MultiheadAttention.forward:
+        return attribute in _PROJECTIONS
+    if attribute != "weight":
+        return False
+    if forward is nn.Conv2d.forward:
+        return isinstance(module, nn.Conv2d) and can_convolve(module)
+    return forward is nn.Linear.forward or stores_transposed(module)
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer stores its weight as `(in, out)`: the `Conv1D` of transformers."""
+    plain = _plain_class(module)
+    return (plain.__module__, plain.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def set_forward(module: nn.Module, forward: Forward) -> None:
-    """Let a tied linear layer use its weight in another way."""
+    """Let a tied layer that can apply factors use its weight in another way."""
     attributes = frozenset(module.__dict__[EXPRS])
     module.__class__ = _tied_class(_plain_class(module), attributes, forward)
 
 
 def is_factored(module: nn.Module, attribute: str) -> bool:
     """Whether the module always applies the factors of this weight and never materialises it."""
-    return attribute == "weight" and forward_of(module) is Forward.FACTORED
+    return forward_of(module, attribute) is Forward.FACTORED
 
 
 def lookup_of(module: nn.Module) -> Lookup:
@@ -161,8 +189,10 @@ def _make_tied_class(
         "__doc__": base.__doc__,
         "_tiedconv_forward": forward,
     }
-    namespace |= {attribute: property(_getter(attribute)) for attribute in attributes}
-    namespace |= {"forward": _FORWARDS[forward]} if forward in _FORWARDS else {}
+    lazy = forward is Forward.FACTORED_INFERENCE
+    namespace |= {a: property(_getter(a, lazy=lazy)) for a in attributes}
+    if (own := _FORWARDS.get((base.forward, forward))) is not None:
+        namespace["forward"] = own
     tied: type[nn.Module] = type(base)(base.__name__, (base,), namespace)  # type: ignore[misc]
     return tied
 
@@ -172,7 +202,8 @@ def _empty(base: type[nn.Module], attributes: frozenset[str], forward: Forward) 
     return cls.__new__(cls)
 
 
-def _getter(attribute: str) -> Any:
+def _getter(attribute: str, *, lazy: bool) -> Any:
+    """The getter of a computed weight; `lazy` if the layer itself may not need it."""
     frozen_name, offset_name = FROZEN + attribute, OFFSET + attribute
 
     def value_of(self: nn.Module, expr: Expr) -> Tensor:
@@ -185,8 +216,12 @@ def _getter(attribute: str) -> Any:
 
     def get(self: nn.Module) -> Tensor:
         expr: Expr = self.__dict__[EXPRS][attribute]
+        in_forward = is_read_by_a_forward()
+        compiles = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if lazy and in_forward and not (compiles or _materializes(self, attribute)):
+            return lazy_weight(expr, lookup_of(self))
         value = value_of(self, expr)
-        return value if is_read_by_a_forward() else guarded(value, expr.refs)
+        return value if in_forward else guarded(value, expr.refs)
 
     return get
 
@@ -211,16 +246,30 @@ def _factored(self: nn.Module, x: Tensor) -> Tensor:
 
 def _factored_for_inference(self: nn.Module, x: Tensor) -> Tensor:
     """Likewise, but in evaluation mode without gradients, cache or offset alone."""
-    materialized = (
+    return nn.Linear.forward(self, x) if _materializes(self) else _factored(self, x)  # type: ignore[arg-type]
+
+
+def _convolved_for_inference(self: nn.Conv2d, x: Tensor) -> Tensor:
+    """The same for a convolution."""
+    if _materializes(self):
+        return nn.Conv2d.forward(self, x)
+    y = convolve(self, self.__dict__[EXPRS]["weight"], x, lookup_of(self))
+    bias: Any = self.bias
+    return y if bias is None else y.add_(bias[:, None, None])
+
+
+def _materializes(module: nn.Module, attribute: str = "weight") -> bool:
+    """Whether a layer that applies factors for inference uses its weight now."""
+    return (
         torch.is_grad_enabled()
-        or self.training
-        or FROZEN + "weight" in self._buffers
-        or _offset_of(self, OFFSET + "weight")[0] is not None
+        or module.training
+        or FROZEN + attribute in module._buffers
+        or _offset_of(module, OFFSET + attribute)[0] is not None
     )
-    return nn.Linear.forward(self, x) if materialized else _factored(self, x)  # type: ignore[arg-type]
 
 
-_FORWARDS = {
-    Forward.FACTORED: _factored,
-    Forward.FACTORED_INFERENCE: _factored_for_inference,
+_FORWARDS: dict[tuple[Any, Forward], Any] = {
+    (nn.Linear.forward, Forward.FACTORED): _factored,
+    (nn.Linear.forward, Forward.FACTORED_INFERENCE): _factored_for_inference,
+    (nn.Conv2d.forward, Forward.FACTORED_INFERENCE): _convolved_for_inference,
 }

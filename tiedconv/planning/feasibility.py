@@ -1,0 +1,187 @@
+"""What recipes can reach at least, and the errors that say so where a budget is too small."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from tiedconv.core.plan import Plan
+from tiedconv.core.workload import Workload
+from tiedconv.errors import BudgetError, NothingToConvert, PlanError
+from tiedconv.families.inspect import ModelInfo
+from tiedconv.planning.coverage import coverage
+from tiedconv.planning.drafting import (
+    Task,
+    compile_plan,
+    draft,
+    parameters_in,
+    parameters_of,
+    parts_of,
+)
+from tiedconv.planning.recipe import Budget, Recipe
+from tiedconv.planning.resources import of_blocks
+from tiedconv.planning.scheme_search import least_of
+from tiedconv.runtime.macs import macs_of
+from tiedconv.schemes import all_schemes
+
+
+def workload_of(info: ModelInfo, recipe: Recipe) -> Workload | None:
+    """The workload, if a recipe limits it.
+
+    Raises:
+        BudgetError: the model could not be run on any input, so nothing was counted.
+    """
+    if recipe.macs is None:
+        return None
+    if info.workload is None:
+        raise BudgetError(
+            "The multiply-adds of this model can't be counted: it runs on no input that was tried",
+            f"macs={recipe.macs.text!r} means nothing without them",
+            "Give an example of its input (in Python: example=...), or ask for --params instead",
+            code="macs-unknown",
+        )
+    return info.workload
+
+
+def least_stored(info: ModelInfo, tasks: Sequence[Task]) -> int:
+    """The fewest parameters that the tasks can store, of the whole model."""
+    parts = parts_of(tasks)
+    least = sum(int(least_of(part).params) for part in parts)
+    return parameters_of(info) - parameters_in(parts) + least
+
+
+def least_macs(info: ModelInfo, tasks: Sequence[Task]) -> int:
+    """The fewest multiply-adds that the tasks can take, of the whole model."""
+    work = info.workload
+    assert work is not None
+    parts = parts_of(tasks)
+    blocks = [block for part in parts for block in part.blocks]
+    least = sum(least_of(part, work).macs for part in parts)
+    return math.ceil(work.total - of_blocks(blocks, work).macs + least)
+
+
+def smaller_options(info: ModelInfo, recipe: Recipe) -> list[tuple[str, int]]:
+    """Other options and schemes that store less: how to ask for each, and its parameters."""
+    ways: dict[tuple[str, int], str] = {}
+    current = _size(info, recipe)
+    for scheme, cls in all_schemes().items():
+        for options in cls.smaller_options:
+            base = {} if scheme != recipe.rules[0].scheme else dict(recipe.rules[0].options)
+            rule = dataclasses.replace(
+                recipe.rules[0], scheme=scheme, options={**base, **options}
+            )  # fmt: skip
+            flags = " ".join(f"--option {k}={_plain(v)}" for k, v in options.items())
+            how, size = f"--scheme {scheme} {flags}".strip(), _size(info, Recipe((rule,)))
+            # An option that changes nothing here is no way of its own: the shortest of those alike.
+            alike = ways.get((scheme, size))
+            if size and (not current or size < current) and (not alike or len(how) < len(alike)):
+                ways[scheme, size] = how
+    return sorted(((how, size) for (_, size), how in ways.items()), key=lambda way: -way[1])
+
+
+def _size(info: ModelInfo, recipe: Recipe) -> int:
+    """Parameters stored without a budget, 0 if the recipe converts nothing."""
+    try:
+        drafts = [d for task in draft(info, recipe) for d in task.drafts]
+    except NothingToConvert:
+        return 0
+    return compile_plan(info, drafts).stored
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def require_within(plan: Plan, budget: int | None, macs: int | None, info: ModelInfo) -> None:
+    """What every plan that was chosen for a budget holds.
+
+    Args:
+        plan: that was chosen.
+        budget: parameters that may be stored, None for as many as there are.
+        macs: multiply-adds, likewise.
+        info: of the model.
+
+    Raises:
+        PlanError: it takes more than was asked for (`budget-exceeded`), which is a bug.
+        BudgetError: no plan was found that meets both budgets (`budgets-exceeded`).
+    """
+    found = [(plan.stored, budget, "parameters")]
+    if info.workload is not None:
+        found.append((macs_of(plan.weights, info.workload), macs, "multiply-adds"))
+    for taken, limit, what in found:
+        if limit is None or taken <= limit:
+            continue
+        if budget is not None and macs is not None:
+            raise BudgetError(
+                f"No plan was found that meets both budgets: the best takes {taken:,} {what}, and "
+                f"{limit:,} were asked for",
+                "Nothing was converted",
+                "Ask for more of either",
+                code="budgets-exceeded",
+                smallest=plan.stored,
+            )
+        raise PlanError(
+            f"The plan takes {taken:,} {what}, and {limit:,} were asked for",
+            "Nothing was converted",
+            "Report this as a bug, with the model and the recipe",
+            code="budget-exceeded",
+        )
+
+
+def too_small(
+    recipe: Recipe, wanted: Budget, info: ModelInfo, tasks: Sequence[Task], smallest: int,
+    budget: int, original: int,
+) -> BudgetError:  # fmt: skip
+    """The error for a budget of parameters below the smallest that a recipe reaches."""
+    converted = [m.slot for task in tasks for d in task.drafts for m in d.members]
+    found = coverage(info, converted)
+    kept = "" if found.share > 0.98 else (
+        f". {100 * (1 - found.share):.0f} % of the parameters are kept as they are, the largest: "
+        f"{found.largest()}"
+    )  # fmt: skip
+    ways = [w for w in smaller_options(info, Recipe(recipe.rules)) if w[1] <= budget]
+    asked_for = tuple(f"--scheme {rule.scheme} " for rule in recipe.rules)
+    ways.sort(key=lambda way: not f"{way[0]} ".startswith(asked_for))
+    what = "; ".join(f"{flags} reaches {_share(size, original)}" for flags, size in ways[:4])
+    return BudgetError(
+        f"{wanted.text} is {budget:,} parameters, but this recipe stores at least "
+        f"{_share(smallest, original)}{kept}",
+        "Nothing was written",
+        f"Ask for that or more{', or choose another way: ' + what if what else ''}",
+        code="budget-too-small",
+        smallest=smallest,
+    )
+
+
+def too_few_macs(
+    recipe: Recipe, wanted: Budget, info: ModelInfo, fewest: int, budget: int
+) -> BudgetError:
+    """The error for a budget of multiply-adds below the fewest that a recipe reaches."""
+    assert info.workload is not None
+    whole = info.workload.total
+    reached: list[tuple[int, str]] = []
+    for scheme in all_schemes():
+        try:
+            tasks = draft(info, Recipe.of(scheme))
+        except NothingToConvert:
+            continue
+        if (least := least_macs(info, tasks)) < whole:
+            reached.append((least, scheme))
+    ways = "; ".join(f"--scheme {s} reaches {_share(n, whole)}" for n, s in sorted(reached))
+    asked = ", ".join(dict.fromkeys(rule.scheme for rule in recipe.rules))
+    never = "" if fewest < whole else (
+        f". Weights of scheme {asked} have their own shape when they are used"
+    )  # fmt: skip
+    return BudgetError(
+        f"macs={wanted.text!r} is {budget:,} multiply-adds, but this recipe takes at least "
+        f"{_share(fewest, whole)}{never}",
+        "Nothing was written",
+        f"Ask for that or more, or choose another scheme: {ways or 'none takes fewer here'}",
+        code="macs-too-few",
+        smallest=fewest,
+    )
+
+
+def _share(count: int, original: int) -> str:
+    return f"{count:,} ({100 * count / original:.1f} %)"
