@@ -273,7 +273,7 @@ class ReadsTheType(nn.Module):
         for layer in self.layers:
             assert layer.weight.shape == (16, 16)
             x = layer(x.to(layer.weight.dtype))
-        return x @ self.layers[0].weight
+        return x + self.layers[0].weight.sum()
 
 
 def test_a_weight_is_evaluated_only_where_something_is_computed_with_it(
