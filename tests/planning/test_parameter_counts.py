@@ -126,7 +126,7 @@ def test_tied_resnet50(
 
 
 def test_tying_a_resnet50_alone_cannot_halve_it_and_the_program_says_what_does() -> None:
-    with raises(tiedconv.TiedconvError, "budget-too-small", "spatial=true reaches 10,098,728"):
+    with raises(tiedconv.TiedconvError, "budget-too-small", "spatial=True reaches 10,098,728"):
         planned("resnet50", "tied", params="50%")
 
 
