@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-all check format bench dist clean
+.PHONY: help demo test test-all check format docs bench dist clean
 
 help:
 	@echo "make demo      install, then convert, calibrate and fine-tune a model of handwritten digits"
@@ -12,6 +12,7 @@ help:
 	@echo "make check     install, then run ruff and mypy --strict"
 	@echo "make format    run ruff --fix and ruff format"
 	@echo "make dist      build wheel and sdist, and try both in an empty environment"
+	@echo "make docs      install, then build the site of README and docs into site/"
 	@echo "make bench     time tied models against dense ones (minutes; see docs/results.md)"
 
 demo: .venv/.demo
@@ -33,6 +34,10 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Open site/index.html; for the search: python3 -m http.server -d site"
+
 bench: .venv/.dev
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/conversion.py
@@ -41,7 +46,7 @@ dist: .venv/.dev
 	$(BIN)/python scripts/check_dist.py
 
 clean:
-	rm -rf .venv demo-output build dist *.egg-info
+	rm -rf .venv demo-output build dist site *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -58,4 +63,8 @@ $(BIN)/python:
 
 .venv/.dev: pyproject.toml .venv/.torch
 	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+.venv/.docs: pyproject.toml .venv/.torch
+	$(INSTALL) -e '.[docs]'
 	@touch $@

@@ -39,7 +39,9 @@ def section(name: str) -> str:
         return "\n".join([*lines, "The version of this package, as text."])
     if inspect.isfunction(thing):
         signature = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", str(inspect.signature(thing)))
-        lines += ["```python", f"{name}{signature}".replace("'", ""), "```", ""]
+        # Annotations are texts, and are written without their quotes.
+        signature = re.sub(r"(: |-> )(['\"])(.*?)\2(?=[,)]| = |$)", r"\1\3", signature)
+        lines += ["```python", f"{name}{signature}", "```", ""]
     return "\n".join([*lines, *body(inspect.getdoc(thing) or "")]).rstrip()
 
 
