@@ -39,7 +39,7 @@ CODE = re.compile(r"[a-z0-9]+(-[a-z0-9…]+)+|[a-z]+")
 
 
 def main() -> int:
-    text = HEAD + "".join(f"| `{c}` | {kind} | {reads} |\n" for c, (kind, reads) in codes().items())
+    text = page()
     if "--check" in sys.argv:
         current = PATH.is_file() and PATH.read_text("utf-8") == text
         print("docs/errors.md is current" if current else "run python scripts/error_docs.py")
@@ -48,10 +48,19 @@ def main() -> int:
     return 0
 
 
+def page() -> str:
+    """The whole page."""
+    rows = (f"| `{c}` | {kind} | {reads} |\n" for c, (kind, reads) in codes().items())
+    return HEAD + "".join(rows)
+
+
 def codes() -> dict[str, tuple[str, str]]:
     """Of each code the class and a message, as far as the source says them in one place."""
-    trees = [ast.parse(p.read_text("utf-8")) for p in sorted((ROOT / "tiedconv").rglob("*.py"))]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
+    texts = [p.read_text("utf-8") for p in sorted((ROOT / "tiedconv").rglob("*.py"))]
+    raising = re.compile(r"\bcode\b|Error\(|errors import")
+    trees = [ast.parse(text) for text in texts if raising.search(text)]
+    kept = (ast.Call, ast.Assign, ast.FunctionDef)
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, kept)]
     helpers = dict(h for node in nodes if isinstance(node, ast.FunctionDef) for h in helper(node))
     found: dict[str, list[tuple[str, str]]] = {}
     for node in nodes:

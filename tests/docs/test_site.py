@@ -25,7 +25,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(root: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = ["-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
+    # Not --quiet: warnings would not be counted.
+    words = ["-m", "mkdocs", "build", "--strict", "-d", str(folder)]
     return subprocess.run(
         [sys.executable, *words], cwd=root, capture_output=True, text=True, check=False
     )

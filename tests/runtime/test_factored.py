@@ -124,7 +124,8 @@ def test_a_part_of_a_matrix_is_one_of_its_factors(
         found.evaluate(tensors.__getitem__), whole.narrow(dim, start, stop - start)
     )
     assert found.shape == whole.narrow(dim, start, stop - start).shape
-    assert apply_flops(found) is not None
+    # Of nothing but zeros there are no factors.
+    assert apply_flops(found) is not None or not found.evaluate(tensors.__getitem__).any()
 
 
 def test_a_kernel_that_is_not_a_reshaped_matrix_must_be_materialized() -> None:

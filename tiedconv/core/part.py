@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tiedconv.core.expr import Add, Cat, Expr, MatMul, Mul, Permute, Slice, transpose
+from tiedconv.core.pad import Pad, padded
 
 
 def part(expr: Expr, dim: int, start: int, stop: int) -> Expr:
@@ -27,6 +28,10 @@ def part(expr: Expr, dim: int, start: int, stop: int) -> Expr:
         case Mul(a=a, b=b) if a.shape == expr.shape and len(b.shape) == 2:
             scale = b if b.shape[dim] == 1 else part(b, dim, start, stop)
             return Mul(part(a, dim, start, stop), scale)
+        case Pad(x=x, dim=along, size=size) if along != dim:
+            return Pad(part(x, dim, start, stop), along, size)
+        case Pad(x=x) if start < x.shape[dim]:
+            return padded(part(x, dim, start, min(stop, x.shape[dim])), dim, stop - start)
         case Cat(xs=xs, dim=along):
             return _part_of_cat(xs, along, dim, start, stop)
     return Slice(expr, dim, start, stop)
