@@ -36,6 +36,11 @@ NOT_RUN = {
     r"--resume": "continues an interrupted run; tests/training interrupts some",
     r"^tiedconv demo$": "trains for minutes; tests/docs/test_tutorial.py runs it",
 }
+OF_BENCHMARKS = {
+    option
+    for path in (ROOT / "benchmarks").glob("*.py")
+    for option in re.findall(r'"(--[a-z][\w-]*)"', path.read_text("utf-8"))
+}
 TUTORIAL = "tutorial.md"  # its commands run as they stand, in a test of its own
 SHELL = [b for page in PAGES for b in blocks(page) if b.language == "sh"]
 BY_PAGE = {page: [b for b in SHELL if b.page == page] for page in PAGES}
@@ -96,18 +101,11 @@ def _made(command: list[str]) -> None:
 def test_options_in_the_text_exist(page: Path) -> None:
     every = set().union(*OPTIONS.values()) | FOREIGN
     for code in inline_code(page):
-        if code.startswith(("benchmarks/", "python benchmarks/", "scripts/")):
-            continue  # of a program of the repository
-        known = every
+        known = every | (OF_BENCHMARKS if page.name in ("results.md", "zoo.md") else set())
         if (match := re.match(r"tiedconv ([a-z]+)\b", code)) and match[1] in COMMANDS:
             known = OPTIONS[match[1]]
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
-            if f"{page.name}:{option}" not in ELSEWHERE:
-                assert option in known, (page.name, code)
-
-
-# Options that a page gives of a script of the repository.
-ELSEWHERE = {"zoo.md:--checks", "zoo.md:--exports"}
+            assert option in known, (page.name, code)
 
 
 def why_not(command: list[str]) -> str | None:
