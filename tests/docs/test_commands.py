@@ -136,10 +136,16 @@ RUN = [p for p in PAGES if p.name != TUTORIAL and tiedconv_commands(BY_PAGE[p])]
 def test_the_commands_of_a_page_run_in_their_order(
     page: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With small models, images and budgets in place of those that the page names."""
-    folder = tmp_path / "here"
-    shutil.copytree(made, folder)
-    monkeypatch.chdir(folder)
-    for command in tiedconv_commands(BY_PAGE[page]):
-        if why_not(command) is None:
-            run(*stand_in(command))
+    """With small models, images and budgets in place of those that the page names; each section
+    begins in a folder of its own.
+    """
+    headings = [found.start() for found in re.finditer("^## ", page.read_text("utf-8"), re.M)]
+    lines = [page.read_text("utf-8").count("\n", 0, start) + 1 for start in headings]
+    for block in BY_PAGE[page]:
+        folder = tmp_path / str(sum(line < block.line for line in lines))
+        if not folder.exists():
+            shutil.copytree(made, folder)
+        monkeypatch.chdir(folder)
+        for command in tiedconv_commands([block]):
+            if why_not(command) is None:
+                run(*stand_in(command))

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from tiedconv.sources import Preprocess
 from tiedconv.sources.torchvision_compat import import_torchvision
 
 PREPARED = {
@@ -61,6 +62,9 @@ def small_vit() -> nn.Module:
         num_classes=3,
     )  # fmt: skip
     return model.eval()
+
+
+small_vit.preprocess = Preprocess(32, None, (0.5,) * 3, (0.5,) * 3)  # type: ignore[attr-defined]
 
 
 def make_doc_world(root: Path) -> None:
