@@ -129,7 +129,8 @@ def test_recipes_have_the_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["lowrank", pytest.param("basis", marks=pytest.mark.slow), "auto"]
+    "scheme",
+    ["auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lowrank", "basis"))],
 )
 def test_parameters_and_multiply_adds_are_both_kept(scheme: str) -> None:
     name = "torchvision-resnet" if scheme != "auto" else "perceptron"

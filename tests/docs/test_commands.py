@@ -101,7 +101,8 @@ def _made(command: list[str]) -> None:
 def test_options_in_the_text_exist(page: Path) -> None:
     every = set().union(*OPTIONS.values()) | FOREIGN
     for code in inline_code(page):
-        known = every | (OF_BENCHMARKS if page.name in ("results.md", "zoo.md") else set())
+        of_benchmarks = page.name in ("results.md", "zoo.md") or code.startswith("python bench")
+        known = every | (OF_BENCHMARKS if of_benchmarks else set())
         if (match := re.match(r"tiedconv ([a-z]+)\b", code)) and match[1] in COMMANDS:
             known = OPTIONS[match[1]]
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):

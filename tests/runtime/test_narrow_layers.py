@@ -24,7 +24,7 @@ from tiedconv.runtime.tie import is_tied, state_of
 NAMES = ("torchvision-vit", "torchvision-resnet", "timm-vit", "timm-vit-qknorm", "timm-resnet",
          "hf-vit", "hf-resnet", "hf-imagegpt", "torch-encoder", "torch-transformer", "aliased",
          "hf-deformable-detr-refined")  # fmt: skip
-FAST = ("timm-vit", "torchvision-resnet", "hf-imagegpt", "aliased")
+FAST = ("timm-vit", "aliased")
 
 each = pytest.mark.parametrize("name", slow_unless(NAMES, FAST))
 

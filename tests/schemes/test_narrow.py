@@ -109,6 +109,7 @@ def test_a_unit_that_others_repeat_costs_nothing_to_remove() -> None:
     assert (found - wanted).norm() < 0.2 * lost
 
 
+@pytest.mark.slow
 def test_images_choose_and_fit_better_than_the_weights_alone() -> None:
     for name in ("timm-vit", "torchvision-resnet"):
         model = all_micros()[name].model().eval()
@@ -162,7 +163,9 @@ def _with(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return other
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet"])
+@pytest.mark.parametrize(
+    "name", ["timm-vit", pytest.param("torchvision-resnet", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("step", [1, 8])
 def test_a_budget_is_kept_and_used(name: str, step: int) -> None:
     tied = calibrated(name, params="80%", step=step)
@@ -173,6 +176,7 @@ def test_a_budget_is_kept_and_used(name: str, step: int) -> None:
     assert len({w for group in widths(tied) for w in group}) > 1
 
 
+@pytest.mark.slow
 def test_auto_takes_it_where_units_repeat() -> None:
     model = all_micros()["timm-vit"].model()
     with torch.no_grad():
