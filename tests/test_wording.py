@@ -105,7 +105,7 @@ def _options(command: str) -> set[str]:
         ("Pass --force to replace it", "Pass force=True to replace it"),
         ("Use --weights FILE or --weights none", 'Use weights=FILE or weights="none"'),
         ("--scheme lors --params 50%", 'scheme="lors" params="50%"'),
-        ("add --model-arg classes=3", 'add model_args={"classes": 3}'),
+        ("add --model-arg classes=3.", 'add model_args={"classes": 3}.'),
         ("--option groups=all", 'groups="all"'),
         ("--option tie=true --option k=[1,2]", "tie=True k=[1,2]"),
         ("Use --resize 0", "Use preprocess"),

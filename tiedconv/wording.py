@@ -24,7 +24,7 @@ _OF_READING = {"ema", "no_ema", "non_finite"}
 _OPTION = re.compile(
     r"(?<![\w-])--([a-z][a-z-]*)"
     # A value: a placeholder, a number, NAME=VALUE, or one of the words that options take.
-    r"(?:[ =]((?:[A-Z][A-Z_]+|\d[\d.%]*|\w+=(?:\[[^\]]*\]|[A-Z]+,[A-Z]+|[^\s,;)]+)"
+    r"(?:[ =]((?:[A-Z][A-Z_]+|\d[\d.%]*|\w+=(?:\[[^\]]*\]|[A-Z]+,[A-Z]+|[^\s,;)]*[^\s,;).])"
     r"|(?<=--scheme )[a-z][a-z-]*|auto|none|cpu|cuda"
     r"|off|zero|dense|pt2|onnx|fsdp|flip|imagenet|position)(?![\w=-])))?"
 )

@@ -202,7 +202,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], s
     ),
     "no hash for a tensor": (lambda r, t: r["sha256"].pop("head.bias"), "metadata-invalid"),
     "a hash that is no text": (lambda r, t: r["sha256"].update({"head.bias": 3}), "tensor-damaged"),
-    "a newer format": (lambda r, t: r.update(format=3), "format-too-new"),
+    "a newer format": (lambda r, t: r.update(format=99), "format-too-new"),
     "an older format": (lambda r, t: r.update(format=0), "metadata-invalid"),
     "a format that is no number": (lambda r, t: r.update(format=True), "metadata-invalid"),
     "no plan": (lambda r, t: r.pop("plan"), "metadata-invalid"),

@@ -207,7 +207,7 @@ def test_timm_round_trip() -> None:
     ("spec", "kwargs", "code", "words"),
     [
         ("resnet5", {}, "unknown-model", ["'resnet5'", "resnet50"]),
-        ("weights.pth", {}, "file-as-model", ["weights.pth", "--weights FILE"]),
+        ("weights.pth", {}, "file-as-model", ["weights.pth", "weights=FILE"]),
         ("", {}, "unknown-model", ["''"]),
         ("timm:vit_tiny_patch16_22", {}, "unknown-model", ["timm:vit_tiny_patch16_224"]),
         ("timm:resnet18.no_such_tag", {}, "unknown-model", ["no_such_tag"]),
@@ -367,9 +367,9 @@ def test_hf_arguments(swin: Path, tmp_path: Path) -> None:
     model, source = open_source(f"hf:{tmp_path}", {"num_labels": 7}, "none")
     assert model.get_parameter("classifier.weight").shape[0] == 7
     assert skeleton(again(source)).get_parameter("classifier.weight").shape[0] == 7
-    with raises(BadWeights, "weights-mismatch", "classifier.weight is (5, 16)", "num_labels=5"):
+    with raises(BadWeights, "weights-mismatch", "classifier.weight is (5, 16)", '"num_labels": 5'):
         open_source(f"hf:{swin}", {"num_labels": 7})
-    with raises(BadWeights, "weights-mismatch", "classifier.weight is (5, 16)", "num_labels=5"):
+    with raises(BadWeights, "weights-mismatch", "classifier.weight is (5, 16)", '"num_labels": 5'):
         open_source(f"hf:{swin}", {"num_labels": 7}, swin / "model.safetensors")
     with raises(SourceError, "unknown-model-argument", "img_size"):
         describe(f"hf:{swin}", {"img_size": 32})
@@ -668,7 +668,10 @@ def test_half_precision_is_kept_in_reading_and_widened_in_loading(tmp_path: Path
 def test_mismatches_are_named() -> None:
     model, ten = small_net(), small_net(classes=10)
     with raises(
-        BadWeights, "weights-mismatch", "2.weight is (10, 3) in the file, (4, 3)", "num_classes=10"
+        BadWeights,
+        "weights-mismatch",
+        "2.weight is (10, 3) in the file, (4, 3)",
+        '"num_classes": 10',
     ):
         load_into(model, ten.state_dict())
     wide = small_net(width=8)

@@ -105,7 +105,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     @on_command_line()
-    def run(quiet: bool, verbose: bool, **options: Any) -> None:
+    def run(quiet: bool = False, verbose: bool = False, **options: Any) -> None:
         # Imported within: torch takes seconds, in which Ctrl-C is to leave no traceback either.
         try:
             from tiedconv.training import sigterm_as_keyboard_interrupt
