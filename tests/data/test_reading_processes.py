@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from error_codes import raises
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import tiedconv
 from tiedconv.data import Loader, loading
 from tiedconv.data.reading_processes import why_not
+from tiedconv.errors import DataError
 
 
 class Colours(Dataset[tuple[Tensor, int]]):
@@ -106,3 +109,33 @@ def test_a_data_set_of_main_calibrates(by: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "Net"
     assert done.stderr.count("by this process alone") == 1, done.stderr
+
+
+class Net(nn.Module):
+    """Two matrices with a nonlinearity between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_a_tensor_or_a_list_of_images_calibrates_as_a_data_set_does() -> None:
+    torch.manual_seed(0)
+    net, images = Net(), torch.randn(24, 16)
+    pairs = TensorDataset(images, torch.zeros(24))
+    made = [
+        tiedconv.convert(net, "lowrank", rank=4, calib=given, effort="fast")
+        for given in (pairs, images, list(images), DataLoader(images, batch_size=5))
+    ]
+    for other in made[1:]:
+        for name, tensor in made[0].state_dict().items():
+            assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_what_is_no_image_is_refused() -> None:
+    for odd in ([("a", 0)], [3.0], [(torch.ones(3),)], [{1: 2}]):
+        with raises(DataError, "samples-malformed"):
+            list(Loader(odd, 4, workers=0).epoch())

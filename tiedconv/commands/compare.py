@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import Dataset
 
-from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.calibrate import Calibration, Images
 from tiedconv.conversion.cost_estimate import CostEstimator, Sizes
 from tiedconv.conversion.sample_inputs import calibration_samples
 from tiedconv.conversion.workload import count_macs
@@ -177,7 +176,7 @@ def compare(
     budgets: Sequence[str] = BUDGETS,
     *,
     macs: Sequence[str] = (),
-    calib: str | Path | Dataset[Any] | Calibration | None = None,
+    calib: Images | Calibration | None = None,
     weights: str | Path = "default",
     reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,

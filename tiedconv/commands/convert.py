@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from tiedconv.calibration import CalibConfig
-from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.calibrate import Calibration, Images
 from tiedconv.conversion.fit import OnGroup
 from tiedconv.conversion.pipeline import (
     Planned,
@@ -148,7 +147,7 @@ def convert(
     model_args: Mapping[str, Any] | None = None,
     inplace: bool = False,
     seed: int = 0,
-    calib: str | Path | Dataset[Any] | DataLoader[Any] | Calibration | None = None,
+    calib: Images | Calibration | None = None,
     effort: str | None = None,
     example: Example | None = None,
     on_group: OnGroup | None = None,
@@ -170,8 +169,9 @@ def convert(
         model_args: arguments of the model's constructor, for a spec.
         inplace: change the given model rather than a copy of it.
         seed: of random weights.
-        calib: images to convert by, without labels: a folder, a data set or a `DataLoader` of one,
-            or a `Calibration` that says how many, and more. The model is left on the CPU.
+        calib: images to convert by, without labels: a folder, a tensor `(images, C, H, W)`, a data
+            set or a `DataLoader` of one, or a `Calibration` that says how many, and more. The
+            model is left on the CPU.
         effort: of a calibration by `calib`: `fast`, `normal` (the default) or `thorough`.
         example: an input of the model: a tensor, a tuple of arguments or a dict of keyword
             arguments. Symmetries are tried on it; without it, on inputs of usual shapes. Give it
@@ -205,9 +205,7 @@ def convert(
     return network
 
 
-def _calibration(
-    calib: str | Path | Dataset[Any] | DataLoader[Any] | Calibration | None, effort: str | None
-) -> Calibration | None:
+def _calibration(calib: Images | Calibration | None, effort: str | None) -> Calibration | None:
     """The images with the effort.
 
     Raises:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.calibration import KfacStatistics
-from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.calibrate import Calibration, Images
 from tiedconv.conversion.sample_inputs import calibration_samples
 from tiedconv.core.plan import Member, Slot
 from tiedconv.data import Loader
@@ -137,7 +137,7 @@ class Sensitivity:
 
 def sensitivity(
     model: str | nn.Module,
-    calib: str | Path | Dataset[Any] | Calibration,
+    calib: Images | Calibration,
     *,
     keep: float = 0.5,
     measure: bool = False,

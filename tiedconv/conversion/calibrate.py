@@ -26,6 +26,9 @@ from tiedconv.io.run_dir import RunDir
 from tiedconv.runtime.call_hooks import Pick
 from tiedconv.sources import Preprocess, Source
 
+Images = str | Path | Tensor | Dataset[Any] | DataLoader[Any]
+"""A folder of images; or a tensor, a data set or a loader of one, prepared as the model wants."""
+
 MEASURED_AT_ONCE = 32
 """Images, at most: more take memory, and the time of each stays."""
 
@@ -86,13 +89,29 @@ def _ignore(event: Event) -> None:
     """No-op callback."""
 
 
+class _InMemory(Dataset[Any]):
+    """The entries of a tensor, `(images, ...)`."""
+
+    in_memory = True
+
+    def __init__(self, images: Tensor) -> None:
+        self._images = images.detach().cpu()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._images[index]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Images to convert by; labels are never looked at.
 
     Args:
-        data: a folder of images, or a data set, prepared as the model wants: of (image, anything),
-            or of dicts whose keys are arguments of the model (`pixel_values`, `input_ids`).
+        data: a folder of images; a tensor or a data set, prepared as the model wants: of images,
+            of (image, label), or of dicts whose keys are arguments of the model (`pixel_values`,
+            `input_ids`).
         images: at most so many are used.
         config: effort, seed and the rest.
         device: `auto`, `cpu`, `cuda`, ...
@@ -106,7 +125,7 @@ class Calibration:
             `(B, n)` class logits); None for all that the model returns.
     """
 
-    data: str | Path | Dataset[Any] | DataLoader[Any]
+    data: Images
     images: int = 1024
     config: CalibConfig = field(default_factory=CalibConfig)
     device: str = "auto"
@@ -134,6 +153,8 @@ class Calibration:
         """
         if isinstance(self.data, DataLoader):
             return self.data.dataset
+        if isinstance(self.data, Tensor):
+            return _InMemory(self.data)
         if not isinstance(self.data, str | Path):
             return self.data
         found = open_unlabelled(self.data, count=self.images, seed=self.config.seed)

@@ -237,11 +237,31 @@ class _BatchReader(Dataset[Batch]):
                 if isinstance(sample, Broken):
                     broken.append(sample.path)
                 else:
-                    images.append(sample[0])
-                    labels.append(int(sample[1]))
+                    image, label = _image_and_label(sample)
+                    images.append(image)
+                    labels.append(label)
         finally:
             torch.set_rng_state(before)
         return Batch(_stacked(images), torch.tensor(labels, dtype=torch.int64), broken)
+
+
+def _image_and_label(sample: Any) -> tuple[Tensor, int]:
+    """What a data set gave; an image alone has the label 0.
+
+    Raises:
+        DataError: neither a tensor nor a pair of a tensor and something (`samples-malformed`).
+    """
+    if isinstance(sample, Tensor):
+        return sample, 0
+    if isinstance(sample, tuple | list) and len(sample) > 1 and isinstance(sample[0], Tensor):
+        return sample[0], int(sample[1])
+    kinds = ", ".join(type(part).__name__ for part in sample) if isinstance(sample, tuple) else ""
+    raise DataError(
+        f"The data set gives {type(sample).__name__}{f' of {kinds}' if kinds else ''}",
+        "It can't be read as images",
+        "Give tensors (C, H, W), as the model takes them, or pairs of such a tensor and a label",
+        code="samples-malformed",
+    )
 
 
 def _stacked(images: list[Tensor]) -> Tensor:
