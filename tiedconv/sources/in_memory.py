@@ -8,6 +8,8 @@ the model can be loaded without an instance of its class.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -79,13 +81,22 @@ def _first_alike(
     model: nn.Module, candidates: Iterator[tuple[str, Mapping[str, JSON]]]
 ) -> Source | None:
     for spec, kwargs in candidates:
-        try:
-            twin, source = sources.outline(spec, kwargs)
-        except TiedconvError:  # it takes no such argument
-            continue
-        if alike(model, twin):
-            return source
+        built = _twin(spec, json.dumps(kwargs))
+        if built is not None and alike(model, built[0]):
+            return built[1]
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _twin(spec: str, kwargs: str) -> tuple[nn.Module, Source] | None:
+    """A library's model, its parameters on the meta device; None if it takes no such argument.
+
+    Kept, as a library has tens of models of one class, and building one takes a tenth of a second.
+    """
+    try:
+        return sources.outline(spec, json.loads(kwargs))
+    except TiedconvError:
+        return None
 
 
 def _of_transformers(model: nn.Module) -> Source | None:
@@ -135,9 +146,7 @@ def _torchvision_specs(model: nn.Module) -> Iterator[tuple[str, Mapping[str, JSO
     heads = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
     for name in models.list_models(models):
         if models.get_model_builder(name).__module__ == type(model).__module__:
-            yield name, {}
-            if heads:
-                yield name, {"num_classes": heads[-1]}
+            yield name, {"num_classes": heads[-1]} if heads and heads[-1] != 1000 else {}
 
 
 def _input_channels(model: nn.Module) -> int | None:
