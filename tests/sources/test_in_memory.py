@@ -37,7 +37,14 @@ def test_a_model_of_timm(tmp_path: Path) -> None:
     assert (found.preprocess.size, found.preprocess.channel_count()) == (32, 1)
     again = reloaded(model, tmp_path)
     x = torch.randn(2, 1, 32, 32)
-    assert again(x).shape == (2, 5)
+    assert again.pretrained_cfg == model.pretrained_cfg
+    dense = tmp_path / "dense.safetensors"
+    tiedconv.export(tmp_path / "a.safetensors", dense, to="dense")
+    plain = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, num_classes=5, in_chans=1, checkpoint_path=str(dense)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(x), again(x), atol=1e-5, rtol=1e-5)
 
 
 def test_what_timm_would_build_otherwise_is_not_named() -> None:
