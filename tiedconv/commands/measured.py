@@ -10,6 +10,9 @@ from typing import Any
 from tiedconv.training import METRIC_TITLES
 from tiedconv.utils.figures import accuracy, counted, percent
 
+ROUND_OFF = 1e-5
+"""By which the mean cosine of equal features may exceed 1, in float32."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -102,4 +105,6 @@ def fraction(value: object) -> float | None:
     """A finite number of a history, -1 to 1; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) and abs(value) <= 1 else None
+    if not math.isfinite(value) or abs(value) > 1 + ROUND_OFF:
+        return None
+    return max(-1.0, min(1.0, float(value)))
