@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from generated_page import write_or_check
+
 import tiedconv
 
 PATH = Path(__file__).parent.parent / "docs" / "api.md"
@@ -23,12 +25,7 @@ message says what is wrong, what follows, and what to do. This page is made from
 
 def main() -> int:
     text = HEAD + "".join(f"\n{section(name)}\n" for name in tiedconv.__all__)
-    if "--check" in sys.argv:
-        current = PATH.is_file() and PATH.read_text("utf-8") == text
-        print("docs/api.md is current" if current else "run python scripts/api_docs.py")
-        return 0 if current else 1
-    PATH.write_text(text, "utf-8")
-    return 0
+    return write_or_check(PATH, text)
 
 
 def section(name: str) -> str:

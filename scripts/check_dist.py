@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """The wheel and the sdist, made anew."""
+    """The wheel and the sdist, built again."""
     for old in folder.glob("tiedconv-*"):
         old.unlink()
     run(sys.executable, "-m", "build", "--outdir", folder, ROOT)

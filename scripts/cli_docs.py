@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+from generated_page import write_or_check
 from typer.models import ArgumentInfo
 
 from tiedconv.cli import app
@@ -32,20 +33,14 @@ VALUES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 def main() -> int:
-    text = page()
-    if "--check" in sys.argv:
-        current = PATH.is_file() and PATH.read_text("utf-8") == text
-        print("docs/cli.md is current" if current else "run python scripts/cli_docs.py")
-        return 0 if current else 1
-    PATH.write_text(text, "utf-8")
-    return 0
+    return write_or_check(PATH, page())
 
 
 def page() -> str:
     """The whole page."""
     commands = {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
     commands = {name.rstrip("_"): command for name, command in commands.items()}
-    rows = [f"| [`{name}`](#{name}) | {told(c)[0]} |\n" for name, c in commands.items()]
+    rows = [f"| [`{name}`](#{name}) | {described(c)[0]} |\n" for name, c in commands.items()]
     sections = [section(name, command) for name, command in commands.items()]
     ends = {p.name: row(p) for c in commands.values() for p in parameters(c) if p.name in COMMON}
     common = table("option", [ends[name] for name in COMMON])
@@ -61,7 +56,7 @@ def section(name: str, command: Callable[..., None]) -> str:
             groups.setdefault(group(parameter), []).append(row(parameter))
     arguments = [spelled(p) for p in parameters(command) if isinstance(info(p), ArgumentInfo)]
     usage = " ".join(["tiedconv", name, *arguments, "[OPTIONS]"])
-    parts = [f"\n## {name}", f"```text\n{usage}\n```", *told(command)]
+    parts = [f"\n## {name}", f"```text\n{usage}\n```", *described(command)]
     return "\n\n".join(parts) + "\n" + "".join(f"\n{table(t, rows)}" for t, rows in groups.items())
 
 
@@ -120,7 +115,7 @@ def row(parameter: inspect.Parameter) -> str:
     return f"| `{escaped(spelled(parameter))}` | {escaped(text)} |"
 
 
-def told(command: Callable[..., None]) -> list[str]:
+def described(command: Callable[..., None]) -> list[str]:
     """The docstring of a command, a paragraph each."""
     return [escaped(p) for p in re.split(r"\n\s*\n", inspect.getdoc(command) or "")]
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from generated_page import write_or_check
+
 from tiedconv import errors
 
 ROOT = Path(__file__).parent.parent
@@ -39,13 +41,7 @@ CODE = re.compile(r"[a-z0-9]+(-[a-z0-9…]+)+|[a-z]+")
 
 
 def main() -> int:
-    text = page()
-    if "--check" in sys.argv:
-        current = PATH.is_file() and PATH.read_text("utf-8") == text
-        print("docs/errors.md is current" if current else "run python scripts/error_docs.py")
-        return 0 if current else 1
-    PATH.write_text(text, "utf-8")
-    return 0
+    return write_or_check(PATH, page())
 
 
 def page() -> str:

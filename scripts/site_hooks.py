@@ -1,4 +1,4 @@
-"""What mkdocs does besides: the README is the home page, and links that leave `docs/` are mended.
+"""What mkdocs does besides: the README is the home page, and links that leave `docs/` are changed.
 
 A page of `docs/` may link to the rest of the repository (`../examples/...`), as the README does. In
 the site a picture from there is copied, and any other such link becomes the path as text.

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from generated_page import write_or_check
+
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "zoo.json"
 PAGE = ROOT / "docs" / "zoo.md"
@@ -40,9 +42,7 @@ exact. Made by `python benchmarks/zoo.py --checks --exports 40`, this page by `p
 def main() -> None:
     rows = json.loads(ROWS.read_text("utf-8"))
     text = TEXT.format(summary=summary(rows), table="\n".join(table(rows)))
-    if "--check" in sys.argv:
-        raise SystemExit(PAGE.read_text("utf-8") != text)
-    PAGE.write_text(text, "utf-8")
+    sys.exit(write_or_check(PAGE, text))
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

@@ -205,19 +205,19 @@ def test_a_budget_of_bytes_says_what_was_done(world: World, tmp_path: Path) -> N
         (("--bytes", "30%"), "fit, calibrate, round, calibrate the rounded model, write"),
     ],
 )
-def test_the_stages_are_told_in_order(
+def test_the_stages_are_reported_in_order(
     world: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     options: tuple[str, ...],
     names: str,
 ) -> None:
-    told: list[Stage] = []
-    monkeypatch.setattr(progress.ConvertBar, "stage", lambda _, stage: told.append(stage))
+    seen: list[Stage] = []
+    monkeypatch.setattr(progress.ConvertBar, "stage", lambda _, stage: seen.append(stage))
     base = convert(world, tmp_path / "c.safetensors", "--scheme", "lowrank")
     at = base.index("--params")
     run(*base[:at], *base[at + 2 :], *options)
-    started = [stage for stage in told if not stage.parts]
+    started = [stage for stage in seen if not stage.parts]
     assert ", ".join(stage.name for stage in started) == names
     assert [stage.number for stage in started] == list(range(1, started[0].count + 1))
-    assert all(1 <= stage.part <= stage.parts for stage in told if stage.parts)
+    assert all(1 <= stage.part <= stage.parts for stage in seen if stage.parts)

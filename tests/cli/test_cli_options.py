@@ -67,13 +67,13 @@ def test_quiet_leaves_results_and_errors(world: World, tmp_path: Path) -> None:
     refused("report", tmp_path / "none", "-q", error_code="file-not-found")
 
 
-def test_verbose_tells_times_and_where_an_error_arose(world: World, tmp_path: Path) -> None:
+def test_verbose_logs_times_and_where_an_error_arose(world: World, tmp_path: Path) -> None:
     level = logging.getLogger("tiedconv").level
     said = run(*world.convert(tmp_path / "c.safetensors"), "-v").stderr
     assert {"fit:", "write:"} <= {line.split()[0] for line in said.splitlines() if line}
-    told = run("report", tmp_path / "none", "-v", code=2).stderr
-    assert "Traceback" in told
-    check_error(told.splitlines()[-1], "file-not-found")
+    logged = run("report", tmp_path / "none", "-v", code=2).stderr
+    assert "Traceback" in logged
+    check_error(logged.splitlines()[-1], "file-not-found")
     assert logging.getLogger("tiedconv").level == level
 
 
@@ -85,7 +85,7 @@ def test_quiet_and_verbose_contradict_each_other() -> None:
     ("command", "former", "now"),
     [(c, f, n) for c, names in RENAMED.items() for f, n in names.items()],
 )
-def test_former_names_of_options_are_accepted_and_told(
+def test_former_names_of_options_are_accepted_and_named(
     command: str, former: str, now: str, tmp_path: Path
 ) -> None:
     # No value is right, so that nothing runs: the name alone counts.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from doc_blocks import PAGES, ROOT
@@ -14,18 +13,9 @@ DOCS = ROOT / "docs"
 EXPECTED = re.compile(r"(?:error_code=|raises\(\w+, )\"([a-z0-9]+(?:-[a-z0-9]+)+)\"")
 
 
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["cli", "error"])
 def test_it_is_what_the_source_says(name: str) -> None:
-    made = script(f"{name}_docs")
+    made = importlib.import_module(f"{name}_docs")
     assert made.PATH.read_text("utf-8") == made.page(), f"run python scripts/{name}_docs.py"
 
 

@@ -362,7 +362,7 @@ def test_a_metric_follows_its_weight_into_rows_and_transposes() -> None:
 
 def test_a_rank_too_dear_is_passed_over_for_one_that_fits() -> None:
     least = with_least(list(scheme("lowrank", fused=False).drafts(blocks_of("timm-vit"))))
-    dear, cheap = (
+    costly, cheap = (
         next(g for g, d in enumerate(least) if sum(d.shapes[0]) == cost) for cost in (160, 64)
     )
     costs = [Resources(160), Resources(64)]
@@ -370,9 +370,9 @@ def test_a_rank_too_dear_is_passed_over_for_one_that_fits() -> None:
     start = [rank_of(d, 0) for d in least]
 
     def ranks(spare: int) -> tuple[int, int]:
-        places = [(dear, 0), (cheap, 0)]
+        places = [(costly, 0), (cheap, 0)]
         made = fill(least, limits(spare), places, gains, costs, price(1)).drafts
-        return rank_of(made[dear], 0) - start[dear], rank_of(made[cheap], 0) - start[cheap]
+        return rank_of(made[costly], 0) - start[costly], rank_of(made[cheap], 0) - start[cheap]
 
     assert ranks(63) == (0, 0)
     assert ranks(127) == (0, 1)

@@ -88,15 +88,21 @@ def test_without_images_the_units_with_the_largest_weights_stay() -> None:
     }
 
 
-def test_a_unit_that_others_repeat_costs_nothing_to_remove() -> None:
-    """Half of the hidden units are copies of the other half: outputs stay."""
-    micro = all_micros()["timm-vit"]
-    model = micro.model()
+def with_repeated_units(model: nn.Module) -> nn.Module:
+    """A ViT half of whose hidden units are made copies of the other half."""
+    blocks: Any = model.blocks
     with torch.no_grad():
-        for block in model.blocks:
+        for block in blocks:
             half = block.mlp.fc1.out_features // 2
             block.mlp.fc1.weight[half:] = block.mlp.fc1.weight[:half]
             block.mlp.fc1.bias[half:] = block.mlp.fc1.bias[:half]
+    return model
+
+
+def test_a_unit_that_others_repeat_costs_nothing_to_remove() -> None:
+    """Half of the hidden units are copies of the other half: outputs stay."""
+    micro = all_micros()["timm-vit"]
+    model = with_repeated_units(micro.model())
     how = Calibration(data(), images=24, config=CalibConfig(effort="fast"), workers=0)
     tied = tiedconv.convert(copy.deepcopy(model), "narrow", width=0.5, calib=how)
     x = images(count=4)
@@ -178,12 +184,7 @@ def test_a_budget_is_kept_and_used(name: str, step: int) -> None:
 
 @pytest.mark.slow
 def test_auto_takes_it_where_units_repeat() -> None:
-    model = all_micros()["timm-vit"].model()
-    with torch.no_grad():
-        for block in model.blocks:
-            half = block.mlp.fc1.out_features // 2
-            block.mlp.fc1.weight[half:] = block.mlp.fc1.weight[:half]
-            block.mlp.fc1.bias[half:] = block.mlp.fc1.bias[:half]
+    model = with_repeated_units(all_micros()["timm-vit"].model())
     how = Calibration(data(), images=24, config=CalibConfig(effort="fast"), workers=0)
     tied = tiedconv.convert(model, "auto", params="70%", share=False, calib=how)
     schemes = {g.scheme for g in state_of(tied).plan.groups if ".mlp" in g.name}

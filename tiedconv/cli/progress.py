@@ -173,7 +173,7 @@ class ConvertBar(Bar):
 
 
 class _Speed:
-    """Images in a second, from counts that start anew with each piece of work."""
+    """Images in a second, from counts that start again with each piece of work."""
 
     def __init__(self) -> None:
         self._what: object = None

@@ -258,6 +258,8 @@ def amount(count: float) -> str:
 
 def calibrated(figures: Mapping[str, Any]) -> str:
     """What a calibration measured."""
+    from tiedconv.commands.measured import measured
+
     before, after = (max(0.0, figures[key]) for key in ("kl_before", "kl_after"))
     text = (
         f"Calibrated on {counted(figures['images'], 'image')} without labels, effort "
@@ -268,19 +270,8 @@ def calibrated(figures: Mapping[str, Any]) -> str:
         text += f" -> {after:.3g}"
     # A single image is fitted to and measured on.
     text += " nats" + (", on held-out images." if figures["images"] > 1 else ".")
-    if agreement := figures.get("agreement"):
-        text += f" {agrees(agreement)}"
+    text += "".join(f" {each.sentence}" for each in measured([{"calibration": figures}]))
     return text + (f" {skipped(figures['skipped'])}" if figures["skipped"] else "")
-
-
-def agrees(figures: Mapping[str, Any]) -> str:
-    """How far a model says the same as its original."""
-    images = counted(figures["images"], "held-out image")
-    if figures.get("counts", True):
-        return (
-            f"The {figures['compares']} as the original on {percent(figures['mean'])} of {images}."
-        )
-    return f"Mean {figures['compares']} to the original's: {figures['mean']:.4f}, on {images}."
 
 
 def weights_part(source: Source) -> str:

@@ -17,6 +17,7 @@ from tiedconv.runtime.example_inputs import (
     Example,
     as_arguments,
     evaluation,
+    on_device_of,
     usual_inputs,
 )
 
@@ -62,7 +63,7 @@ def captured_inputs(
         for each kind, module name to arguments; modules that were not called are missing.
     """
     if example is not None:
-        found = _one_run(model, _on_device_of(model, example), modules)
+        found = _one_run(model, on_device_of(model, example), modules)
         if found is not None:
             return [found]
     runs: list[dict[str, Arguments]] = []
@@ -160,16 +161,6 @@ def _with_noise(arguments: Arguments) -> Arguments:
 
 def _is_same(a: Any, b: Tensor) -> bool:
     return isinstance(a, Tensor) and (a is b or (a.shape == b.shape and torch.equal(a, b)))
-
-
-def _on_device_of(model: nn.Module, example: Example) -> Example:
-    first = next(model.parameters(), None)
-    if first is None:
-        return example
-    moved: Example = pytree.tree_map(
-        lambda x: x.to(first.device) if isinstance(x, Tensor) else x, example
-    )
-    return moved
 
 
 def _keeper(found: dict[str, Arguments], name: str) -> Callable[..., None]:

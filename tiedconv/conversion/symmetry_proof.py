@@ -35,6 +35,7 @@ from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.random_symmetries import RANDOM, applicable
 from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.runtime.example_inputs import Arguments, Example, evaluation
+from tiedconv.runtime.outputs import floating_tensors, is_within
 from tiedconv.runtime.tensors import state_tensors
 
 TOLERANCE = 1e-6
@@ -239,13 +240,8 @@ def _outputs(module: nn.Module, arguments: Arguments) -> list[Tensor] | None:
             output = module(*args, **kwargs)
     except Exception:  # a user's module may fail in any way
         return None
-    leaves, _ = pytree.tree_flatten(output if not hasattr(output, "to_tuple") else dict(output))
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    return floating_tensors(output)
 
 
 def _equal(before: Tensor, after: Tensor) -> bool:
-    if before.shape != after.shape:
-        return False
-    largest = float(before.abs().max()) if before.numel() else 0.0
-    off = float((after - before).abs().max()) if before.numel() else 0.0
-    return off <= TOLERANCE * largest or off == 0.0
+    return is_within(before, after, TOLERANCE)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from tiedconv.conversion.calibrate import Calibration
@@ -15,7 +15,12 @@ from tiedconv.conversion.sample_inputs import named_inputs
 from tiedconv.conversion.symmetry_proof import first_image
 from tiedconv.core.workload import Workload
 from tiedconv.runtime.call_hooks import hooked, text_hooks
-from tiedconv.runtime.example_inputs import Example, as_arguments, usual_inputs
+from tiedconv.runtime.example_inputs import (
+    Example,
+    as_arguments,
+    on_device_of,
+    usual_inputs,
+)
 from tiedconv.runtime.macs import measure
 from tiedconv.sources import Source
 
@@ -59,10 +64,11 @@ def _inputs(
     if example is not None:
         yield example
     if calib is not None and (sample := _sample(model, calib)) is not None:
-        yield sample
+        yield on_device_of(model, sample)
     prepared = None if source is None else source.preprocess
     if prepared is not None:
-        yield _placed(torch.zeros(1, prepared.channel_count(), prepared.size, prepared.size), model)
+        image = torch.zeros(1, prepared.channel_count(), prepared.size, prepared.size)
+        yield on_device_of(model, image)
     kinds: Iterable[Iterator[Example]] = usual_inputs(model)
     yield from itertools.chain.from_iterable(kinds)
 
@@ -75,13 +81,6 @@ def _sample(model: nn.Module, calib: Calibration) -> Example | None:
     first = data[0]
     if isinstance(first, Mapping):
         return {
-            name: _placed(torch.as_tensor(first[name]).unsqueeze(0), model)
-            for name in named_inputs(model, first)
+            name: torch.as_tensor(first[name]).unsqueeze(0) for name in named_inputs(model, first)
         }
-    image = first_image(data)
-    return None if image is None else _placed(image, model)
-
-
-def _placed(tensor: Tensor, model: nn.Module) -> Tensor:
-    first = next(model.parameters(), None)
-    return tensor if first is None else tensor.to(first.device)
+    return first_image(data)

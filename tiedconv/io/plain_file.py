@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import stat
+import tomllib
 from pathlib import Path
+from typing import Any
 
 
 def require_plain_file(path: Path) -> None:
@@ -36,3 +38,13 @@ def read_text(path: Path, most: int) -> str:
     if len(data) > most:
         raise OSError(27, f"Is larger than {most:,} bytes", str(path))
     return data.decode("utf-8")
+
+
+def read_toml(path: Path, most: int) -> dict[str, Any]:
+    """The table of a TOML file.
+
+    Raises:
+        OSError: as `read_text`.
+        ValueError: it is not UTF-8, or not TOML.
+    """
+    return tomllib.loads(read_text(path, most))

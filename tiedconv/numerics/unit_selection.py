@@ -1,7 +1,7 @@
 """Which hidden units matter, once the others are made up for.
 
 Let a matrix M read units with second moment C, and let errors of what it writes cost G (see
-`kfac_metric`). With some units S kept and the columns of M fitted anew in closed form, the cost is
+`kfac_metric`). With some units S kept and the columns of M fitted again in closed form, the cost is
 
     1/2 tr(G M (C - C_:S C_SS^-1 C_S:) M^T),     M' = M C_:S C_SS^-1
 
@@ -60,7 +60,7 @@ def _losses(weights: Tensor, inverse: Tensor, size: int) -> Tensor:
 
 
 def _without(weights: Tensor, inverse: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights fitted anew, and the inverse moment, of the columns that stay."""
+    """The weights fitted again, and the inverse moment, of the columns that stay."""
     gone = ~stays
     across = inverse[gone][:, stays]
     solved = torch.cholesky_solve(across, torch.linalg.cholesky(inverse[gone][:, gone]))

@@ -110,11 +110,6 @@ def parts_of(tasks: Sequence[Task]) -> list[Part]:
     return [Part(task.scheme.candidates(), task.blocks) for task in tasks]
 
 
-def parameters_in(parts: Sequence[Part]) -> int:
-    """Parameters of the original's matrices in these parts."""
-    return sum(s.numel for part in parts for b in part.blocks for s in b.slots.values())
-
-
 def parameters_of(info: ModelInfo) -> int:
     """Parameters of the original."""
     return sum(math.prod(s) for s in info.parameters.values())

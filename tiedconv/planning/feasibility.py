@@ -15,13 +15,12 @@ from tiedconv.planning.drafting import (
     Task,
     compile_plan,
     draft,
-    parameters_in,
     parameters_of,
     parts_of,
 )
 from tiedconv.planning.recipe import Budget, Recipe
-from tiedconv.planning.resources import of_blocks
-from tiedconv.planning.scheme_search import least_of
+from tiedconv.planning.resources import Resources, of_blocks, total
+from tiedconv.planning.scheme_search import Part, least_of
 from tiedconv.runtime.macs import macs_of
 from tiedconv.schemes import all_schemes
 
@@ -47,8 +46,7 @@ def workload_of(info: ModelInfo, recipe: Recipe) -> Workload | None:
 def least_stored(info: ModelInfo, tasks: Sequence[Task]) -> int:
     """The fewest parameters that the tasks can store, of the whole model."""
     parts = parts_of(tasks)
-    least = sum(int(least_of(part).params) for part in parts)
-    return parameters_of(info) - parameters_in(parts) + least
+    return int(total([of_rest(info, parts), *map(least_of, parts)]).params)
 
 
 def least_macs(info: ModelInfo, tasks: Sequence[Task]) -> int:
@@ -56,9 +54,14 @@ def least_macs(info: ModelInfo, tasks: Sequence[Task]) -> int:
     work = info.workload
     assert work is not None
     parts = parts_of(tasks)
-    blocks = [block for part in parts for block in part.blocks]
-    least = sum(least_of(part, work).macs for part in parts)
-    return math.ceil(work.total - of_blocks(blocks, work).macs + least)
+    least = (least_of(part, work) for part in parts)
+    return math.ceil(total([of_rest(info, parts, work), *least]).macs)
+
+
+def of_rest(info: ModelInfo, parts: Sequence[Part], work: Workload | None = None) -> Resources:
+    """What all that lies in none of the parts takes, which no scheme changes."""
+    whole = Resources(parameters_of(info), 0 if work is None else work.total)
+    return whole - of_blocks((block for part in parts for block in part.blocks), work)
 
 
 def smaller_options(info: ModelInfo, recipe: Recipe) -> list[tuple[str, int]]:

@@ -14,6 +14,7 @@ from tiedconv.planning.drafting import Task, compile_plan, draft, parameters_of,
 from tiedconv.planning.feasibility import (
     least_macs,
     least_stored,
+    of_rest,
     require_within,
     too_few_macs,
     too_small,
@@ -27,7 +28,7 @@ from tiedconv.planning.rank_allocation import (
     with_least,
 )
 from tiedconv.planning.recipe import Budget, Recipe
-from tiedconv.planning.resources import Resources, limits, of_blocks
+from tiedconv.planning.resources import Resources, limits
 from tiedconv.planning.scheme_search import choose
 from tiedconv.runtime.macs import macs_of
 from tiedconv.schemes import make_scheme
@@ -167,9 +168,7 @@ def choose_ranks(
     work = None if outlined.macs is None else info.workload
     spare = limits(outlined.budget, outlined.macs)
     if is_open:
-        blocks = [block for part in parts for block in part.blocks]
-        whole = Resources(parameters_of(info), 0 if work is None else work.total)
-        spare += of_blocks(blocks, work) - whole
+        spare -= of_rest(info, parts, work)
     else:
         taken = compile_plan(info, least)
         spare -= Resources(taken.stored, 0 if work is None else macs_of(taken.weights, work))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,7 +13,7 @@ from typing import Any
 from tiedconv.core.options import current_options
 from tiedconv.core.packed_codes import WIDTHS
 from tiedconv.errors import RecipeError
-from tiedconv.io.plain_file import read_text
+from tiedconv.io.plain_file import read_toml
 from tiedconv.schemes import make_scheme
 
 DEFAULT_SCHEME = "auto"
@@ -226,8 +225,8 @@ class Recipe:
             RecipeError: it can't be read, or holds a key that means nothing.
         """
         try:
-            data = tomllib.loads(read_text(path, _MOST))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            data = read_toml(path, _MOST)
+        except (OSError, ValueError) as error:
             raise RecipeError(
                 f"The recipe {path} can't be read ({error})",
                 hint="Give a TOML file as docs/recipes.md shows",

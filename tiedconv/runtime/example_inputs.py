@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -19,6 +20,17 @@ def as_arguments(example: Example) -> Arguments:
     if isinstance(example, Mapping):
         return (), dict(example)
     return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def on_device_of(model: nn.Module, example: Example) -> Example:
+    """An input, its tensors on the device of a model's parameters."""
+    first = next(model.parameters(), None)
+    if first is None:
+        return example
+    moved: Example = pytree.tree_map(
+        lambda x: x.to(first.device) if isinstance(x, Tensor) else x, example
+    )
+    return moved
 
 
 @contextmanager

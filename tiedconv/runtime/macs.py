@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from tiedconv.core.expr import Expr
 from tiedconv.core.part import part
 from tiedconv.core.workload import Piece, Use, Workload
+from tiedconv.runtime.example_inputs import evaluation
 from tiedconv.runtime.flops import apply_macs, fewest_macs
 from tiedconv.runtime.lazy_weight import Resolved
 from tiedconv.runtime.tied_module import stores_transposed, takes_factors
@@ -76,21 +77,14 @@ def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     Raises:
         Exception: whatever the model raises on this input.
     """
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), unfused(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            try:
-                with _without_values(model):
-                    return _run(model, *_on_meta((args, dict(kwargs))))
-            except Exception:  # what depends on values has none on the meta device
-                if any(p.is_meta for p in model.parameters()):
-                    raise
-                return _run(model, args, dict(kwargs))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation(model), unfused():
+        try:
+            with _without_values(model):
+                return _run(model, *_on_meta((args, dict(kwargs))))
+        except Exception:  # what depends on values has none on the meta device
+            if any(p.is_meta for p in model.parameters()):
+                raise
+            return _run(model, args, dict(kwargs))
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tiedconv.core.assemble import assemble
 from tiedconv.core.expr import Expr, Reshape, transpose
@@ -31,6 +30,7 @@ from tiedconv.errors import UserError
 from tiedconv.runtime import tie
 from tiedconv.runtime.example_inputs import Example, as_arguments, evaluation, usual_inputs
 from tiedconv.runtime.forward_check import is_out_of_memory
+from tiedconv.runtime.outputs import floating_tensors, is_within
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tied_module import EXPRS, Forward, forward_of, set_expressions, set_forward
 
@@ -315,8 +315,7 @@ def _outputs(
     finally:
         if handle is not None:
             handle.remove()
-    leaves = pytree.tree_leaves(dict(output) if hasattr(output, "to_tuple") else output)
-    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    return floating_tensors(output)
 
 
 def _alike(before: Sequence[Tensor], after: Sequence[Tensor] | None) -> bool:
@@ -328,9 +327,4 @@ def _alike(before: Sequence[Tensor], after: Sequence[Tensor] | None) -> bool:
 
 
 def _equal(before: Tensor, after: Tensor) -> bool:
-    if before.shape != after.shape:
-        return False
-    if not before.numel():
-        return True
-    part = min(ROUNDINGS * torch.finfo(before.dtype).eps, LARGEST)
-    return float((before - after).abs().max()) <= part * float(before.abs().max())
+    return is_within(before, after, min(ROUNDINGS * torch.finfo(before.dtype).eps, LARGEST))

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tiedconv.errors import UserError
 
@@ -68,3 +69,18 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         return
     for key, inner in items:
         yield from _leaves(inner, f"{name}.{key}" if name else key)
+
+
+def floating_tensors(output: Any) -> list[Tensor]:
+    """The floating tensors in what a module returns, in order."""
+    leaves = pytree.tree_leaves(dict(output) if hasattr(output, "to_tuple") else output)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def is_within(before: Tensor, after: Tensor, part: float) -> bool:
+    """Whether two tensors differ by at most so much of the first one's largest entry."""
+    if before.shape != after.shape:
+        return False
+    if not before.numel():
+        return True
+    return float((after - before).abs().max()) <= part * float(before.abs().max())

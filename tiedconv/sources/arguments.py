@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
 from tiedconv.errors import SourceError, UserError
-from tiedconv.io.plain_file import read_text
+from tiedconv.io.plain_file import read_toml
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 
@@ -61,8 +60,8 @@ def _add(parsed: dict[str, JSON], more: Mapping[str, JSON]) -> None:
 def _of_file(path: Path) -> dict[str, JSON]:
     """The arguments of a TOML file: `img_size = 32`."""
     try:
-        found = tomllib.loads(read_text(path, _MOST))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        found = read_toml(path, _MOST)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"The model arguments {path} can't be read ({error})",
             hint="Give a TOML file with a line such as img_size = 32 for each",
