@@ -11,7 +11,9 @@ from cli_helpers import SIZES, tiny_model
 from torch import nn
 
 import tiedconv
-from tiedconv.errors import SourceError
+from tiedconv.data.transforms import eval_transform
+from tiedconv.errors import SourceError, UserError
+from tiedconv.sources import Preprocess
 from tiedconv.sources.in_memory import alike, source_in_memory
 
 
@@ -112,3 +114,13 @@ def test_changed_models_are_not_alike() -> None:
     d = Own()
     d.layers[0].in_features = 17
     assert not alike(a, d)
+
+
+def test_the_images_of_a_plain_model_are_prepared_as_its_library_says() -> None:
+    from tiedconv.sources.torchvision_compat import import_torchvision
+
+    models: Any = import_torchvision().models
+    assert tiedconv.transform(models.resnet18()) == eval_transform(Preprocess(224, 256))
+    with pytest.raises(UserError) as caught:
+        tiedconv.transform(nn.Linear(4, 4))
+    assert caught.value.code == "preprocess-unknown"

@@ -90,15 +90,15 @@ def _sizes(text: str) -> list[int]:
 def _show(found: Bench) -> None:
     batches = [timing.batch for timing in found.rows[0].timings] if found.rows else []
     columns = ["runtime", "model", "load", "memory"]
-    columns += [f"batch {b}" for b in batches] + ["images/s"]
+    columns += [f"batch {b}" for b in batches] + ["img/s"]
     rows = [_row(row, found) for row in found.rows]
     plural = "thread" if found.threads == 1 else "threads"
     title = f"{found.file} on {found.device}, {found.threads} {plural}, {found.rounds} rounds"
     common.show_table(columns, rows, title, text=2)
     say("")
     say(
-        "In brackets: ratio to the dense form in the same runtime, median over the rounds and the "
-        "middle 80 %. Memory is that of the loaded model, without the runtime itself."
+        "After a time: its ratio to the dense form in the same runtime, the median over the rounds "
+        "and the middle 80 %. Memory is that of the loaded model, without the runtime itself."
     )
     for name, why in found.left_out:
         say(f"Left out: {name}. {why}.")
@@ -109,15 +109,15 @@ def _row(row: Measured, found: Bench) -> list[str]:
 
     load = f"{row.load_seconds:.2f} s"
     memory = render.size(row.held_bytes)
-    ratios = [ratio_to_dense(row, found, what) for what in ("load_seconds", "held_bytes")]
-    if row.model != DENSE and None not in ratios:
-        load, memory = (f"{t} ({r:.2f})" for t, r in zip((load, memory), ratios, strict=True))
+    ratio = ratio_to_dense(row, found, "held_bytes")
+    if row.model != DENSE and ratio is not None:
+        memory = f"{memory} ({ratio:.2f})"
     cells = [row.runtime, row.model, load, memory, *map(_time, row.timings)]
-    return [*cells, f"{max(t.images_per_second for t in row.timings):.1f}"]
+    return [*cells, render.three_digits(max(t.images_per_second for t in row.timings))]
 
 
 def _time(timing: Timing) -> str:
-    text = f"{timing.seconds * 1e3:.1f} ms"
+    text = f"{render.three_digits(timing.seconds * 1e3)} ms"
     if timing.ratio is None or timing.low is None or timing.high is None:
         return text
-    return f"{text} ({timing.ratio:.2f}, {timing.low:.2f}-{timing.high:.2f})"
+    return f"{text} {timing.ratio:.2f} ({timing.low:.2f}-{timing.high:.2f})"

@@ -128,7 +128,8 @@ Weights = Annotated[
     str,
     typer.Option(
         help="[b]default[/b] (the published weights), [b]none[/b] (random), or a file: "
-        ".safetensors, .safetensors.index.json, or a .pth that contains only tensors.",
+        ".safetensors, .safetensors.index.json, or a .pth that contains only tensors; "
+        "or published weights of torchvision by their name, such as IMAGENET1K_V1.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -21,6 +21,7 @@ from tiedconv.utils.figures import duration as duration
 from tiedconv.utils.figures import percent as percent
 from tiedconv.utils.figures import size as size
 from tiedconv.utils.figures import span as span
+from tiedconv.utils.figures import three_digits as three_digits
 
 if TYPE_CHECKING:
     from tiedconv.commands.report import GroupReport, Report

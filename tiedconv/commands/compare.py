@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -34,6 +33,7 @@ from tiedconv.planning.recipe import Budget, Recipe, Rule
 from tiedconv.schemes import all_schemes, make_scheme
 from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading
 from tiedconv.sources.models import open_model
+from tiedconv.sources.published_weights import Weights
 
 BUDGETS = ("70%", "50%", "30%")
 BYTES = 4
@@ -177,7 +177,7 @@ def compare(
     *,
     macs: Sequence[str] = (),
     calib: Images | Calibration | None = None,
-    weights: str | Path = "default",
+    weights: Weights = "default",
     reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     preprocess: Callable[[Preprocess], Preprocess] | None = None,

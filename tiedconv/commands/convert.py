@@ -41,7 +41,13 @@ from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import AS_PUBLISHED, Reading, Source
 from tiedconv.sources.models import OpenedModel, PreprocessChange, open_model
+from tiedconv.sources.published_weights import (
+    Weights,
+    preprocess_change,
+    with_weights_named,
+)
 from tiedconv.utils.stage import enter, stages
+from tiedconv.utils.typing import keeps_type
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,7 @@ def plan(
     return plan_on(opened.model, recipe, opened.source).sketch
 
 
+@keeps_type  # type: ignore[arg-type]  # whose options could be named `model`, for all it knows
 def convert(
     model: str | nn.Module,
     scheme: str = DEFAULT_SCHEME,
@@ -142,9 +149,10 @@ def convert(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     recipe: Recipe | None = None,
-    weights: str | Path = "default",
+    weights: Weights = "default",
     reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
+    preprocess: Any = None,
     inplace: bool = False,
     seed: int = 0,
     calib: Images | Calibration | None = None,
@@ -164,9 +172,12 @@ def convert(
         macs: multiply-adds that a forward pass may take with `apply_factors`, as `params`.
         include, exclude: glob patterns of tensor names.
         recipe: rules and budget instead of these and `options`.
-        weights: for a spec: `default`, `none`, or a file.
+        weights: for a spec: `default`, `none`, a file, or published weights of torchvision, such as
+            `ResNet50_Weights.IMAGENET1K_V1`.
         reading: which weights of a file, and what to do where they are not finite.
         model_args: arguments of the model's constructor, for a spec.
+        preprocess: how its images are prepared, where the model does not say: torchvision's
+            `weights.transforms()`, or a `Preprocess`.
         inplace: change the given model rather than a copy of it.
         seed: of random weights.
         calib: images to convert by, without labels: a folder, a tensor `(images, C, H, W)`, a data
@@ -180,12 +191,16 @@ def convert(
         options: of the scheme, such as `rank`.
 
     Returns:
-        the tied model. `tiedconv.save` writes it, `tiedconv.report` lists what it stores.
+        the tied model, of the class of the given one. `tiedconv.save` writes it, `tiedconv.report`
+        lists what it stores.
 
     Raises:
         UserError: unknown model or scheme, nothing to convert, a budget that can't be met.
     """
-    opened = open_model(model, weights=weights, reading=reading, model_args=model_args, seed=seed)
+    opened = open_model(
+        model, weights=weights, reading=reading, model_args=model_args, seed=seed,
+        preprocess=None if preprocess is None else preprocess_change(preprocess),
+    )  # fmt: skip
     network = opened.model
     if network is model and not inplace:
         network = copy.deepcopy(network)
@@ -235,7 +250,7 @@ def convert_file(
     recipe: Recipe,
     output: Path | None,
     *,
-    weights: str | Path = "default",
+    weights: Weights = "default",
     reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     preprocess: PreprocessChange | None = None,
@@ -255,7 +270,8 @@ def convert_file(
         spec: the model.
         recipe: what is wanted.
         output: the file to write, None to plan only.
-        weights: `default`, `none`, a file, an index of shards, or a folder with one of these.
+        weights: `default`, `none`, a file, an index of shards, a folder with one of these, or
+            published weights of torchvision.
         reading: which weights of a file, and what to do where they are not finite.
         model_args: arguments of the model's constructor.
         preprocess: changes how images are prepared, as the file will say.
@@ -275,6 +291,7 @@ def convert_file(
     with folder.locked() if folder is not None else contextlib.nullcontext():
         if folder is not None and calib is not None and not (calib.resume or force):
             folder.require_new()
+        spec, weights = with_weights_named(spec, weights)
         opened = open_model(
             spec,
             weights=None if output is None else weights,

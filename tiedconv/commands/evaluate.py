@@ -26,6 +26,7 @@ from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading, Source
 from tiedconv.sources.class_names import ClassNames, class_names_of
 from tiedconv.sources.models import OpenedModel, is_compact, looks_like_file, open_model
+from tiedconv.sources.published_weights import Weights
 from tiedconv.tasks import EvaluationTask, Given, ZeroShot, task_of
 from tiedconv.training import ClassesMatched, EvalResult, OnEvent, evaluate_model, fit_inputs
 
@@ -63,7 +64,7 @@ def evaluate(
     model: str | Path,
     data: str | Path,
     *,
-    weights: str | Path = "default",
+    weights: Weights = "default",
     reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     preprocess: Change | None = None,
@@ -89,7 +90,7 @@ def evaluate(
         data: a folder with `val/` or `test/`, or of class folders; a folder or pattern of tar
             shards; `hf:` with the name or folder of a Hugging Face data set. For a detector, a
             folder in COCO's form.
-        weights: for a spec: `default`, `none`, or a file.
+        weights: for a spec: `default`, `none`, a file, or published weights of torchvision.
         reading: which weights of a file, and what to do where they are not finite.
         model_args: arguments of the model's constructor, for a spec.
         preprocess: changes how images are prepared.

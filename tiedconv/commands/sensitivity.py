@@ -38,6 +38,7 @@ from tiedconv.runtime.tensors import state_tensors
 from tiedconv.schemes._stacks import fuse
 from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading
 from tiedconv.sources.models import open_model
+from tiedconv.sources.published_weights import Weights
 from tiedconv.training import pick_device
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement
@@ -141,7 +142,7 @@ def sensitivity(
     *,
     keep: float = 0.5,
     measure: bool = False,
-    weights: str | Path = "default",
+    weights: Weights = "default",
     reading: Reading = AS_PUBLISHED,
     model_args: Mapping[str, Any] | None = None,
     preprocess: Callable[[Preprocess], Preprocess] | None = None,

@@ -12,7 +12,8 @@ from tiedconv.data.transforms import ImageTransform, eval_transform
 from tiedconv.errors import UserError
 from tiedconv.io.checkpoint_reader import read
 from tiedconv.runtime.tie import is_tied, state_of
-from tiedconv.sources import Preprocess
+from tiedconv.sources import Preprocess, Source
+from tiedconv.sources.in_memory import source_in_memory
 from tiedconv.sources.models import is_compact, open_model, source_of
 from tiedconv.sources.repository import local
 
@@ -23,7 +24,7 @@ def transform(
     """How images become inputs of a model, as they were for its conversion.
 
     Args:
-        model: a tied model, a compact file, or a model spec.
+        model: a model, tied or as its library built it, a compact file, or a model spec.
         model_args: arguments of the model's constructor, for a spec.
 
     Returns:
@@ -33,7 +34,8 @@ def transform(
         UserError: nothing says how its images are prepared (`preprocess-unknown`).
     """
     if isinstance(model, nn.Module):
-        wanted = _recorded(state_of(model).source) if is_tied(model) else None
+        source = _source_of(model)
+        wanted = None if source is None else source.preprocess
     elif is_compact(path := local(model)):
         wanted = _recorded(read(path).source)
     else:
@@ -46,6 +48,14 @@ def transform(
             code="preprocess-unknown",
         )
     return eval_transform(wanted)
+
+
+def _source_of(model: nn.Module) -> Source | None:
+    """Where a model in memory came from, tied or not."""
+    if not is_tied(model):
+        return source_in_memory(model)
+    record = state_of(model).source
+    return None if record is None else source_of(record)
 
 
 def _recorded(source: Mapping[str, Any] | None) -> Preprocess | None:

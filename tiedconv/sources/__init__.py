@@ -5,6 +5,7 @@ The only place that imports model libraries, each when a model of its is asked f
 | spec | model |
 |---|---|
 | `resnet50` | any name that torchvision.models.get_model takes |
+| `resnet50.IMAGENET1K_V1` | with other published weights than the default ones |
 | `timm:vit_tiny_patch16_224` | any name that timm.create_model takes |
 | `hf:google/vit-base-patch16-224`, `hf:/local/dir` | a model of transformers |
 | `package.module:function` | what the function returns |

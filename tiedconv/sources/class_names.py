@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tiedconv.errors import MissingExtra
+from tiedconv.sources.published_weights import published
 from tiedconv.sources.source import Source
 
 ClassNames = tuple[tuple[str, ...], ...]
@@ -65,12 +66,8 @@ def _published_by_timm(model: nn.Module) -> ClassNames | None:
 
 
 def _published_by_torchvision(spec: str) -> ClassNames | None:
-    from tiedconv.sources.torchvision_compat import import_torchvision
-
-    models: Any = import_torchvision().models
-    if spec not in models.list_models():
-        return None
-    weights = getattr(models.get_model_weights(spec), "DEFAULT", None)
+    name, _, member = spec.partition(".")
+    weights = getattr(published(name), member or "DEFAULT", None)
     words = tuple((str(name),) for name in weights.meta.get("categories", ())) if weights else ()
     if len(words) != 1000:
         return words or None

@@ -23,6 +23,7 @@ from tiedconv.runtime.forward_check import check_size
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.sources import LazyWeights, Preprocess, Reading, Source
 from tiedconv.sources.in_memory import source_in_memory
+from tiedconv.sources.published_weights import Weights, with_weights_named
 from tiedconv.sources.python_function import is_function_spec
 from tiedconv.sources.repository import local
 from tiedconv.sources.size_guard import bounded
@@ -62,7 +63,7 @@ class OpenedModel:
 def open_model(
     model: str | Path | nn.Module,
     *,
-    weights: str | Path | None = "default",
+    weights: Weights | None = "default",
     model_args: Mapping[str, Any] | None = None,
     preprocess: PreprocessChange | None = None,
     seed: int = 0,
@@ -76,8 +77,9 @@ def open_model(
     Args:
         model: a module, a spec such as `resnet50` or `timm:vit_tiny_patch16_224`, or, with
             `compact`, a compact file.
-        weights: for a spec: `default`, `none` (random), or a file, an index of shards, or a folder
-            with one of these; None for names and shapes alone.
+        weights: for a spec: `default`, `none` (random), a file, an index of shards, a folder with
+            one of these, or published weights of torchvision, see `published_weights`; None for
+            names and shapes alone.
         model_args: arguments of the model's constructor, for a spec.
         preprocess: changes how images are prepared.
         seed: of random weights.
@@ -116,22 +118,23 @@ def open_model(
             "name the model that it was made from",
             code="already-compact",
         )
+    wanted: str | Path | None = None
+    if weights is not None:
+        spec, wanted = with_weights_named(spec, weights)
     _check_preprocess(spec, model_args, preprocess)
-    if weights is None:
+    if wanted is None:
         network, source = sources.outline(spec, model_args)
         return OpenedModel(network, with_preprocess(source, preprocess))
 
     def load_all() -> tuple[nn.Module, Source]:
-        return sources.open_source(spec, model_args, weights, seed=seed, reading=reading)
+        return sources.open_source(spec, model_args, wanted, seed=seed, reading=reading)
 
-    if (
-        lazy
-        and (opened := sources.open_lazily(spec, model_args, weights, reading=reading)) is not None
-    ):
+    opened = sources.open_lazily(spec, model_args, wanted, reading=reading) if lazy else None
+    if opened is not None:
         network, source, tensors = opened
         return OpenedModel(network, with_preprocess(source, preprocess), tensors, load_all)
     # What is wrong shows before weights are fetched; a function of the user's is called once.
-    if lazy and weights == "default" and not is_function_spec(spec):
+    if lazy and wanted == "default" and not is_function_spec(spec):
         network, source = sources.outline(spec, model_args)
         return OpenedModel(network, with_preprocess(source, preprocess), None, load_all)
     network, source = load_all()

@@ -1,4 +1,7 @@
-"""Models of torchvision: `resnet50`, `vit_b_16` and all other names of its registry."""
+"""Models of torchvision: `resnet50`, `vit_b_16` and all other names of its registry.
+
+`resnet50.IMAGENET1K_V1` is one with other published weights than the default ones.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from tiedconv.sources.provider import (
     not_downloaded,
     unknown_model,
 )
+from tiedconv.sources.published_weights import preprocess_of, require_member
 from tiedconv.sources.source import Preprocess
 from tiedconv.sources.state_dict import load_into
 from tiedconv.sources.torchvision_compat import import_torchvision
@@ -40,15 +44,21 @@ class TorchvisionModel:
 
     def __init__(self, name: str, kwargs: Mapping[str, JSON]) -> None:
         self._models: Any = import_torchvision().models
-        self._name = name
-        if name not in self._models.list_models():
+        self._name, _, self._member = name.partition(".")
+        if self._name not in self._models.list_models():
             raise unknown_model(name, name, self._models.list_models())
-        refuse_arguments(name, kwargs, ("weights", "weights_backbone", "pretrained", "progress"))
+        if self._member:
+            require_member(self._name, self._member)
+        refuse_arguments(
+            self._name, kwargs, ("weights", "weights_backbone", "pretrained", "progress")
+        )
         self._given = dict(kwargs)
         self.kwargs: Mapping[str, JSON] = {**self._as_published(), **kwargs}
 
     def _weights(self) -> Any:
-        """The published weights that torchvision calls the default, or None."""
+        """The published weights that the name says, else torchvision's default, or None."""
+        if self._member:
+            return require_member(self._name, self._member)
         return getattr(self._models.get_model_weights(self._name), "DEFAULT", None)
 
     def _as_published(self) -> dict[str, JSON]:
@@ -72,7 +82,7 @@ class TorchvisionModel:
         )
 
     def pretrained(self) -> nn.Module:
-        """The model with torchvision's default weights, from its cache or the network."""
+        """The model with the published weights, from torchvision's cache or the network."""
         weights = self._weights()
         if weights is None:
             raise SourceError(
@@ -109,17 +119,7 @@ class TorchvisionModel:
         load_into(model, tensors)
 
     def preprocess(self, model: nn.Module) -> Preprocess | None:
-        """As the default weights say; None where those are not for classifying images."""
+        """As the published weights say; None where those are not for classifying images."""
         weights = self._weights()
-        transforms: Any = weights and weights.transforms()
-        if type(transforms).__name__ != "ImageClassification":
-            return None
-        mode = str(transforms.interpolation.value)
-        published = Preprocess(
-            size=int(transforms.crop_size[0]),
-            resize=int(transforms.resize_size[0]),
-            mean=tuple(transforms.mean),
-            std=tuple(transforms.std),
-            interpolation=mode if mode == "bicubic" else "bilinear",
-        )
-        return published.scaled_to(image_size(self.kwargs))
+        published = weights and preprocess_of(weights.transforms())
+        return published.scaled_to(image_size(self.kwargs)) if published else None

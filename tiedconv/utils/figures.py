@@ -40,3 +40,9 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def three_digits(value: float) -> str:
+    """A measured number with three digits that count, such as 5.12, 51.2, 512 and 5,120."""
+    places = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{min(places, 3)}f}"
