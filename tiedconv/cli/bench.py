@@ -97,7 +97,7 @@ def _show(found: Bench) -> None:
     common.show_table(columns, rows, title, text=2)
     say("")
     say(
-        "After a time: its ratio to the dense form in the same runtime, the median over the rounds "
+        "After a value: its ratio to the dense form in the same runtime, the median over the rounds "
         "and the middle 80 %. Memory is that of the loaded model, without the runtime itself."
     )
     for name, why in found.left_out:
@@ -111,7 +111,7 @@ def _row(row: Measured, found: Bench) -> list[str]:
     memory = render.size(row.held_bytes)
     ratio = ratio_to_dense(row, found, "held_bytes")
     if row.model != DENSE and ratio is not None:
-        memory = f"{memory} ({ratio:.2f})"
+        memory = f"{memory} {ratio:.2f}"
     cells = [row.runtime, row.model, load, memory, *map(_time, row.timings)]
     return [*cells, render.three_digits(max(t.images_per_second for t in row.timings))]
 
