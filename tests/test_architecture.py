@@ -37,7 +37,7 @@ IMPORTS: dict[str, str] = {
     "families": "core errors",
     "runtime": "core errors",
     "schemes": "core errors numerics runtime",
-    "planning": "core errors families io numerics runtime schemes",
+    "planning": "core errors families io numerics runtime schemes utils",
     "io": "core errors families runtime",
     "utils": "errors io",
     "integrations": "core errors io runtime version",
@@ -51,8 +51,9 @@ IMPORTS: dict[str, str] = {
     "conversion": "calibration core data errors families io numerics planning runtime schemes"
     " sources utils version",
     "exporters": "core errors io runtime sources version",
+    "timing": "core errors exporters io runtime utils",
     "commands": "calibration conversion core data detection errors exporters families"
-    " integrations io numerics outputs planning runtime schemes sources tasks training utils"
+    " integrations io numerics outputs planning runtime schemes sources tasks timing training utils"
     " version",
     "loggers": "commands errors io training utils",
     "pages": "commands core errors io loggers sources training utils version",

@@ -97,8 +97,9 @@ def _show(found: Bench) -> None:
     common.show_table(columns, rows, title, text=2)
     say("")
     say(
-        "After a value: its ratio to the dense form in the same runtime, the median over the rounds "
-        "and the middle 80 %. Memory is that of the loaded model, without the runtime itself."
+        "After a value: its ratio to the dense form in the same runtime, the median over the "
+        "rounds and the middle 80 %. Memory is that of the loaded model, without the runtime "
+        "itself."
     )
     for name, why in found.left_out:
         say(f"Left out: {name}. {why}.")

@@ -19,10 +19,10 @@ from tiedconv.core.plan import Plan
 from tiedconv.errors import NothingToConvert
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.planning.drafting import Task, draft, parameters_of
-from tiedconv.planning.feasibility import least_macs, least_stored, workload_of
+from tiedconv.planning.feasibility import least_stored, least_work, workload_of
 from tiedconv.planning.planner import alternatives, outline
 from tiedconv.planning.recipe import Recipe
-from tiedconv.runtime.macs import macs_of
+from tiedconv.runtime.macs import work_of
 
 
 def key_of(recipe: Recipe) -> str:
@@ -53,9 +53,10 @@ class Sizes:
 
     def fewest_macs(self, recipe: Recipe) -> int | None:
         """The fewest multiply-adds that it can take, None if it does nothing or none are known."""
-        if self.info.workload is None:
+        work = self.info.workload
+        if work is None:
             return None
-        return self._least(recipe, self._fewest, least_macs)
+        return self._least(recipe, self._fewest, lambda info, tasks: least_work(info, tasks, work))
 
     def feasible(self, recipe: Recipe) -> list[Recipe]:
         """Of a recipe with a budget and its alternatives, those that can meet it."""
@@ -64,7 +65,7 @@ class Sizes:
     def macs(self, plan: Plan) -> int | None:
         """The multiply-adds of a plan, None where none are known."""
         work = self.info.workload
-        return None if work is None else macs_of(plan.weights, work)
+        return None if work is None else work_of(plan.weights, work)
 
     def _meets(self, recipe: Recipe) -> bool:
         limits: list[tuple[int | None, int]] = []

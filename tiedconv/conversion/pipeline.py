@@ -60,7 +60,7 @@ from tiedconv.planning.planner import Outline, chooses_by_size, outlines
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.call_hooks import hooked, text_hooks
 from tiedconv.runtime.example_inputs import Example
-from tiedconv.runtime.macs import macs_of
+from tiedconv.runtime.macs import work_of
 from tiedconv.runtime.tie import set_state, tie
 from tiedconv.sources import LazyWeights, Source
 from tiedconv.utils.stage import enter
@@ -97,6 +97,7 @@ def plan_on(
     *,
     measured: bool = False,
     workload: Workload | None = None,
+    times: Workload | None = None,
 ) -> Planned:
     """Inspect a model and plan a recipe on it; what can't be done is refused here.
 
@@ -111,6 +112,7 @@ def plan_on(
             error in them costs ten times as much.
         workload: multiply-adds of the model, where they were counted; a recipe that limits them
             counts them itself.
+        times: of the model in nanoseconds, for a recipe that limits them.
 
     Raises:
         NothingToConvert, BudgetError: the recipe can't be carried out.
@@ -120,7 +122,7 @@ def plan_on(
         require_example(model, example)
     if workload is None and recipe.macs is not None:
         workload = count_macs(model, source, example)
-    info = dataclasses.replace(inspect_model(model), workload=workload)
+    info = dataclasses.replace(inspect_model(model), workload=workload, times=times)
     if recipe.bytes is None:
         return Planned(info, _outlines(info, recipe, measured), example=example)
     numbers = sum(math.prod(shape) for shape in info.shapes.values())
@@ -261,7 +263,7 @@ def macs_record(plan: Plan, workload: Workload) -> dict[str, Any]:
     """What the history says of multiply-adds: before, after, and on which input."""
     return {
         "original": workload.total,
-        "converted": macs_of(plan.weights, workload),
+        "converted": work_of(plan.weights, workload),
         "inputs": [list(shape) for shape in workload.inputs],
     }
 

@@ -1,11 +1,37 @@
-"""The multiply-adds of one forward pass, weight by weight: plain numbers, measured once."""
+"""What one forward pass takes, weight by weight: plain numbers, found once.
+
+In one of two units: multiply-adds, which are counted, or nanoseconds on one machine, which are
+measured (`Piece.times`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Nanoseconds of a layer: as it is, and with factors of any rank.
+
+    Args:
+        whole: with the weight itself.
+        fixed, each: with factors: `fixed`, and `each` for every multiply-add of a row of features.
+        limit: factors are applied up to this share of the weight's multiply-adds; None where
+            whatever takes less time is run.
+    """
+
+    whole: float
+    fixed: float
+    each: float
+    limit: float | None = None
+
+    def times(self, count: float) -> Times:
+        """Those of a part of the layer, or of several runs."""
+        return Times(self.whole * count, self.fixed * count, self.each * count, self.limit)
 
 
 @dataclass(frozen=True)
@@ -15,11 +41,23 @@ class Piece:
     Args:
         start, stop: of the first dimension of the tensor as it is stored.
         rows: of features: tokens, or positions of a convolution's output.
+        times: of these rows, where times were measured.
     """
 
     start: int
     stop: int
     rows: int
+    times: Times | None = None
+
+    def within(self, start: int, stop: int) -> Piece | None:
+        """The part of it in some rows, counted from the first of these; None if there is none."""
+        first, last = max(self.start, start), min(self.stop, stop)
+        if first >= last:
+            return None
+        share = (last - first) / (self.stop - self.start)
+        # Each multiply-add of a part takes as long: there are fewer.
+        times = self.times and dataclasses.replace(self.times.times(share), each=self.times.each)
+        return Piece(first - start, last - start, self.rows, times)
 
 
 @dataclass(frozen=True)
@@ -27,21 +65,17 @@ class Use:
     """How one forward pass uses a weight.
 
     Args:
-        macs: multiply-adds of all products with it.
+        work: of all products with it, in the unit of the workload.
         pieces: where layers that can apply factors use it: all of its rows, or, as in a
             cross-attention, some of them for the queries and the rest for keys and values.
     """
 
-    macs: int
+    work: float
     pieces: tuple[Piece, ...] = ()
 
     def within(self, start: int, stop: int) -> list[Piece]:
         """The pieces of some of its rows, counted from the first of these."""
-        return [
-            Piece(max(p.start, start) - start, min(p.stop, stop) - start, p.rows)
-            for p in self.pieces
-            if max(p.start, start) < min(p.stop, stop)
-        ]
+        return [part for p in self.pieces if (part := p.within(start, stop)) is not None]
 
 
 @dataclass(frozen=True)
@@ -49,11 +83,13 @@ class Workload:
     """What one forward pass of the original takes.
 
     Args:
-        total: multiply-adds of all products, those of attention included.
+        total: of everything, products of attention included, in the unit.
         uses: of each weight by its first name; a weight that is never run is missing.
         inputs: shapes of the input tensors, one example.
+        unit: `macs` or `ns`.
     """
 
     total: int
     uses: Mapping[str, Use] = field(default_factory=dict)
     inputs: tuple[Shape, ...] = ()
+    unit: str = "macs"

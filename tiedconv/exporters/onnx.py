@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.exporters._format import Format, Job, Written, named_inputs, unreadable
+from tiedconv.exporters._onnx_lower import CHEAPER as CHEAPER
 from tiedconv.exporters._onnx_lower import dense_graph, onnx_graph
 from tiedconv.exporters._onnx_store import EXTERNAL_ABOVE, INT4_OPSET, narrowed, store_integers
 from tiedconv.runtime.tie import state_of

@@ -28,6 +28,7 @@ class ModelInfo:
         fixed: tensors that are never converted: complex ones and integers.
         cautious: whether unmatched matrices are opt-in.
         workload: multiply-adds of one forward pass, where they were counted.
+        times: its nanoseconds on this machine, where they were measured.
     """
 
     shapes: Mapping[str, Shape]
@@ -37,6 +38,7 @@ class ModelInfo:
     fixed: frozenset[str] = frozenset()
     cautious: bool = False
     workload: Workload | None = None
+    times: Workload | None = None
 
     @property
     def parameters(self) -> dict[str, Shape]:

@@ -114,7 +114,7 @@ def byte_outlines(info: ModelInfo, recipe: Recipe, budget: ByteBudget) -> tuple[
 
 def _unbound(info: ModelInfo, recipe: Recipe) -> list[Outline]:
     """The plans that no number of parameters limits: the whole model, or for few multiply-adds."""
-    if recipe.macs is None:
+    if recipe.work is None:
         return [Outline(recipe, (), None, compile_plan(info, []))]
     return list(outlines(info, recipe))
 

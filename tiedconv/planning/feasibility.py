@@ -21,16 +21,25 @@ from tiedconv.planning.drafting import (
 from tiedconv.planning.recipe import Budget, Recipe
 from tiedconv.planning.resources import Resources, of_blocks, total
 from tiedconv.planning.scheme_search import Part, least_of
-from tiedconv.runtime.macs import macs_of
+from tiedconv.runtime.macs import work_of
 from tiedconv.schemes import all_schemes
 
 
 def workload_of(info: ModelInfo, recipe: Recipe) -> Workload | None:
-    """The workload, if a recipe limits it.
+    """The workload in the unit of what a recipe limits; None if it limits none.
 
     Raises:
         BudgetError: the model could not be run on any input, so nothing was counted.
     """
+    if recipe.latency is not None:
+        if info.times is None:
+            raise BudgetError(
+                "No times were measured for this model",
+                f"latency={recipe.latency.text!r} means nothing without them",
+                "Ask for macs instead; a plan without a conversion measures nothing",
+                code="latency-unknown",
+            )
+        return info.times
     if recipe.macs is None:
         return None
     if info.workload is None:
@@ -49,13 +58,11 @@ def least_stored(info: ModelInfo, tasks: Sequence[Task]) -> int:
     return int(total([of_rest(info, parts), *map(least_of, parts)]).params)
 
 
-def least_macs(info: ModelInfo, tasks: Sequence[Task]) -> int:
-    """The fewest multiply-adds that the tasks can take, of the whole model."""
-    work = info.workload
-    assert work is not None
+def least_work(info: ModelInfo, tasks: Sequence[Task], work: Workload) -> int:
+    """The least work that the tasks can take, of the whole model, in the unit of its workload."""
     parts = parts_of(tasks)
     least = (least_of(part, work) for part in parts)
-    return math.ceil(total([of_rest(info, parts, work), *least]).macs)
+    return math.ceil(total([of_rest(info, parts, work), *least]).work)
 
 
 def of_rest(info: ModelInfo, parts: Sequence[Part], work: Workload | None = None) -> Resources:
@@ -96,36 +103,40 @@ def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def require_within(plan: Plan, budget: int | None, macs: int | None, info: ModelInfo) -> None:
+def require_within(
+    plan: Plan, recipe: Recipe, budget: int | None, limit: int | None, info: ModelInfo
+) -> None:
     """What every plan that was chosen for a budget holds.
 
     Args:
         plan: that was chosen.
+        recipe: that was asked for.
         budget: parameters that may be stored, None for as many as there are.
-        macs: multiply-adds, likewise.
+        limit: work of a forward pass, likewise.
         info: of the model.
 
     Raises:
         PlanError: it takes more than was asked for (`budget-exceeded`), which is a bug.
         BudgetError: no plan was found that meets both budgets (`budgets-exceeded`).
     """
-    found = [(plan.stored, budget, "parameters")]
-    if info.workload is not None:
-        found.append((macs_of(plan.weights, info.workload), macs, "multiply-adds"))
-    for taken, limit, what in found:
-        if limit is None or taken <= limit:
+    found = [(plan.stored, budget, Budget("100%"))]
+    work = workload_of(info, recipe)
+    if work is not None and recipe.work is not None:
+        found.append((work_of(plan.weights, work), limit, recipe.work))
+    for taken, most, wanted in found:
+        if most is None or taken <= most:
             continue
-        if budget is not None and macs is not None:
+        if budget is not None and limit is not None:
             raise BudgetError(
-                f"No plan was found that meets both budgets: the best takes {taken:,} {what}, and "
-                f"{limit:,} were asked for",
+                f"No plan was found that meets both budgets: the best takes "
+                f"{wanted.shown(taken)}, and {wanted.shown(most)} were asked for",
                 "Nothing was converted",
                 "Ask for more of either",
                 code="budgets-exceeded",
                 smallest=plan.stored,
             )
         raise PlanError(
-            f"The plan takes {taken:,} {what}, and {limit:,} were asked for",
+            f"The plan takes {wanted.shown(taken)}, and {wanted.shown(most)} were asked for",
             "Nothing was converted",
             "Report this as a bug, with the model and the recipe",
             code="budget-exceeded",
@@ -157,31 +168,34 @@ def too_small(
     )
 
 
-def too_few_macs(
-    recipe: Recipe, wanted: Budget, info: ModelInfo, fewest: int, budget: int
+def too_little_work(
+    recipe: Recipe, wanted: Budget, info: ModelInfo, work: Workload, fewest: int, budget: int
 ) -> BudgetError:
-    """The error for a budget of multiply-adds below the fewest that a recipe reaches."""
-    assert info.workload is not None
-    whole = info.workload.total
+    """The error for a budget of work below the least that a recipe reaches."""
+    whole = work.total
     reached: list[tuple[int, str]] = []
     for scheme in all_schemes():
         try:
             tasks = draft(info, Recipe.of(scheme))
         except NothingToConvert:
             continue
-        if (least := least_macs(info, tasks)) < whole:
+        if (least := least_work(info, tasks, work)) < whole:
             reached.append((least, scheme))
-    ways = "; ".join(f"--scheme {s} reaches {_share(n, whole)}" for n, s in sorted(reached))
+
+    def share(count: int) -> str:
+        return f"{wanted.shown(count)} ({100 * count / whole:.1f} %)"
+
+    ways = "; ".join(f"--scheme {s} reaches {share(n)}" for n, s in sorted(reached))
     asked = ", ".join(dict.fromkeys(rule.scheme for rule in recipe.rules))
     never = "" if fewest < whole else (
         f". Weights of scheme {asked} have their own shape when they are used"
     )  # fmt: skip
     return BudgetError(
-        f"macs={wanted.text!r} is {budget:,} multiply-adds, but this recipe takes at least "
-        f"{_share(fewest, whole)}{never}",
+        f"{wanted.of}={wanted.text!r} is {wanted.shown(budget)}, but this recipe takes at least "
+        f"{share(fewest)}{never}",
         "Nothing was written",
         f"Ask for that or more, or choose another scheme: {ways or 'none takes fewer here'}",
-        code="macs-too-few",
+        code="macs-too-few" if wanted.of == "macs" else "latency-too-low",
         smallest=fewest,
     )
 

@@ -12,11 +12,11 @@ from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.symmetries import WeightEditor
 from tiedconv.planning.drafting import Task, compile_plan, draft, parameters_of, parts_of
 from tiedconv.planning.feasibility import (
-    least_macs,
     least_stored,
+    least_work,
     of_rest,
     require_within,
-    too_few_macs,
+    too_little_work,
     too_small,
     workload_of,
 )
@@ -30,7 +30,7 @@ from tiedconv.planning.rank_allocation import (
 from tiedconv.planning.recipe import Budget, Recipe
 from tiedconv.planning.resources import Resources, limits
 from tiedconv.planning.scheme_search import choose
-from tiedconv.runtime.macs import macs_of
+from tiedconv.runtime.macs import work_of
 from tiedconv.schemes import make_scheme
 
 OPEN_BUDGET = "50%"  # of a scheme that chooses by size, where no size is given
@@ -44,7 +44,7 @@ class Outline:
         recipe: that was asked for.
         tasks: one for each of its rules.
         budget: parameters that may be stored; None without a budget.
-        macs: multiply-adds that a forward pass may take; None without such a budget.
+        work: that a forward pass may take, in the unit of the budget; None without one.
         plan: with each rank the same fraction of its matrix. `choose_ranks` replaces it by the plan
             for the weights.
         rounded: weights whose errors are measured because they are rounded, whether or not a rule
@@ -56,7 +56,7 @@ class Outline:
     budget: int | None
     plan: Plan
     rounded: Mapping[str, bool] = field(default_factory=dict)
-    macs: int | None = None
+    work: int | None = None
 
     @property
     def weights(self) -> dict[str, bool]:
@@ -87,27 +87,27 @@ def outline(info: ModelInfo, recipe: Recipe) -> Outline:
     parts = parts_of(tasks)
     is_open = any(len(part.candidates) > 1 for part in parts)
     wanted = recipe.budget
-    if wanted is None and recipe.macs is None:
+    if wanted is None and recipe.work is None:
         wanted = Budget(OPEN_BUDGET) if is_open else None
-    if wanted is None and recipe.macs is None:
+    if wanted is None and recipe.work is None:
         return Outline(recipe, tasks, None, compile_plan(info, drafts))
     original, work = parameters_of(info), workload_of(info, recipe)
     budget = None if wanted is None else wanted.resolve(original)
-    macs = None if recipe.macs is None or work is None else recipe.macs.resolve(work.total)
+    most = None if recipe.work is None or work is None else recipe.work.resolve(work.total)
     least = with_least(drafts)
     plan = compile_plan(info, least)
-    limit = limits(budget, macs)
+    limit = limits(budget, most)
     smallest = least_stored(info, tasks) if is_open else plan.stored
     if wanted is not None and budget is not None and smallest > budget:
         raise too_small(recipe, wanted, info, tasks, smallest, budget, original)
-    if recipe.macs is not None and macs is not None:
-        fewest = least_macs(info, tasks)
-        if fewest > macs:
-            raise too_few_macs(recipe, recipe.macs, info, fewest, macs)
-    spare = limit - Resources(plan.stored, 0 if work is None else macs_of(plan.weights, work))
-    spare = Resources(max(0, spare.params), max(0, spare.macs))
+    if recipe.work is not None and work is not None and most is not None:
+        fewest = least_work(info, tasks, work)
+        if fewest > most:
+            raise too_little_work(recipe, recipe.work, info, work, fewest, most)
+    spare = limit - Resources(plan.stored, 0 if work is None else work_of(plan.weights, work))
+    spare = Resources(max(0, spare.params), max(0, spare.work))
     even = allocate_evenly(least, spare, work)
-    return Outline(recipe, tasks, budget, compile_plan(info, even), macs=macs)
+    return Outline(recipe, tasks, budget, compile_plan(info, even), work=most)
 
 
 def outlines(info: ModelInfo, recipe: Recipe) -> tuple[Outline, ...]:
@@ -160,18 +160,18 @@ def choose_ranks(
     Raises:
         PlanError: more would be stored than was asked for (`budget-exceeded`), which is a bug.
     """
-    if outlined.budget is None and outlined.macs is None:
+    if outlined.budget is None and outlined.work is None:
         return outlined.plan
     parts = parts_of(outlined.tasks)
     least = with_least([d for task in outlined.tasks for d in task.drafts])
     is_open = any(len(part.candidates) > 1 for part in parts)
-    work = None if outlined.macs is None else info.workload
-    spare = limits(outlined.budget, outlined.macs)
+    work = None if outlined.work is None else workload_of(info, outlined.recipe)
+    spare = limits(outlined.budget, outlined.work)
     if is_open:
         spare -= of_rest(info, parts, work)
     else:
         taken = compile_plan(info, least)
-        spare -= Resources(taken.stored, 0 if work is None else macs_of(taken.weights, work))
+        spare -= Resources(taken.stored, 0 if work is None else work_of(taken.weights, work))
 
     def chosen(spare: Resources) -> tuple[Plan, bool]:
         if is_open:
@@ -184,14 +184,14 @@ def choose_ranks(
     plan, shared = chosen(spare)
     if shared and outlined.budget is not None and work is None:
         plan = using_all(plan, spare, outlined.budget, lambda spare: chosen(spare)[0])
-    require_within(plan, outlined.budget, outlined.macs, info)
+    require_within(plan, outlined.recipe, outlined.budget, outlined.work, info)
     return plan
 
 
 def chooses_by_size(recipe: Recipe) -> bool:
     """Whether a budget decides what is stored: one that is given, or that of an open scheme."""
     schemes = (make_scheme(rule.scheme, rule.options) for rule in recipe.rules)
-    given = recipe.budget is not None or recipe.macs is not None
+    given = recipe.budget is not None or recipe.work is not None
     return given or any(len(s.candidates()) > 1 for s in schemes)
 
 
@@ -208,7 +208,7 @@ def alternatives(recipe: Recipe) -> list[Recipe]:
             changed = dataclasses.replace(rule, scheme=other.name, options=options)
             rules = (*recipe.rules[:i], changed, *recipe.rules[i + 1 :])
             budget = recipe.budget
-            if budget is None and recipe.macs is None:
+            if budget is None and recipe.work is None:
                 budget = Budget(OPEN_BUDGET)
             found.append(dataclasses.replace(recipe, rules=rules, budget=budget))
     return found

@@ -1,4 +1,4 @@
-"""Spending a budget of parameters, of multiply-adds or of both on ranks."""
+"""Spending a budget of parameters, of work or of both on ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KfacMetrics = Mapping[str, KfacMetric]
 """The metric of each weight by its tensor's name, in the orientation `(out, in)`."""
 
 MIXES = 8
-"""Steps from a price on parameters alone to one on multiply-adds alone, where both are limited."""
+"""Steps from a price on parameters alone to one on work alone, where both are limited."""
 
 RankIndex = tuple[int, int]
 """One rank that can be chosen: index of its draft, index of the rank option in it."""
@@ -78,7 +78,7 @@ def allocate(
         spare: to spend beyond those.
         editor: the weights.
         metrics: what errors cost; without them all weights count alike.
-        workload: of the model, where multiply-adds are limited.
+        workload: of the model, where its work is limited.
     """
     places: list[RankIndex] = []
     gains: list[Tensor] = []
@@ -120,7 +120,7 @@ def fill(
         places: of the options.
         gains: for each option, the cost that each further rank removes.
         costs: for each option, what a rank takes.
-        price: of a parameter and of a multiply-add.
+        price: of a parameter and of a unit of work.
     """
     ranks = _least(drafts)
     gained = 0.0
@@ -178,7 +178,7 @@ def allocate_evenly(
             if option is not None and cost is not None:
                 found[g, j] = option, cost
     full = total(cost.times(spread(option)) for option, cost in found.values())
-    pairs = ((spare.params, full.params), (spare.macs, full.macs))
+    pairs = ((spare.params, full.params), (spare.work, full.work))
     share = min([1.0, *(left / whole for left, whole in pairs if whole)]) if full.params else 0.0
     for (g, j), (option, cost) in found.items():
         more = int(share * spread(option))

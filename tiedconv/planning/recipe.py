@@ -15,13 +15,19 @@ from tiedconv.core.packed_codes import WIDTHS
 from tiedconv.errors import RecipeError
 from tiedconv.io.plain_file import read_toml
 from tiedconv.schemes import make_scheme
+from tiedconv.utils.figures import milliseconds
 
 DEFAULT_SCHEME = "auto"
 """It needs no choice; without a budget it halves the model."""
 
 _MOST = 2**20  # bytes of a recipe
+_NANOSECONDS = {"us": 1e3, "ms": 1e6, "s": 1e9}
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
+
+_KEYS_OF_ON = ("on", "on_batch_size", "on_threads")
+_ON = ("onnx", 1, 1)
+_KEYS = {"params", "bytes", "bits", "macs", "latency", "rule", *_KEYS_OF_ON}
 
 Size = float | int | str
 """A size: a fraction such as 0.5, a whole number, or a text such as `50%` or `12M`."""
@@ -57,8 +63,8 @@ class Budget:
     """How much there may be of something: a share of the original's, or a number.
 
     Args:
-        text: such as `50%`, `12M`, `2G`.
-        of: what: `params`, or `macs`.
+        text: such as `50%`, `12M`, `2G`; of a time also `0.6x` and `8ms`.
+        of: what: `params`, `macs`, or `latency`, which is counted in nanoseconds.
     """
 
     text: str
@@ -70,7 +76,11 @@ class Budget:
     @property
     def what(self) -> str:
         """In words."""
-        return {"params": "parameters", "macs": "multiply-adds"}[self.of]
+        return {"params": "parameters", "macs": "multiply-adds", "latency": "time"}[self.of]
+
+    def shown(self, count: float) -> str:
+        """A number of it, with its unit."""
+        return milliseconds(count) if self.of == "latency" else f"{count:,} {self.what}"
 
     def resolve(self, original: int) -> int:
         """The number, of a model that has so many.
@@ -82,8 +92,7 @@ class Budget:
         count = int(original * number / 100) if is_share else int(number)
         if count >= original:
             raise RecipeError(
-                f"{self.of}={self.text!r} is not less than the model's own {original:,} "
-                f"{self.what}",
+                f"{self.of}={self.text!r} is not less than the model's own {self.shown(original)}",
                 "Nothing would be saved",
                 "Give less, such as 50%",
                 code="budget-saves-nothing",
@@ -96,6 +105,8 @@ class Budget:
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
             if 0 < (share := float(match[1])) <= 100:
                 return share, True
+        elif self.of == "latency":
+            return self._parsed_time(text)
         elif match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbgt]?)", text):
             count = float(match[1]) * _UNITS[match[2]]
             if 1 <= count <= 100:
@@ -110,6 +121,18 @@ class Budget:
         raise RecipeError(
             f"Invalid budget {self.of}={self.text!r}",
             hint="Give a percentage of the original such as 50%, or a number such as 12M",
+            code="budget-invalid",
+        )
+
+    def _parsed_time(self, text: str) -> tuple[float, bool]:
+        """The same of a time that is not a percentage."""
+        if (match := re.fullmatch(r"(\d*\.?\d+)\s*x", text)) and 0 < float(match[1]) <= 1:
+            return 100 * float(match[1]), True
+        if (match := re.fullmatch(r"(\d*\.?\d+)\s*(us|ms|s)", text)) and float(match[1]) > 0:
+            return float(match[1]) * _NANOSECONDS[match[2]], False
+        raise RecipeError(
+            f"Invalid budget {self.of}={self.text!r}",
+            hint="Give a share of the original's time such as 0.6x or 60%, or a time such as 8ms",
             code="budget-invalid",
         )
 
@@ -159,6 +182,43 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class RunsOn:
+    """Where a time is measured.
+
+    Args:
+        runtime: one of `timing.all_runtimes`.
+        batch_size: inputs at a time.
+        threads: of the runtime.
+    """
+
+    runtime: str = "onnx"
+    batch_size: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        counts = (self.batch_size, self.threads)
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise RecipeError(
+                f"Invalid batch size or threads {counts}",
+                hint="Give whole numbers of at least 1",
+                code="runs-on-invalid",
+            )
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.runtime}, batch size {self.batch_size}, {threads}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, that `from_json` reads back."""
+        return dict(zip(_KEYS_OF_ON, (self.runtime, self.batch_size, self.threads), strict=True))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunsOn:
+        """From a recipe's keys; what it lacks is as by default."""
+        return cls(*(data.get(key, usual) for key, usual in zip(_KEYS_OF_ON, _ON, strict=True)))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Rules, tried in order for each tensor, and a budget for the whole model.
 
@@ -168,6 +228,8 @@ class Recipe:
         bytes: that the file may take, such as `8%`, `700kB` or `2MB`: weights become integers.
         bits: of those integers, the most or `least:most`, such as `4` or `4:8`.
         macs: multiply-adds that a forward pass may take, with factors applied.
+        latency: time that a forward pass may take on this machine, likewise.
+        on: where the time is measured.
 
     The same as a TOML file:
 
@@ -183,6 +245,13 @@ class Recipe:
     bytes: str | None = None
     bits: str | None = None
     macs: Budget | None = None
+    latency: Budget | None = None
+    on: RunsOn = RunsOn()
+
+    @property
+    def work(self) -> Budget | None:
+        """What a forward pass may take, in multiply-adds or nanoseconds."""
+        return self.latency or self.macs
 
     @classmethod
     def of(
@@ -193,6 +262,8 @@ class Recipe:
         bytes: Size | None = None,
         bits: str | int | None = None,
         macs: Size | None = None,
+        latency: Size | None = None,
+        on: RunsOn | str = RunsOn(),
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
         **options: Any,
@@ -205,6 +276,8 @@ class Recipe:
             bytes: of the file, likewise.
             bits: of an integer, at most.
             macs: multiply-adds of a forward pass, as `params`.
+            latency: its time on this machine: `0.6`, `0.6x` or `60%` of the original's, or `8ms`.
+            on: the runtime of that time, or with batch size and threads a `RunsOn`.
             include, exclude: glob patterns of tensor names.
             options: of the scheme.
         """
@@ -215,7 +288,10 @@ class Recipe:
         budget = None if params in (None, "") else Budget(size_text("params", params))
         size = None if bytes is None else size_text("bytes", bytes)
         work = None if macs is None else Budget(size_text("macs", macs), "macs")
-        return cls((rule,), budget, size, None if bits is None else str(bits), work).asked()
+        time = None if latency is None else Budget(size_text("latency", latency), "latency")
+        where = RunsOn(on) if isinstance(on, str) else on
+        width = None if bits is None else str(bits)
+        return cls((rule,), budget, size, width, work, time, where).asked()
 
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:
@@ -232,20 +308,23 @@ class Recipe:
                 hint="Give a TOML file as docs/recipes.md shows",
                 code="recipe-unreadable",
             ) from None
-        unknown = data.keys() - {"params", "bytes", "bits", "macs", "rule"}
+        unknown = data.keys() - _KEYS
         rules = data.get("rule", [])
         sound = isinstance(rules, list) and all(isinstance(rule, dict) for rule in rules)
         if unknown or not rules or not sound:
             what = f"has the unknown key {sorted(unknown)[0]!r}" if unknown else "has no [[rule]]"
             raise RecipeError(
                 f"The recipe {path} {what}",
-                hint="It takes params, bytes, bits, macs and [[rule]] tables (docs/recipes.md)",
+                hint="It takes params, bytes, bits, macs, latency, on and [[rule]] tables",
                 code="recipe-malformed",
             )
         budget = Budget(str(data["params"])) if "params" in data else None
         size, bits = (str(data[k]) if k in data else None for k in ("bytes", "bits"))
         macs = Budget(str(data["macs"]), "macs") if "macs" in data else None
-        return cls(tuple(_rule(rule) for rule in rules), budget, size, bits, macs).asked()
+        time = Budget(str(data["latency"]), "latency") if "latency" in data else None
+        on = RunsOn.from_json({k: data[k] for k in _KEYS_OF_ON if k in data})
+        rules = tuple(_rule(rule) for rule in rules)
+        return cls(rules, budget, size, bits, macs, time, on).asked()
 
     def asked(self) -> Recipe:
         """The recipe, as someone asks for it now; histories hold older ones.
@@ -261,7 +340,14 @@ class Recipe:
                 code="bits-without-bytes",
             )
         _ = self.widths
-        for rule in self.rules if self.budget or self.macs else ():
+        if self.macs is not None and self.latency is not None:
+            raise RecipeError(
+                "macs and latency were both given",
+                "Each decides how much arithmetic there may be",
+                "Give one of them",
+                code="macs-and-latency",
+            )
+        for rule in self.rules if self.budget or self.work else ():
             if given := " and ".join(rule.chosen_by_a_budget()):
                 raise RecipeError(
                     f"{given} of {rule.scheme} and a budget were both given",
@@ -303,9 +389,11 @@ class Recipe:
         ]
         budget = self.budget.text if self.budget else None
         work = self.macs.text if self.macs else None
-        sizes = {"bytes": self.bytes, "bits": self.bits, "macs": work}
+        time = self.latency.text if self.latency else None
+        sizes = {"bytes": self.bytes, "bits": self.bits, "macs": work, "latency": time}
         given = {name: text for name, text in sizes.items() if text is not None}
-        return {"params": budget, **given, "rules": rules}
+        on = self.on.to_json() if self.latency else {}
+        return {"params": budget, **given, **on, "rules": rules}
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:

@@ -1,7 +1,7 @@
-"""What groups take: parameters in a file, and multiply-adds of a forward pass.
+"""What groups take: parameters in a file, and the work of a forward pass.
 
-A budget may limit either or both. Multiply-adds are those of `runtime.macs`: factors where they
-take fewer than the weight, one by one, each weight by itself.
+A budget may limit either or both. Work is multiply-adds or nanoseconds, as the workload has it, by
+`runtime.macs`: factors where they take less than the weight, one by one, each weight by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tiedconv.core.expr import Expr, reshape
 from tiedconv.core.plan import Block, Member, Slot
 from tiedconv.core.workload import Use, Workload
 from tiedconv.runtime.flops import fewest_macs
-from tiedconv.runtime.macs import saved_macs
+from tiedconv.runtime.macs import saved_work
 from tiedconv.schemes import Draft, RankOption
 
 _UNUSED = Use(0)
@@ -24,28 +24,28 @@ _UNUSED = Use(0)
 
 @dataclass(frozen=True)
 class Resources:
-    """Parameters and multiply-adds; of a limit, infinity is none."""
+    """Parameters, and multiply-adds or nanoseconds; of a limit, infinity is none."""
 
     params: float = 0
-    macs: float = 0
+    work: float = 0
 
     def __add__(self, other: Resources) -> Resources:
-        return Resources(self.params + other.params, self.macs + other.macs)
+        return Resources(self.params + other.params, self.work + other.work)
 
     def __sub__(self, other: Resources) -> Resources:
-        return Resources(self.params - other.params, self.macs - other.macs)
+        return Resources(self.params - other.params, self.work - other.work)
 
     def times(self, count: float) -> Resources:
         """So many of them."""
-        return Resources(self.params * count, self.macs * count)
+        return Resources(self.params * count, self.work * count)
 
     def within(self, limit: Resources) -> bool:
         """Whether both are at most those of a limit."""
-        return self.params <= limit.params and self.macs <= limit.macs
+        return self.params <= limit.params and self.work <= limit.work
 
     def at(self, price: Resources) -> float:
         """What they cost at a price for each."""
-        return self.params * price.params + self.macs * price.macs
+        return self.params * price.params + self.work * price.work
 
     def worth(self, price: Resources) -> float:
         """The same, but never nothing, to divide by."""
@@ -55,10 +55,10 @@ class Resources:
 NOTHING = Resources()
 
 
-def limits(params: float | None = None, macs: float | None = None) -> Resources:
+def limits(params: float | None = None, work: float | None = None) -> Resources:
     """What may be taken; None for as much as there is."""
     return Resources(
-        math.inf if params is None else params, math.inf if macs is None else macs
+        math.inf if params is None else params, math.inf if work is None else work
     )  # fmt: skip
 
 
@@ -71,29 +71,29 @@ def total(parts: Iterable[Resources]) -> Resources:
 
 
 def prices(limit: Resources, mix: float) -> Resources:
-    """The price of one parameter and of one multiply-add, up to a common factor.
+    """The price of one parameter and of one unit of work, up to a common factor.
 
     Args:
         limit: what there is of each.
-        mix: the share of the price of all that is put on multiply-adds, 0 to 1, where both are
+        mix: the share of the price of all that is put on work, 0 to 1, where both are
             limited. What is not limited has no price.
     """
-    if math.isinf(limit.macs):
+    if math.isinf(limit.work):
         return Resources(1, 0)
     if math.isinf(limit.params):
         return Resources(0, 1)
-    return Resources((1 - mix) / max(1.0, limit.params), mix / max(1.0, limit.macs))
+    return Resources((1 - mix) / max(1.0, limit.params), mix / max(1.0, limit.work))
 
 
 def is_mixed(limit: Resources) -> bool:
     """Whether both are limited."""
-    return not (math.isinf(limit.macs) or math.isinf(limit.params))
+    return not (math.isinf(limit.work) or math.isinf(limit.params))
 
 
 def of_slot(slot: Slot, workload: Workload | None) -> Resources:
     """Of one that is left as it is."""
     use = _use(slot, workload)
-    return Resources(slot.numel, use.macs * slot.numel / math.prod(slot.shape))
+    return Resources(slot.numel, use.work * slot.numel / math.prod(slot.shape))
 
 
 def of_blocks(blocks: Iterable[Block], workload: Workload | None) -> Resources:
@@ -116,18 +116,18 @@ def of_draft(d: Draft, workload: Workload | None) -> Resources:
     params = sum(math.prod(shape) for shape in layout.factors.values())
     if workload is None:
         return Resources(params)
-    macs = 0.0
+    work = 0.0
     for member, expr in zip(d.members, layout.weights, strict=True):
-        whole = of_slot(member.slot, workload).macs
-        macs += whole - saved_macs(_as_run(member, expr), _use_of_rows(member.slot, workload))
-    return Resources(params, macs)
+        whole = of_slot(member.slot, workload).work
+        work += whole - saved_work(_as_run(member, expr), _use_of_rows(member.slot, workload))
+    return Resources(params, work)
 
 
 def of_ranks(d: Draft, workload: Workload | None) -> list[Resources | None]:
     """For each rank option of a group at its least ranks, what one rank more takes.
 
-    Multiply-adds are those of the factors, even at ranks at which the weight itself takes fewer:
-    no less than what is run. A weight that takes fewer than its factors at their least ranks does
+    Work is that of the factors, even at ranks at which the weight itself takes less: no less than
+    what is run. A weight that takes less than its factors at their least ranks does
     so at any.
     """
     options = d.scheme.rank_options(d.shapes)
@@ -143,12 +143,12 @@ def of_ranks(d: Draft, workload: Workload | None) -> list[Resources | None]:
         if option is None or one is None or option.break_even_rank <= option.min_rank:
             continue
         more = [r + (i == j) for i, r in enumerate(ranks)]
-        macs = 0
+        work = 0.0
         for member, before, after in zip(d.members, least, _exprs(d, more), strict=True):
             if fewest_macs(before)[1]:
                 use = _use_of_rows(member.slot, workload)
-                macs += saved_macs(before, use) - saved_macs(after, use)
-        found[j] = dataclasses.replace(one, macs=macs)
+                work += saved_work(before, use) - saved_work(after, use)
+        found[j] = dataclasses.replace(one, work=work)
     return found
 
 
@@ -176,7 +176,7 @@ def _use_of_rows(slot: Slot, workload: Workload) -> Use:
         pieces = [dataclasses.replace(p, start=0, stop=slot.rows) for p in use.pieces]
     else:
         pieces = use.within(slot.start, slot.stop)
-    return Use(use.macs, tuple(pieces))
+    return Use(use.work, tuple(pieces))
 
 
 def _use(slot: Slot, workload: Workload | None) -> Use:

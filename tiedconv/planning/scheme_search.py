@@ -3,7 +3,7 @@
 A rule whose scheme names several candidates (`auto`) leaves the choice open. For each block, and
 for each stack as a whole, every candidate has a curve: the error (see `kfac_metric`) that remains
 at each size, from the spectra of the residuals. At a Lagrange multiplier (cost per parameter, or
-per multiply-add), the best candidate of a part is the one with the least error plus multiplier
+per unit of work), the best candidate of a part is the one with the least error plus multiplier
 times parameters; the multiplier is found by bisection so that all of them together meet the budget.
 For convex curves that is the optimum, and keeping a part unchanged is one of the candidates.
 
@@ -43,7 +43,7 @@ from tiedconv.planning.resources import (
 )
 from tiedconv.schemes import Draft, Scheme
 
-_MIXINGS = 8  # of prices, where parameters and multiply-adds are both limited
+_MIXINGS = 8  # of prices, where parameters and work are both limited
 _LARGEST = 1e300  # multiplier that is tried
 _STEP = 2.0**20  # between multipliers, until one is too large and the next is not
 
@@ -126,7 +126,7 @@ def choose(
         budget: for the matrices of their blocks.
         editor: the weights.
         metrics: what errors cost.
-        workload: of the model, where multiply-adds are limited.
+        workload: of the model, where its work is limited.
     """
     weights = _Weights(editor, metrics, workload)
     options = [stack for part in parts for stack in _options_of_stacks(part, weights)]
@@ -171,7 +171,7 @@ def _options_of_stacks(part: Part, weights: _Weights) -> list[StackOptions]:
 
 
 def least_of(part: Part, workload: Workload | None = None) -> Resources:
-    """The fewest parameters, and the fewest multiply-adds, of any mixture of the candidates.
+    """The fewest parameters, and the least work, of any mixture of the candidates.
 
     Each by itself: no mixture need reach both.
     """
@@ -195,7 +195,7 @@ def _least(
 
 
 def _fewest(*found: Resources) -> Resources:
-    return Resources(min(one.params for one in found), min(one.macs for one in found))
+    return Resources(min(one.params for one in found), min(one.work for one in found))
 
 
 def _stacks(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -206,7 +206,7 @@ def _stacks(blocks: Sequence[Block]) -> list[list[Block]]:
 
 
 def _price(chosen: Callable[[Resources], list[Curve]], budget: Resources) -> Resources:
-    """The price of a parameter and of a multiply-add at which what is chosen meets the budget."""
+    """The price of a parameter and of a unit of work at which what is chosen meets the budget."""
 
     def taken(price: Resources) -> tuple[float, Resources]:
         found = [curve.at(price) for curve in chosen(price)]
@@ -219,7 +219,7 @@ def _price(chosen: Callable[[Resources], list[Curve]], budget: Resources) -> Res
 
     if not is_mixed(budget):
         return meeting(0.0)
-    for mix, limit in ((0.0, Resources(budget.params, math.inf)), (1.0, _macs_alone(budget))):
+    for mix, limit in ((0.0, Resources(budget.params, math.inf)), (1.0, _work_alone(budget))):
         price = meeting(mix, limit)
         if taken(price)[1].within(budget):
             return price  # this limit decides alone
@@ -230,13 +230,13 @@ def _price(chosen: Callable[[Resources], list[Curve]], budget: Resources) -> Res
         price = meeting(mix)
         cost, size = taken(price)
         best = min(best, (cost, price), key=lambda one: one[0])
-        params_decide = size.params / budget.params > size.macs / budget.macs
+        params_decide = size.params / budget.params > size.work / budget.work
         low, high = (low, mix) if params_decide else (mix, high)
     return best[1]
 
 
-def _macs_alone(budget: Resources) -> Resources:
-    return Resources(math.inf, budget.macs)
+def _work_alone(budget: Resources) -> Resources:
+    return Resources(math.inf, budget.work)
 
 
 def _lagrange_multiplier(fits: Callable[[float], bool]) -> float:

@@ -23,29 +23,30 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tiedconv.core.expr import Expr
+from tiedconv.core.expr import Expr, MatMul
 from tiedconv.core.part import part
-from tiedconv.core.workload import Piece, Use, Workload
+from tiedconv.core.workload import Piece, Times, Use, Workload
 from tiedconv.runtime.example_inputs import evaluation
-from tiedconv.runtime.flops import apply_macs, fewest_macs
+from tiedconv.runtime.flops import apply_macs, fewest_macs, never_materialized
 from tiedconv.runtime.lazy_weight import Resolved
 from tiedconv.runtime.tied_module import stores_transposed, takes_factors
 
 aten = torch.ops.aten
 
 
-def macs_of(weights: Mapping[str, Expr], of: Workload) -> int:
-    """Multiply-adds of a converted model, each weight in the form that takes fewest.
+def work_of(weights: Mapping[str, Expr], of: Workload) -> int:
+    """What a converted model takes, each weight in the form that takes least.
 
     Args:
         weights: those that were converted, by name.
-        of: the original's.
+        of: the original's; its unit is that of the result.
     """
-    return of.total - sum(saved_macs(expr, of.uses.get(name)) for name, expr in weights.items())
+    saved = sum(saved_work(expr, of.uses.get(name)) for name, expr in weights.items())
+    return math.ceil(of.total - saved)
 
 
-def saved_macs(expr: Expr, use: Use | None) -> int:
-    """Multiply-adds that a converted weight takes less than the original's; below 0 if more.
+def saved_work(expr: Expr, use: Use | None) -> float:
+    """What a converted weight takes less than the original's; below 0 if more.
 
     A weight of which some rows are used apart has factors applied for each of the parts, a factor
     that these share too.
@@ -56,12 +57,27 @@ def saved_macs(expr: Expr, use: Use | None) -> int:
     """
     if use is None or not use.pieces or not fewest_macs(expr)[1]:
         return 0
-    saved = 0
+    saved: float = 0
     for piece in use.pieces:
         whole = (piece.start, piece.stop) == (0, expr.shape[0])
         rows = expr if whole else part(expr, 0, piece.start, piece.stop)
-        saved += piece.rows * (math.prod(rows.shape) - (apply_macs(rows) or math.prod(rows.shape)))
+        weight = math.prod(rows.shape)
+        applied = apply_macs(rows) or weight
+        if piece.times is None:
+            saved += piece.rows * (weight - applied)
+        else:
+            saved += _saved_time(rows, applied, piece.times)
     return saved
+
+
+def _saved_time(expr: Expr, applied: int, times: Times) -> float:
+    """Nanoseconds that some rows of a weight take less with factors, of so many multiply-adds."""
+    share = applied / math.prod(expr.shape)
+    is_one_product = sum(isinstance(node, MatMul) for node in expr.walk()) == 0
+    factored = times.whole * share if is_one_product else times.fixed + times.each * applied
+    if times.limit is None:
+        return max(0.0, times.whole - factored)
+    return times.whole - factored if share <= times.limit or never_materialized(expr) else 0.0
 
 
 def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Workload:

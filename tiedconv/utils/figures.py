@@ -42,6 +42,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
+def milliseconds(nanoseconds: float) -> str:
+    """A short time, such as 5.12 ms."""
+    return f"{three_digits(nanoseconds / 1e6)} ms"
+
+
 def three_digits(value: float) -> str:
     """A measured number with three digits that count, such as 5.12, 51.2, 512 and 5,120."""
     places = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0

@@ -1,0 +1,277 @@
+"""A table of measured times, and the workload in nanoseconds that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tiedconv.core.workload import Piece, Times, Use, Workload
+from tiedconv.errors import BudgetError, OutputError
+from tiedconv.io.atomic import replacing
+from tiedconv.runtime.example_inputs import evaluation
+from tiedconv.timing.runtimes import Run, Runtime, choose_runtime
+from tiedconv.timing.sites import Site, Sites, sites_of
+from tiedconv.utils.figures import milliseconds
+
+ROUNDS = 11
+"""Runs of each form of a layer, in turn."""
+LEAST_SECONDS = 0.002
+"""Of a run that is timed: a shorter one is repeated."""
+MOST_OF_ALL = 0.97
+"""Of the time of the model that its layers may take together."""
+
+OnSite = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TimeTable:
+    """The times of a model's layers in one runtime.
+
+    Args:
+        workload: of the model, in nanoseconds for a batch.
+        runtime: its name and version.
+        layers: different shapes that were timed.
+        seconds: that measuring took, then or now.
+        path: where the times are kept; None where nothing can be written.
+        date: when they were measured; "" if it was now.
+    """
+
+    workload: Workload
+    runtime: str
+    layers: int
+    seconds: float
+    path: Path | None
+    date: str = ""
+
+    def __str__(self) -> str:
+        when = f"of {self.date}" if self.date else f"measured in {self.seconds:.0f} s"
+        kept = f"kept in {self.path}" if self.path else "not kept: the folder can't be written"
+        return (
+            f"{self.layers} layer shapes in {self.runtime}, {when}, {kept}; the "
+            f"original takes {milliseconds(self.workload.total)}"
+        )
+
+
+def measure_times(
+    model: nn.Module,
+    workload: Workload,
+    runtime: str,
+    batch_size: int = 1,
+    threads: int = 1,
+    *,
+    on_site: OnSite | None = None,
+) -> TimeTable:
+    """Time a model and its layers, each as it is and with factors of a few ranks.
+
+    Between ranks the time of factors is a straight line, which fits two products well: a fixed
+    part and one for each multiply-add. Times are kept in a file of the user's cache (`folder_of`),
+    under a hash of the shapes, the runtime, its version, the processor, batch size and threads; who
+    wants new ones removes it.
+
+    Args:
+        model: plain, in memory, on the CPU.
+        workload: of the model, in multiply-adds.
+        runtime: one of `all_runtimes`.
+        batch_size: images at a time.
+        threads: of the runtime.
+        on_site: called with (shapes timed, shapes in all).
+
+    Raises:
+        UserError: unknown runtime.
+        MissingExtra: it is not installed.
+        BudgetError: the model takes something else than images (`latency-needs-images`).
+    """
+    chosen = choose_runtime(runtime)
+    x = _images(workload, batch_size)
+    found = sites_of(model, x, workload)
+    sites = list(dict.fromkeys(site for each in found.values() for site in each if site.ranks))
+    key = _key(model, workload, x, sites, chosen, threads)
+    place = folder() / f"{key}.json"
+    kept = _read(place, sites)
+    kept_at: Path | None = place
+    if kept is None:
+        start = time.perf_counter()
+        total, table = _measure(model, x, sites, chosen, threads, on_site)
+        seconds, date = time.perf_counter() - start, ""
+        kept_at = _write(place, total, table, seconds)
+    else:
+        total, table, seconds, date = kept
+    rows = dict(zip(sites, table, strict=True))
+    timed = _in_nanoseconds(workload, found, rows, total, chosen.limit)
+    return TimeTable(timed, f"{chosen.name} {chosen.version()}", len(sites), seconds, kept_at, date)
+
+
+def folder() -> Path:
+    """Where tables are kept: `tiedconv/times` in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tiedconv" / "times"
+
+
+def _images(workload: Workload, batch_size: int) -> Tensor:
+    if len(workload.inputs) != 1 or len(workload.inputs[0]) != 4:
+        raise BudgetError(
+            "The time of this model can't be measured: it does not take images alone",
+            "A budget of time means nothing without it",
+            "Give a budget of multiply-adds instead: --macs 60%",
+            code="latency-needs-images",
+        )
+    return torch.zeros(batch_size, *workload.inputs[0][1:])
+
+
+def _measure(
+    model: nn.Module,
+    x: Tensor,
+    sites: list[Site],
+    runtime: Runtime,
+    threads: int,
+    on_site: OnSite | None,
+) -> tuple[float, list[list[float]]]:
+    """Nanoseconds of the model, and of each site: as it is, and for each of its ranks."""
+    whole: list[float] = []
+    table: list[list[float]] = []
+    with tempfile.TemporaryDirectory() as files, evaluation(model):
+        run = runtime.model(model, x, Path(files), threads)
+        _timed(run, 1)
+        for done, site in enumerate(sites, 1):
+            given = torch.zeros(site.shape)
+            forms = [
+                runtime.layers(site.layers(rank), given, threads)
+                for rank in (None, *site.ranks)
+            ]  # fmt: skip
+            table.append(_in_turn(forms))
+            whole.append(_timed(run, 1))
+            if on_site is not None:
+                on_site(done, len(sites))
+        whole += [_timed(run, 1) for _ in range(max(0, ROUNDS - len(whole)))]
+    return statistics.median(whole), table
+
+
+def _in_turn(forms: list[Run]) -> list[float]:
+    repeats = []
+    for run in forms:
+        _timed(run, 1)  # warm up
+        repeats.append(max(1, round(LEAST_SECONDS * 1e9 / max(1.0, _timed(run, 1)))))
+    rounds = [
+        [_timed(run, count) for run, count in zip(forms, repeats, strict=True)]
+        for _ in range(ROUNDS)
+    ]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def _timed(run: Run, count: int) -> float:
+    """Nanoseconds of a run, the mean of so many."""
+    start = time.perf_counter_ns()
+    for _ in range(count):
+        run()
+    return (time.perf_counter_ns() - start) / count
+
+
+def _in_nanoseconds(
+    workload: Workload,
+    found: Sites,
+    table: dict[Site, list[float]],
+    total: float,
+    limit: float | None,
+) -> Workload:
+    """The workload with times in place of counts."""
+    uses: dict[str, Use] = {}
+    for name, use in workload.uses.items():
+        pieces = []
+        for piece in use.pieces:
+            each = [_line(site, table[site], limit) for site in found[name, piece] if site in table]
+            if each:
+                pieces.append(dataclasses.replace(piece, times=_sum(each)))
+        uses[name] = Use(sum(p.times.whole for p in pieces if p.times), tuple(pieces))
+    taken = sum(use.work for use in uses.values())
+    share = min(1.0, MOST_OF_ALL * total / taken) if taken else 1.0
+    scaled = {
+        name: Use(use.work * share, tuple(_scaled(piece, share) for piece in use.pieces))
+        for name, use in uses.items()
+    }
+    return Workload(round(total), scaled, workload.inputs, "ns")
+
+
+def _scaled(piece: Piece, share: float) -> Piece:
+    return dataclasses.replace(piece, times=piece.times and piece.times.times(share))
+
+
+def _sum(each: Iterable[Times]) -> Times:
+    whole = fixed = slope = 0.0
+    limit: float | None = None
+    for times in each:
+        whole, fixed, slope = whole + times.whole, fixed + times.fixed, slope + times.each
+        limit = times.limit
+    return Times(whole, fixed, slope, limit)
+
+
+def _line(site: Site, measured: list[float], limit: float | None) -> Times:
+    """The straight line through the times of factors."""
+    whole, *factored = measured
+    counts = [site.macs(rank) for rank in site.ranks]
+    if len(counts) == 1:
+        return Times(whole, 0.0, factored[0] / counts[0], limit)
+    slope, fixed = statistics.linear_regression(counts, factored)
+    if slope <= 0 or fixed < 0:  # noise: time is in proportion to the multiply-adds
+        slope, fixed = sum(factored) / sum(counts), 0.0
+    return Times(whole, fixed, slope, limit)
+
+
+def _key(
+    model: nn.Module, workload: Workload, x: Tensor, sites: list[Site], runtime: Runtime,
+    threads: int,
+) -> str:  # fmt: skip
+    """A hash of all that times depend on."""
+    shapes = [[name, list(p.shape)] for name, p in model.named_parameters()]
+    classes = [type(module).__qualname__ for module in model.modules()]
+    about = [
+        runtime.name, runtime.version(), torch.__version__, processor(), threads, list(x.shape),
+        workload.total, shapes, classes, [dataclasses.astuple(site) for site in sites],
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _read(path: Path, sites: list[Site]) -> tuple[float, list[list[float]], float, str] | None:
+    """What a table says; None where there is none that fits."""
+    try:
+        data = json.loads(path.read_text())
+        total, seconds, rows = float(data["total"]), float(data["seconds"]), data["sites"]
+        table = [[float(value) for value in row] for row in rows]
+        date = str(data["date"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if [len(row) for row in table] != [1 + len(site.ranks) for site in sites]:
+        return None
+    return total, table, seconds, date
+
+
+def _write(path: Path, total: float, table: list[list[float]], seconds: float) -> Path | None:
+    """Keep a table; returns where, None if it can't be."""
+    today = time.strftime("%Y-%m-%d")
+    data = {"total": total, "seconds": seconds, "date": today, "sites": table}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, force=True) as part:
+            part.write_text(json.dumps(data))
+    except (OSError, OutputError):
+        return None
+    return path
