@@ -13,7 +13,7 @@ from tiedconv.cli import common, render
 from tiedconv.cli.command import add
 from tiedconv.cli.common import CALIBRATION, hint, option_in, say, warn
 from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOptions
-from tiedconv.cli.recipe_options import make_recipe
+from tiedconv.cli.recipe_options import SIZE, SpeedOptions, make_recipe
 
 if TYPE_CHECKING:
     from tiedconv.commands.convert import Conversion
@@ -31,11 +31,9 @@ def register(app: typer.Typer) -> None:
         "tiedconv convert timm:vit_tiny_patch16_224 --scheme tied --weights FILE.safetensors",
         "tiedconv convert hf:FOLDER --params 50% --calib PHOTOS --effort fast -o small.safetensors",
         "tiedconv convert resnet50 --scheme lors --params 50% --dry-run",
+        "tiedconv convert vit_b_16 --latency 0.6x --on onnx --calib PHOTOS",
     )
 
-
-SIZE = "Size and schemes"
-"""The part of the help on how small the file becomes, and by what."""
 
 BATCH_SIZE = 64
 """The default of `CalibConfig`, which can't be imported without torch."""
@@ -95,21 +93,12 @@ def convert(
             rich_help_panel=SIZE,
         ),
     ] = None,
-    macs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BUDGET",
-            help="Choose ranks such that a forward pass takes at most so many multiply-adds: 60% "
-            "or 2.5G, with factors applied, as in ONNX files. With --params or --bytes both are "
-            "kept.",
-            rich_help_panel=SIZE,
-        ),
-    ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
             help="Rank of the residuals (for lowrank: of the matrices): an integer such as 16, or "
-            "a fraction of each matrix's parameters such as 0.2. --params and --macs choose it.",
+            "a fraction of each matrix's parameters such as 0.2. --params, --macs and --latency "
+            "choose it.",
             rich_help_panel=SIZE,
         ),
     ] = None,
@@ -143,6 +132,7 @@ def convert(
             metavar="FILE.toml", help="Rules and budget from a file.", rich_help_panel=SIZE
         ),
     ] = None,
+    speed: SpeedOptions,
     weights: common.Weights = "default",
     reading: ReadingOptions,
     model_arg: common.ModelArg = None,
@@ -198,7 +188,7 @@ def convert(
         common.refuse_without_images(
             context, "calib_images", "effort", "batch_size", "resume", "strict", "output_name"
         )
-    wanted = make_recipe(scheme, params, size, bits, macs, rank, option, include, exclude, recipe)
+    wanted = make_recipe(scheme, params, size, bits, speed, rank, option, include, exclude, recipe)
     change = images.change()
     with ConvertBar(batch_size) as bar, listening(bar.stage):
         given: Calibration | None = None
@@ -220,11 +210,12 @@ def convert(
             command=common.command_line(),
             calib=given,
             on_group=bar.groups,
+            on_site=bar.sites,
         )
     if json_:
         common.print_json(_figures(done))
     else:
-        budget = wanted.budget is not None or wanted.macs is not None
+        budget = wanted.budget is not None or wanted.work is not None
         sized = wanted.bytes is not None
         _show(
             done, each=all_groups, budget=budget, sized=sized, weights=weights, calib=calib
@@ -278,6 +269,7 @@ def _figures(done: Conversion) -> dict[str, Any]:
         "fit_seconds": round(done.seconds, 3),
         "original_bytes": figures.original_bytes,
         "macs": figures.macs,
+        "latency": done.latency,
         "integers": figures.integers,
         "rounding": done.record.get("rounding"),
         "calibration": done.calibration,
@@ -328,6 +320,8 @@ def _show(
         say(render.precision(figures))
     elif saved <= 0 and not sized:
         hint("Lower the ranks (or the number of bases), or let --params choose them.")
+    if done.latency:
+        say(render.latency(done.latency))
     say(render.LEGEND)
     if sized and not done.path:
         say(

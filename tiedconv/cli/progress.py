@@ -134,6 +134,10 @@ class ConvertBar(Bar):
         """Groups fitted."""
         self._show(done, total, f"{done:,} of {counted(total, 'group')}")
 
+    def sites(self, done: int, total: int) -> None:
+        """Shapes of layers timed."""
+        self.update(done / max(total, 1), 1.0, f"{done} of {counted(total, 'layer shape')}", "time")
+
     def __call__(self, event: CalibrationEvent) -> None:
         match event:
             case Measuring(images, total):

@@ -1,15 +1,87 @@
-"""The options of `convert` that say how small a model becomes, as a recipe."""
+"""The options of `convert` that say how small and fast a model becomes, as a recipe."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from tiedconv.cli import common
+from tiedconv.cli.common import option_in
 from tiedconv.errors import UserError
 
 if TYPE_CHECKING:
     from tiedconv.planning.recipe import Recipe
+
+SIZE = "Size and schemes"
+"""The part of the help on how small the file becomes, and by what."""
+SPEED = "Speed"
+"""The part of the help on how fast the model becomes."""
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """How much a forward pass may take."""
+
+    macs: Annotated[
+        str | None,
+        option_in(
+            SPEED,
+            "Choose ranks such that a forward pass takes at most so many multiply-adds: 60% or "
+            "2.5G, with factors applied, as in ONNX files. With --params or --bytes both are kept.",
+            metavar="BUDGET",
+        ),
+    ] = None
+    latency: Annotated[
+        str | None,
+        option_in(
+            SPEED,
+            "The same for its time on this machine: 0.6x of the original's, or 8ms. Layers are "
+            "timed first; the file is timed at the end.",
+            metavar="BUDGET",
+        ),
+    ] = None
+    on: Annotated[
+        str | None,
+        option_in(
+            SPEED,
+            "With --latency: the runtime. Default: onnx.",
+            choices=common.names_in("timing/runtimes"),
+        ),
+    ] = None
+    on_batch_size: Annotated[
+        int | None, option_in(SPEED, "With --latency: images at a time. Default: 1.", min=1)
+    ] = None
+    on_threads: Annotated[
+        int | None,
+        option_in(SPEED, "With --latency: threads of the runtime. Default: 1.", min=1),
+    ] = None
+
+    def within(self, recipe: Recipe) -> Recipe:
+        """A recipe with these limits too.
+
+        Raises:
+            UserError: a runtime without a time (`option-without-effect`).
+        """
+        from tiedconv.planning.recipe import Budget
+
+        given = {"runtime": self.on, "batch_size": self.on_batch_size, "threads": self.on_threads}
+        where: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if where and self.latency is None and recipe.latency is None:
+            raise UserError(
+                "--on, --on-batch-size and --on-threads say where a time is measured",
+                "Without --latency they have no effect",
+                "Give --latency 0.6x too, or leave them out",
+                code="option-without-effect",
+            )
+        return dataclasses.replace(
+            recipe,
+            macs=recipe.macs if self.macs is None else Budget(self.macs, "macs"),
+            latency=recipe.latency if self.latency is None else Budget(self.latency, "latency"),
+            on=dataclasses.replace(recipe.on, **where),
+        ).asked()
 
 
 def make_recipe(
@@ -17,7 +89,7 @@ def make_recipe(
     params: str | None,
     size: str | None,
     bits: str | None,
-    macs: str | None,
+    speed: SpeedOptions,
     rank: str | None,
     option: list[str] | None,
     include: list[str] | None,
@@ -37,13 +109,12 @@ def make_recipe(
             )
         read = Recipe.from_toml(file)
         budget = read.budget if params is None else Budget(params)
-        work = read.macs if macs is None else Budget(macs, "macs")
-        return Recipe(read.rules, budget, size or read.bytes, bits or read.bits, work).asked()
+        size, bits = size or read.bytes, bits or read.bits
+        return speed.within(dataclasses.replace(read, budget=budget, bytes=size, bits=bits))
     options = {**_options(option), **({} if rank is None else {"rank": _rank(rank)})}
     rule = Rule(scheme or DEFAULT_SCHEME, options, tuple(include or ["*"]), tuple(exclude or []))
     budget = None if params is None else Budget(params)
-    work = None if macs is None else Budget(macs, "macs")
-    return Recipe((rule,), budget, size, bits, work).asked()
+    return speed.within(Recipe((rule,), budget, size, bits))
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

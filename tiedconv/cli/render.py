@@ -18,6 +18,7 @@ from tiedconv.commands.history import preparation as preparation
 from tiedconv.utils.figures import accuracy as accuracy
 from tiedconv.utils.figures import counted as counted
 from tiedconv.utils.figures import duration as duration
+from tiedconv.utils.figures import milliseconds as milliseconds
 from tiedconv.utils.figures import percent as percent
 from tiedconv.utils.figures import size as size
 from tiedconv.utils.figures import span as span
@@ -243,6 +244,21 @@ def multiply_adds(macs: Mapping[str, Any]) -> str:
         f"{amount(before)}; {inputs}) where factors are applied: in ONNX files, or after "
         "tiedconv.apply_factors(model, cache=True)."
     )
+
+
+def latency(found: Mapping[str, Any]) -> str:
+    """The time of a forward pass: before, as predicted and as measured."""
+    original, predicted = found["original_ns"], found["predicted_ns"]
+    text = (
+        f"Time of a forward pass: {milliseconds(original)}, predicted {milliseconds(predicted)} "
+        f"({predicted / original:.2f}x)"
+    )
+    if (measured := found["measured"]) is not None:
+        text += (
+            f", measured {measured['ratio']:.2f}x ({measured['low']:.2f} to {measured['high']:.2f}"
+            f"; {milliseconds(1e9 * measured['seconds'])})"
+        )
+    return f"{text}. Times of {found['table']}."
 
 
 def shapes(inputs: Sequence[Sequence[int]]) -> str:

@@ -35,7 +35,7 @@ import torch
 from tiedconv.errors import RunError, first_line
 from tiedconv.utils.memory import peak_rss
 
-RUNTIMES = ("eager", "cached", "factored", "compiled", "onnx", "pt2")
+RUNTIMES = ("eager", "cached", "factored", "compiled", "onnx", "openvino", "pt2")
 LOADS = 3
 """How many times a model is loaded; the median is reported."""
 TAIL = 4096
@@ -49,7 +49,7 @@ class BenchTarget:
     """The model and runtime of one process.
 
     Args:
-        file: a compact file, an ONNX file or a pt2 file.
+        file: a compact file, or one of ONNX, OpenVINO or pt2.
         runtime: one of `RUNTIMES`.
         dense: run the dense form of a compact file instead.
         one_copy: set ONNX Runtime's `session.disable_prepacking`.
@@ -223,7 +223,7 @@ class _Worker:
 def make_runner(target: BenchTarget) -> Runner:
     """Load the model of a target; the result runs it on a number of blank images."""
     torch.set_num_threads(target.threads)
-    make = {"onnx": _onnx, "pt2": _pt2}.get(target.runtime, _torch)
+    make = {"onnx": _onnx, "openvino": _openvino, "pt2": _pt2}.get(target.runtime, _torch)
     return make(target)
 
 
@@ -282,6 +282,19 @@ def _onnx(target: BenchTarget) -> Runner:
     def run(batch: int) -> None:
         blank = (tensor.numpy() for tensor in _blank(target, batch))
         session.run(None, dict(zip(names, blank, strict=True)))
+
+    return run
+
+
+def _openvino(target: BenchTarget) -> Runner:
+    import openvino as ov
+
+    how = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": target.threads}
+    compiled = ov.Core().compile_model(target.file, "CPU", how)
+    request = compiled.create_infer_request()
+
+    def run(batch: int) -> None:
+        request.infer([tensor.numpy() for tensor in _blank(target, batch)], share_inputs=True)
 
     return run
 

@@ -8,8 +8,8 @@ the middle 80 % are reported.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,13 +22,16 @@ import torch
 from tiedconv.commands._bench_worker import BenchTarget, Process
 from tiedconv.commands._reference import images_for
 from tiedconv.commands.export import export
-from tiedconv.errors import MissingExtra, RunError, UserError
+from tiedconv.errors import RunError, UserError
 from tiedconv.exporters import all_formats
 from tiedconv.exporters._format import named_inputs
 from tiedconv.exporters.onnx import write_dense
+from tiedconv.planning.recipe import RunsOn
 from tiedconv.runtime.forward_check import further_inputs, token_count
 from tiedconv.runtime.tie import untie
 from tiedconv.sources.models import load
+from tiedconv.timing import choose_runtime
+from tiedconv.timing.table import processor
 from tiedconv.utils.plotting import new_figure, write_figure
 
 DENSE = "dense"
@@ -65,7 +68,8 @@ class Measured:
 
     Args:
         runtime: `eager`, `cached` (after `freeze`), `factored` (after `apply_factors`), `compiled`,
-            `onnx`, or `onnx-lean` (factors applied wherever possible, one copy of each matrix).
+            `onnx`, `onnx-lean` (factors applied wherever possible, one copy of each matrix), or
+            `openvino`.
         model: `compact` or `dense`.
         baseline: the runtime of the dense form that it is compared with.
         file_bytes: size of the loaded file; 0 for a dense form that is made from the compact file.
@@ -118,7 +122,8 @@ def bench(
 
     Args:
         file: a compact file.
-        runtimes: `eager` (with `cached` and `factored`), `compiled`, `onnx` (with `onnx-lean`).
+        runtimes: `eager` (with `cached` and `factored`), `compiled`, `onnx` (with `onnx-lean`),
+            `openvino`.
         batches: images at a time.
         rounds: runs of each form at each batch size, at least 3.
         threads: threads of each runtime.
@@ -152,7 +157,28 @@ def bench(
             "Choose another runtime with --runtime",
             code="nothing-compared",
         )
-    return Bench(Path(file), tuple(rows), rounds, threads, _device(), tuple(left_out))
+    return Bench(Path(file), tuple(rows), rounds, threads, processor(), tuple(left_out))
+
+
+_ROWS = {"onnx": ("onnx", "onnx"), "openvino": ("openvino",) * 2, "torch": ("eager", "factored")}
+"""Of a runtime that is timed: what `bench` calls it, and its compact row."""
+
+
+def timed(file: str | Path, on: RunsOn, rounds: int = 15) -> Timing:
+    """The time of a compact file where a budget asked for it, against its dense form.
+
+    Args:
+        file: a compact file that this process wrote.
+        on: the runtime, batch size and threads.
+        rounds: runs of each.
+    """
+    runtime, name = _ROWS[on.runtime]
+    found = bench(
+        file, runtimes=(runtime,), batches=(on.batch_size,), rounds=rounds, threads=on.threads,
+        trust_code=True,
+    )  # fmt: skip
+    rows = (row for row in found.rows if row.runtime == name and row.model != DENSE)
+    return next(rows).timings[0]
 
 
 @dataclass(frozen=True)
@@ -192,10 +218,17 @@ def _forms(
             export(file, auto, trust_code=trust_code)
             export(file, lean, lower="always", trust_code=trust_code)
             text = further_inputs(model, images).get("input_ids")
-            write_dense(untie(model), named_inputs(images, text), dense)
+            write_dense(untie(copy.deepcopy(model)), named_inputs(images, text), dense)
             add("onnx", DENSE, runtime, dense, "onnx")
             add("onnx", "compact", runtime, auto, "onnx")
             add("onnx-lean", "compact", runtime, lean, "onnx", one_copy=True)
+        if runtime == "openvino":
+            auto, dense = folder / "auto.xml", folder / "openvino.onnx"
+            export(file, auto, trust_code=trust_code)
+            text = further_inputs(model, images).get("input_ids")
+            write_dense(untie(copy.deepcopy(model)), named_inputs(images, text), dense)
+            add(runtime, DENSE, runtime, dense, runtime)
+            add(runtime, "compact", runtime, auto, runtime)
     return found
 
 
@@ -259,7 +292,7 @@ def _timing(batch: int, own: list[float], dense: list[float] | None, kind: str) 
 
 
 def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None:
-    known = ("eager", "compiled", "onnx")
+    known = ("eager", "compiled", "onnx", "openvino")
     for runtime in runtimes:
         if runtime not in known:
             raise UserError(
@@ -273,18 +306,9 @@ def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None
             hint="Name a runtime, batch sizes of at least 1, and at least 3 rounds",
             code="nothing-to-measure",
         )
-    if "onnx" in runtimes:
-        all_formats()["onnx"].check()
-        try:
-            import onnxruntime  # noqa: F401
-        except ImportError:
-            raise MissingExtra.of("onnxruntime", "onnx", "The runtime onnx") from None
-
-
-def _device() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    for runtime in {"onnx", "openvino"} & set(runtimes):
+        all_formats()[runtime].check()
+        choose_runtime(runtime)
 
 
 def draw(found: Bench, path: Path, *, force: bool = False) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from tiedconv.calibration import CalibConfig
+from tiedconv.commands.bench import Timing, timed
 from tiedconv.conversion.calibrate import Calibration, Images
 from tiedconv.conversion.fit import OnGroup
 from tiedconv.conversion.pipeline import (
@@ -28,15 +29,16 @@ from tiedconv.conversion.pipeline import (
 from tiedconv.conversion.workload import count_macs
 from tiedconv.core.plan import Plan
 from tiedconv.core.workload import Workload
-from tiedconv.errors import UserError
+from tiedconv.errors import BudgetError, UserError
 from tiedconv.integrations import let_others_save
 from tiedconv.io.atomic import check_output
 from tiedconv.io.checkpoint import write_compact, write_model
 from tiedconv.io.checkpoint_reader import Checkpoint
 from tiedconv.io.run_dir import RunDir
 from tiedconv.planning.feasibility import smaller_options
-from tiedconv.planning.recipe import DEFAULT_SCHEME, Recipe, Size
+from tiedconv.planning.recipe import DEFAULT_SCHEME, Recipe, RunsOn, Size
 from tiedconv.runtime.example_inputs import Example
+from tiedconv.runtime.macs import work_of
 from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources import AS_PUBLISHED, Reading, Source
@@ -46,6 +48,8 @@ from tiedconv.sources.published_weights import (
     preprocess_change,
     with_weights_named,
 )
+from tiedconv.timing import TimeTable, measure_times
+from tiedconv.timing.table import OnSite
 from tiedconv.utils.stage import enter, stages
 from tiedconv.utils.typing import keeps_type
 
@@ -64,6 +68,8 @@ class Conversion:
         calibration: the history's record of it, None without images.
         native_size: height and width that the model was built for, if it says so.
         workload: multiply-adds of the original, if it could be run.
+        times: of its layers, where a time was asked for.
+        measured: of the file in that runtime, against the dense model.
     """
 
     spec: str
@@ -75,6 +81,20 @@ class Conversion:
     calibration: Mapping[str, Any] | None = None
     native_size: tuple[int, int] | None = None
     workload: Workload | None = None
+    times: TimeTable | None = None
+    measured: Timing | None = None
+
+    @property
+    def latency(self) -> Mapping[str, Any] | None:
+        """Time of a forward pass: original, predicted, measured; None where none was asked for."""
+        if self.times is None:
+            return None
+        record = self.record.get("latency") or {
+            "original_ns": self.times.workload.total,
+            "predicted_ns": work_of(self.plan.weights, self.times.workload),
+        }
+        measured = None if self.measured is None else dataclasses.asdict(self.measured)
+        return {**record, "measured": measured, "table": str(self.times)}
 
     @property
     def macs(self) -> Mapping[str, Any] | None:
@@ -146,6 +166,8 @@ def convert(
     bytes: Size | None = None,
     bits: int | str | None = None,
     macs: Size | None = None,
+    latency: Size | None = None,
+    on: RunsOn | str = "onnx",
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     recipe: Recipe | None = None,
@@ -170,6 +192,10 @@ def convert(
         bytes: of the file, likewise; its weights are integers then.
         bits: of an integer, at most.
         macs: multiply-adds that a forward pass may take with `apply_factors`, as `params`.
+        latency: time that it may take on this machine: `0.6` or `0.6x` of the original's, or `8ms`.
+            Its layers are timed first.
+        on: runtime of that time (`onnx`, `openvino`, `torch`), or a `RunsOn` with batch size and
+            threads.
         include, exclude: glob patterns of tensor names.
         recipe: rules and budget instead of these and `options`.
         weights: for a spec: `default`, `none`, a file, or published weights of torchvision, such as
@@ -205,16 +231,18 @@ def convert(
     if network is model and not inplace:
         network = copy.deepcopy(network)
     wanted = recipe or Recipe.of(
-        scheme, params=params, bytes=bytes, bits=bits, macs=macs, include=include, exclude=exclude,
-        **options,
+        scheme, params=params, bytes=bytes, bits=bits, macs=macs, latency=latency, on=on,
+        include=include, exclude=exclude, **options,
     )  # fmt: skip
     given = _calibration(calib, effort)
     workload = None
-    if wanted.macs is not None:
+    if wanted.work is not None:
         workload = count_macs(network, opened.source, example, given)
+    times = _times(network, workload, wanted)
     planned = plan_on(
-        network, wanted, opened.source, example, measured=calib is not None, workload=workload
-    )
+        network, wanted, opened.source, example, measured=calib is not None, workload=workload,
+        times=None if times is None else times.workload,
+    )  # fmt: skip
     convert_in_memory(network, opened.source, planned, given, on_group=on_group)
     let_others_save(network)
     return network
@@ -259,6 +287,7 @@ def convert_file(
     command: str | None = None,
     calib: Calibration | None = None,
     on_group: OnGroup | None = None,
+    on_site: OnSite | None = None,
     own_process: bool = False,
 ) -> Conversion:
     """Convert a model and write the compact file; with no output, a dry run without weights.
@@ -281,6 +310,7 @@ def convert_file(
         calib: images to convert by; while it runs, `<output>.run/` holds what is done, and
             the folder is removed when the file is written.
         on_group: called with (groups fitted, groups in all).
+        on_site: called with (layer shapes timed, shapes in all), for a budget of time.
         own_process: whether the memory allocator of the process may be changed for good, as the
             command line does, so that weights above 1 GiB take less memory.
     """
@@ -299,15 +329,18 @@ def convert_file(
             model_args=model_args,
             preprocess=preprocess,
             seed=seed,
-            lazy=recipe.bytes is None and (calib is None or weights == "default"),
-        )
+            lazy=recipe.bytes is None and recipe.latency is None
+            and (calib is None or weights == "default"),
+        )  # fmt: skip
         workload = count_macs(opened.model, opened.source, calib=calib)
+        times = _times(opened.model, workload, recipe, on_site)
         planned = plan_on(
-            opened.model, recipe, opened.source, measured=calib is not None, workload=workload
-        )
-        size = native_size(opened.model)
+            opened.model, recipe, opened.source, measured=calib is not None, workload=workload,
+            times=None if times is None else times.workload,
+        )  # fmt: skip
         done = Conversion(
-            spec, planned.sketch, opened.source, native_size=size, workload=workload
+            spec, planned.sketch, opened.source, native_size=native_size(opened.model),
+            workload=workload, times=times,
         )  # fmt: skip
         if output is None:
             if calib is not None:
@@ -322,7 +355,34 @@ def convert_file(
                     done = _load(
                         done, opened, planned, output, force, command, on_group, calib, folder
                     )
+        if times is not None and done.path is not None:
+            done = dataclasses.replace(done, measured=timed(done.path, recipe.on))
         return dataclasses.replace(done, smaller=_smaller(planned, recipe, done.plan))
+
+
+def _times(
+    model: nn.Module, workload: Workload | None, recipe: Recipe, on_site: OnSite | None = None
+) -> TimeTable | None:
+    """The times of a model's layers, where a recipe limits its time.
+
+    Raises:
+        BudgetError: it can't be run on any input (`latency-unknown`), or not on images alone.
+    """
+    if recipe.latency is None:
+        return None
+    if workload is None:
+        raise BudgetError(
+            "The time of this model can't be measured: it runs on no input that was tried",
+            f"latency={recipe.latency.text!r} means nothing without it",
+            "Give an example of its input (in Python: example=...), or ask for --params instead",
+            code="latency-unknown",
+        )
+    if any(p.is_meta for p in model.parameters()):  # a plan, without weights: any have its time
+        model = model.to_empty(device="cpu")
+    on = recipe.on
+    return measure_times(
+        model, workload, on.runtime, on.batch_size, on.threads, on_site=on_site
+    )  # fmt: skip
 
 
 def _stream(
@@ -342,7 +402,7 @@ def _stream(
         opened.model, planned, opened.tensors, output, on_group, own_process=own_process
     ) as fitted:
         seconds = time.perf_counter() - start
-        history = (history_entry(fitted, opened.source, command, planned.info.workload),)
+        history = (history_entry(fitted, opened.source, command, planned.info),)
         record, tensor = opened.source.to_json(), fitted.tensors.__getitem__
         enter("write")
         written = write_compact(output, fitted.plan, record, history, tensor, force=force)
@@ -392,7 +452,7 @@ def _load(
 
 def _smaller(planned: Planned, recipe: Recipe, plan: Plan) -> tuple[tuple[str, int], ...]:
     """What would store less, where the reader may have hoped for it."""
-    sized = any(b is not None for b in (recipe.budget, recipe.bytes, recipe.macs))
+    sized = any(b is not None for b in (recipe.budget, recipe.bytes, recipe.work))
     if sized or plan.stored < 0.6 * plan.original:
         return ()
     return tuple(smaller_options(planned.info, recipe))

@@ -177,8 +177,7 @@ def convert_in_memory(
         else:
             stack.enter_context(hooked(model, text_hooks(model)))
         fitted, extra = _carry_out(model, source, planned, calib, data, command, on_group)
-    workload = planned.info.workload
-    entry = history_entry(fitted, source, command, workload)
+    entry = history_entry(fitted, source, command, planned.info)
     set_state(model, history=({**entry, **extra},))
 
 
@@ -200,7 +199,7 @@ def _carry_out(
     enter("fit")
     if planned.budget is not None:
         sketch = Fit(candidates[0].recipe, planned.sketch, 0.0, None, {})
-        entry = history_entry(sketch, source, command, info.workload)
+        entry = history_entry(sketch, source, command, info)
         example = planned.example if data is None else first_image(data)
         store = memory_store(model, info, lambda: example)
         return convert_to_bytes(
@@ -268,10 +267,20 @@ def macs_record(plan: Plan, workload: Workload) -> dict[str, Any]:
     }
 
 
+def latency_record(recipe: Recipe, plan: Plan, times: Workload) -> dict[str, Any]:
+    """What the history says of the time of a forward pass: before, and after as predicted."""
+    return {
+        **recipe.on.to_json(),
+        "original_ns": times.total,
+        "predicted_ns": work_of(plan.weights, times),
+    }
+
+
 def history_entry(
-    fitted: Fit, source: Source, command: str | None, workload: Workload | None = None
+    fitted: Fit, source: Source, command: str | None, info: ModelInfo
 ) -> dict[str, Any]:
     """The history's record of a conversion, which says in what type weights are stored."""
+    workload, times = info.workload, info.times
     half = "float16" if fitted.recipe.bytes is not None else source.weights_dtype
     return {
         "step": "convert",
@@ -281,6 +290,7 @@ def history_entry(
         "stored": fitted.plan.stored,
         "symmetries": fitted.symmetries,
         **({} if workload is None else {"macs": macs_record(fitted.plan, workload)}),
+        **({} if times is None else {"latency": latency_record(fitted.recipe, fitted.plan, times)}),
         **({} if half is None else {"stored_as": half, "computes_in": "float32"}),
         "versions": {"tiedconv": __version__, "torch": str(torch.__version__)},
     }
