@@ -49,7 +49,7 @@ save_file(model.state_dict(), {out!r})
 
 CONVERT = """
 from pathlib import Path
-from tiedconv.commands.convert import convert_file
+from tiedconv.commands.convert_file import convert_file
 from tiedconv.planning.recipe import Recipe
 convert_file("vit_b_16", Recipe.of({scheme!r}, **{options!r}), Path({out!r}), weights={dense!r},
              force=True)

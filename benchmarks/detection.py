@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import tiedconv  # noqa: E402
 from tiedconv import sources  # noqa: E402
 from tiedconv.calibration import CalibConfig  # noqa: E402
-from tiedconv.commands.convert import convert_file  # noqa: E402
+from tiedconv.commands.convert_file import convert_file  # noqa: E402
 from tiedconv.commands.evaluate import evaluate  # noqa: E402
 from tiedconv.commands.finetune import finetune  # noqa: E402
 from tiedconv.conversion.calibrate import Calibration  # noqa: E402

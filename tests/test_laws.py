@@ -35,7 +35,8 @@ from tiedconv.core.plan import Plan
 from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.families import all_families, find_blocks
 from tiedconv.families.inspect import inspect_model
-from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.planning.budget import Budget
+from tiedconv.planning.recipe import Recipe, Rule
 from tiedconv.runtime.flops import never_materialized
 from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of
 from tiedconv.schemes import all_schemes

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tiedconv.planning.recipe import Recipe
     from tiedconv.runtime.factored_linear import apply_factors
     from tiedconv.runtime.narrow_layers import narrow_layers, untie
+    from tiedconv.runtime.optimize import optimize
     from tiedconv.runtime.tie import freeze, tie, unfreeze
     from tiedconv.sources.models import load
     from tiedconv.sources.weights import Reading
@@ -63,6 +64,7 @@ _MODULES = {
     "freeze": "runtime.tie",
     "load": "sources.models",
     "narrow_layers": "runtime.narrow_layers",
+    "optimize": "runtime.optimize",
     "plan": "commands.convert",
     "push": "commands.push",
     "report": "commands.report",
@@ -97,6 +99,7 @@ __all__ = [
     "freeze",
     "load",
     "narrow_layers",
+    "optimize",
     "plan",
     "push",
     "report",

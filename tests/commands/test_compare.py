@@ -24,8 +24,8 @@ from tiedconv.conversion.cost_estimate import Sizes
 from tiedconv.data import TensorList
 from tiedconv.errors import NothingToConvert, RecipeError, UserError
 from tiedconv.families.inspect import inspect_model
+from tiedconv.planning.budget import Budget
 from tiedconv.planning.planner import outline
-from tiedconv.planning.recipe import Budget
 from tiedconv.schemes import all_schemes
 
 FAST = CalibConfig(effort="fast")

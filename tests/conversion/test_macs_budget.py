@@ -23,7 +23,8 @@ from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.workload import count_macs
 from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
 from tiedconv.io.checkpoint_reader import read
-from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.planning.budget import Budget
+from tiedconv.planning.recipe import Recipe, Rule
 from tiedconv.runtime.factored_linear import apply_factors
 from tiedconv.runtime.macs import unfused
 from tiedconv.runtime.tie import state_of

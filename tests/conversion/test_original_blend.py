@@ -36,7 +36,8 @@ import tiedconv
 from tiedconv.conversion.original_blend import OriginalBlend, conversion_recipe, moved_original
 from tiedconv.data import TensorList
 from tiedconv.errors import PlanError, UserError
-from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.planning.budget import Budget
+from tiedconv.planning.recipe import Recipe, Rule
 from tiedconv.runtime.factored_linear import apply_factors
 from tiedconv.runtime.tie import (
     clear_offsets,

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import tiedconv
 from tiedconv.calibration import CalibConfig
-from tiedconv.commands.convert import convert_file
+from tiedconv.commands.convert_file import convert_file
 from tiedconv.conversion import stages
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.candidates import by_alignment, fit_candidates, memory_store

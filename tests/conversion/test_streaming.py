@@ -24,14 +24,15 @@ from torch import Tensor, nn
 
 import tiedconv
 import tiedconv.sources as sources
-from tiedconv.commands.convert import convert_file
+from tiedconv.commands.convert_file import convert_file
 from tiedconv.conversion import pipeline, streaming
 from tiedconv.conversion.streaming import StreamedStore
 from tiedconv.errors import TiedconvError, WeightsError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.io.safetensors_file import write_tensors
 from tiedconv.io.tensor_scratch import TensorScratch
-from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.planning.budget import Budget
+from tiedconv.planning.recipe import Recipe, Rule
 from tiedconv.sources import fit_to, open_lazily, open_source, read_weights
 from tiedconv.sources.init import skip_memory
 
@@ -565,7 +566,7 @@ def peak():
 import big_model
 import tiedconv.cli
 from scipy.optimize import linear_sum_assignment
-from tiedconv.commands.convert import convert_file
+from tiedconv.commands.convert_file import convert_file
 from tiedconv.planning.recipe import Recipe
 before = peak()
 convert_file("big_model:encoder", Recipe.of({scheme!r}, rank=0), Path("out.safetensors"),

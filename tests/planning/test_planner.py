@@ -30,10 +30,11 @@ from tiedconv.errors import (
 from tiedconv.families.inspect import inspect_model
 from tiedconv.numerics.linalg import spectrum
 from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.planning.budget import Budget
 from tiedconv.planning.drafting import draft
 from tiedconv.planning.feasibility import smaller_options
 from tiedconv.planning.rank_allocation import allocate
-from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.planning.recipe import Recipe, Rule
 from tiedconv.planning.resources import limits
 from tiedconv.runtime.tie import is_tied, state_of
 from tiedconv.schemes import Draft, all_schemes, make_scheme

@@ -19,7 +19,7 @@ from tiedconv.core.workload import Piece, Workload
 from tiedconv.errors import NothingToConvert, SchemeError
 from tiedconv.runtime.factored_linear import apply_factors
 from tiedconv.runtime.flops import apply_macs, fewest_macs
-from tiedconv.runtime.macs import macs_of, measure, unfused
+from tiedconv.runtime.macs import measure, unfused, work_of
 from tiedconv.runtime.tie import state_of
 from tiedconv.schemes import all_schemes
 
@@ -66,10 +66,10 @@ def test_a_model_takes_what_pytorch_counts(name: str) -> None:
     assert {n: (id(p), p.data_ptr()) for n, p in model.named_parameters()} == before
     assert [module.training for module in model.modules()] == modes
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert sum(use.macs for use in work.uses.values()) <= work.total
+    assert sum(use.work for use in work.uses.values()) <= work.total
     columns = {n: p.numel() // p.shape[0] for n, p in Called(micro, model).named_parameters()}
     for n, use in work.uses.items():
-        assert sum(p.rows * (p.stop - p.start) * columns[n] for p in use.pieces) <= use.macs
+        assert sum(p.rows * (p.stop - p.start) * columns[n] for p in use.pieces) <= use.work
 
 
 PAIRS = [
@@ -101,9 +101,9 @@ def test_a_converted_model_takes_what_pytorch_counts(name: str, scheme: str) -> 
         expected = micro.logits(model)
         plan = state_of(model).plan
         apply_factors(model, cache=True)
-        assert macs_of(plan.weights, work) == counted(micro, model)
+        assert work_of(plan.weights, work) == counted(micro, model)
         # A generator is never materialised, even where its weight would take fewer.
-        assert scheme in MEANT_FOR or macs_of(plan.weights, work) <= work.total
+        assert scheme in MEANT_FOR or work_of(plan.weights, work) <= work.total
         assert torch.allclose(micro.logits(model), expected, rtol=1e-3, atol=1e-4)
 
 

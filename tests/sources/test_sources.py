@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiedconv import sources
-from tiedconv.commands.convert import convert_file
+from tiedconv.commands.convert_file import convert_file
 from tiedconv.errors import CheckpointError, MissingExtra, PlanError, SourceError, UserError
 from tiedconv.errors import WeightsError as BadWeights
 from tiedconv.planning.recipe import Recipe

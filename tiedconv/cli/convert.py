@@ -16,7 +16,7 @@ from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOption
 from tiedconv.cli.recipe_options import SIZE, SpeedOptions, make_recipe
 
 if TYPE_CHECKING:
-    from tiedconv.commands.convert import Conversion
+    from tiedconv.commands.convert_file import Conversion
     from tiedconv.commands.report import Report
     from tiedconv.conversion.calibrate import Calibration
     from tiedconv.planning.recipe import Recipe
@@ -226,7 +226,7 @@ def _interruptible(
     model: str, recipe: Recipe, output: Path | None, calib: Calibration | None, **options: Any
 ) -> Conversion:  # fmt: skip
     """`convert_file`, which also reports what an interruption keeps and a resume finds."""
-    from tiedconv.commands.convert import convert_file
+    from tiedconv.commands.convert_file import convert_file
     from tiedconv.io.run_dir import RunDir
 
     kept = None if output is None else RunDir.beside(output)

@@ -65,7 +65,7 @@ class SpeedOptions:
         Raises:
             UserError: a runtime without a time (`option-without-effect`).
         """
-        from tiedconv.planning.recipe import Budget
+        from tiedconv.planning.budget import Budget
 
         given = {"runtime": self.on, "batch_size": self.on_batch_size, "threads": self.on_threads}
         where: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -97,7 +97,8 @@ def make_recipe(
     file: Path | None,
 ) -> Recipe:
     """The recipe that the options describe; a budget may be added to that of a file."""
-    from tiedconv.planning.recipe import DEFAULT_SCHEME, Budget, Recipe, Rule
+    from tiedconv.planning.budget import Budget
+    from tiedconv.planning.recipe import DEFAULT_SCHEME, Recipe, Rule
 
     if file is not None:
         if scheme or rank or option or include or exclude:

@@ -26,7 +26,7 @@ from tiedconv.errors import RunError, UserError
 from tiedconv.exporters import all_formats
 from tiedconv.exporters._format import named_inputs
 from tiedconv.exporters.onnx import write_dense
-from tiedconv.planning.recipe import RunsOn
+from tiedconv.planning.budget import RunsOn
 from tiedconv.runtime.forward_check import further_inputs, token_count
 from tiedconv.runtime.tie import untie
 from tiedconv.sources.models import load
@@ -67,7 +67,8 @@ class Measured:
     """One form.
 
     Args:
-        runtime: `eager`, `cached` (after `freeze`), `factored` (after `apply_factors`), `compiled`,
+        runtime: `eager`, `cached` (after `freeze`), `factored` (after `apply_factors`), `optimized`
+            (after `optimize`), `compiled`,
             `onnx`, `onnx-lean` (factors applied wherever possible, one copy of each matrix), or
             `openvino`.
         model: `compact` or `dense`.
@@ -122,8 +123,8 @@ def bench(
 
     Args:
         file: a compact file.
-        runtimes: `eager` (with `cached` and `factored`), `compiled`, `onnx` (with `onnx-lean`),
-            `openvino`.
+        runtimes: `eager` (with `cached`, `factored` and `optimized`), `compiled`, `onnx` (with
+            `onnx-lean`), `openvino`.
         batches: images at a time.
         rounds: runs of each form at each batch size, at least 3.
         threads: threads of each runtime.
@@ -160,7 +161,7 @@ def bench(
     return Bench(Path(file), tuple(rows), rounds, threads, processor(), tuple(left_out))
 
 
-_ROWS = {"onnx": ("onnx", "onnx"), "openvino": ("openvino",) * 2, "torch": ("eager", "factored")}
+_ROWS = {"onnx": ("onnx", "onnx"), "openvino": ("openvino",) * 2, "torch": ("eager", "optimized")}
 """Of a runtime that is timed: what `bench` calls it, and its compact row."""
 
 
@@ -211,7 +212,7 @@ def _forms(
             add(runtime, DENSE, runtime, file, runtime, dense=True)
             add(runtime, "compact", runtime, file, runtime)
         if runtime == "eager":
-            for name in ("cached", "factored"):
+            for name in ("cached", "factored", "optimized"):
                 add(name, "compact", runtime, file, name)
         if runtime == "onnx":
             auto, lean, dense = (folder / f"{n}.onnx" for n in ("auto", "lean", "dense"))

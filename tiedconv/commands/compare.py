@@ -25,11 +25,12 @@ from tiedconv.conversion.workload import count_macs
 from tiedconv.core.plan import Plan
 from tiedconv.errors import NothingToConvert, RecipeError
 from tiedconv.families.inspect import inspect_model
+from tiedconv.planning.budget import Budget
 from tiedconv.planning.coverage import Coverage, coverage
 from tiedconv.planning.drafting import draft
 from tiedconv.planning.planner import alternatives, outline
 from tiedconv.planning.rank_allocation import has_rank_options, with_least
-from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.planning.recipe import Recipe, Rule
 from tiedconv.schemes import all_schemes, make_scheme
 from tiedconv.sources import AS_PUBLISHED, Preprocess, Reading
 from tiedconv.sources.models import open_model

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tiedconv.calibration import CalibConfig
-from tiedconv.commands.convert import convert_file
+from tiedconv.commands.convert_file import convert_file
 from tiedconv.commands.finetune import finetune
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import ImageList, eval_transform, open_split, train_transform

@@ -26,9 +26,10 @@ from tiedconv.core.plan import Plan
 from tiedconv.errors import TiedconvError, UserError
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.numerics.symmetries import Allows
+from tiedconv.planning.budget import Budget
 from tiedconv.planning.drafting import KEPT, Task, draft
 from tiedconv.planning.planner import align_weights
-from tiedconv.planning.recipe import Budget, Recipe, Rule
+from tiedconv.planning.recipe import Recipe, Rule
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import (
     clear_offsets,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from tiedconv.errors import BudgetError, NothingToConvert, RecipeError
 from tiedconv.families.inspect import ModelInfo
+from tiedconv.planning.budget import Budget
 from tiedconv.planning.drafting import compile_plan, parameters_of
 from tiedconv.planning.planner import Outline, outlines
-from tiedconv.planning.recipe import Budget, Recipe
+from tiedconv.planning.recipe import Recipe
 from tiedconv.schemes import make_scheme
 
 SHARES = (70, 50, 30, 20, 10)

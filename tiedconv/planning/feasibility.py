@@ -10,6 +10,7 @@ from tiedconv.core.plan import Plan
 from tiedconv.core.workload import Workload
 from tiedconv.errors import BudgetError, NothingToConvert, PlanError
 from tiedconv.families.inspect import ModelInfo
+from tiedconv.planning.budget import Budget
 from tiedconv.planning.coverage import coverage
 from tiedconv.planning.drafting import (
     Task,
@@ -18,7 +19,7 @@ from tiedconv.planning.drafting import (
     parameters_of,
     parts_of,
 )
-from tiedconv.planning.recipe import Budget, Recipe
+from tiedconv.planning.recipe import Recipe
 from tiedconv.planning.resources import Resources, of_blocks, total
 from tiedconv.planning.scheme_search import Part, least_of
 from tiedconv.runtime.macs import work_of

@@ -10,6 +10,7 @@ from tiedconv.core.plan import Plan
 from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.symmetries import WeightEditor
+from tiedconv.planning.budget import Budget
 from tiedconv.planning.drafting import Task, compile_plan, draft, parameters_of, parts_of
 from tiedconv.planning.feasibility import (
     least_stored,
@@ -27,7 +28,7 @@ from tiedconv.planning.rank_allocation import (
     using_all,
     with_least,
 )
-from tiedconv.planning.recipe import Budget, Recipe
+from tiedconv.planning.recipe import Recipe
 from tiedconv.planning.resources import Resources, limits
 from tiedconv.planning.scheme_search import choose
 from tiedconv.runtime.macs import work_of

@@ -10,14 +10,14 @@ a convolution too.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tiedconv.core.expr import Expr, Lookup
+from tiedconv.core.expr import Expr, Lookup, MatMul
 from tiedconv.runtime.computed_weight import (
     ComputedWeight,
     guarded,
@@ -29,6 +29,7 @@ from tiedconv.runtime.factored_conv import can_convolve, convolve
 from tiedconv.runtime.factored_torch import linear
 from tiedconv.runtime.flops import never_materialized
 from tiedconv.runtime.lazy_weight import lazy_weight
+from tiedconv.runtime.shared_products import SHARED, SharedProduct
 
 # Keys of what tied modules keep in their `__dict__`, and prefixes of buffers beside a weight.
 ROOT = "_tiedconv_root"
@@ -62,6 +63,7 @@ def set_expressions(module: nn.Module, exprs: Mapping[str, Expr], root: nn.Modul
         module.__class__ = plain
         del module.__dict__[EXPRS]
         module.__dict__.pop(ROOT, None)
+        module.__dict__.pop(SHARED, None)
         return
     factored = plain.forward is nn.Linear.forward and (
         "weight" in exprs and never_materialized(exprs["weight"])
@@ -106,6 +108,19 @@ def set_forward(module: nn.Module, forward: Forward) -> None:
     """Let a tied layer that can apply factors use its weight in another way."""
     attributes = frozenset(module.__dict__[EXPRS])
     module.__class__ = _tied_class(_plain_class(module), attributes, forward)
+    module.__dict__.pop(SHARED, None)
+
+
+def share_product(modules: Sequence[nn.Module]) -> None:
+    """Let linear layers that apply factors compute the product with their first factor once.
+
+    Args:
+        modules: whose weights are products with the same last matrix, and which are called on the
+            same features.
+    """
+    shared = SharedProduct()
+    for module in modules:
+        module.__dict__[SHARED] = shared
 
 
 def is_factored(module: nn.Module, attribute: str) -> bool:
@@ -235,7 +250,13 @@ def _offset_of(module: nn.Module, name: str) -> tuple[Tensor | None, float]:
 def _factored(self: nn.Module, x: Tensor) -> Tensor:
     """The forward pass of a linear layer by the factors of its weight."""
     expr: Expr = self.__dict__[EXPRS]["weight"]
-    y = linear(expr, x, lookup_of(self))
+    lookup = lookup_of(self)
+    shared: SharedProduct | None = self.__dict__.get(SHARED)
+    if shared is not None and isinstance(expr, MatMul):
+        first = expr.b
+        y = linear(expr.a, shared.of(x, lambda: linear(first, x, lookup)), lookup)
+    else:
+        y = linear(expr, x, lookup)
     offset, scale = _offset_of(self, OFFSET + "weight")
     if offset is not None:
         y = torch.add(y, F.linear(x, offset), alpha=scale)

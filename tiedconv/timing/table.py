@@ -21,14 +21,13 @@ from tiedconv.core.workload import Piece, Times, Use, Workload
 from tiedconv.errors import BudgetError, OutputError
 from tiedconv.io.atomic import replacing
 from tiedconv.runtime.example_inputs import evaluation
-from tiedconv.timing.runtimes import Run, Runtime, choose_runtime
+from tiedconv.runtime.stopwatch import in_turn, seconds
+from tiedconv.timing.runtimes import Runtime, choose_runtime
 from tiedconv.timing.sites import Site, Sites, sites_of
 from tiedconv.utils.figures import milliseconds
 
 ROUNDS = 11
 """Runs of each form of a layer, in turn."""
-LEAST_SECONDS = 0.002
-"""Of a run that is timed: a shorter one is repeated."""
 MOST_OF_ALL = 0.97
 """Of the time of the model that its layers may take together."""
 
@@ -104,13 +103,13 @@ def measure_times(
     if kept is None:
         start = time.perf_counter()
         total, table = _measure(model, x, sites, chosen, threads, on_site)
-        seconds, date = time.perf_counter() - start, ""
-        kept_at = _write(place, total, table, seconds)
+        took, date = time.perf_counter() - start, ""
+        kept_at = _write(place, total, table, took)
     else:
-        total, table, seconds, date = kept
+        total, table, took, date = kept
     rows = dict(zip(sites, table, strict=True))
     timed = _in_nanoseconds(workload, found, rows, total, chosen.limit)
-    return TimeTable(timed, f"{chosen.name} {chosen.version()}", len(sites), seconds, kept_at, date)
+    return TimeTable(timed, f"{chosen.name} {chosen.version()}", len(sites), took, kept_at, date)
 
 
 def folder() -> Path:
@@ -143,39 +142,19 @@ def _measure(
     table: list[list[float]] = []
     with tempfile.TemporaryDirectory() as files, evaluation(model):
         run = runtime.model(model, x, Path(files), threads)
-        _timed(run, 1)
+        seconds(run, 1)
         for done, site in enumerate(sites, 1):
             given = torch.zeros(site.shape)
             forms = [
                 runtime.layers(site.layers(rank), given, threads)
                 for rank in (None, *site.ranks)
             ]  # fmt: skip
-            table.append(_in_turn(forms))
-            whole.append(_timed(run, 1))
+            table.append([1e9 * each for each in in_turn(forms, ROUNDS)])
+            whole.append(1e9 * seconds(run, 1))
             if on_site is not None:
                 on_site(done, len(sites))
-        whole += [_timed(run, 1) for _ in range(max(0, ROUNDS - len(whole)))]
+        whole += [1e9 * seconds(run, 1) for _ in range(max(0, ROUNDS - len(whole)))]
     return statistics.median(whole), table
-
-
-def _in_turn(forms: list[Run]) -> list[float]:
-    repeats = []
-    for run in forms:
-        _timed(run, 1)  # warm up
-        repeats.append(max(1, round(LEAST_SECONDS * 1e9 / max(1.0, _timed(run, 1)))))
-    rounds = [
-        [_timed(run, count) for run, count in zip(forms, repeats, strict=True)]
-        for _ in range(ROUNDS)
-    ]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
-
-
-def _timed(run: Run, count: int) -> float:
-    """Nanoseconds of a run, the mean of so many."""
-    start = time.perf_counter_ns()
-    for _ in range(count):
-        run()
-    return (time.perf_counter_ns() - start) / count
 
 
 def _in_nanoseconds(
@@ -254,20 +233,20 @@ def _read(path: Path, sites: list[Site]) -> tuple[float, list[list[float]], floa
     """What a table says; None where there is none that fits."""
     try:
         data = json.loads(path.read_text())
-        total, seconds, rows = float(data["total"]), float(data["seconds"]), data["sites"]
+        total, took, rows = float(data["total"]), float(data["seconds"]), data["sites"]
         table = [[float(value) for value in row] for row in rows]
         date = str(data["date"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if [len(row) for row in table] != [1 + len(site.ranks) for site in sites]:
         return None
-    return total, table, seconds, date
+    return total, table, took, date
 
 
-def _write(path: Path, total: float, table: list[list[float]], seconds: float) -> Path | None:
+def _write(path: Path, total: float, table: list[list[float]], took: float) -> Path | None:
     """Keep a table; returns where, None if it can't be."""
     today = time.strftime("%Y-%m-%d")
-    data = {"total": total, "seconds": seconds, "date": today, "sites": table}
+    data = {"total": total, "seconds": took, "date": today, "sites": table}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, force=True) as part:

@@ -1,0 +1,247 @@
+"""Times of layers in place of counts: measured, kept, and kept to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from cli_helpers import refused, run
+from error_codes import raises
+from micro import all_micros
+from torch import Tensor, nn
+
+import tiedconv
+from tiedconv.conversion.workload import count_macs
+from tiedconv.core.expr import MatMul, Ref
+from tiedconv.core.workload import Piece, Times, Use, Workload
+from tiedconv.errors import BudgetError, MissingExtra, RecipeError, UserError
+from tiedconv.planning.budget import Budget, RunsOn
+from tiedconv.planning.recipe import Recipe
+from tiedconv.runtime.macs import saved_work, work_of
+from tiedconv.runtime.tie import state_of
+from tiedconv.timing import all_runtimes, choose_runtime, measure_times
+from tiedconv.timing import table as tables
+from tiedconv.timing.runtimes import Run, Runtime
+from tiedconv.timing.sites import Site
+
+MICRO = all_micros()["timm-vit"]
+FIXED, EACH = 2_000.0, 0.5  # nanoseconds of a layer, and of each multiply-add of all rows
+
+
+class Ideal(Runtime):
+    """Times that follow from shapes: no clock is read."""
+
+    name: ClassVar = "onnx"
+    limit: ClassVar = 0.95
+    package: ClassVar = "torch"
+    module: ClassVar = "torch"
+    extra: ClassVar = ""
+
+    def layers(self, layers: nn.Sequential, x: Tensor, threads: int) -> Run:
+        rows = math.prod(x.shape[:-1])
+        macs = sum(math.prod(p.shape) for p in layers.parameters() if p.ndim > 1)
+        return Fixed(FIXED * len(layers) + EACH * rows * macs)
+
+    def model(self, model: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+        macs = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+        return Fixed(2 * EACH * 20 * macs)
+
+
+class Fixed:
+    def __init__(self, nanoseconds: float) -> None:
+        self.nanoseconds = nanoseconds
+
+    def __call__(self) -> None: ...
+
+
+@pytest.fixture
+def ideal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
+    """The runtime of fixed times, in an empty cache; counts measurements."""
+    measured: list[int] = []
+
+    def seconds(run: Any, count: int = 1) -> float:
+        return float(run.nanoseconds) / 1e9
+
+    def in_turn(runs: Any, *_: Any, **__: Any) -> list[float]:
+        measured.append(len(runs))
+        return [seconds(run) for run in runs]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "choose_runtime", lambda name: Ideal())
+    monkeypatch.setattr(tables, "seconds", seconds)
+    monkeypatch.setattr(tables, "in_turn", in_turn)
+    return measured  # type: ignore[return-value]
+
+
+def workload(model: nn.Module) -> Workload:
+    found = count_macs(model, example=MICRO.input()[:1])
+    assert found is not None
+    return found
+
+
+def test_a_time_is_a_line_through_the_measured_ranks(ideal: list[int]) -> None:
+    model = MICRO.model()
+    table = measure_times(model, workload(model), "onnx")
+    assert table.workload.unit == "ns"
+    for name, use in table.workload.uses.items():
+        for piece in use.pieces:
+            if piece.times is None or ".attn." not in name:
+                continue
+            rows, columns = dict(model.named_parameters())[name].shape
+            assert piece.times.whole == pytest.approx(FIXED + EACH * piece.rows * rows * columns)
+            assert piece.times.fixed == pytest.approx(2 * FIXED, rel=0.02)
+            assert piece.times.each == pytest.approx(EACH * piece.rows, rel=0.02)
+
+
+def test_times_are_kept_until_what_they_depend_on_changes(ideal: list[int]) -> None:
+    model = MICRO.model()
+    first = measure_times(model, workload(model), "onnx")
+    count = len(ideal)
+    assert not first.date
+    assert first.path is not None
+    again = measure_times(model, workload(model), "onnx")
+    assert (again.workload, len(ideal)) == (first.workload, count)
+    assert again.date
+    assert "of " in str(again)
+    for change in ({"batch_size": 2}, {"threads": 2}):
+        before = len(ideal)
+        measure_times(model, workload(model), "onnx", **change)
+        assert len(ideal) == before + count
+    for damaged in ("{", json.dumps({"total": 1, "seconds": 1, "date": "", "sites": []})):
+        first.path.write_text(damaged)
+        assert not measure_times(model, workload(model), "onnx").date
+
+
+def test_a_folder_that_can_not_be_written_is_told(
+    ideal: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    model = MICRO.model()
+    table = measure_times(model, workload(model), "onnx")
+    assert table.path is None
+    assert "not kept" in str(table)
+
+
+@pytest.mark.parametrize("scheme", ["lowrank", "basis", "auto"])
+def test_a_budget_of_time_is_kept(ideal: list[int], scheme: str) -> None:
+    x = MICRO.input()[:1]
+    model = tiedconv.convert(MICRO.model(), scheme, latency="0.85x", example=x)
+    record = state_of(model).history[0]["latency"]
+    plain = MICRO.model()
+    times = measure_times(plain, workload(plain), "onnx").workload
+    assert record["original_ns"] == times.total
+    assert record["predicted_ns"] == work_of(state_of(model).plan.weights, times)
+    assert 0.8 * times.total <= record["predicted_ns"] <= 0.85 * times.total
+    assert (record["on"], record["on_batch_size"]) == ("onnx", 1)
+    assert state_of(model).history[0]["recipe"]["latency"] == "0.85x"
+
+
+def test_what_can_not_be_reached_is_refused(ideal: list[int]) -> None:
+    x, vector = MICRO.input()[:1], all_micros()["torch-encoder"]
+    for scheme, budget in (("shared", "0.9x"), ("lowrank", "0.01x")):
+        with raises(BudgetError, "latency-too-low", "ms"):
+            tiedconv.convert(MICRO.model(), scheme, latency=budget, example=x)
+    with raises(RecipeError, "macs-and-latency"):
+        tiedconv.convert(MICRO.model(), latency=0.9, macs=0.9, example=x)
+    with raises(BudgetError, "latency-needs-images"):
+        tiedconv.convert(vector.model(), latency=0.9, example=vector.input()[:1])
+
+
+def times(limit: float | None) -> Use:
+    return Use(100.0, (Piece(0, 8, 5, Times(100.0, 30.0, 2.0, limit)),))
+
+
+def test_the_form_that_the_runtime_takes_is_counted() -> None:
+    low = MatMul(Ref("b", (8, 1)), Ref("a", (1, 8)))  # 16 of 64 multiply-adds
+    high = MatMul(Ref("b", (8, 3)), Ref("a", (3, 8)))  # 48 of 64
+    assert saved_work(low, times(None)) == 100 - (30 + 2 * 16)
+    assert saved_work(high, times(None)) == 0  # the weight takes less time
+    assert saved_work(high, times(0.95)) == 100 - (30 + 2 * 48)  # applied all the same
+    assert saved_work(high, times(0.5)) == 0
+    assert saved_work(Ref("w", (8, 8)), times(None)) == 0
+
+
+def test_a_part_of_rows_takes_a_part_of_the_time() -> None:
+    piece = times(None).pieces[0]
+    part = piece.within(4, 6)
+    assert part is not None
+    assert part.times == Times(25.0, 7.5, 2.0, None)
+    assert piece.within(8, 9) is None
+
+
+@pytest.mark.parametrize("name", list(all_runtimes()))
+def test_a_runtime_computes_what_the_layers_do(name: str, tmp_path: Path) -> None:
+    try:
+        runtime = choose_runtime(name)
+    except MissingExtra:
+        pytest.skip(f"{name} is not installed")
+    torch.manual_seed(0)
+    convolution = Site(8, 4 * 9, (2, 4, 7, 7), (3, 3), (2, 2), (1, 1), (1, 1))
+    for site in (Site(8, 6, (2, 5, 6)), convolution):
+        for rank in (None, 3):
+            layers, x = site.layers(rank), torch.randn(site.shape)
+            found = runtime.layers(layers, x, 1)()
+            value = found if name == "torch" else found[0]
+            with torch.no_grad():
+                expected = layers(x)
+            torch.testing.assert_close(torch.as_tensor(value), expected, atol=1e-5, rtol=1e-4)
+    runtime.model(MICRO.model(), torch.zeros(1, *MICRO.input().shape[1:]), tmp_path, 1)()
+
+
+def test_times_are_measured_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tables, "ROUNDS", 1)
+    model, seen = all_micros()["torchvision-resnet"].model(), list[tuple[int, int]]()
+    x = all_micros()["torchvision-resnet"].input()[:1]
+    counted = count_macs(model, example=x)
+    assert counted is not None
+    table = measure_times(model, counted, "torch", on_site=lambda *at: seen.append(at))
+    assert seen[-1] == (table.layers, table.layers)
+    assert 0 < sum(use.work for use in table.workload.uses.values()) < table.workload.total
+
+
+def test_a_time_is_a_share_or_has_a_unit() -> None:
+    for text, expected in (("0.6x", 600), ("60%", 600), ("0.5 ms", 500_000), ("2us", 2_000)):
+        assert Budget(text, "latency").resolve(1_000 if expected < 1e3 else 10**9) == expected
+    for text in ("0.6", "1.5x", "8", "0ms", "fast"):
+        with raises(RecipeError, "budget-invalid"):
+            Budget(text, "latency")
+    with raises(RecipeError, "runs-on-invalid"):
+        RunsOn("onnx", 0)
+    with raises(UserError, "unknown-runtime"):
+        choose_runtime("tensorflow")
+    assert str(RunsOn("torch", 8, 2)) == "torch, batch size 8, 2 threads"
+
+
+def test_a_recipe_file_may_limit_the_time(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(
+        'latency = "0.7x"\non = "torch"\non_threads = 2\n[[rule]]\nscheme = "lowrank"\n'
+    )
+    recipe = Recipe.from_toml(path)
+    assert recipe.on == RunsOn("torch", 1, 2)
+    assert recipe.work == Budget("0.7x", "latency")
+
+
+def test_options_of_a_time_without_one_are_refused() -> None:
+    refused("convert", "resnet18", "--on", "onnx", "--dry-run", error_code="option-without-effect")
+    refused("convert", "resnet18", "--latency", "8", "--dry-run", error_code="budget-invalid")
+
+
+@pytest.mark.slow
+def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "a.safetensors"
+    shown = run(
+        "convert", "timm:vit_tiny_patch16_224", "--weights", "none", "--scheme", "lowrank",
+        "--latency", "0.8x", "--on", "torch", "-o", path, "--json",
+    )  # fmt: skip
+    figures = json.loads(shown.stdout)["latency"]
+    assert figures["predicted_ns"] <= 0.8 * figures["original_ns"]
+    assert figures["measured"]["ratio"] > 0

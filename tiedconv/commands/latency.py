@@ -1,0 +1,36 @@
+"""The time of a model that a budget limits: of its layers before, of the file afterwards."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tiedconv.core.workload import Workload
+from tiedconv.errors import BudgetError
+from tiedconv.planning.recipe import Recipe
+from tiedconv.timing import TimeTable, measure_times
+from tiedconv.timing.table import OnSite
+
+
+def times_of(
+    model: nn.Module, workload: Workload | None, recipe: Recipe, on_site: OnSite | None = None
+) -> TimeTable | None:
+    """The times of a model's layers, where a recipe limits its time.
+
+    Raises:
+        BudgetError: it can't be run on any input (`latency-unknown`), or not on images alone.
+    """
+    if recipe.latency is None:
+        return None
+    if workload is None:
+        raise BudgetError(
+            "The time of this model can't be measured: it runs on no input that was tried",
+            f"latency={recipe.latency.text!r} means nothing without it",
+            "Give an example of its input (in Python: example=...), or ask for --params instead",
+            code="latency-unknown",
+        )
+    if any(p.is_meta for p in model.parameters()):  # a plan, without weights: any have its time
+        model = model.to_empty(device="cpu")
+    on = recipe.on
+    return measure_times(
+        model, workload, on.runtime, on.batch_size, on.threads, on_site=on_site
+    )  # fmt: skip
