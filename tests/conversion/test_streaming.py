@@ -140,7 +140,7 @@ STREAMED = list(
 )
 
 
-@pytest.mark.parametrize(("name", "recipe"), slow_unless(STREAMED, covering(STREAMED, 1, 2)))
+@pytest.mark.parametrize(("name", "recipe"), slow_unless(STREAMED, covering(STREAMED, 1, 1)))
 def test_the_file_is_the_same_to_the_byte(
     name: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
