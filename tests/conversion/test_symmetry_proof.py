@@ -143,9 +143,7 @@ def proven(model: nn.Module) -> list[set[str]]:
         ("", "norm", {*HEADS, "permute hidden units"}),
     ],
 )
-@pytest.mark.parametrize(
-    "scheme", ["lors", "tied", pytest.param("shared", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("scheme", ["lors", "tied", pytest.param("shared", marks=pytest.mark.slow)])
 def test_what_the_code_between_the_matrices_forbids_is_not_used(
     attention: str, feed_forward: str, expected: set[str], scheme: str
 ) -> None:
