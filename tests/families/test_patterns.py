@@ -98,7 +98,8 @@ def test_one_tensor_may_hold_the_gate_and_up() -> None:
     assert family == "swiglu"
     assert (gate.start, gate.stop, up.start, up.stop) == (0, 128, 128, 256)
     assert block.slots["down"].matrix_shape == (64, 128)
-    assert not block.permutable
+    assert block.permutable  # together
+    assert not block.keep(["blocks.0.mlp.fc2.weight"]).permutable
 
 
 def test_keys_and_values_may_share_a_tensor() -> None:
