@@ -42,8 +42,8 @@ from tiedconv.schemes import all_schemes
 from tiedconv.schemes._base import Ranked
 
 # Where a scheme truly finds nothing. A square stack has no pair of shapes (m, d) and (d, m); narrow
-# needs one with an activation alone between them.
-UNKNOWN_BETWEEN = ("torchvision-resnext", "convmixer", "hybrid", "perceptron", "generators")
+# needs one between whose matrices all is known.
+UNKNOWN_BETWEEN = ("torchvision-resnext", "convmixer", "perceptron", "generators")
 NOTHING = {
     ("perceptron", "tied"),
     *((name, "narrow") for name in UNKNOWN_BETWEEN),

@@ -179,12 +179,17 @@ def _matrix(expr: Expr, slot: Slot) -> Expr:
     return expr.x if slot.kernel and isinstance(expr, Reshape) else expr
 
 
-def core_of(expr: Expr, slot: Slot) -> Expr:
-    """The matrix of a slot without its padding."""
+def rows_in(expr: Expr, slot: Slot) -> Expr:
+    """The matrix of a slot of a weight; the whole one if the slot is."""
     matrix = _matrix(expr, slot)
-    if len(matrix.shape) == 2:
-        matrix = part(matrix, 0, slot.start, slot.stop)
-    while isinstance(matrix, Pad) and len(matrix.shape) == 2:
+    if slot == Slot.whole(slot.tensor, slot.shape, slot.transposed):
+        return matrix  # its layer may be narrow already
+    return part(matrix, 0, slot.start, slot.stop)
+
+
+def without_padding(matrix: Expr) -> Expr:
+    """A matrix without the zeros after it."""
+    while isinstance(matrix, Pad):
         matrix = matrix.x
     return matrix
 

@@ -123,8 +123,7 @@ class _Weight:
     Args:
         name: its first.
         shape: as it is stored.
-        able: whether every module that holds it can apply factors of it, or take fewer channels
-            (a depthwise kernel, of which only padding is known).
+        able: whether every module that holds it can apply factors of it.
         transposed: whether it is stored as `(in, out)`.
     """
 
@@ -141,16 +140,10 @@ def _weights_of(model: nn.Module) -> dict[int, _Weight]:
     for module in model.modules():
         for attribute, p in module._parameters.items():
             if p is not None and p.ndim > 1:
-                able, key = takes_factors(module, attribute) or _is_depthwise(module), _storage(p)
+                able, key = takes_factors(module, attribute), _storage(p)
                 able = able and (key not in found or found[key].able)
                 found[key] = _Weight(names[id(p)], p.shape, able, stores_transposed(module))
     return found
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and (
-        module.groups == module.in_channels == module.out_channels
-    )
 
 
 @contextmanager

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.core.pad import has_pads
-from tiedconv.core.plan import Plan
+from tiedconv.core.plan import Group, Plan
 from tiedconv.core.units import Units, units_among
 from tiedconv.errors import UserError
 from tiedconv.runtime import tie
 from tiedconv.runtime.example_inputs import Example, as_arguments, evaluation, usual_inputs
 from tiedconv.runtime.forward_check import is_out_of_memory
-from tiedconv.runtime.layer_cut import Cut, HiddenUnits, core_of
+from tiedconv.runtime.layer_cut import Cut, HiddenUnits, rows_in, without_padding
 from tiedconv.runtime.outputs import floating_tensors, is_within
 
 ROUNDINGS = 200
@@ -122,26 +122,30 @@ def _result(plan: Plan, done: Sequence[HiddenUnits], reason: str = "") -> Narrow
 
 
 def _hidden_units(plan: Plan) -> Iterator[HiddenUnits]:
-    """What the groups of a plan remove."""
+    """What the groups of a plan remove and layers still have."""
     for group in plan.groups:
         slots = [member.slot for member in group.members]
-        if any(member.flip for member in group.members):
+        exprs = [plan.weights[slot.tensor] for slot in slots]
+        if any(member.flip for member in group.members) or not has_pads(exprs):
             continue
-        cores = [core_of(plan.weights[slot.tensor], slot) for slot in slots]
-        roles = str(group.options.get("roles", ""))
-        if roles:
-            layers = units_among(roles.split("-"))
-        else:  # each reads what the one before it writes
-            layers = [Units("", (i,), (i + 1,)) for i in range(len(slots) - 1)]
-        for layer in layers:
-            units = slots[layer.writers[0]].rows
+        wide = [rows_in(expr, slot) for expr, slot in zip(exprs, slots, strict=True)]
+        cores = [without_padding(matrix) for matrix in wide]
+        for layer in _layers(group):
+            units = wide[layer.writers[0]].shape[0]
             kept = {cores[i].shape[0] for i in layer.writers}
-            kept |= {cores[i].shape[1] * units // slots[i].columns for i in layer.readers}
+            kept |= {cores[i].shape[1] * units // wide[i].shape[1] for i in layer.readers}
             if len(kept) == 1 and (left := kept.pop()) < units:
                 writers, readers = (
                     tuple(slots[i] for i in places) for places in (layer.writers, layer.readers)
                 )
                 yield HiddenUnits(writers, readers, units, left, layer.name == "heads")
+
+
+def _layers(group: Group) -> list[Units]:
+    """The hidden units of a group; where no roles are given, a matrix reads those before it."""
+    if roles := str(group.options.get("roles", "")):
+        return units_among(roles.split("-"))
+    return [Units("", (i,), (i + 1,)) for i in range(len(group.members) - 1)]
 
 
 def _try(model: nn.Module, places: Sequence[HiddenUnits], is_same: Callable[[], bool],
