@@ -80,10 +80,15 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def as_run(model: nn.Module) -> nn.Module:
-    """A tied model with narrow layers, its low-rank factors applied one by one."""
+def as_run(model: nn.Module, fewest: bool = False) -> nn.Module:
+    """A tied model with narrow layers, its low-rank factors applied one by one.
+
+    Args:
+        model: tied.
+        fewest: apply factors wherever that takes fewer multiply-adds, as `--macs` counts.
+    """
     tiedconv.narrow_layers(model)
-    tiedconv.apply_factors(model)
+    tiedconv.apply_factors(model, cache=fewest)
     return model.eval()
 
 
@@ -94,7 +99,8 @@ def converted(
     scheme, options = OPTIONS.get(method, (method, {}))
     shown = TensorDataset(calib, torch.zeros(len(calib), dtype=torch.int64))
     how = Calibration(shown, images=len(calib), config=CalibConfig(effort=effort), workers=0)
-    return as_run(tiedconv.convert(copy.deepcopy(model), scheme, calib=how, **limit, **options))
+    tied = tiedconv.convert(copy.deepcopy(model), scheme, calib=how, **limit, **options)
+    return as_run(tied, fewest="macs" in limit)
 
 
 def pruned(context: baselines.Context, calib: Tensor, wanted: int) -> nn.Module:
@@ -130,7 +136,7 @@ def accuracy(args: argparse.Namespace, add: Callable[[dict[str, Any]], None], ro
     calib = images[0][:PHOTOS] if args.model == "lite0" else images[0]
     expected = outputs(model, images[1])
     context = None
-    if of == "params":
+    if of == "params" and not args.alone:
         pixels = read_pixels(args.data)
         teacher = Teacher(model)
         context = baselines.Context(args.model, model, teacher, pixels, pixels["train"].some(512))
@@ -228,6 +234,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--efforts", nargs="*", default=["fast", "normal"])
     parser.add_argument("--times", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="without torch-pruning")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(args.result.read_text()) if args.result.exists() else []

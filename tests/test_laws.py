@@ -546,8 +546,10 @@ def test_untying_gives_classes_names_and_outputs_back(name: str, scheme: str) ->
     ]
     assert inspect_model(untied).aliases.keys() == inspect_model(plain).aliases.keys()
     assert relative(micro.logits(untied), before) < off
-    # And what was untied can be tied again.
-    assert_tied(convert(untied, scheme))
+    # And what was untied can be tied again; layers may be as narrow as the step already.
+    of, options = meaning(scheme)
+    again = {**options, "step": 1} if of == "narrow" else options
+    assert_tied(tiedconv.convert(untied, of, **again))
 
 
 @each_pair
