@@ -142,6 +142,7 @@ class FeedForward:
                 )
             vectors |= _pre_norm(prefix, self.norm, shapes, hints)
             relu = str(hints.get(f"{prefix}.{self.act}", "")).lower() == "relu"
+            relu = relu and not self.inverted  # more lies between than an activation
             name = prefix if self.alone else f"{prefix}.ffn"
             stack = stack if self.alone else f"{stack}.ffn"
             yield Block("ffn", name, stack, index, slots, vectors, relu=relu, permutable=permutable)
