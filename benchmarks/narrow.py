@@ -50,7 +50,7 @@ import torchvision  # noqa: E402
 RESULT = Path(__file__).parent / "results" / "narrow.json"
 ASKED = {
     "vit-real": {
-        "narrow": (75, 60), "narrow without heads": (75, 60), "lowrank": (75, 60, 50),
+        "narrow": (75, 60, 50), "narrow without heads": (75, 60), "lowrank": (75, 60, 50),
         "auto": (75, 60, 50),
     },
     # Without low rank: in PyTorch a convolution computes its weight, whatever its factors.
