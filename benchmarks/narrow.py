@@ -2,15 +2,18 @@
 
     python benchmarks/narrow.py --model vit-real --weights VIT.safetensors --data CIFAR10
     python benchmarks/narrow.py --model resnet-narrow --weights RESNET.safetensors --data CIFAR10
+    python benchmarks/narrow.py --model lite0 --weights LITE0.safetensors --data PHOTOS
     python benchmarks/narrow.py --times
 
-Every method gets the same 512 calibration images, without labels, and no training; torch-pruning
-ranks by gradients, for which it gets their labels too. It is asked for the multiply-adds that each
-of our models has, and its better form counts (uniform or isomorphic, by the divergence on the
-calibration images). Multiply-adds are those that `torch.utils.flop_counter` counts while a model
-runs: ours with narrow layers and low-rank factors applied one by one. `--times` is of ViT-S/16 and
-ResNet50 with random weights, one thread, all forms by turns: eager, and in ONNX Runtime. Results go
-to `benchmarks/results/narrow.json`, row by row; rows that are there are not made again.
+Every method gets the same calibration images, without labels, and no training: 512 of CIFAR-10's
+training images, or 256 photos of ImageNet. What is asked for are parameters, of Lite0
+multiply-adds. torch-pruning, on CIFAR-10, ranks by gradients, for which it gets labels too. It is
+asked for the multiply-adds that each of our models has, and its better form counts (uniform or
+isomorphic, by the divergence on the calibration images). Multiply-adds are those that
+`torch.utils.flop_counter` counts while a model runs: ours with narrow layers and low-rank factors
+applied one by one. `--times` is of ViT-S/16 and ResNet50 with random weights, one thread, all forms
+by turns: eager, and in ONNX Runtime. Results go to `benchmarks/results/narrow.json`, row by row;
+rows that are there are not made again.
 """
 
 from __future__ import annotations
@@ -46,10 +49,22 @@ import torchvision  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "narrow.json"
 ASKED = {
-    "vit-real": {"narrow": (75, 60), "lowrank": (75, 60, 50), "auto": (75, 60, 50)},
+    "vit-real": {
+        "narrow": (75, 60, 50), "narrow without heads": (75, 60), "lowrank": (75, 60, 50),
+        "auto": (75, 60, 50),
+    },
     # Without low rank: in PyTorch a convolution computes its weight, whatever its factors.
     "resnet-narrow": {"narrow": (75, 50)},
+    "lite0": {"narrow": (90, 80), "lowrank": (90, 80), "auto": (90, 80)},
+}  # fmt: skip
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "narrow without heads": ("narrow", {"include": ["*mlp*"]}),
 }
+"""Scheme and options of a method that is not a scheme by its defaults."""
+LIMITED = {"lite0": "macs"}
+"""What is asked for, where it is not parameters."""
+PHOTOS = 256
+"""Of ImageNet, to calibrate by."""
 TIMED = {
     "vit-s": lambda: timm.create_model("vit_small_patch16_224"),
     "resnet50": lambda: torchvision.models.resnet50(weights=None),
@@ -65,18 +80,27 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def as_run(model: nn.Module) -> nn.Module:
-    """A tied model with narrow layers, its low-rank factors applied one by one."""
+def as_run(model: nn.Module, fewest: bool = False) -> nn.Module:
+    """A tied model with narrow layers, its low-rank factors applied one by one.
+
+    Args:
+        model: tied.
+        fewest: apply factors wherever that takes fewer multiply-adds, as `--macs` counts.
+    """
     tiedconv.narrow_layers(model)
-    tiedconv.apply_factors(model)
+    tiedconv.apply_factors(model, cache=fewest)
     return model.eval()
 
 
-def converted(model: nn.Module, calib: Tensor, scheme: str, asked: int, effort: str) -> nn.Module:
+def converted(
+    model: nn.Module, calib: Tensor, method: str, limit: dict[str, str], effort: str
+) -> nn.Module:
     """Ours, calibrated."""
+    scheme, options = OPTIONS.get(method, (method, {}))
     shown = TensorDataset(calib, torch.zeros(len(calib), dtype=torch.int64))
     how = Calibration(shown, images=len(calib), config=CalibConfig(effort=effort), workers=0)
-    return as_run(tiedconv.convert(copy.deepcopy(model), scheme, params=f"{asked}%", calib=how))
+    tied = tiedconv.convert(copy.deepcopy(model), scheme, calib=how, **limit, **options)
+    return as_run(tied, fewest="macs" in limit)
 
 
 def pruned(context: baselines.Context, calib: Tensor, wanted: int) -> nn.Module:
@@ -108,11 +132,14 @@ def accuracy(args: argparse.Namespace, add: Callable[[dict[str, Any]], None], ro
     model, images = MODELS[args.model](args)
     model.load_state_dict(load_file(args.weights))
     model.eval()
-    calib, _ = images[:2]
+    of = LIMITED.get(args.model, "params")
+    calib = images[0][:PHOTOS] if args.model == "lite0" else images[0]
     expected = outputs(model, images[1])
-    pixels = read_pixels(args.data)
-    teacher = Teacher(model)
-    context = baselines.Context(args.model, model, teacher, pixels, pixels["train"].some(512))
+    context = None
+    if of == "params" and not args.alone:
+        pixels = read_pixels(args.data)
+        teacher = Teacher(model)
+        context = baselines.Context(args.model, model, teacher, pixels, pixels["train"].some(512))
     whole = multiply_adds(model, calib)
 
     def row(method: str, asked: int, effort: str, make: Callable[[], nn.Module]) -> int:
@@ -134,9 +161,9 @@ def accuracy(args: argparse.Namespace, add: Callable[[dict[str, Any]], None], ro
     for effort in args.efforts:
         for scheme, sizes in ASKED[args.model].items():
             for asked in sizes:
-                ours = partial(converted, model, calib, scheme, asked, effort)
+                ours = partial(converted, model, calib, scheme, {of: f"{asked}%"}, effort)
                 macs = row(scheme, asked, effort, ours)
-                if effort == "fast":
+                if effort == "fast" and context is not None:
                     method = f"torch-pruning as {scheme}"
                     row(method, asked, "", partial(pruned, context, calib, macs))
 
@@ -207,6 +234,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--efforts", nargs="*", default=["fast", "normal"])
     parser.add_argument("--times", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="without torch-pruning")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(args.result.read_text()) if args.result.exists() else []

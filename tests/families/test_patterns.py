@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from tiedconv.core.plan import Block
+from tiedconv.core.units import units_of
 from tiedconv.families import all_families, find_blocks
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -98,7 +99,8 @@ def test_one_tensor_may_hold_the_gate_and_up() -> None:
     assert family == "swiglu"
     assert (gate.start, gate.stop, up.start, up.stop) == (0, 128, 128, 256)
     assert block.slots["down"].matrix_shape == (64, 128)
-    assert not block.permutable
+    assert block.permutable  # together
+    assert not block.keep(["blocks.0.mlp.fc2.weight"]).permutable
 
 
 def test_keys_and_values_may_share_a_tensor() -> None:
@@ -135,3 +137,48 @@ def test_a_tensor_belongs_to_one_block() -> None:
 def test_every_family_says_what_it_looks_for() -> None:
     assert len({family.name for family in all_families()}) == len(all_families())
     assert all(family.pattern for family in all_families())
+
+
+def inverted(**more: tuple[int, ...]) -> Block:
+    """An inverted bottleneck of 96 units between widths of 16 and 24, with more tensors in it."""
+    shapes = {
+        "conv_pw.weight": (96, 16, 1, 1), "bn1.weight": (96,), "bn1.bias": (96,),
+        "conv_dw.weight": (96, 1, 3, 3), "bn2.running_mean": (96,),
+        "conv_pwl.weight": (24, 96, 1, 1), "bn3.weight": (24,), "bn3.num_batches_tracked": (),
+        **{name.replace("__", "."): shape for name, shape in more.items()},
+    }  # fmt: skip
+    found = find_blocks({f"blocks.1.0.{name}": shape for name, shape in shapes.items()})
+    return next(block for _, block in found if "up" in block.slots)
+
+
+def test_what_lies_inside_an_inverted_bottleneck_is_known_by_its_size() -> None:
+    block = inverted()
+    assert block.permutable
+    assert {*block.slots} == {"up", "down", "depthwise"}
+    assert {span.tensor.rpartition("0.")[2] for span in block.vectors.values()} == {
+        "bn1.weight", "bn1.bias", "bn2.running_mean"
+    }  # fmt: skip
+    squeezed = inverted(
+        se__conv_reduce__weight=(8, 96, 1, 1), se__conv_reduce__bias=(8,),
+        se__conv_expand__weight=(96, 8, 1, 1), se__conv_expand__bias=(96,),
+    )  # fmt: skip
+    assert squeezed.permutable
+    assert [u.name for u in units_of(squeezed)] == ["hidden", "squeezed"]
+    assert "reduce.se.conv_reduce.bias" in squeezed.vectors
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"se__conv_reduce__weight": (8, 96, 1, 1)},  # without its other half
+        {"mix__weight": (96, 96, 3, 3)},
+        {"extra__weight": (96, 1, 5, 5)},  # a second depthwise kernel
+        {"gamma": (5,)},
+    ],
+)
+def test_an_inverted_bottleneck_with_something_unknown_keeps_its_order(
+    more: dict[str, tuple[int, ...]],
+) -> None:
+    block = inverted(**more)
+    assert not block.permutable
+    assert {*block.slots} == {"up", "down"}

@@ -419,17 +419,20 @@ class Hybrid(nn.Module):
             return x + self.conv_pwl(y * self.se["conv_expand"](squeezed).sigmoid())
 
     class Preactivated(nn.Module):
-        """A bottleneck whose norms come first."""
+        """A bottleneck whose norms come first, with squeeze-and-excitation."""
 
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.BatchNorm2d(16)
             self.conv1, self.conv3 = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
             self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+            self.se = nn.ModuleDict({"fc1": nn.Conv2d(8, 4, 1), "fc2": nn.Conv2d(4, 8, 1)})
 
         def forward(self, x: Tensor) -> Tensor:
             y = torch.relu(self.conv1(torch.relu(self.norm(x))))
-            return x + self.conv3(torch.relu(self.conv2(y)))
+            y = torch.relu(self.conv2(y))
+            squeezed = torch.relu(self.se["fc1"](y.mean((2, 3), keepdim=True)))
+            return x + self.conv3(y * self.se["fc2"](squeezed).sigmoid())
 
     class Attending(nn.Module):
         """An attention of two heads under names of its own.

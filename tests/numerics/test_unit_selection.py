@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from tiedconv.numerics.kfac_metric import KfacMetric
-from tiedconv.numerics.unit_selection import AT_ONCE, decreasing, order_by_loss
+from tiedconv.numerics.unit_selection import (
+    AT_ONCE,
+    decreasing,
+    order_by_loss,
+    order_by_losses,
+)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -49,6 +54,23 @@ def test_each_unit_removed_is_the_one_that_costs_least(size: int, measured: str)
         after = {
             u: loss(matrix, metric, columns([k for k in kept if k != u], size)) for u in kept
         }  # fmt: skip
+        assert after[order[count - 1]] == pytest.approx(min(after.values()))
+
+
+def test_losses_of_several_readers_add_up() -> None:
+    """As those of the matrix that projects and of the one that squeezes."""
+    units = 7
+    readers = [
+        (randn(5, units), KfacMetric(moment(5, 1), moment(units, 2))),
+        (randn(3, units * 2, seed=3), KfacMetric(None, moment(units * 2, 4))),
+    ]
+    order = order_by_losses(readers, units).tolist()
+    for count in range(units, 1, -1):
+        kept = order[:count]
+        after = {}
+        for u in kept:
+            rest = [k for k in kept if k != u]
+            after[u] = sum(loss(*r, columns(rest, r[0].shape[1] // units)) for r in readers)
         assert after[order[count - 1]] == pytest.approx(min(after.values()))
 
 

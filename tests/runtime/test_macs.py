@@ -88,6 +88,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 
 
 FAST_PAIRS = [pair for pair in PAIRS if pair[0] in ("timm-vit", "aliased") and pair[1] != "auto"]
+FAST_PAIRS.append(("hybrid", "narrow"))  # depthwise kernels
 
 
 @pytest.mark.parametrize(("name", "scheme"), slow_unless(PAIRS, FAST_PAIRS))

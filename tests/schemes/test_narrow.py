@@ -18,7 +18,8 @@ from tiedconv import CalibConfig, Calibration
 from tiedconv.calibration import gather_statistics
 from tiedconv.conversion.symmetry_proof import SymmetryProof
 from tiedconv.core.pad import has_pads
-from tiedconv.errors import SchemeError
+from tiedconv.core.units import units_among
+from tiedconv.errors import NothingToConvert, SchemeError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.recipe import Recipe, Rule
 from tiedconv.runtime.tie import state_of
@@ -36,6 +37,9 @@ def data(name: str = "timm-vit") -> TensorDataset:
 def calibrated(name: str, scheme: str = "narrow", **options: Any) -> nn.Module:
     how = Calibration(data(name), images=24, config=CalibConfig(effort="fast"), workers=0)
     return tiedconv.convert(all_micros()[name].model(), scheme, calib=how, **options)
+
+
+FEED_FORWARDS = {"include": ["*mlp*", "*linear*"]}
 
 
 def widths(model: nn.Module) -> list[tuple[int, ...]]:
@@ -60,7 +64,7 @@ def test_the_width_is_a_number_or_a_fraction_in_steps(
 ) -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 64)
                                                    for _ in range(2))})  # fmt: skip
-    plan = tiedconv.plan(model, "narrow", **options)
+    plan = tiedconv.plan(model, "narrow", **options, **FEED_FORWARDS)
     assert {tuple(s[0] for s in list(g.factors.values())[:-1]) for g in plan.groups} == {wanted}
 
 
@@ -104,12 +108,13 @@ def test_a_unit_that_others_repeat_costs_nothing_to_remove() -> None:
     micro = all_micros()["timm-vit"]
     model = with_repeated_units(micro.model())
     how = Calibration(data(), images=24, config=CalibConfig(effort="fast"), workers=0)
-    tied = tiedconv.convert(copy.deepcopy(model), "narrow", width=0.5, calib=how)
+    options: dict[str, Any] = {"width": 0.5, **FEED_FORWARDS}
+    tied = tiedconv.convert(copy.deepcopy(model), "narrow", calib=how, **options)
     x = images(count=4)
     with torch.no_grad():
         wanted, found = model.eval()(x), tied.eval()(x)
     # The ridge of the statistics keeps the fit from being exact.
-    plain = tiedconv.convert(copy.deepcopy(model), "narrow", width=0.5).eval()
+    plain = tiedconv.convert(copy.deepcopy(model), "narrow", **options).eval()
     with torch.no_grad():
         lost = (plain(x) - wanted).norm()
     assert (found - wanted).norm() < 0.2 * lost
@@ -133,7 +138,7 @@ def test_the_cost_is_that_of_the_fitted_matrix_alone_and_least_squares_lower_not
     """Rows that nothing reads cost nothing; the closed form is the minimum."""
     model = all_micros()["timm-vit"].model()
     info = inspect_model(model)
-    recipe = Recipe((Rule("narrow", {"width": 0.4}),))
+    recipe = Recipe((Rule("narrow", {"width": 0.4}, ("*mlp*",)),))
     own = {n: model.state_dict()[n] for n in info.shapes}
     found: dict[str, Any] = {}
 
@@ -206,7 +211,7 @@ def test_integers_are_of_the_narrow_tensors() -> None:
 
 def test_training_keeps_removed_units_at_zero() -> None:
     tied = calibrated("timm-vit")
-    kept = widths(tied)[0][0]
+    (kept,) = {rows for (rows,) in map(set, widths(tied)) if rows > 16}
     optimiser = torch.optim.SGD(tied.parameters(), lr=0.1)
     for _ in range(2):
         tied(images(count=4)).square().sum().backward()
@@ -215,3 +220,79 @@ def test_training_keeps_removed_units_at_zero() -> None:
     assert not mlp.fc1.weight[kept:].any()
     assert not mlp.fc2.weight[:, kept:].any()
     assert mlp.fc1.weight[:kept].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("timm-vit", {"q-k-v-o": (16,), "up-down": (64,)}),
+        ("torchvision-resnet", {"conv1-conv2-conv3": (16, 16)}),
+        (
+            "hybrid",
+            {
+                "q-k-v-o": (8,),
+                "gate-up-down": (16,),
+                "up-depthwise-reduce-expand-down": (16, 8),
+            },
+        ),
+    ],
+)
+def test_each_kind_of_block_loses_the_units_that_it_has(
+    name: str, roles: dict[str, tuple[int, ...]]
+) -> None:
+    plan = tiedconv.plan(all_micros()[name].model(), "narrow")
+    found = {}
+    for group in plan.groups:
+        if group.scheme != "narrow":
+            continue
+        of = str(group.options["roles"])
+        units = units_among(of.split("-"))
+        rows = [shape[0] for shape in group.factors.values()]
+        assert all(len({rows[i] for i in u.writers}) == 1 for u in units)
+        found[of] = tuple(rows[u.writers[0]] for u in units)
+    assert found == roles
+
+
+def test_heads_that_others_repeat_are_the_first_to_go() -> None:
+    """Of three heads two are copies with the same values: one of these costs nothing to remove."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 8, num_classes=7, embed_dim=48, depth=1, num_heads=3)
+    attention: Any = model.blocks[0].attn
+    with torch.no_grad():
+        for start in (0, 48, 96):
+            rows = attention.qkv.weight[start : start + 48]
+            rows[32:] = rows[16:32]
+            attention.qkv.bias[start + 32 : start + 48] = attention.qkv.bias[
+                start + 16 : start + 32
+            ]
+    how = Calibration(data(), images=24, config=CalibConfig(effort="fast"), workers=0)
+    options: dict[str, Any] = {"width": 0.67, "include": ["*attn*"]}
+    tied = tiedconv.convert(copy.deepcopy(model), "narrow", calib=how, **options)
+    assert widths(tied) == [(32, 32, 32)]
+    kept = tied.blocks[0].attn.qkv.weight[:32].reshape(2, 16, 48)
+    assert not torch.allclose(kept[0], kept[1], atol=1e-3)
+    x = images(count=4)
+    plain = tiedconv.convert(copy.deepcopy(model), "narrow", **options).eval()
+    with torch.no_grad():
+        wanted, found, lost = (m.eval()(x) for m in (model, tied, plain))
+    assert (found - wanted).norm() < 0.5 * (lost - wanted).norm()
+
+
+def test_a_gate_that_is_left_out_leaves_its_units_whole() -> None:
+    """A recipe without one of a unit's matrices can't remove it."""
+    include = ["decoders*down_proj*", "decoders*up_proj*"]
+    with raises(NothingToConvert, "nothing-to-convert"):
+        tiedconv.plan(all_micros()["hybrid"].model(), "narrow", include=include)
+
+
+def test_depthwise_kernels_get_the_most_bits() -> None:
+    tied = calibrated("hybrid", bytes="30%")
+    codes = state_of(tied).plan.codes
+    groups = [g for g in state_of(tied).plan.groups if "depthwise" in g.name]
+    assert groups
+    for group in groups:
+        kernel = f"{group.stored_name('W1')}/codes"
+        assert codes[kernel].bits == 8
+        assert codes[kernel].shape == (16, 9)

@@ -26,6 +26,7 @@ from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.calibrate import Calibration, Images
 from tiedconv.conversion.sample_inputs import calibration_samples
 from tiedconv.core.plan import Member, Slot
+from tiedconv.core.units import matrices_of as mixing_slots
 from tiedconv.data import Loader
 from tiedconv.errors import NothingToConvert, UserError
 from tiedconv.families.inspect import ModelInfo, inspect_model
@@ -243,7 +244,7 @@ def matrices_of(info: ModelInfo) -> list[Place]:
     found: list[Place] = []
     for _, block in info.blocks:
         layer, inside = _split(block.name, block.stack)
-        for role, slot in fuse(block.slots).items():
+        for role, slot in fuse(mixing_slots(block)).items():
             found.append(Place(layer, f"{inside}{role}", slot))
     if not found:
         raise NothingToConvert(

@@ -19,6 +19,7 @@ from tiedconv.core.expr import Expr, Ref
 from tiedconv.core.packed_codes import WIDTHS, packed
 from tiedconv.core.plan import Group, Plan
 from tiedconv.core.storage import CODES, COLUMNS, SCALES, IntFormat, prefix_of, quantized
+from tiedconv.core.units import is_depthwise
 from tiedconv.errors import BudgetError
 from tiedconv.io.narrowing import halved
 from tiedconv.numerics.factor_metric import factor_metric
@@ -229,16 +230,20 @@ def _round_group(
     factors = {factor: floats[name] for factor, name in names.items()}
     weights, measures = _expressions(group), metrics_of(group.members, metrics)
     targets = [expr.evaluate(factors.__getitem__) for expr in weights]
-    worth = [f for f, t in factors.items() if _is_worth(t)]
+    apart = _depthwise_factors(group)
+    worth = [f for f, t in factors.items() if _is_worth(t) and f not in apart]
     left = sorted(worth, key=lambda f: (-factors[f].numel(), f))
     for i, factor in enumerate(left):
         metric = factor_metric(factor, weights, factors, measures)
         rounded = Rounding(factors[factor], metric).at(step, 2 ** (widths[1] - 1) - 1)
         found[names[factor]] = rounded
         factors[factor] = rounded.matrix.to(factors[factor].dtype)
-        free = [f for f in factors if f not in left[: i + 1]]
+        free = [f for f in factors if f not in left[: i + 1] and f not in apart]
         if free:
             factors = refit(weights, factors, targets, measures, free)
+    for factor in apart:
+        if _is_worth(factors[factor]):
+            found[names[factor]] = _table(factors[factor], min(widths[1], MOST_BITS))
     for factor in factors:
         floats[names[factor]] = factors[factor]
     return sum(
@@ -262,9 +267,11 @@ def _matrices(
     for group in plan.groups:
         factors = {f: tensors[group.stored_name(f)] for f in group.factors}
         weights, measures = _expressions(group), metrics_of(group.members, metrics)
+        apart = _depthwise_factors(group)
         for factor, tensor in factors.items():
             if _is_worth(tensor):
-                metric = factor_metric(factor, weights, factors, measures)
+                known = factor not in apart
+                metric = factor_metric(factor, weights, factors, measures) if known else None
                 yield group.stored_name(factor), tensor, metric
     yield from _kept_matrices(plan, tensors, metrics)
 
@@ -298,6 +305,14 @@ def _fits(metric: KfacMetric, matrix: Tensor) -> bool:
 def _is_depthwise(tensor: Tensor) -> bool:
     """Whether each output reads one input: the moments of all inputs together say little of it."""
     return tensor.ndim == 4 and tensor.shape[1] == 1
+
+
+def _depthwise_factors(group: Group) -> list[str]:
+    """The factors of a group that hold depthwise kernels, a row each, whose errors are unknown."""
+    if group.scheme == KEPT:
+        return []
+    pairs = zip(group.members, _expressions(group), strict=True)
+    return [ref for member, expr in pairs if is_depthwise(member.slot) for ref in expr.refs]
 
 
 def _is_worth(tensor: Tensor) -> bool:

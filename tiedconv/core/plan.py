@@ -120,8 +120,8 @@ class Block:
     """Slots of one layer that belong together.
 
     Args:
-        kind: `ffn` (slots up, down), `attention` (q, k, v, o), `bottleneck` (conv1, conv2,
-            conv3) or `linear` (any).
+        kind: `ffn` (slots up, down, see `units` for more), `attention` (q, k, v, o), `bottleneck`
+            (conv1, conv2, conv3) or `linear` (any).
         name: where it is, such as `blocks.3.mlp`.
         stack: the stack it belongs to, such as `blocks.*.mlp`.
         index: its place in the stack.
@@ -150,10 +150,11 @@ class Block:
     unmatched: bool = False
 
     def keep(self, tensors: Iterable[str]) -> Block:
-        """The same block with only the slots that lie in `tensors`."""
+        """The same block with only the slots that lie in `tensors`; not permutable without all."""
         names = set(tensors)
         slots = {role: s for role, s in self.slots.items() if s.tensor in names}
-        return dataclasses.replace(self, slots=slots)
+        permutable = self.permutable and len(slots) == len(self.slots)
+        return dataclasses.replace(self, slots=slots, permutable=permutable)
 
 
 @dataclass(frozen=True)

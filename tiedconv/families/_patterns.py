@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tiedconv.core.expr import Shape
 from tiedconv.core.plan import Block, Slot, Span
+from tiedconv.core.units import is_depthwise
+from tiedconv.families._inverted import add_inner
 
 Hints = Mapping[str, float | str]
 Shapes = Mapping[str, Shape]
@@ -96,6 +98,9 @@ class FeedForward:
     feed-forward's own, so that an unknown tensor below it (a norm, a gate) shows that hidden units
     are not permutable, unless it is `ignored`. `gate` names a third matrix of the shape of `up`,
     whose output `up`'s is multiplied by; the same name as `up` where one tensor holds both.
+    `inverted` means that norms, a depthwise convolution and squeeze-and-excitation may lie between
+    the two, known by their sizes (`_inverted.add_inner`), and that `down` may write another width
+    than `up` reads.
     """
 
     at: str
@@ -107,6 +112,7 @@ class FeedForward:
     ignored: tuple[str, ...] = ()
     norm: str = ""
     gate: str = ""
+    inverted: bool = False
 
     def find(self, shapes: Shapes, hints: Hints) -> Iterator[Block]:
         """Every feed-forward whose two matrices have shapes (m, d) and (d, m)."""
@@ -122,18 +128,30 @@ class FeedForward:
                 _add_fused(slots, vectors, f"{prefix}.{self.up}", halves, shapes, self.transposed)
             if not add_whole(slots, vectors, prefix, named, shapes, self.transposed):
                 continue
-            wide = [slot.matrix_shape for role, slot in slots.items() if role != "down"]
-            if not wide or {*wide} != {slots["down"].matrix_shape[::-1]}:
+            wide = {slot.matrix_shape for role, slot in slots.items() if role != "down"}
+            if not wide or not self._fits(wide, slots["down"].matrix_shape):
                 continue
+            if self.inverted and is_depthwise(slots["up"]):
+                continue  # a block that does not expand
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
-            permutable = not self.gate and not (
-                self.alone and _unknown_tensors(prefix, known, self.ignored, shapes)
-            )
+            if self.inverted:
+                permutable = add_inner(slots, vectors, prefix, known, shapes)
+            else:
+                permutable = not (
+                    self.alone and _unknown_tensors(prefix, known, self.ignored, shapes)
+                )
             vectors |= _pre_norm(prefix, self.norm, shapes, hints)
             relu = str(hints.get(f"{prefix}.{self.act}", "")).lower() == "relu"
+            relu = relu and not self.inverted  # more lies between than an activation
             name = prefix if self.alone else f"{prefix}.ffn"
             stack = stack if self.alone else f"{stack}.ffn"
             yield Block("ffn", name, stack, index, slots, vectors, relu=relu, permutable=permutable)
+
+    def _fits(self, wide: Collection[tuple[int, int]], down: tuple[int, int]) -> bool:
+        """Whether the matrices that write units and the one that reads them belong together."""
+        if self.inverted:
+            return {rows for rows, _ in wide} == {down[1]}
+        return {*wide} == {down[::-1]}
 
 
 @dataclass(frozen=True)

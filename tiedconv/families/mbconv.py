@@ -1,10 +1,10 @@
 """Inverted bottlenecks: an expanding and a projecting 1x1 convolution around a depthwise one.
 
 EfficientNet (V2, Lite), MobileNetV2 to V4, MnasNet, RexNet and MaxViT's convolutions, in the names
-of timm, torchvision and transformers. The two are a pair where a block keeps its width; what lies
-between them is unknown, so hidden units are not permuted.
+of timm, torchvision and transformers. The two are a pair where a block keeps its width. What lies
+between them is known by its size: batch norms, a depthwise kernel, squeeze-and-excitation.
 
-    conv_pw (m, d)  ->  conv_dw, depthwise  ->  se, if any  ->  conv_pwl (d, m)
+    conv_pw (m, d)  ->  conv_dw (m, 1, k, k)  ->  se, if any: (r, m), (m, r)  ->  conv_pwl (d, m)
 """
 
 from tiedconv.families._patterns import IN_LAYER, FeedForward, pattern_family
@@ -26,5 +26,8 @@ _NAMES = (
 FAMILY = pattern_family(
     "mbconv",
     "blocks.1.0.conv_pw.weight and .conv_pwl.weight",
-    *(FeedForward(IN_LAYER, up=f"{up}.weight", down=f"{down}.weight") for up, down in _NAMES),
+    *(
+        FeedForward(IN_LAYER, up=f"{up}.weight", down=f"{down}.weight", inverted=True)
+        for up, down in _NAMES
+    ),
 )

@@ -1,7 +1,7 @@
 """Gated feed-forwards: `down(act(gate x) * up x)`, as in DINOv2-giant, EVA-02, DINOv3, Llama.
 
 `up` and `down` are a pair; the gate is a matrix of its own, stored apart or in one tensor with
-`up`. A hidden unit belongs to a row of both, so hidden units are not permuted.
+`up`. A hidden unit has a row of both, which are permuted together.
 Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202).
 """
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from tiedconv.core.plan import Block
+from tiedconv.core.units import PERMUTES, count_of, units_of
 from tiedconv.numerics.symmetries import (
     WeightEditor,
     fold_norm,
-    permute_bottleneck,
-    permute_heads,
-    permute_hidden,
+    permute_units,
     scale_bottleneck_units,
     scale_conv_rows,
     scale_hidden,
@@ -26,18 +24,14 @@ Apply = Callable[[WeightEditor, Block, torch.Generator], None]
 
 def applicable(block: Block) -> tuple[str, ...]:
     """Names of the symmetries that a whole block of this kind may have, see `RANDOM`."""
-    names: list[str] = []
+    names = [PERMUTES[units.name] for units in units_of(block)] if block.permutable else []
     if block.kind == "ffn":
-        names += ["permute hidden units"] * block.permutable
         names += ["scale hidden units"] * (block.permutable and block.relu)
     elif block.kind == "attention" and block.permutable and block.heads:
-        names += ["permute heads", "rotate q and k", "rotate v and o"]
+        names += ["rotate q and k", "rotate v and o"]
     elif block.kind == "bottleneck":
         names += ["scale conv1 rows", "scale conv3 rows"]
         names += ["scale bottleneck units"] * block.relu
-        conv1, conv2 = block.slots["conv1"], block.slots["conv2"]
-        if block.permutable and conv2.columns == conv1.rows * math.prod(conv2.kernel):
-            names += ["permute units after conv1", "permute units after conv2"]
     if "norm.weight" in block.vectors:
         names.append("fold norm")
     return tuple(names)
@@ -79,6 +73,16 @@ def _conv_rows(i: int) -> Apply:
     return apply
 
 
+def _permuted(name: str) -> Apply:
+    def apply(editor: WeightEditor, block: Block, generator: torch.Generator) -> None:
+        for units in units_of(block):
+            if units.name == name:
+                count = count_of(block, units) or 0
+                permute_units(editor, block, name, _order(count, generator))
+
+    return apply
+
+
 def _fold(editor: WeightEditor, block: Block, _: torch.Generator) -> None:
     """There is one way only to fold a norm."""
     fold_norm(editor, block)
@@ -90,17 +94,10 @@ RANDOM: Mapping[str, Apply] = {
     "scale bottleneck units": lambda e, b, g: scale_bottleneck_units(
         e, b, _positive(b.slots["conv3"].columns, g)
     ),
-    "permute units after conv1": lambda e, b, g: permute_bottleneck(
-        e, b, _order(b.slots["conv1"].rows, g), None
-    ),
-    "permute units after conv2": lambda e, b, g: permute_bottleneck(
-        e, b, None, _order(b.slots["conv2"].rows, g)
-    ),
-    "permute hidden units": lambda e, b, g: permute_hidden(e, b, _order(b.slots["up"].rows, g)),
     "scale hidden units": lambda e, b, g: scale_hidden(e, b, _positive(b.slots["up"].rows, g)),
     "rotate q and k": lambda e, b, g: transform_heads(e, b, qk=_basis(b, g)),
     "rotate v and o": lambda e, b, g: transform_heads(e, b, vo=_basis(b, g)),
-    "permute heads": lambda e, b, g: permute_heads(e, b, _order(b.heads or 0, g)),
     "fold norm": _fold,
+    **{symmetry: _permuted(units) for units, symmetry in PERMUTES.items()},
 }
 """The random symmetry of each name."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tiedconv.core.plan import Block, Member, Slot, Span
+from tiedconv.core.units import PERMUTES, READS, WRITES
 
 Allows = Callable[[Block, str], bool]
 """Whether a symmetry, by its name in `SYMMETRIES`, preserves the function of a block."""
@@ -117,6 +118,32 @@ def scale_bottleneck_units(editor: WeightEditor, block: Block, f: Tensor) -> Non
         editor.edit(block.vectors[f"bn2.{part}"]).div_(f)
 
 
+def permute_units(editor: WeightEditor, block: Block, units: str, order: Tensor) -> None:
+    """Put the units of a block in another order: rows, columns and entries of vectors with them.
+
+    Args:
+        units: their name, see `core.units`.
+        order: `(units,)`.
+    """
+    if not editor.allows(block, PERMUTES[units]):
+        return
+    for role, slot in block.slots.items():
+        if WRITES.get(role) == units:
+            _reorder(editor.edit(slot), rows_of(order, slot.rows))
+        if READS.get(role) == units:
+            _reorder(editor.edit(slot).t(), rows_of(order, slot.columns))
+    for role, span in block.vectors.items():
+        if WRITES.get(role.partition(".")[0]) == units:
+            entries = editor.edit(span)
+            _reorder(entries, rows_of(order, len(entries)))
+
+
+def rows_of(order: Tensor, count: int) -> Tensor:
+    """The order of `count` rows (or columns) of which each unit has as many."""
+    each = count // len(order)
+    return (order.unsqueeze(1) * each + torch.arange(each)).flatten()
+
+
 def permute_bottleneck(
     editor: WeightEditor, block: Block, first: Tensor | None, second: Tensor | None
 ) -> None:
@@ -124,34 +151,14 @@ def permute_bottleneck(
 
     Only for a conv2 without groups. Orders are index tensors `(width,)`.
     """
-    conv2 = block.slots["conv2"]
-    if first is not None and not editor.allows(block, "permute units after conv1"):
-        first = None
-    if second is not None and not editor.allows(block, "permute units after conv2"):
-        second = None
-    for i, order in ((1, first), (2, second)):
-        if order is None:
-            continue
-        _reorder(editor.edit(block.slots[f"conv{i}"]), order)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            _reorder(editor.edit(block.vectors[f"bn{i}.{part}"]), order)
-    if first is not None:
-        kernels = editor.edit(conv2).reshape(conv2.rows, first.numel(), -1)
-        kernels.copy_(kernels[:, first].clone())
-    if second is not None:
-        columns = editor.edit(block.slots["conv3"])
-        columns.copy_(columns[:, second].clone())
+    for units, order in (("conv1", first), ("conv2", second)):
+        if order is not None:
+            permute_units(editor, block, units, order)
 
 
 def permute_hidden(editor: WeightEditor, block: Block, order: Tensor) -> None:
     """Put the hidden units of a feed-forward in another order, `(hidden,)`."""
-    if not editor.allows(block, "permute hidden units"):
-        return
-    _reorder(editor.edit(block.slots["up"]), order)
-    if "up.bias" in block.vectors:
-        _reorder(editor.edit(block.vectors["up.bias"]), order)
-    columns = editor.edit(block.slots["down"])
-    columns.copy_(columns[:, order].clone())
+    permute_units(editor, block, "hidden", order)
 
 
 def scale_hidden(editor: WeightEditor, block: Block, c: Tensor) -> None:
@@ -184,17 +191,7 @@ def transform_heads(
 
 def permute_heads(editor: WeightEditor, block: Block, order: Tensor) -> None:
     """Put the heads of an attention in another order, `(heads,)`."""
-    assert block.heads
-    if not editor.allows(block, "permute heads"):
-        return
-    d = block.slots["q"].rows // block.heads
-    rows = (order.unsqueeze(1) * d + torch.arange(d)).flatten()
-    for role in "qkv":
-        _reorder(editor.edit(block.slots[role]), rows)
-        if f"{role}.bias" in block.vectors:
-            _reorder(editor.edit(block.vectors[f"{role}.bias"]), rows)
-    o = editor.edit(block.slots["o"])
-    o.copy_(o[:, rows].clone())
+    permute_units(editor, block, "heads", order)
 
 
 def fold_norm(editor: WeightEditor, block: Block) -> bool:
@@ -204,8 +201,9 @@ def fold_norm(editor: WeightEditor, block: Block) -> bool:
     scale = editor.edit(block.vectors["norm.weight"])
     if float(scale.abs().min()) < 1e-4:
         return False  # the bias of a dead channel can't be divided by its scale
-    for role in ("up",) if block.kind == "ffn" else ("q", "k", "v"):
-        editor.edit(block.slots[role]).mul_(scale)
+    for role in ("gate", "up") if block.kind == "ffn" else ("q", "k", "v"):
+        if role in block.slots:
+            editor.edit(block.slots[role]).mul_(scale)
     editor.edit(block.vectors["norm.bias"]).div_(scale)
     scale.fill_(1.0)
     return True

@@ -12,6 +12,8 @@ the inverse of the moment, as Optimal Brain Surgeon does (Hassibi et al., 1993).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,19 +30,37 @@ def order_by_loss(matrix: Tensor, metric: KfacMetric, size: int = 1) -> Tensor:
     Args:
         matrix: `(out, units * size)`.
         metric: what its errors cost.
-        size: columns of each unit: the area of a kernel.
+        size: columns of each unit: the area of a kernel, the width of a head.
     """
-    weights = KfacMetric(metric.left).whiten(matrix.double())
-    moment = torch.eye(matrix.shape[1]) if metric.right is None else metric.right
-    inverse = torch.cholesky_inverse(cholesky(moment))
-    left = torch.arange(matrix.shape[1] // size)
+    return order_by_losses([(matrix, metric)], matrix.shape[1] // size)
+
+
+def order_by_losses(readers: Sequence[tuple[Tensor, KfacMetric]], units: int) -> Tensor:
+    """The same where several matrices read the units: their costs are added.
+
+    Args:
+        readers: each `(out, units * size)`, with the metric of its errors.
+        units: their number.
+    """
+    parts = []
+    for matrix, metric in readers:
+        weights = KfacMetric(metric.left).whiten(matrix.double())
+        moment = torch.eye(matrix.shape[1]) if metric.right is None else metric.right
+        parts.append((weights, torch.cholesky_inverse(cholesky(moment))))
+    sizes = [matrix.shape[1] // units for matrix, _ in readers]
+    left = torch.arange(units)
     removed: list[Tensor] = []
     while len(left) > 1:
-        losses = _losses(weights, inverse, size)
+        losses = torch.stack(
+            [_losses(*part, size) for part, size in zip(parts, sizes, strict=True)]
+        ).sum(0)
         last = losses.argsort(stable=True)[: max(1, len(left) // AT_ONCE)]
         stays = torch.ones(len(left), dtype=torch.bool)
         stays[last] = False
-        weights, inverse = _without(weights, inverse, stays.repeat_interleave(size))
+        parts = [
+            _without(*part, stays.repeat_interleave(size))
+            for part, size in zip(parts, sizes, strict=True)
+        ]
         removed.append(left[last])
         left = left[stays]
     return torch.cat([*removed, left]).flip(0)

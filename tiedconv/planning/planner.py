@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tiedconv.core.plan import Plan
+from tiedconv.core.units import matrices_of
 from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.symmetries import WeightEditor
@@ -62,7 +63,9 @@ class Outline:
     @property
     def weights(self) -> dict[str, bool]:
         """The weights whose errors count, and whether each is stored as `(in, out)`."""
-        slots = (s for task in self.tasks for block in task.blocks for s in block.slots.values())
+        slots = (
+            s for task in self.tasks for block in task.blocks for s in matrices_of(block).values()
+        )
         return {**self.rounded, **{slot.tensor: slot.transposed for slot in slots}}
 
     @property

@@ -2,7 +2,8 @@
 
 The first product reads the image as the convolution does, with a kernel for each row of the first
 factor; every product after it is a 1x1 convolution. A 1x1 kernel takes the pixels that its stride
-leaves, and all its products are 1x1.
+leaves, and all its products are 1x1. Of a depthwise convolution the first channels alone may be
+stored, the others being zero: then no others are computed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tiedconv.core.expr import Expr, Lookup
+from tiedconv.core.expr import Expr, Lookup, MatMul
 from tiedconv.runtime.factored import NotFactorableError, apply, matrix_of, require_values
 from tiedconv.runtime.generator import Generated
 
@@ -22,13 +23,14 @@ CHANNELS = -3
 
 
 def can_convolve(layer: nn.Conv2d) -> bool:
-    """Whether a convolution can apply factors: of one group, and padded by zeros if at all.
+    """Whether a convolution can apply factors: of one group or depthwise, padding only zeros.
 
     A 1x1 kernel must not be padded: its products are taken at the pixels of the input alone.
     """
-    if layer.groups > 1 or layer.padding_mode != "zeros":
-        return False
     point = tuple(layer.kernel_size) == (1, 1)
+    depthwise = layer.groups == layer.in_channels == layer.out_channels and not point
+    if (layer.groups > 1 and not depthwise) or layer.padding_mode != "zeros":
+        return False
     return not point or layer.padding in ("valid", "same") or not any(layer.padding)
 
 
@@ -48,6 +50,8 @@ def convolve(layer: nn.Conv2d, expr: Expr, x: Tensor, lookup: Lookup) -> Tensor:
     if point:
         down, across = layer.stride
         x = x[..., ::down, ::across]
+    if layer.groups > 1 and any(isinstance(node, MatMul) for node in expr.walk()):
+        raise NotFactorableError  # a product mixes channels
     on = Pixels(layer, lambda part: part.evaluate(lookup))
     return apply(matrix_of(expr), Image(x, patches=not point), on).value
 
@@ -83,8 +87,11 @@ class Pixels:
         if not x.patches:
             kernel = stored.t() if transpose else stored
             return Image(F.conv2d(x.value, kernel[:, :, None, None]))
-        kernel = stored.reshape(len(stored), -1, *of.kernel_size)
-        return Image(F.conv2d(x.value, kernel, None, of.stride, of.padding, of.dilation))
+        kernel, value = stored.reshape(len(stored), -1, *of.kernel_size), x.value
+        groups = min(of.groups, len(stored))
+        if of.groups > 1:
+            value = value.narrow(CHANNELS, 0, groups)
+        return Image(F.conv2d(value, kernel, None, of.stride, of.padding, of.dilation, groups))
 
     def scale(self, x: Image, vector: Expr) -> Image:
         """Each feature times its value."""

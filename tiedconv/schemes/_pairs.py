@@ -12,11 +12,12 @@ from tiedconv.core.plan import Block, Member
 Pair = tuple[tuple[str, bool], tuple[str, bool]]
 
 _FFN: Pair = (("up", False), ("down", True))
+_SQUEEZE: Pair = (("reduce", False), ("expand", True))
 
 # Role and whether its transpose takes part, for each pair that is stored as one W.
 PAIRINGS: Mapping[str, tuple[Pair, ...]] = {
-    "kv-qo": (_FFN, (("k", False), ("v", True)), (("q", False), ("o", True))),
-    "vo-qk": (_FFN, (("v", False), ("o", True)), (("q", False), ("k", False))),
+    "kv-qo": (_FFN, _SQUEEZE, (("k", False), ("v", True)), (("q", False), ("o", True))),
+    "vo-qk": (_FFN, _SQUEEZE, (("v", False), ("o", True)), (("q", False), ("k", False))),
 }
 
 
@@ -29,23 +30,27 @@ def pair_groups(
     blocks: Sequence[Block], groups: str, pairing: str
 ) -> Iterator[tuple[str, tuple[Member, ...]]]:
     """Feed-forwards and attentions: name and members of each W, those of a group together."""
-    stacks: dict[str, list[Block]] = defaultdict(list)
+    stacks: dict[tuple[str, tuple[Pair, ...]], list[Block]] = defaultdict(list)
     for block in sorted(blocks, key=lambda b: b.index):
         if block.kind != "bottleneck":
-            stacks[block.stack].append(block)
-    for layers in stacks.values():
+            # A block that changes its width has no pair of its 1x1 convolutions.
+            own = tuple(p for p in PAIRINGS[pairing] if fits(_members(block, p)))
+            stacks[block.stack, own].append(block)
+    for (_, pairs), layers in stacks.items():
         for part in partition(len(layers), groups):
             chosen = [layers[i] for i in part]
             name = chosen[0].name if len(part) == 1 else f"{chosen[0].name}-{chosen[-1].index}"
-            for pair in PAIRINGS[pairing]:
-                members = tuple(
-                    Member(block.slots[role], flip)
-                    for block in chosen
-                    if all(role in block.slots for role, _ in pair)
-                    for role, flip in pair
-                )
+            for pair in pairs:
+                members = tuple(member for block in chosen for member in _members(block, pair))
                 if fits(members):
                     yield f"{name}.{'-'.join(role for role, _ in pair)}", members
+
+
+def _members(block: Block, pair: Pair) -> list[Member]:
+    """The matrices of a pair; none where one of them is missing."""
+    if any(role not in block.slots for role, _ in pair):
+        return []
+    return [Member(block.slots[role], flip) for role, flip in pair]
 
 
 @dataclass(frozen=True)

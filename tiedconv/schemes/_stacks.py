@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tiedconv.core.partition import partition
 from tiedconv.core.plan import Block, Member, Slot
+from tiedconv.core.units import matrices_of
 
 
 def stacks(
@@ -21,7 +22,7 @@ def stacks(
     """
     found: dict[tuple[str, tuple[int, ...]], list[tuple[int, Slot]]] = defaultdict(list)
     for block in sorted(blocks, key=lambda b: (b.stack, b.index)):
-        for role, slot in (fuse(block.slots) if fused else block.slots).items():
+        for role, slot in (fuse(matrices_of(block)) if fused else matrices_of(block)).items():
             name = f"{block.stack.replace('.*', '').replace('*', '')}.{role}"
             found[name, slot.matrix_shape].append((block.index, slot))
     used: dict[str, int] = defaultdict(int)

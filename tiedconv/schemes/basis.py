@@ -25,6 +25,7 @@ from torch import Tensor
 from tiedconv.core.expr import Expr, MatMul, Mul, Ref, Shape
 from tiedconv.core.partition import partition
 from tiedconv.core.plan import Block, Member
+from tiedconv.core.units import matrices_of
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.kfac_metric import KfacMetric, mean_metric
 from tiedconv.numerics.linalg import shared_with_scales, spectrum, truncate
@@ -129,7 +130,8 @@ class Basis(FactoredBase):
         if self.join:  # blocks.3.attn and blocks.3.mlp are both of blocks.3
             start, star, part = stem.partition("*")
             stem, name = start + star, name.removesuffix(part)
-        for role, slot in (block.slots if self.tie else fuse(block.slots)).items():
+        own = matrices_of(block)
+        for role, slot in (own if self.tie else fuse(own)).items():
             # What is not on a stream (a 3x3 convolution) gets a group of its own: plain low rank.
             label = "" if role in _READS | _WRITES else f".{role}"
             member = Member(slot, flip=role in _WRITES)

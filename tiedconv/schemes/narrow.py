@@ -8,7 +8,10 @@ CORP (arXiv 2602.05243). Which units stay is chosen in the metric of the outputs
 elimination (`numerics.unit_selection`); they are put first, which permutes hidden units and so is
 done only where that preserves the function. The weights are the stored ones, padded with zeros, so
 a model can be fine-tuned and saved as any other, and `narrow_layers` makes its layers narrow.
-In a bottleneck there are two layers of hidden units, those after conv1 and those after conv2.
+
+`core.units` says which matrices write and read units. In a bottleneck there are two layers of
+them, those after conv1 and those after conv2; the units of an attention are its heads, and h is
+what its last matrix reads.
 
 Without images nothing is known of h: the units with the largest weights stay, as they are.
 """
@@ -16,9 +19,8 @@ Without images nothing is known of h: the units with the largest weights stay, a
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,11 +29,12 @@ from torch import Tensor
 
 from tiedconv.core.expr import Expr, Ref, Shape
 from tiedconv.core.pad import padded
-from tiedconv.core.plan import Block, Member
+from tiedconv.core.plan import Block, Member, Slot
+from tiedconv.core.units import PERMUTES, Units, count_of, units_among, units_of
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
-from tiedconv.numerics.symmetries import WeightEditor, permute_bottleneck, permute_hidden
-from tiedconv.numerics.unit_selection import decreasing, order_by_loss
+from tiedconv.numerics.symmetries import WeightEditor, permute_units, rows_of
+from tiedconv.numerics.unit_selection import decreasing, order_by_losses
 from tiedconv.schemes._base import Draft, Layout, RankOption, Scheme
 
 Shapes = Sequence[tuple[int, int]]
@@ -43,17 +46,20 @@ class Narrow(Scheme):
 
     Args:
         width: hidden units that stay: a number, or a fraction (below 1) of them.
-        step: the width is a multiple of it, or whole: processors like multiples of 8.
+        step: the width is a multiple of it, or whole: processors like multiples of 8. Of an
+            attention it is a head, whatever is given.
+        roles: of the matrices of a group, joined by "-"; a group has its own.
     """
 
     name: ClassVar[str] = "narrow"
-    pattern: ClassVar[str] = "feed-forwards with an activation alone between, bottlenecks"
+    pattern: ClassVar[str] = "feed-forwards, inverted bottlenecks, bottlenecks, heads of attentions"
     min_rank: ClassVar[int] = 1
     smaller_options: ClassVar = ({"width": 0.25},)
     has_shared_sides: ClassVar = True
 
     width: int | float | tuple[int, ...] = 0.5
     step: int = 8
+    roles: str = ""
 
     def __post_init__(self) -> None:
         widths = self.width if isinstance(self.width, tuple) else (self.width,)
@@ -66,10 +72,15 @@ class Narrow(Scheme):
 
     def drafts(self, blocks: Sequence[Block]) -> Iterator[Draft]:
         for block in blocks:
-            roles = _roles(_hidden_of(block))
-            if any(block.slots[role].rows > self.step for role in roles[:-1]):
-                members = tuple(Member(block.slots[role]) for role in roles)
-                yield Draft(f"{block.name}.{'-'.join(roles)}", self, members)
+            block = _in_order(block)
+            units = _removable(block)
+            sizes = {u.name: _rows(block, u) for u in units}
+            step = sizes["heads"] // (block.heads or 1) if "heads" in sizes else self.step
+            if not any(rows > step for rows in sizes.values()):
+                continue
+            roles = "-".join(block.slots)
+            scheme = dataclasses.replace(self, step=step, roles=roles)
+            yield Draft(f"{block.name}.{roles}", scheme, tuple(map(Member, block.slots.values())))
 
     def layout(self, shapes: Shapes) -> Layout:
         factors: dict[str, Shape] = {}
@@ -103,46 +114,64 @@ class Narrow(Scheme):
         self, blocks: Sequence[Block], editor: WeightEditor, metrics: Mapping[str, KfacMetric]
     ) -> Mapping[str, KfacMetric]:
         found = dict(metrics)
-        for block in blocks:
-            for hidden in _hidden_of(block):
-                if not editor.allows(block, hidden.symmetry):
+        for block in map(_in_order, blocks):
+            for units in _removable(block):
+                if not editor.allows(block, PERMUTES[units.name]):
                     continue
-                one, two = block.slots[hidden.writer], block.slots[hidden.reader]
-                order = _order(editor.matrix(one), editor.matrix(two), found.get(two.tensor))
-                hidden.permute(editor, block, order)
-                if one.tensor in found:
-                    found[one.tensor] = found[one.tensor].reordered(rows=order)
-                if two.tensor in found:
-                    columns = _columns(order, two.columns // one.rows)
-                    found[two.tensor] = found[two.tensor].reordered(columns=columns)
+                slots = [*block.slots.values()]
+                writers, readers = ([slots[i] for i in at] for at in (units.writers, units.readers))
+                order = _order(writers, readers, count_of(block, units) or 1, editor, found)
+                permute_units(editor, block, units.name, order)
+                for slot in {*writers, *readers}:
+                    if slot.tensor in found:
+                        rows = _moved_rows(slot, order) if slot in writers else None
+                        columns = rows_of(order, slot.columns) if slot in readers else None
+                        found[slot.tensor] = found[slot.tensor].reordered(rows, columns)
         return found
 
     def rank_options(self, shapes: Shapes) -> list[RankOption | None]:
-        found: list[RankOption | None] = [None]
-        for (units, columns), (rows, inputs) in itertools.pairwise(shapes):
-            steps = -(-units // self.step)
-            each = min(self.step, units) * (columns + rows * (inputs // units))
-            found.append(RankOption(each, self.min_rank, steps, steps))
-        return [*found, None]
+        found: list[RankOption | None] = [None] * (len(shapes) + 1)
+        for units in self._units(len(shapes)):
+            count = shapes[units.writers[0]][0]
+            each = sum(shapes[i][1] for i in units.writers)
+            each += sum(shapes[i][0] * shapes[i][1] // count for i in units.readers)
+            steps = -(-count // self.step)
+            found[units.readers[-1]] = RankOption(
+                min(self.step, count) * each, self.min_rank, steps, steps
+            )
+        return found
 
     def rank_slots(self, count: int) -> list[bool]:
-        return [j > 0 for j in range(count)]
+        takes = {units.readers[-1] for units in self._units(count)}
+        return [i in takes for i in range(count)]
 
     def gains(
         self, matrices: Sequence[Tensor], metrics: Sequence[KfacMetric]
     ) -> list[Tensor | None]:  # fmt: skip
-        found: list[Tensor | None] = [None]
-        for i in range(1, len(matrices)):
-            units = matrices[i - 1].shape[0]
+        found: list[Tensor | None] = [None] * (len(matrices) + 1)
+        for units in self._units(len(matrices)):
+            count = len(matrices[units.writers[0]])
             # In the Cholesky basis a column is what its unit adds to those before it.
-            loss = metrics[i].whiten(matrices[i]).square().sum(0).reshape(units, -1).sum(1)
-            if not metrics[i].measured:
-                loss = loss + matrices[i - 1].square().sum(1)
-            found.append(decreasing(0.5 * self._by_steps(loss.double())))
-        return [*found, None]
+            loss = torch.zeros(count, dtype=torch.float64)
+            for i in units.readers:
+                loss += metrics[i].whiten(matrices[i]).square().sum(0).reshape(count, -1).sum(1)
+            if not any(metrics[i].measured for i in units.readers):
+                for i in units.writers:
+                    loss += matrices[i].square().sum(1)
+            found[units.readers[-1]] = decreasing(0.5 * self._by_steps(loss))
+        return found
 
     def with_residual_ranks(self, ranks: Sequence[int]) -> Scheme:
-        return dataclasses.replace(self, width=tuple(r * self.step for r in ranks[1:]))
+        units = self._units(len(ranks))
+        return dataclasses.replace(
+            self, width=tuple(ranks[u.readers[-1]] * self.step for u in units)
+        )
+
+    def _units(self, count: int) -> list[Units]:
+        """The units of so many matrices; without roles, each reads those of the one before it."""
+        if self.roles:
+            return units_among(self.roles.split("-"))
+        return [Units(str(i), (i,), (i + 1,)) for i in range(count - 1)]
 
     def _by_steps(self, values: Tensor) -> Tensor:
         """Sums over the units of each step."""
@@ -151,18 +180,22 @@ class Narrow(Scheme):
 
     def _kept(self, shapes: Shapes) -> list[tuple[int, int]]:
         """The shape of what is stored of each matrix."""
-        units = [rows for rows, _ in shapes[:-1]]
-        widths = self.width if isinstance(self.width, tuple) else (self.width,) * len(units)
-        if len(widths) != len(units):
+        layers = self._units(len(shapes))
+        widths = self.width if isinstance(self.width, tuple) else (self.width,) * len(layers)
+        if len(widths) != len(layers):
             raise SchemeError(
-                f"width lists {len(widths)} numbers, but a group has {len(units)} hidden layers",
+                f"width lists {len(widths)} numbers, but a group has {len(layers)} hidden layers",
                 hint="Give one number for each, or one for all",
                 code="wrong-rank-count",
             )
-        left = [self._resolve(w, n) for w, n in zip(widths, units, strict=True)]
-        rows = [*left, shapes[-1][0]]
-        sizes = [columns // n for (_, columns), n in zip(shapes[1:], units, strict=True)]
-        columns = [shapes[0][1], *(n * size for n, size in zip(left, sizes, strict=True))]
+        rows, columns = ([shape[side] for shape in shapes] for side in (0, 1))
+        for units, width in zip(layers, widths, strict=True):
+            count = shapes[units.writers[0]][0]
+            left = self._resolve(width, count)
+            for i in units.writers:
+                rows[i] = left
+            for i in units.readers:
+                columns[i] = left * (columns[i] // count)
         return list(zip(rows, columns, strict=True))
 
     def _resolve(self, width: int | float, units: int) -> int:
@@ -174,61 +207,57 @@ def _is_width(width: int | float) -> bool:
     return 0 < width < 1 if isinstance(width, float) else width > 0
 
 
-@dataclass(frozen=True)
-class _Hidden:
-    """Hidden units of a block: the roles of the matrices that write and read them.
-
-    Args:
-        writer, reader: roles.
-        permute: puts them into another order, by the symmetry of the name `symmetry`.
-    """
-
-    writer: str
-    reader: str
-    symmetry: str
-    permute: Callable[[WeightEditor, Block, Tensor], None]
+_ORDER: Mapping[str, tuple[str, ...]] = {
+    "ffn": ("gate", "up", "depthwise", "reduce", "expand", "down"),
+    "bottleneck": ("conv1", "conv2", "conv3"),
+    "attention": ("q", "k", "v", "o"),
+}
+"""The matrices of each kind of block, in the order of a group."""
 
 
-_HIDDEN: Mapping[str, tuple[_Hidden, ...]] = {
-    "ffn": (_Hidden("up", "down", "permute hidden units", permute_hidden),),
-    "bottleneck": (
-        _Hidden("conv1", "conv2", "permute units after conv1",
-                lambda editor, block, order: permute_bottleneck(editor, block, order, None)),
-        _Hidden("conv2", "conv3", "permute units after conv2",
-                lambda editor, block, order: permute_bottleneck(editor, block, None, order)),
-    ),
-}  # fmt: skip
+def _in_order(block: Block) -> Block:
+    """The block with its matrices in the order of a group."""
+    slots = {role: block.slots[role] for role in _ORDER.get(block.kind, ()) if role in block.slots}
+    return dataclasses.replace(block, slots=slots)
 
 
-def _hidden_of(block: Block) -> tuple[_Hidden, ...]:
-    """The hidden units of a block, layer after layer; none where they are not known to be apart."""
-    found = _HIDDEN.get(block.kind, ())
-    roles = _roles(found)
-    slots = [block.slots[role] for role in roles if role in block.slots]
-    # As a gate, which a unit has a row of too, or groups of a convolution.
-    is_chain = set(roles) == block.slots.keys() and all(
-        reader.columns == writer.rows * math.prod(reader.kernel)
-        for writer, reader in itertools.pairwise(slots)
-    )
-    return found if is_chain and block.permutable else ()
+def _removable(block: Block) -> list[Units]:
+    """The units of a block; none where one is not known to be apart from the others."""
+    found = units_of(block) if block.permutable else []
+    # As those of groups of a convolution, whose sizes do not agree.
+    return found if len(found) == len(units_among([*block.slots])) else []
 
 
-def _roles(hidden: Sequence[_Hidden]) -> list[str]:
-    return [*(h.writer for h in hidden), *(h.reader for h in hidden[-1:])]
+def _rows(block: Block, units: Units) -> int:
+    """Rows of the matrices that write some units."""
+    return [*block.slots.values()][units.writers[0]].rows
 
 
-def _order(writer: Tensor, reader: Tensor, metric: KfacMetric | None) -> Tensor:
+def _moved_rows(slot: Slot, order: Tensor) -> Tensor:
+    """The order of all rows of a tensor, of which those of a slot are put into an order."""
+    rows = torch.arange(Slot.whole(slot.tensor, slot.shape, slot.transposed).rows)
+    rows[slot.start : slot.stop] = slot.start + rows_of(order, slot.rows)
+    return rows
+
+
+def _order(
+    writers: Sequence[Slot],
+    readers: Sequence[Slot],
+    units: int,
+    editor: WeightEditor,
+    metrics: Mapping[str, KfacMetric],
+) -> Tensor:
     """The units, the most important first."""
-    units = writer.shape[0]
-    if metric is not None:
-        return order_by_loss(reader, metric, reader.shape[1] // units)
-    sizes = reader.square().sum(0).reshape(units, -1).sum(1) + writer.square().sum(1)
+    if all(slot.tensor in metrics for slot in readers):
+        return order_by_losses(
+            [(editor.matrix(slot), metrics[slot.tensor]) for slot in readers], units
+        )
+    sizes = torch.zeros(units, dtype=torch.float64)
+    for slot in writers:
+        sizes += editor.matrix(slot).double().square().reshape(units, -1).sum(1)
+    for slot in readers:
+        sizes += editor.matrix(slot).double().square().sum(0).reshape(units, -1).sum(1)
     return sizes.argsort(descending=True, stable=True)
-
-
-def _columns(order: Tensor, size: int) -> Tensor:
-    """The columns of units in an order, `size` of each."""
-    return (order.unsqueeze(1) * size + order.new_tensor(range(size))).flatten()
 
 
 SCHEME = Narrow
