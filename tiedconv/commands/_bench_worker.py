@@ -49,8 +49,8 @@ class BenchTarget:
     """The model and runtime of one process.
 
     Args:
-        file: a compact file, an ONNX file or a pt2 file.
-        runtime: one of `RUNTIMES`.
+        file: a compact file, or an exported one.
+        runtime: one of `RUNTIMES`, or a format that is timed.
         dense: run the dense form of a compact file instead.
         one_copy: set ONNX Runtime's `session.disable_prepacking`.
         threads: threads of the runtime.
@@ -224,7 +224,7 @@ def make_runner(target: BenchTarget) -> Runner:
     """Load the model of a target; the result runs it on a number of blank images."""
     torch.set_num_threads(target.threads)
     make = {"onnx": _onnx, "pt2": _pt2}.get(target.runtime, _torch)
-    return make(target)
+    return _format(target) if target.runtime not in RUNTIMES else make(target)
 
 
 def _blank(target: BenchTarget, batch: int) -> list[torch.Tensor]:
@@ -264,6 +264,17 @@ def _pt2(target: BenchTarget) -> Runner:
     def run(batch: int) -> None:
         with torch.inference_mode():
             module(*_blank(target, batch))
+
+    return run
+
+
+def _format(target: BenchTarget) -> Runner:
+    from tiedconv.exporters import all_formats
+
+    opened = all_formats()[target.runtime].opened(Path(target.file), target.threads)
+
+    def run(batch: int) -> None:
+        opened(*_blank(target, batch))
 
     return run
 

@@ -8,6 +8,7 @@ the middle 80 % are reported.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import platform
 import statistics
@@ -65,7 +66,8 @@ class Measured:
 
     Args:
         runtime: `eager`, `cached` (after `freeze`), `factored` (after `apply_factors`), `compiled`,
-            `onnx`, or `onnx-lean` (factors applied wherever possible, one copy of each matrix).
+            `onnx`, `onnx-lean` (factors applied wherever possible, one copy of each matrix), or a
+            format that is timed, such as `executorch`.
         model: `compact` or `dense`.
         baseline: the runtime of the dense form that it is compared with.
         file_bytes: size of the loaded file; 0 for a dense form that is made from the compact file.
@@ -118,7 +120,8 @@ def bench(
 
     Args:
         file: a compact file.
-        runtimes: `eager` (with `cached` and `factored`), `compiled`, `onnx` (with `onnx-lean`).
+        runtimes: `eager` (with `cached` and `factored`), `compiled`, `onnx` (with `onnx-lean`),
+            `executorch`.
         batches: images at a time.
         rounds: runs of each form at each batch size, at least 3.
         threads: threads of each runtime.
@@ -196,6 +199,13 @@ def _forms(
             add("onnx", DENSE, runtime, dense, "onnx")
             add("onnx", "compact", runtime, auto, "onnx")
             add("onnx-lean", "compact", runtime, lean, "onnx", one_copy=True)
+        if runtime in timed_formats():
+            form = all_formats()[runtime]
+            own, dense = (folder / f"{n}{form.endings[0]}" for n in ("compact", "plain"))
+            export(file, own, runtime, trust_code=trust_code)
+            form.write_plain(untie(copy.deepcopy(model)), images, dense)
+            add(runtime, DENSE, runtime, dense, runtime)
+            add(runtime, "compact", runtime, own, runtime)
     return found
 
 
@@ -258,8 +268,13 @@ def _timing(batch: int, own: list[float], dense: list[float] | None, kind: str) 
     return Timing(batch, median, statistics.median(ratios), ratios[edge], ratios[-1 - edge])
 
 
+def timed_formats() -> list[str]:
+    """Formats whose files `bench` measures in their own runtime."""
+    return [name for name, form in all_formats().items() if form.timed]
+
+
 def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None:
-    known = ("eager", "compiled", "onnx")
+    known = ("eager", "compiled", "onnx", *timed_formats())
     for runtime in runtimes:
         if runtime not in known:
             raise UserError(
@@ -273,6 +288,8 @@ def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None
             hint="Name a runtime, batch sizes of at least 1, and at least 3 rounds",
             code="nothing-to-measure",
         )
+    for runtime in set(runtimes) & set(timed_formats()):
+        all_formats()[runtime].check()
     if "onnx" in runtimes:
         all_formats()["onnx"].check()
         try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import struct
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,16 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import UserError, first_line
-from tiedconv.exporters._executorch_graph import apply_all_factors, partitioner, store_as_read
-from tiedconv.exporters._format import Format, Job, Outputs, Written, unreadable
-from tiedconv.exporters.pt2 import silent, strip
+from tiedconv.exporters._executorch_partition import partitioner
+from tiedconv.exporters._format import Format, Job, Written, unreadable
+from tiedconv.exporters._one_image import (
+    apply_all_factors,
+    one_image_program,
+    require_one_input,
+)
+from tiedconv.exporters.pt2 import quiet
 from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.runtime.outputs import named_outputs
 from tiedconv.version import __version__
 
 _METHOD, _ABOUT = "forward", "tiedconv"
-_DAMAGED = (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError,
-            NotImplementedError, AssertionError, struct.error, OSError, UnicodeDecodeError)  # fmt: skip
+_DAMAGED = (
+    RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError,
+    struct.error, OSError,
+)  # fmt: skip
+"""What reading a damaged file raises: the reader of its tables checks nothing."""
 
 
 class ExecuTorch(Format):
@@ -46,17 +52,10 @@ class ExecuTorch(Format):
         Raises:
             UserError: the model takes images and text at once, or can't be exported.
         """
-        if job.text is not None:
-            raise UserError(
-                "A file for ExecuTorch is called with one image or one text, and this model takes "
-                "both",
-                "Nothing was written",
-                "Export it with --to onnx or --to pt2",
-                code="model-not-exportable",
-            )
+        require_one_input(job, "ExecuTorch")
         if job.lower != "never":
             apply_all_factors(job.model)
-        delegated = _write(job.model, job.images[:1], job.outputs, job.path, job.about)
+        delegated = _write(job.model, job.images, job.outputs, job.path, job.about)
         held = self.tensors(job.path).values()
         count, size = sum(t.numel() for t in held), self.held_bytes(job.path)
         return Written(len(held), count, size, {"delegated": delegated, "batch": 1})
@@ -65,7 +64,7 @@ class ExecuTorch(Format):
         """With all outputs, in the same way."""
         with torch.no_grad():
             names = tuple(named_outputs(model(images)))
-        _write(model, images[:1], names, path, {})
+        _write(model, images, names, path, {})
 
     def tensors(self, path: Path) -> dict[str, Tensor]:
         """The constants, and what the delegate reads: flat, as it stores them."""
@@ -95,7 +94,7 @@ class ExecuTorch(Format):
 
     def _read(self, path: Path) -> tuple[Any, dict[str, bytes]]:
         self.check()
-        with _quiet():
+        with quiet():
             from executorch.exir._serialize._program import deserialize_pte_binary
 
             try:
@@ -112,7 +111,7 @@ class ExecuTorch(Format):
 
     def opened(self, path: Path, threads: int = 0) -> Callable[[Tensor], dict[str, Tensor]]:
         """By ExecuTorch's own runtime, image by image."""
-        with _quiet():
+        with quiet():
             from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
             from executorch.runtime import Runtime
 
@@ -170,21 +169,16 @@ def _inline_bytes(data: bytes) -> int:
 
 
 def _write(
-    model: nn.Module, image: Tensor, outputs: tuple[str, ...], path: Path, about: Any
+    model: nn.Module, images: Tensor, outputs: tuple[str, ...], path: Path, about: Any
 ) -> int:  # fmt: skip
     """Write a program; returns the number of its calls of the delegate."""
     record = {"version": __version__, "outputs": list(outputs), **about}
-    with _quiet():
+    with quiet():
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
         try:
-            with torch.no_grad():
-                wrapped = Outputs(model, outputs, tuple)
-                program = torch.export.export(wrapped, (image,), strict=False)
-            strip(program)
-            store_as_read(program)
             edge = to_edge_transform_and_lower(
-                program,
+                one_image_program(model, images, outputs),
                 partitioner=[partitioner()],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
                 constant_methods={_ABOUT: json.dumps(record, ensure_ascii=False)},
@@ -202,14 +196,6 @@ def _write(
             ) from error
     path.write_bytes(data)
     return sum(n.op == "call_function" for n in calls)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Within it, neither ExecuTorch nor what it imports warns about itself."""
-    with warnings.catch_warnings(), silent():
-        warnings.simplefilter("ignore")
-        yield
 
 
 FORMAT = ExecuTorch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -97,6 +98,14 @@ def silent() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, converters neither warn nor log nor draw progress bars."""
+    with warnings.catch_warnings(), silent(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def strip(program: torch.export.ExportedProgram) -> None:
