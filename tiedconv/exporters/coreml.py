@@ -103,6 +103,10 @@ def _converted(job: Job) -> Any:
     passes.set_options("common::const_elimination", {"skip_const_by_size": str(_FOLDED)})
     passes.remove_passes({"common::fuse_matmul_weight_bias"})
     program = one_image_program(job.model, job.images, job.outputs).run_decompositions({})
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.alias.default:  # coremltools knows no such operator
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            program.graph.erase_node(node)
     (given,) = job.inputs
     names = [name.replace(".", "_") for name in job.outputs]
     model = ct.convert(
