@@ -27,6 +27,9 @@ NOT_RUN = {
 # A block that needs what can't be had here, by a part of it.
 NOT_RUN_BLOCKS = {
     'tiedconv.load("hub:USER/NAME")': "downloads; tests/sources/test_repository.py has a server",
+    "from executorch.runtime": "an optional runtime; tests/exporters/test_edge.py runs it",
+    "coremltools.models.MLModel": "runs on Apple's devices alone",
+    "import tensorrt": "needs a GPU",
 }
 
 

@@ -31,7 +31,7 @@ def bench(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Some of eager, compiled, onnx. Each is compared with the dense "
+            help="Some of eager, compiled, onnx, executorch. Each is compared with the dense "
             "form in the same runtime.",
         ),
     ] = "eager,onnx",

@@ -66,10 +66,10 @@ def export(
 ) -> None:
     """Export a compact model to a format that runs without tiedconv.
 
-    ONNX, OpenVINO and torch's pt2 hold each stored tensor once. The size is checked, and outputs
-    are compared with the model's, before the file is moved into place; if they can't be compared,
-    the output says "Not checked" and why. The dense form is the plain state dict of the original
-    class, at the original's size.
+    ONNX, OpenVINO, torch's pt2, ExecuTorch and Core ML hold each stored tensor once. The size is
+    checked, and outputs are compared with the model's, before the file is moved into place; if they
+    can't be compared, the output says "Not checked" and why. The dense form is the plain state dict
+    of the original class, at the original's size.
     """
     from tiedconv.commands.export import export as run
 

@@ -36,7 +36,7 @@ import torch
 from tiedconv.errors import RunError, first_line
 from tiedconv.utils.memory import peak_rss
 
-RUNTIMES = ("eager", "cached", "factored", "optimized", "compiled", "onnx", "openvino", "pt2")
+RUNTIMES = ("eager", "cached", "factored", "optimized", "compiled", "onnx", "pt2")
 LOADS = 3
 """How many times a model is loaded; the median is reported."""
 TAIL = 4096
@@ -50,8 +50,8 @@ class BenchTarget:
     """The model and runtime of one process.
 
     Args:
-        file: a compact file, or one of ONNX, OpenVINO or pt2.
-        runtime: one of `RUNTIMES`.
+        file: a compact file, or an exported one.
+        runtime: one of `RUNTIMES`, or a format that is timed.
         dense: run the dense form of a compact file instead.
         one_copy: set ONNX Runtime's `session.disable_prepacking`.
         threads: threads of the runtime.
@@ -224,8 +224,8 @@ class _Worker:
 def make_runner(target: BenchTarget) -> Runner:
     """Load the model of a target; the result runs it on a number of blank images."""
     torch.set_num_threads(target.threads)
-    make = {"onnx": _onnx, "openvino": _openvino, "pt2": _pt2}.get(target.runtime, _torch)
-    return make(target)
+    make = {"onnx": _onnx, "pt2": _pt2}.get(target.runtime, _torch)
+    return _format(target) if target.runtime not in RUNTIMES else make(target)
 
 
 def _blank(target: BenchTarget, batch: int) -> list[torch.Tensor]:
@@ -275,6 +275,17 @@ def _pt2(target: BenchTarget) -> Runner:
     return run
 
 
+def _format(target: BenchTarget) -> Runner:
+    from tiedconv.exporters import all_formats
+
+    opened = all_formats()[target.runtime].opened(Path(target.file), target.threads)
+
+    def run(batch: int) -> None:
+        opened(*_blank(target, batch))
+
+    return run
+
+
 def _onnx(target: BenchTarget) -> Runner:
     import onnxruntime as ort
 
@@ -289,19 +300,6 @@ def _onnx(target: BenchTarget) -> Runner:
     def run(batch: int) -> None:
         blank = (tensor.numpy() for tensor in _blank(target, batch))
         session.run(None, dict(zip(names, blank, strict=True)))
-
-    return run
-
-
-def _openvino(target: BenchTarget) -> Runner:
-    import openvino as ov
-
-    how = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": target.threads}
-    compiled = ov.Core().compile_model(target.file, "CPU", how)
-    request = compiled.create_infer_request()
-
-    def run(batch: int) -> None:
-        request.infer([tensor.numpy() for tensor in _blank(target, batch)], share_inputs=True)
 
     return run
 

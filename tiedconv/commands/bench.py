@@ -68,9 +68,8 @@ class Measured:
 
     Args:
         runtime: `eager`, `cached` (after `freeze`), `factored` (after `apply_factors`), `optimized`
-            (after `optimize`), `compiled`,
-            `onnx`, `onnx-lean` (factors applied wherever possible, one copy of each matrix), or
-            `openvino`.
+            (after `optimize`), `compiled`, `onnx`, `onnx-lean` (factors applied wherever possible,
+            one copy of each matrix), or a format that is timed, such as `openvino`.
         model: `compact` or `dense`.
         baseline: the runtime of the dense form that it is compared with.
         file_bytes: size of the loaded file; 0 for a dense form that is made from the compact file.
@@ -124,7 +123,7 @@ def bench(
     Args:
         file: a compact file.
         runtimes: `eager` (with `cached`, `factored` and `optimized`), `compiled`, `onnx` (with
-            `onnx-lean`), `openvino`.
+            `onnx-lean`), `openvino`, `executorch`.
         batches: images at a time.
         rounds: runs of each form at each batch size, at least 3.
         threads: threads of each runtime.
@@ -223,13 +222,13 @@ def _forms(
             add("onnx", DENSE, runtime, dense, "onnx")
             add("onnx", "compact", runtime, auto, "onnx")
             add("onnx-lean", "compact", runtime, lean, "onnx", one_copy=True)
-        if runtime == "openvino":
-            auto, dense = folder / "auto.xml", folder / "openvino.onnx"
-            export(file, auto, trust_code=trust_code)
-            text = further_inputs(model, images).get("input_ids")
-            write_dense(untie(copy.deepcopy(model)), named_inputs(images, text), dense)
+        if runtime in timed_formats():
+            form = all_formats()[runtime]
+            own, dense = (folder / f"{n}{form.endings[0]}" for n in ("compact", "plain"))
+            export(file, own, runtime, trust_code=trust_code)
+            form.write_plain(untie(copy.deepcopy(model)), images, dense)
             add(runtime, DENSE, runtime, dense, runtime)
-            add(runtime, "compact", runtime, auto, runtime)
+            add(runtime, "compact", runtime, own, runtime)
     return found
 
 
@@ -292,8 +291,13 @@ def _timing(batch: int, own: list[float], dense: list[float] | None, kind: str) 
     return Timing(batch, median, statistics.median(ratios), ratios[edge], ratios[-1 - edge])
 
 
+def timed_formats() -> list[str]:
+    """Formats whose files `bench` measures in their own runtime."""
+    return [name for name, form in all_formats().items() if form.timed]
+
+
 def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None:
-    known = ("eager", "compiled", "onnx", "openvino")
+    known = ("eager", "compiled", "onnx", *timed_formats())
     for runtime in runtimes:
         if runtime not in known:
             raise UserError(
@@ -307,9 +311,10 @@ def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None
             hint="Name a runtime, batch sizes of at least 1, and at least 3 rounds",
             code="nothing-to-measure",
         )
-    for runtime in {"onnx", "openvino"} & set(runtimes):
+    for runtime in {"onnx", *timed_formats()} & set(runtimes):
         all_formats()[runtime].check()
-        choose_runtime(runtime)
+    if "onnx" in runtimes:
+        choose_runtime("onnx")
 
 
 def draw(found: Bench, path: Path, *, force: bool = False) -> None:

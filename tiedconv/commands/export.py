@@ -83,8 +83,8 @@ def export(
     Args:
         file: a compact file.
         output: the file to write.
-        to: the format: `compact`, `dense`, `onnx`, `openvino` or `pt2`; None to choose by the
-            output's extension.
+        to: the format: `compact`, `coreml`, `dense`, `executorch`, `onnx`, `openvino` or `pt2`;
+            None to choose by the output's extension.
         dtype: how matrices and kernels are stored: `float32`, `float16`, `bfloat16` or `int8`.
         lower: for ONNX, where factors are applied one by one instead of materialising weights as
             the runtime loads the file: `auto` (where it is as fast), `always` (least memory),

@@ -17,6 +17,20 @@ from tiedconv.exporters._format import DTYPES, LOWERINGS, Format, Job, Written
 __all__ = ["DTYPES", "LOWERINGS", "Format", "Job", "Written", "all_formats", "choose_format"]
 
 
+_LITERT = (
+    ". LiteRT's converter computes the transpose of a tied matrix ahead of time and stores both, "
+    "so the file would not be compact; executorch runs on the same devices (docs/edge.md)"
+)
+_TENSORRT = ". TensorRT builds its engine from an ONNX file: export to onnx (docs/edge.md)"
+INSTEAD = {
+    **dict.fromkeys(("tflite", "litert"), _LITERT),
+    **dict.fromkeys(("tensorrt", "trt"), _TENSORRT),
+    **dict.fromkeys(("mlmodel", "mlpackage", "core-ml"), ". Core ML's packages are coreml here"),
+    "torchscript": ". torch replaced it by exported programs: pt2",
+}
+"""Why a format that users ask for is not among `all_formats`, and what to do instead."""
+
+
 @functools.cache
 def all_formats() -> dict[str, Format]:
     """Every format of the folder, by name."""
@@ -34,7 +48,7 @@ def choose_format(name: str | None, output: Path, dtype: str) -> Format:
     formats = all_formats()
     if name is not None and name not in formats:
         raise UserError(
-            f"Unknown export format {name!r}",
+            f"Unknown export format {name!r}{INSTEAD.get(name.lower(), '')}",
             hint=f"Use one of: {', '.join(formats)}",
             code="unknown-format",
         )

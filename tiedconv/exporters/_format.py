@@ -96,8 +96,8 @@ class Format(ABC):
 
     `name` is the value of `--to`, `endings` the extensions of its file, `dtypes` those it stores,
     `packages` the packages it needs besides torch, `extra` the extra of tiedconv that installs
-    them, `compact` whether each stored tensor is in the file once, and `has_graph` whether the file
-    runs without the model's class.
+    them, `compact` whether each stored tensor is in the file once, `has_graph` whether the file
+    runs without the model's class, and `timed` whether `bench` measures it by `opened`.
     """
 
     name: ClassVar[str]
@@ -107,6 +107,7 @@ class Format(ABC):
     extra: ClassVar[str] = ""
     compact: ClassVar[bool] = True
     has_graph: ClassVar[bool] = True
+    timed: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raise MissingExtra if a package that the format needs is not installed."""
@@ -150,6 +151,28 @@ class Format(ABC):
         Raises:
             CheckpointError: the file can't be read.
         """
+
+    def opened(self, path: Path, threads: int = 0) -> Callable[[Tensor], dict[str, Tensor]]:
+        """A written file, loaded: a function from images to its outputs. Of formats that are timed.
+
+        Args:
+            path: the file.
+            threads: of the runtime, 0 for its own choice.
+
+        Raises:
+            CheckpointError: the file can't be read.
+        """
+        raise NotImplementedError
+
+    def write_plain(self, model: nn.Module, images: Tensor, path: Path) -> None:
+        """Write a plain model in the same way: the baseline of `bench`. Of formats that are timed.
+
+        Args:
+            model: plain, in evaluation mode.
+            images: `(2, C, H, W)`.
+            path: the file to write.
+        """
+        raise NotImplementedError
 
 
 class Outputs(nn.Module):

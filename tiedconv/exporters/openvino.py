@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiedconv.exporters._format import Format, Job, Written, named_inputs, unreadable
 from tiedconv.exporters.onnx import FORMAT as ONNX
+from tiedconv.exporters.onnx import write_dense
 
 
 class OpenVino(Format):
@@ -22,6 +24,7 @@ class OpenVino(Format):
     dtypes: ClassVar = ("float32", "float16")
     packages: ClassVar = ("openvino", *ONNX.packages)
     extra: ClassVar = "openvino"
+    timed: ClassVar = True
 
     def write(self, job: Job) -> Written:
         """The companion file is measured: OpenVINO may store folded constants."""
@@ -56,14 +59,33 @@ class OpenVino(Format):
 
     def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """By OpenVINO on the CPU, in float32: by default it uses bfloat16 where the CPU has it."""
+        return self.opened(path)(images, text)
+
+    def opened(self, path: Path, threads: int = 0) -> Callable[..., dict[str, Tensor]]:
+        """The model, compiled; a function from images, and text if it takes any, to outputs."""
         import openvino as ov
 
+        how = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
         try:
-            compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            compiled = ov.compile_model(path, "CPU", how)
         except RuntimeError as error:
             raise unreadable(path, "an OpenVINO model", error) from error
-        found = compiled({n: t.numpy() for n, t in named_inputs(images, text).items()})
-        return {port.get_any_name(): torch.from_numpy(found[port]) for port in compiled.outputs}
+        names = {port: port.get_any_name() for port in compiled.outputs}
+
+        def run(images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
+            found = compiled({n: t.numpy() for n, t in named_inputs(images, text).items()})
+            return {name: torch.from_numpy(found[port]) for port, name in names.items()}
+
+        return run
+
+    def write_plain(self, model: nn.Module, images: Tensor, path: Path) -> None:
+        """The same way through ONNX."""
+        import openvino as ov
+
+        between = path.with_suffix(".onnx")
+        write_dense(model, named_inputs(images, None), between)
+        ov.save_model(ov.Core().read_model(between), path, compress_to_fp16=False)
+        between.unlink()
 
 
 FORMAT = OpenVino()

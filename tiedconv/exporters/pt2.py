@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ class Pt2(Format):
                     "Export it with --to dense",
                     code="model-not-exportable",
                 ) from error
-            _strip(program)
+            strip(program)
             torch.export.save(program, job.path)
         held = {id(t.untyped_storage()): t for t in program.state_dict.values()}
         constants = (t for t in program.constants.values() if isinstance(t, Tensor))
@@ -76,7 +77,7 @@ def _opened(path: Path) -> torch.export.ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with _silent():
+            with silent():
                 program = torch.export.load(checked_archive(path))
             program._guards_code = []  # Python text that running it would execute
             return program
@@ -89,7 +90,7 @@ def _opened(path: Path) -> torch.export.ExportedProgram:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Within it, torch logs nothing: of a damaged file only the error is shown."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -99,7 +100,15 @@ def _silent() -> Iterator[None]:
         logging.disable(before)
 
 
-def _strip(program: torch.export.ExportedProgram) -> None:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, converters neither warn nor log nor draw progress bars."""
+    with warnings.catch_warnings(), silent(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def strip(program: torch.export.ExportedProgram) -> None:
     """Remove the example inputs, and the stack traces, which hold paths of this machine."""
     program._example_inputs = None
     for module in program.graph_module.modules():
