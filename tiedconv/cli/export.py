@@ -48,7 +48,8 @@ def export(
         str,
         typer.Option(
             help="auto, always, never: for ONNX, apply factors one by one where that is as "
-            "fast, wherever possible (least memory), or nowhere."
+            "fast, wherever possible (least memory), or nowhere; ExecuTorch and Core ML apply them "
+            "unless never."
         ),
     ] = "auto",
     opset: Annotated[int | None, typer.Option(help="ONNX opset; chosen if not given.")] = None,

@@ -88,7 +88,7 @@ def export(
         dtype: how matrices and kernels are stored: `float32`, `float16`, `bfloat16` or `int8`.
         lower: for ONNX, where factors are applied one by one instead of materialising weights as
             the runtime loads the file: `auto` (where it is as fast), `always` (least memory),
-            `never`.
+            `never`. ExecuTorch and Core ML apply them wherever possible unless `never`.
         opset: ONNX opset, None to choose.
         outputs: names of the outputs that the file is to have, such as `logits`; all without any.
         force: replace an existing output.
