@@ -183,8 +183,9 @@ def test_a_runtime_computes_what_the_layers_do(name: str, tmp_path: Path) -> Non
         pytest.skip(f"{name} is not installed")
     torch.manual_seed(0)
     convolution = Site(8, 4 * 9, (2, 4, 7, 7), (3, 3), (2, 2), (1, 1), (1, 1))
-    for site in (Site(8, 6, (2, 5, 6)), convolution):
-        for rank in (None, 3):
+    depthwise = Site(4, 9, (2, 4, 7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 4)
+    for site in (Site(8, 6, (2, 5, 6)), convolution, depthwise):
+        for rank in (None, 3) if site.groups == 1 else (None,):
             layers, x = site.layers(rank), torch.randn(site.shape)
             found = runtime.layers(layers, x, 1)()
             value = found if name == "torch" else found[0]

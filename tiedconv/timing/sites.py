@@ -31,6 +31,7 @@ class Site:
         rows, columns: of the weight, `(out, in * kh * kw)`.
         shape: of the input, `(n, rows of features, in)` or `(n, in, H, W)`.
         kernel, stride, padding, dilation: of a convolution; (0, 0) for a linear layer.
+        groups: of a convolution; with more than one it has no factors, but may become narrow.
     """
 
     rows: int
@@ -40,10 +41,13 @@ class Site:
     stride: Pair = _NONE
     padding: Pair = _NONE
     dilation: Pair = _NONE
+    groups: int = 1
 
     @property
     def ranks(self) -> list[int]:
         """The ranks to time; none for a weight too small to have any."""
+        if self.groups > 1:
+            return []
         even = self.rows * self.columns / (self.rows + self.columns)
         return sorted({max(1, round(share * even)) for share in RANKS}) if even > 4 else []
 
@@ -58,12 +62,13 @@ class Site:
                 return nn.Sequential(nn.Linear(self.columns, self.rows))
             thin = nn.Linear(self.columns, rank, bias=False)
             return nn.Sequential(thin, nn.Linear(rank, self.rows))
-        channels = self.columns // math.prod(self.kernel)
+        channels = self.groups * self.columns // math.prod(self.kernel)
 
         def convolution(out: int, bias: bool) -> nn.Conv2d:
             return nn.Conv2d(
-                channels, out, self.kernel, self.stride, self.padding, self.dilation, bias=bias
-            )
+                channels, out, self.kernel, self.stride, self.padding, self.dilation, self.groups,
+                bias,
+            )  # fmt: skip
 
         if rank is None:
             return nn.Sequential(convolution(self.rows, True))
@@ -119,7 +124,9 @@ def _convolutions(model: nn.Module, x: Tensor) -> dict[str, list[Site]]:
         if isinstance(module.padding, str):
             return
         rows, columns = module.out_channels, math.prod(module.weight.shape[1:])
-        size: Any = (module.kernel_size, module.stride, module.padding, module.dilation)
+        size: Any = (
+            module.kernel_size, module.stride, module.padding, module.dilation, module.groups,
+        )  # fmt: skip
         found[names[id(module.weight)]].append(
             Site(rows, columns, (len(x), *given[0].shape[-3:]), *size)
         )

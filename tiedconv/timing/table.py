@@ -95,7 +95,11 @@ def measure_times(
     chosen = choose_runtime(runtime)
     x = _images(workload, batch_size)
     found = sites_of(model, x, workload)
-    sites = list(dict.fromkeys(site for each in found.values() for site in each if site.ranks))
+    sites = list(
+        dict.fromkeys(
+            site for each in found.values() for site in each if site.ranks or site.groups > 1
+        )
+    )
     key = _key(model, workload, x, sites, chosen, threads)
     place = folder() / f"{key}.json"
     kept = _read(place, sites)
@@ -199,6 +203,8 @@ def _line(site: Site, measured: list[float], limit: float | None) -> Times:
     """The straight line through the times of factors."""
     whole, *factored = measured
     counts = [site.macs(rank) for rank in site.ranks]
+    if not counts:
+        return Times(whole, whole, 0.0, limit)
     if len(counts) == 1:
         return Times(whole, 0.0, factored[0] / counts[0], limit)
     slope, fixed = statistics.linear_regression(counts, factored)

@@ -37,6 +37,7 @@ def layer_graph(layers: nn.Sequential, x: Tensor) -> bytes:
                 "dilations": list(layer.dilation),
                 "pads": [top, left, top, left],
                 "kernel_shape": kernel,
+                "group": layer.groups,
             }
             inputs = [last, weight, *([bias] if bias else [])]
             nodes.append(helper.make_node("Conv", inputs, [out], **how))
