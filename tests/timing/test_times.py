@@ -235,6 +235,17 @@ def test_options_of_a_time_without_one_are_refused() -> None:
     refused("convert", "resnet18", "--latency", "8", "--dry-run", error_code="budget-invalid")
 
 
+def test_a_dry_run_times_a_model_without_weights(ideal: list[int]) -> None:
+    shown = run(
+        "convert", "timm:swin_tiny_patch4_window7_224", "--model-kwargs", "img_size=64",
+        "window_size=4", "embed_dim=32", "depths=[2,2]", "num_heads=[2,4]",
+        "--scheme", "lowrank", "--latency", "0.9x", "--dry-run", "--json",
+    )  # fmt: skip
+    figures = json.loads(shown.stdout)["latency"]
+    assert 0 < figures["predicted_ns"] <= 0.9 * figures["original_ns"]
+    assert ideal
+
+
 @pytest.mark.slow
 def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -47,7 +47,8 @@ class SpeedOptions:
         str | None,
         option_in(
             SPEED,
-            "With --latency: the runtime. Default: onnx.",
+            f"With --latency: the runtime, {' or '.join(common.names_in('timing/runtimes'))}. "
+            "Default: onnx.",
             choices=common.names_in("timing/runtimes"),
         ),
     ] = None

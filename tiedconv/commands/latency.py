@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tiedconv.core.workload import Workload
 from tiedconv.errors import BudgetError
@@ -28,9 +29,21 @@ def times_of(
             "Give an example of its input (in Python: example=...), or ask for --params instead",
             code="latency-unknown",
         )
-    if any(p.is_meta for p in model.parameters()):  # a plan, without weights: any have its time
-        model = model.to_empty(device="cpu")
+    _fill(model)
     on = recipe.on
     return measure_times(
         model, workload, on.runtime, on.batch_size, on.threads, on_site=on_site
     )  # fmt: skip
+
+
+def _fill(model: nn.Module) -> None:
+    """Give tensors without memory values, in place: a plan without weights is timed with any."""
+    filled: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    made: Tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                    held[name] = filled.setdefault(id(tensor), made)  # type: ignore[assignment]
