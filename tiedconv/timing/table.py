@@ -75,7 +75,7 @@ def measure_times(
     """Time a model and its layers, each as it is and with factors of a few ranks.
 
     Between ranks the time of factors is a straight line, which fits two products well: a fixed
-    part and one for each multiply-add. Times are kept in a file of the user's cache (`folder_of`),
+    part and one for each multiply-add. Times are kept in a file of the user's cache (`folder`),
     under a hash of the shapes, the runtime, its version, the processor, batch size and threads; who
     wants new ones removes it.
 
