@@ -1,4 +1,4 @@
-"""What lies between the two 1x1 convolutions of an inverted bottleneck, told apart by sizes."""
+"""What lies between the two 1x1 convolutions of an inverted bottleneck, distinguished by sizes."""
 
 from __future__ import annotations
 
