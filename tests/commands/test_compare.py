@@ -25,7 +25,9 @@ from tiedconv.data import TensorList
 from tiedconv.errors import NothingToConvert, RecipeError, UserError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.planning.budget import Budget
+from tiedconv.planning.byte_budget import ByteBudget, byte_outlines
 from tiedconv.planning.planner import outline
+from tiedconv.planning.recipe import Recipe
 from tiedconv.schemes import all_schemes
 
 FAST = CalibConfig(effort="fast")
@@ -71,7 +73,7 @@ def work(vit: nn.Module) -> Work:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Calibration, "measure", counted)
         found = compare(
-            vit, ["60%", "30%"], calib=calibration(), on_fit=lambda i, n, what: fits.append(what)
+            vit, ["60%", "25%"], calib=calibration(), on_fit=lambda i, n, what: fits.append(what)
         )
     return Work(found, measured, fits)
 
@@ -127,6 +129,53 @@ def test_every_scheme_is_compared(vit: nn.Module) -> None:
     assert {"tied", "tied groups=all", "shared"} <= {f.spec.name for f in found.fixed}
     sizes = [(f.spec.scheme, f.stored) for f in found.fixed]
     assert len(set(sizes)) == len(sizes)
+
+
+# Bytes
+
+
+def test_bits_at_a_budget_of_bytes(vit: nn.Module) -> None:
+    found = compare(vit, [], bytes=["60%", "40%"])
+    assert found.budgets == ()
+    info = inspect_model(vit)
+    assert {c.bytes for c in found.byte_cells} == {
+        int(4 * found.original * share) for share in (0.6, 0.4)
+    }
+    whole = {c.budget: c for c in found.byte_cells if c.params == "100%"}
+    assert set(whole) == {"60%", "40%"}
+    for cell in found.byte_cells:
+        tried = byte_outlines(
+            info, Recipe.of("auto", bytes=cell.budget), ByteBudget(cell.bytes, 4 * found.original)
+        )
+        shares = {o.recipe.budget.text if o.recipe.budget else "100%" for o in tried}
+        assert shares == {c.params for c in found.byte_cells if c.budget == cell.budget}
+        assert (cell.cost, cell.scheme, cell.best) == (None, None, False)
+        # What a file says of itself takes its part.
+        assert 0 < cell.bits < 8 * cell.bytes / cell.stored
+
+
+def test_images_tell_what_rounding_costs(vit: nn.Module) -> None:
+    found = compare(vit, [], bytes=["60%", "25%"], calib=calibration())
+    for budget in ("60%", "25%"):
+        cells = [c for c in found.byte_cells if c.budget == budget]
+        costs = [c.cost for c in cells if c.cost is not None]
+        assert len(costs) == len(cells)
+        assert [c.cost for c in cells if c.best] == [min(costs)]
+    whole = {c.budget: c.cost for c in found.byte_cells if c.params == "100%"}
+    assert whole["60%"] is not None
+    assert whole["25%"] is not None
+    assert whole["60%"] < whole["25%"]
+
+
+def test_budgets_of_bytes_on_the_command_line() -> None:
+    command = ("plan", SPEC, *MODEL_ARGS, "--weights", "none", "--bytes")
+    cells = figures(*command, "60%,9kB")["byte_cells"]
+    assert {c["budget"] for c in cells} == {"60%", "9kB"}
+    result = run(*command, "60%")
+    assert "whole model" in plain(result.stdout)
+    assert "--bytes 60% --calib IMAGES" in plain(result.stderr)
+    refused(*command, "9 pounds", error_code="invalid-bytes")
+    refused(*command, "100%", error_code="budget-saves-nothing")
 
 
 def test_small_budgets_are_met_by_an_alternative(vit: nn.Module) -> None:

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 import tiedconv
 from tiedconv.calibration import CalibConfig, gather_statistics
-from tiedconv.commands.sensitivity import Sensed, Sensitivity, draw, matrices_of, sensitivity
+from tiedconv.commands.sensitivity import Sensed, Sensitivity, matrices_of, sensitivity
+from tiedconv.commands.sensitivity_picture import draw
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import TensorList
 from tiedconv.errors import DataError, MissingExtra, NothingToConvert, OutputError, UserError
 from tiedconv.families.inspect import inspect_model
+from tiedconv.numerics.kfac_metric import KfacMetric
+from tiedconv.numerics.rounding import Rounding, entropy
 from tiedconv.training import logits_of
 
 FAST = CalibConfig(effort="fast")
@@ -119,6 +122,35 @@ def test_what_more_is_kept_costs_less() -> None:
         assert a.stored < b.stored
 
 
+def test_a_rounded_matrix_costs_what_it_moves_and_more_bits_cost_less() -> None:
+    model, images = all_micros()["timm-vit"].model(), pixels(16)
+    right, places = answers(model, images), matrices_of(inspect_model(model))
+    found = {b: sensitivity(model, calibration(images), bits=b, measure=b == 3) for b in (3, 5)}
+    assert found[3].how == "3 bits"
+    for place, row, finer in zip(places, found[3].rows, found[5].rows, strict=True):
+        assert (row.rank, row.stored, row.bits) == (None, row.parameters, 3)
+        assert row.predicted is not None
+        assert finer.predicted is not None
+        assert 0 < finer.predicted < 0.2 * row.predicted  # a bit is worth a factor of four
+        assert row.per_megabyte == pytest.approx(8e6 * row.measured / (29 * row.parameters))
+        matrix = place.slot.matrix_of(model.state_dict()[row.tensor])
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            other = Rounding(matrix, metric_of(model, images, row.tensor)).to_bits(3)
+            place.slot.matrix_of(changed.get_parameter(row.tensor)).copy_(other.matrix)
+        assert 2.8 < entropy(other.values) < 3.2
+        wrong = answers(changed, images)
+        kl = float((right.exp() * (right - wrong)).sum(-1).mean())
+        assert row.measured == pytest.approx(kl, rel=1e-2, abs=1e-6), row.name
+
+
+def metric_of(model: nn.Module, images: Tensor, tensor: str) -> KfacMetric:
+    data, places = calibration(images).data, matrices_of(inspect_model(model))
+    weights = {p.slot.tensor: p.slot.transposed for p in places}
+    found = gather_statistics(copy.deepcopy(model), weights, data, device="cpu", workers=0)  # type: ignore[arg-type]
+    return found.metrics[tensor]
+
+
 class Half(nn.Module):
     """Numbered layers, the last of which is never called."""
 
@@ -146,16 +178,16 @@ def test_a_matrix_that_no_image_reaches_has_no_price() -> None:
 
 def test_agreement_of_prediction_and_measurement() -> None:
     def row(i: int, predicted: float, measured: float | None) -> Sensed:
-        return Sensed(f"m{i}", "m", str(i), "w", 1000, 1, 500, predicted, measured)
+        return Sensed(f"m{i}", "m", str(i), "w", 1000, 1, 500, 32, predicted, measured)
 
     def result(*pairs: tuple[float, float | None]) -> Sensitivity:
-        return Sensitivity("", 0.5, 1, 0, tuple(row(i, *p) for i, p in enumerate(pairs)), 0.0)
+        return Sensitivity("", 0.5, None, 1, 0, tuple(row(i, *p) for i, p in enumerate(pairs)), 0.0)
 
     same = result((1, 2), (2, 4), (3, 6), (4, 8))
     assert same.rank_correlation == pytest.approx(1)
     assert same.measured_to_predicted == 2
     assert same.by_price == ("m0", "m1", "m2", "m3")
-    assert same.rows[0].per_million == pytest.approx(2 * 2000)
+    assert same.rows[0].per_megabyte == pytest.approx(2 * 500)
     assert result((1, 9), (2, 5), (3, 1)).rank_correlation == pytest.approx(-1)
     assert result((1, None), (2, None), (3, None)).rank_correlation is None
     assert result((1, None)).measured_to_predicted is None
@@ -171,7 +203,7 @@ def test_what_is_printed_and_drawn(world: World, tmp_path: Path) -> None:
     result = run(*command, "--measure", "-o", picture)
     text = plain(result.stdout)
     assert "blocks.1.mlp.down" in text
-    assert "Least sensitive per parameter saved: " in text
+    assert "Least sensitive per byte saved: " in text
     assert "rank correlation" in text
     assert "6 images" in text
     assert result.stderr.endswith(f"Drew {picture}\n")
@@ -226,6 +258,8 @@ def test_mistakes_are_reported_in_one_line(world: World, tmp_path: Path) -> None
     data = ("--calib", world.data, *HERE)
     is_refused(*data, "--keep", "150%", code="invalid-fraction", words=["150%"])
     is_refused(*data, "--keep", "half", code="invalid-fraction")
+    is_refused(*data, "--bits", "7", code="invalid-bits", words=["7"])
+    is_refused(*data, "--bits", "4", "--keep", "50%", code="options-conflict")
     is_refused(*data, "--sort", "name", code="unknown-sort")
     is_refused(*data, "-o", tmp_path / "costs.txt", code="unknown-picture-format")
     is_refused(*data, "-o", tmp_path / "no" / "costs.png", code="output-folder-missing")

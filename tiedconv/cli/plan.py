@@ -19,6 +19,7 @@ from tiedconv.cli.option_groups import CalibOptions, ImageOptions, ReadingOption
 
 if TYPE_CHECKING:
     from tiedconv.commands.compare import Cell, Comparison, Fixed, Row, SchemeSpec
+    from tiedconv.commands.compare_bytes import ByteCell
 
 BUDGETS = "70%,50%,30%"
 
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
         plan,
         "tiedconv plan resnet50",
         "tiedconv plan resnet50 --params 50%,30% --calib PHOTOS --weights FILE.safetensors",
+        "tiedconv plan resnet50 --bytes 25%,10%,5%",
     )
 
 
@@ -46,6 +48,15 @@ def plan(
         typer.Option(
             metavar="BUDGETS",
             help="Budgets of multiply-adds, such as 70%,50% or 4G, in place of the usual --params.",
+        ),
+    ] = None,
+    bytes_: Annotated[
+        str | None,
+        typer.Option(
+            "--bytes",
+            metavar="BUDGETS",
+            help="Budgets of the file's bytes, such as 25%,10% or 2MB, in place of the usual "
+            "--params: the bits that each number gets.",
         ),
     ] = None,
     calib: Annotated[
@@ -76,7 +87,9 @@ def plan(
 
     if calib is None:
         common.refuse_without_images(context, "calib_images", "strict", "output_name")
-    budgets = params.split(",") if macs is None or common.is_given(context, "params") else []
+    is_usual = macs is None and bytes_ is None
+    budgets = params.split(",") if is_usual or common.is_given(context, "params") else []
+    sizes = [text.strip() for text in (bytes_ or "").split(",") if text.strip()]
     change = images.change()
     quick = contextlib.nullcontext() if calib else _quick_start()
     with PlanBar("fitting") as bar, quick:
@@ -84,8 +97,8 @@ def plan(
         if calib is not None:
             given = options.calibration(calib, bar, effort="fast")
         found = compare(
-            model, budgets, macs=(macs or "").split(","), calib=given, weights=weights,
-            reading=reading.reading(),
+            model, budgets, macs=(macs or "").split(","), bytes=sizes, calib=given,
+            weights=weights, reading=reading.reading(),
             model_args=common.model_args(model_arg), preprocess=change, seed=options.seed,
             on_fit=bar.fit,
         )  # fmt: skip
@@ -118,24 +131,51 @@ def _quick_start() -> Iterator[None]:
 
 def _show(found: Comparison) -> None:
     costs = found.images is not None
-    if found.rows:
+    if found.byte_cells:
+        _show_bytes(found)
+    if found.rows and found.budgets:
         columns = ["scheme"]
         for budget in found.budgets:
             columns += [budget, "nats"] if costs else [budget]
         rows = [[row.spec.name, *_cells(row, costs)] for row in found.rows]
         title = f"{found.model}, {found.original:,} parameters: stored at each budget"
         common.show_table(columns, rows, title)
-    if found.fixed:
+    if found.fixed and found.budgets:
         say("")
         columns = ["of fixed size", "stored", "ratio"] + ["nats"] * costs
         columns += ["bytes", "macs"] * (found.macs is not None)
         common.show_table(columns, [_fixed(f, costs, found.macs) for f in found.fixed])
-    if found.rows and found.macs is not None:
+    if found.rows and found.budgets and found.macs is not None:
         say("")
         _show_work(found)
     say("")
     for note in _notes(found):
         say(note)
+
+
+def _show_bytes(found: Comparison) -> None:
+    """How many bits a number gets, for each fraction of the parameters that is kept."""
+    from tiedconv.commands.compare_bytes import WHOLE
+
+    sizes = {cell.budget: cell.bytes for cell in found.byte_cells}
+    rows = []
+    for kept in dict.fromkeys(cell.params for cell in found.byte_cells):
+        cells = {c.budget: c for c in found.byte_cells if c.params == kept}
+        stored = next(iter(cells.values())).stored
+        name = "whole model" if kept == WHOLE else f"{kept} of the parameters"
+        rows.append([name, f"{stored:,}", *(_bits(cells.get(b)) for b in sizes)])
+    heads = [f"{budget} = {render.size(size)}" for budget, size in sizes.items()]
+    title = f"{found.model}, {found.original:,} parameters: bits for each number in a file of"
+    common.show_table(["kept", "numbers", *heads], rows, title)
+
+
+def _bits(cell: ByteCell | None) -> str:
+    if cell is None:
+        return "–"
+    if cell.cost is None:
+        return f"{cell.bits:.2f}"
+    scheme = "" if cell.scheme is None else f" {cell.scheme}"
+    return f"{cell.bits:.2f}{scheme}, {_nats(cell.cost)} nats{' *' if cell.best else '  '}"
 
 
 def _show_work(found: Comparison) -> None:
@@ -192,6 +232,16 @@ def _nats(cost: float | None) -> str:
 
 def _notes(found: Comparison) -> list[str]:
     notes = [_coverage(found)]
+    if found.byte_cells:
+        notes.append(
+            "Bits: on average, in the file; frequent values take fewer. convert --bytes tries the "
+            "plans of its column"
+            + (
+                " and takes the one with *."
+                if found.images
+                else ", and takes the one of least cost."
+            )
+        )
     for row in found.rows:
         others = [c for c in row.cells if c.how is not None and c.how != row.spec]
         for how in dict.fromkeys(c.how.name for c in others if c.how is not None):
@@ -199,7 +249,7 @@ def _notes(found: Comparison) -> list[str]:
             notes.append(f"{row.spec.name} at {where}: as {how}, chosen automatically.")
     if any(cell.stored is None for row in found.rows for cell in row.cells):
         notes.append("– from: the smallest size that the scheme can reach.")
-    if found.macs is not None:
+    if found.macs is not None and found.budgets:
         notes.append(
             "Multiply-adds: with factors applied where that takes fewer, as in ONNX files "
             "(docs/speed.md). Bytes: in float32; --bytes stores integers."
@@ -233,12 +283,19 @@ def _show_next(found: Comparison, words: Sequence[str], calib: Path | None) -> N
     """What to type next, for the budget in the middle."""
     picked = [cell for column in _columns(found) if (cell := _pick(column)) is not None]
     model = [found.model, *words]
+    images = ["--calib", str(calib) if calib else "IMAGES"]
+    if found.byte_cells and not picked:
+        budgets = list(dict.fromkeys(cell.budget for cell in found.byte_cells))
+        options = ["--bytes", budgets[len(budgets) // 2]]
+        hint(f"Next: {shlex.join(['tiedconv', 'convert', *model, *options, *images])}")
     if picked:
         cell = picked[len(picked) // 2]
         options = [*_asked(found, cell).flags, f"--{cell.of}", cell.budget]
-        images = ["--calib", str(calib) if calib else "IMAGES"]
         hint(f"Next: {shlex.join(['tiedconv', 'convert', *model, *options, *images])}")
     if calib is None:
+        model += ["--bytes", ",".join(dict.fromkeys(c.budget for c in found.byte_cells))] * bool(
+            found.byte_cells
+        )
         hint(f"Expected accuracy loss: {shlex.join(['tiedconv', 'plan', *model])} --calib IMAGES")
 
 

@@ -27,10 +27,12 @@ def register(app: typer.Typer) -> None:
         app,
         sensitivity,
         "tiedconv sensitivity resnet50 --calib PHOTOS -o heat.png",
+        "tiedconv sensitivity resnet50 --calib PHOTOS --bits 3 --sort cost",
     )
 
 
 def sensitivity(
+    context: typer.Context,
     model: common.Model,
     *,
     calib: Annotated[
@@ -40,6 +42,12 @@ def sensitivity(
     keep: Annotated[
         str, typer.Option(metavar="FRACTION", help="Fraction of its parameters a matrix keeps.")
     ] = "50%",
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Round each matrix to integers of N bits (2 to 8) on average instead."
+        ),
+    ] = None,
     measure: Annotated[
         bool,
         typer.Option(
@@ -64,15 +72,23 @@ def sensitivity(
 ) -> None:
     """Rank a model's matrices by their sensitivity to compression.
 
-    Each matrix alone is replaced by its best low-rank approximation on the calibration images.
+    Each matrix alone is replaced by its best low-rank approximation on the calibration images, or
+    with [b]--bits[/b] by its best integers.
     The cost is the expected KL divergence of the model's outputs from the original's, in nats.
     """
     from tiedconv.cli.progress import SensitivityBar
-    from tiedconv.commands.sensitivity import draw
     from tiedconv.commands.sensitivity import sensitivity as run
+    from tiedconv.commands.sensitivity_picture import draw
     from tiedconv.utils.plotting import check_picture
 
     fraction = _fraction(keep)
+    if bits is not None and common.is_given(context, "keep"):
+        raise UserError(
+            "--keep and --bits were both given",
+            "A matrix is rounded or made thin, not both",
+            "Give one of them",
+            code="options-conflict",
+        )
     if sort not in ("order", "cost"):
         raise UserError(f"--sort {sort} is unknown", hint="Use order or cost", code="unknown-sort")
     if output is not None:
@@ -81,8 +97,8 @@ def sensitivity(
     with SensitivityBar("reading") as bar:
         given = options.calibration(calib, bar, effort="fast")
         found = run(
-            model, given, keep=fraction, measure=measure, weights=weights,
-            reading=reading.reading(), model_args=common.model_args(model_arg),
+            model, given, keep=fraction, bits=bits, measure=measure,
+            weights=weights, reading=reading.reading(), model_args=common.model_args(model_arg),
             preprocess=change, batch_size=batch_size, seed=options.seed, on_measured=bar.measured,
         )  # fmt: skip
     shown = found
@@ -112,13 +128,10 @@ def _fraction(text: str) -> float:
 
 def _show(found: Sensitivity) -> None:
     measured = any(r.measured is not None for r in found.rows)
-    columns = ["matrix", "parameters", "rank", "predicted nats"]
+    columns = ["matrix", "parameters"] + ["rank"] * (found.bits is None) + ["predicted nats"]
     columns += ["measured nats", "changed"] if measured else []
-    columns.append("nats per million saved")
-    title = (
-        f"{found.model}: one matrix at a time at {100 * found.keep:g} % of its parameters, "
-        f"{found.images:,} images"
-    )
+    columns.append("nats per MB saved")
+    title = f"{found.model}: one matrix at a time at {found.how}, {found.images:,} images"
     common.show_table(columns, [_row(r, measured) for r in found.rows], title)
     say("")
     for line in _summary(found, measured):
@@ -128,10 +141,11 @@ def _show(found: Sensitivity) -> None:
 
 
 def _row(r: Sensed, measured: bool) -> list[str]:
-    cells = [r.name, f"{r.parameters:,}", str(r.rank), _nats(r.predicted)]
+    rank = [] if r.rank is None else [str(r.rank)]
+    cells = [r.name, f"{r.parameters:,}", *rank, _nats(r.predicted)]
     if measured:
         cells += [_nats(r.measured), "-" if r.changed is None else render.percent(r.changed)]
-    return [*cells, _nats(r.per_million)]
+    return [*cells, _nats(r.per_megabyte)]
 
 
 def _cost(r: Sensed) -> float:
@@ -151,7 +165,7 @@ def _summary(found: Sensitivity, measured: bool) -> list[str]:
         + (" changed: images whose top-1 prediction changes." if measured else ""),
     ]
     if names:
-        lines.append(f"Least sensitive per parameter saved: {', '.join(names[:count])}.")
+        lines.append(f"Least sensitive per byte saved: {', '.join(names[:count])}.")
         lines.append(f"Most sensitive: {', '.join(names[::-1][:count])}.")
     agreement, ratio = found.rank_correlation, found.measured_to_predicted
     if agreement is not None and ratio is not None:

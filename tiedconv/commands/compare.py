@@ -18,8 +18,10 @@ from typing import Any
 
 from torch import nn
 
+from tiedconv.commands.compare_bytes import ByteCell, compare_bytes
 from tiedconv.conversion.calibrate import Calibration, Images
 from tiedconv.conversion.cost_estimate import CostEstimator, Sizes
+from tiedconv.conversion.pipeline import original_bytes
 from tiedconv.conversion.sample_inputs import calibration_samples
 from tiedconv.conversion.workload import count_macs
 from tiedconv.core.plan import Plan
@@ -156,6 +158,7 @@ class Comparison:
         macs: multiply-adds of the original's forward pass; None where it runs on no input that
             was tried.
         inputs: shapes of that input.
+        byte_cells: the plans for each budget of bytes.
     """
 
     model: str
@@ -170,6 +173,7 @@ class Comparison:
     coverage: Coverage
     macs: int | None = None
     inputs: tuple[tuple[int, ...], ...] = ()
+    byte_cells: tuple[ByteCell, ...] = ()
 
 
 def compare(
@@ -177,6 +181,7 @@ def compare(
     budgets: Sequence[str] = BUDGETS,
     *,
     macs: Sequence[str] = (),
+    bytes: Sequence[str] = (),
     calib: Images | Calibration | None = None,
     weights: Weights = "default",
     reading: Reading = AS_PUBLISHED,
@@ -191,6 +196,7 @@ def compare(
         model: a model, which is left as it is, or its spec, such as `resnet50`.
         budgets: percentages of the original such as `50%`, or numbers of parameters such as `12M`.
         macs: likewise of multiply-adds; columns after those of `budgets`.
+        bytes: of files, such as `10%` or `2MB`: how many bits each number gets.
         calib: images without labels to estimate costs by: a folder, a data set, or a
             `Calibration` that says how many.
         weights: for a spec: `default`, `none`, or a file. Without images they are not used, but
@@ -208,7 +214,7 @@ def compare(
         UserError: a model or folder that can't be used.
     """
     start = time.perf_counter()
-    wanted = _budgets(budgets, macs)
+    wanted = _budgets(budgets, macs, bytes)
     if calib is not None and not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
     spec = model if isinstance(model, str) else ""
@@ -227,9 +233,13 @@ def compare(
     careful = None if calib is not None else Sizes(dataclasses.replace(sizes.info, cautious=True))
     rows, fixed, unfit = _sizes(sizes, careful, wanted)
     images, skipped = None, 0
-    if calib is not None:
+    size = original_bytes(sizes.info, opened.source)
+    if calib is None:
+        byte_cells = compare_bytes(sizes.info, bytes, size, None)
+    else:
         with calibration_samples(opened.model, calib, opened.source) as data:
             estimator = CostEstimator(opened.model, sizes.info, calib, data)
+            byte_cells = compare_bytes(sizes.info, bytes, size, estimator, on_fit)
             rows, fixed = _estimated(sizes, estimator, rows, fixed, on_fit)
         images, skipped = estimator.images, estimator.skipped
     seconds = time.perf_counter() - start
@@ -237,7 +247,7 @@ def compare(
     return Comparison(
         spec, sizes.original, labels, rows, fixed, unfit, images, skipped,
         seconds, coverage(sizes.info), None if workload is None else workload.total,
-        () if workload is None else workload.inputs,
+        () if workload is None else workload.inputs, byte_cells,
     )  # fmt: skip
 
 
@@ -246,14 +256,16 @@ def _label(budget: str, of: str) -> str:
     return budget if of == "params" else f"{budget} macs"
 
 
-def _budgets(params: Sequence[str], macs: Sequence[str]) -> list[Budget]:
+def _budgets(
+    params: Sequence[str], macs: Sequence[str], bytes_: Sequence[str]
+) -> list[Budget]:  # fmt: skip
     found = [
         Budget(text.strip(), of)
         for of, texts in (("params", params), ("macs", macs))
         for text in dict.fromkeys(texts)
         if text.strip()
     ]
-    if not found:
+    if not found and not bytes_:
         raise RecipeError(
             "No budget was given",
             "There is nothing to compare",

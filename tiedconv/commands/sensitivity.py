@@ -1,21 +1,20 @@
 """The verb `sensitivity`: what it costs to store each matrix of a model with fewer numbers.
 
 For each matrix alone: the best low-rank approximation at a fraction of its parameters, in the
-Fisher-weighted error (see `tiedconv.numerics.kfac_metric`). Its error, half the sum of the squared
-singular values beyond the rank, predicts the KL divergence of the model's outputs from the
-original's. Measured, the matrix is replaced, the images are run, and the outputs are compared.
+Fisher-weighted error (see `tiedconv.numerics.kfac_metric`), or the matrix in integers of some bits,
+rounded with error feedback. Its error (of the low rank, half the sum of the squared singular values
+beyond the rank) predicts the KL divergence of the model's outputs from the original's. Measured,
+the matrix is replaced, the images are run, and the outputs are compared.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.utils.data import Dataset
 from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.calibrate import Calibration, Images
 from tiedconv.conversion.sample_inputs import calibration_samples
+from tiedconv.core.packed_codes import WIDTHS
 from tiedconv.core.plan import Member, Slot
 from tiedconv.core.units import matrices_of as mixing_slots
 from tiedconv.data import Loader
@@ -32,6 +32,7 @@ from tiedconv.errors import NothingToConvert, UserError
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.linalg import spectrum
+from tiedconv.numerics.rounding import Rounding
 from tiedconv.outputs import kind_of
 from tiedconv.planning.rank_allocation import metrics_of
 from tiedconv.runtime.forward_check import checked_forward
@@ -43,10 +44,8 @@ from tiedconv.sources.published_weights import Weights
 from tiedconv.training import pick_device
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement
-from tiedconv.utils.plotting import check_picture, new_figure, write_figure
 
-DECADES = 3
-"""Costs that the colours of a picture span."""
+FLOAT_BITS = 32.0
 
 OnImages = Callable[[int, int], None]
 
@@ -61,8 +60,9 @@ class Sensed:
         role: the rest of the name.
         tensor: the weight that holds it.
         parameters: of the matrix.
-        rank: of its approximation.
+        rank: of its approximation; None where it is rounded.
         stored: parameters of that.
+        bits: of each stored parameter on average: 32, or those of the integers.
         predicted: divergence from the original's answers, in nats for each image, None for a
             matrix that the images never reached.
         measured: the same, by running the images.
@@ -74,18 +74,19 @@ class Sensed:
     role: str
     tensor: str
     parameters: int
-    rank: int
+    rank: int | None
     stored: int
+    bits: float
     predicted: float | None
     measured: float | None = None
     changed: float | None = None
 
     @property
-    def per_million(self) -> float | None:
-        """Nats for each million parameters saved: measured if it was, else predicted."""
+    def per_megabyte(self) -> float | None:
+        """Nats for each million bytes saved of float32: measured if it was, else predicted."""
         cost = self.predicted if self.measured is None else self.measured
-        saved = self.parameters - self.stored
-        return None if cost is None or saved < 1 else 1e6 * cost / saved
+        saved = FLOAT_BITS * self.parameters - self.bits * self.stored
+        return None if cost is None or saved < 8 else 8e6 * cost / saved
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Sensitivity:
 
     Args:
         model: its spec.
-        keep: the share of its parameters that each matrix keeps at most.
+        keep: the share of its parameters that each matrix keeps at most; 1 where it is rounded.
+        bits: of its integers, None where it is not rounded.
         images: that were used.
         skipped: that could not be read.
         rows: the matrices, in the model's own order.
@@ -103,15 +105,22 @@ class Sensitivity:
 
     model: str
     keep: float
+    bits: int | None
     images: int
     skipped: int
     rows: tuple[Sensed, ...]
     seconds: float
 
     @property
+    def how(self) -> str:
+        """What is done to each matrix, in words."""
+        rounded = self.bits is not None
+        return f"{self.bits} bits" if rounded else f"{100 * self.keep:g} % of its parameters"
+
+    @property
     def by_price(self) -> tuple[str, ...]:
-        """Names, the cheapest for each parameter saved first."""
-        priced = [(r.per_million, r.name) for r in self.rows if r.per_million is not None]
+        """Names, the cheapest for each byte saved first."""
+        priced = [(r.per_megabyte, r.name) for r in self.rows if r.per_megabyte is not None]
         return tuple(name for _, name in sorted(priced))
 
     @property
@@ -142,6 +151,7 @@ def sensitivity(
     calib: Images | Calibration,
     *,
     keep: float = 0.5,
+    bits: int | None = None,
     measure: bool = False,
     weights: Weights = "default",
     reading: Reading = AS_PUBLISHED,
@@ -157,6 +167,7 @@ def sensitivity(
         model: a model, which is left as it is, or its spec, such as `resnet50`.
         calib: images without labels: a folder, a data set, or a `Calibration` that says how many.
         keep: the share of its parameters that each matrix keeps at most, above 0 and below 1.
+        bits: round each matrix to integers of so many bits (2 to 8) instead.
         measure: also replace each matrix and run the images.
         weights: for a spec: `default`, `none`, or a file.
         reading: which weights of a file, and what to do where they are not finite.
@@ -178,6 +189,12 @@ def sensitivity(
             hint="Use a number above 0 and below 1, such as 0.5",
             code="keep-out-of-range",
         )
+    if bits is not None and bits not in WIDTHS:
+        raise UserError(
+            f"Invalid bits={bits}: integers have {', '.join(map(str, WIDTHS))} bits",
+            hint="Use one of these",
+            code="invalid-bits",
+        )
     if not isinstance(calib, Calibration):
         calib = Calibration(calib, images=256)
     opened = open_model(
@@ -190,18 +207,62 @@ def sensitivity(
     )
     with calibration_samples(opened.model, calib, opened.source) as data:
         rows, statistics = _sensed(
-            opened.model, calib, data, keep, batch_size if measure else None, on_measured
-        )
+            opened.model, calib, data, _replacement(keep, bits),
+            batch_size if measure else None, on_measured,
+        )  # fmt: skip
     spec = model if isinstance(model, str) else ""
     seconds = time.perf_counter() - start
-    return Sensitivity(spec, keep, statistics.images, statistics.skipped, tuple(rows), seconds)
+    kept = keep if bits is None else 1.0
+    return Sensitivity(
+        spec, kept, bits, statistics.images, statistics.skipped, tuple(rows), seconds
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What replaces a matrix.
+
+    Args:
+        of: makes it from the matrix and its metric: `(out, in)`.
+        cost: predicts its cost, in nats for each image.
+        rank: for the shape of a matrix; None where it is rounded.
+        bits: of each number.
+    """
+
+    of: Callable[[Tensor, KfacMetric], Tensor]
+    cost: Callable[[Tensor, KfacMetric], float]
+    rank: Callable[[int, int], int] | None
+    bits: float
+
+
+def _replacement(keep: float, bits: int | None) -> Replacement:
+    def rank(out: int, inputs: int) -> int:
+        return max(1, int(keep * out * inputs / (out + inputs)))
+
+    def thin(matrix: Tensor, metric: KfacMetric) -> Tensor:
+        b, a = metric.truncate(matrix, rank(*matrix.shape))
+        return b @ a
+
+    def cost_of_thin(matrix: Tensor, metric: KfacMetric) -> float:
+        values = spectrum(metric.whiten(matrix))
+        return 0.5 * float(values[rank(*matrix.shape) :].square().sum())
+
+    def rounded(matrix: Tensor, metric: KfacMetric) -> Tensor:
+        return Rounding(matrix, metric).to_bits(bits or 0).matrix
+
+    def cost_of_rounded(matrix: Tensor, metric: KfacMetric) -> float:
+        return metric.cost(matrix - rounded(matrix, metric))
+
+    if bits is None:
+        return Replacement(thin, cost_of_thin, rank, FLOAT_BITS)
+    return Replacement(rounded, cost_of_rounded, None, bits)
 
 
 def _sensed(
     network: nn.Module,
     calib: Calibration,
     data: Dataset[Any],
-    keep: float,
+    replacement: Replacement,
     batch_size: int | None,
     on_measured: OnImages | None,
 ) -> tuple[list[Sensed], KfacStatistics]:
@@ -209,14 +270,13 @@ def _sensed(
     places = matrices_of(inspect_model(network))
     tensors = {n: t.detach() for n, t in state_tensors(network).items()}
     statistics = calib.measure(network, {p.slot.tensor: p.slot.transposed for p in places}, data)
-    rows = [_predicted(p, _matrix(p, tensors), statistics, keep) for p in places]
+    rows = [_predicted(p, _matrix(p, tensors), statistics, replacement) for p in places]
     if batch_size is None:
         return rows, statistics
-    thin = [
-        (_metric(p, statistics) or IDENTITY).truncate(_matrix(p, tensors), r.rank)
-        for p, r in zip(places, rows, strict=True)
+    others = [
+        replacement.of(_matrix(p, tensors), _metric(p, statistics) or IDENTITY) for p in places
     ]
-    meter = _Meter(copy.deepcopy(network), [p.slot for p in places], thin, calib)
+    meter = _Meter(copy.deepcopy(network), [p.slot for p in places], others, calib)
     found = meter.run(data, batch_size, on_measured)
     measured = [
         dataclasses.replace(r, measured=kl, changed=changed)
@@ -273,17 +333,16 @@ def _metric(place: Place, statistics: KfacStatistics) -> KfacMetric | None:
     return metrics_of([Member(place.slot)], statistics.metrics)[0] if known else None
 
 
-def _predicted(place: Place, matrix: Tensor, statistics: KfacStatistics, keep: float) -> Sensed:
+def _predicted(
+    place: Place, matrix: Tensor, statistics: KfacStatistics, replacement: Replacement
+) -> Sensed:
     out, inputs = matrix.shape
-    rank = max(1, int(keep * out * inputs / (out + inputs)))
+    rank = None if replacement.rank is None else replacement.rank(out, inputs)
     metric = _metric(place, statistics)
-    cost = None
-    if metric is not None:
-        values = spectrum(metric.whiten(matrix))
-        cost = 0.5 * float(values[rank:].square().sum())
     return Sensed(
         f"{place.layer}.{place.role}", place.layer, place.role, place.slot.tensor,
-        out * inputs, rank, rank * (out + inputs), cost,
+        out * inputs, rank, out * inputs if rank is None else rank * (out + inputs),
+        replacement.bits, None if metric is None else replacement.cost(matrix, metric),
     )  # fmt: skip
 
 
@@ -294,10 +353,10 @@ class _Meter:
         self,
         model: nn.Module,
         slots: Sequence[Slot],
-        thin: Sequence[tuple[Tensor, Tensor]],
+        others: Sequence[Tensor],
         calib: Calibration,
     ) -> None:
-        self._model, self._slots, self._thin, self._calib = model, slots, thin, calib
+        self._model, self._slots, self._others, self._calib = model, slots, others, calib
         self._placement = Placement.choose(model, pick_device(calib.device), "off")
         self._parameters = dict(model.named_parameters())
 
@@ -330,84 +389,21 @@ class _Meter:
         kind = kind_of(right, self._model)
         found = torch.zeros(len(self._slots), 2, dtype=torch.float64)
         for i, slot in enumerate(self._slots):
-            with self._replaced(slot, self._thin[i]):
+            with self._replaced(slot, self._others[i]):
                 wrong = self._model(images)
             found[i, 0] = kind.divergence(wrong, right, self._model)
             found[i, 1] = (1 - kind.agreement(wrong, right, self._model)).sum()
         return found
 
     @contextmanager
-    def _replaced(self, slot: Slot, thin: tuple[Tensor, Tensor]) -> Iterator[None]:
+    def _replaced(self, slot: Slot, other: Tensor) -> Iterator[None]:
         parameter = self._parameters[slot.tensor]
         before = parameter.data
         changed = before.clone(memory_format=torch.contiguous_format)
-        b, a = (part.to(changed.device) for part in thin)
-        slot.matrix_of(changed).copy_(b @ a)
+        slot.matrix_of(changed).copy_(other.to(changed.device))
         # Through .data: whoever shares the Parameter sees the change too.
         parameter.data = changed
         try:
             yield
         finally:
             parameter.data = before
-
-
-def draw(found: Sensitivity, path: Path, *, force: bool = False) -> None:
-    """A heat map, layers by roles: divergences, and what a million parameters saved costs.
-
-    Args:
-        found: from `sensitivity`.
-        path: of the picture; its name says the kind: .png, .svg or .pdf.
-        force: replace an existing file.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-        OutputError: the file can't be written.
-    """
-    check_picture(path, force=force)
-    panels = {"predicted, nats for each image": [r.predicted for r in found.rows]}
-    if any(r.measured is not None for r in found.rows):
-        panels["measured, nats for each image"] = [r.measured for r in found.rows]
-    panels["nats for each million parameters saved"] = [r.per_million for r in found.rows]
-    layers = list(dict.fromkeys(r.layer for r in found.rows))
-    roles = list(dict.fromkeys(r.role for r in found.rows))
-    width, height = max(2.6, 0.85 * len(roles)), max(2.0, 0.32 * len(layers))
-    figure = new_figure(1.8 + len(panels) * width, 2.0 + height)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, values) in zip(axes, panels.items(), strict=True):
-        _heat(axis, title, _grid(found.rows, values, layers, roles), roles)
-    axes[0].set_yticks(range(len(layers)), _short(layers), fontsize=8)
-    figure.suptitle(f"{found.model}: one matrix at a time at {100 * found.keep:g} %", fontsize=10)
-    write_figure(figure, path, force=force)
-
-
-def _grid(
-    rows: Sequence[Sensed], values: Sequence[float | None], layers: list[str], roles: list[str]
-) -> Tensor:  # fmt: skip
-    grid = torch.full((len(layers), len(roles)), torch.nan, dtype=torch.float64)
-    for row, value in zip(rows, values, strict=True):
-        if value is not None:
-            grid[layers.index(row.layer), roles.index(row.role)] = value
-    return grid
-
-
-def _heat(axis: Any, title: str, grid: Tensor, roles: Sequence[str]) -> None:
-    """One panel; colours are logarithmic, as costs differ by orders of magnitude."""
-    known = grid[grid > 0].log10()
-    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
-    low = max(low, high - DECADES)  # what costs less than that is all alike
-    shown = (grid.log10().clamp(min=low) - low) / (high - low or 1.0)
-    axis.imshow(shown.numpy(), aspect="auto", cmap="YlOrRd", vmin=0, vmax=1)
-    for i, j in (~grid.isnan()).nonzero().tolist():
-        colour = "white" if shown[i, j] > 0.65 else "black"
-        text = f"{float(grid[i, j]):.2g}"
-        axis.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    axis.set_title(title, fontsize=9)
-    axis.set_xticks(range(len(roles)), roles, rotation=30, ha="right", fontsize=8)
-    axis.tick_params(length=0)
-
-
-def _short(layers: Sequence[str]) -> list[str]:
-    """The names without a start that all share and that is long."""
-    start = re.match(r"(.*\.)?", layers[0])
-    head = start[0] if start else ""
-    return [n.removeprefix(head) for n in layers] if len(head) > 15 else list(layers)

@@ -62,6 +62,53 @@ class Chosen:
     tried: int
 
 
+@dataclass(frozen=True)
+class PlanForecast:
+    """A plan that is fitted, and what rounding it will cost.
+
+    Args:
+        fitted: its fit, in floats.
+        statistics: of all weights, as it aligned them; None without images.
+        forecast: of its rounding.
+    """
+
+    fitted: Fit
+    statistics: KfacStatistics | None
+    forecast: Forecast
+
+    def cost_at(self, bytes_: int) -> float:
+        """Nats for each image: of the fit, and of rounding it to so many bytes."""
+        step = self.forecast.step_for(8 * (bytes_ - overhead(self.fitted.plan)))
+        return self.fitted.cost + self.forecast.cost(step)
+
+
+@torch.no_grad()
+def forecast_plan(
+    info: ModelInfo,
+    outlined: Outline,
+    store: TensorStore,
+    cache: StatisticsCache | None,
+    on_group: OnGroup | None = None,
+    limit: float = math.inf,
+) -> PlanForecast:
+    """Fit a plan and forecast its rounding.
+
+    Args:
+        info: of the model.
+        outlined: the plan.
+        store: the weights.
+        cache: measures statistics on images; None without any.
+        on_group: called with (groups fitted, groups in all).
+        limit: of the cost.
+
+    Raises:
+        TooCostly: the fit alone costs as much as `limit`.
+    """
+    found, statistics = carry_out(info, outlined, store, cache, on_group, limit)
+    metrics = {} if statistics is None else statistics.metrics
+    return PlanForecast(found, statistics, Forecast(found.plan, found.tensors, metrics))
+
+
 @torch.no_grad()
 def choose_plan(
     info: ModelInfo,
@@ -86,19 +133,16 @@ def choose_plan(
         enter_part(number, len(outlined))
         limit = math.inf if best is None else best.forecast
         try:
-            found, statistics = carry_out(info, outlined[i], store, cache, on_group, limit)
+            found = forecast_plan(info, outlined[i], store, cache, on_group, limit)
         except TooCostly:
             continue  # before any rounding it costs more than another plan with it
-        metrics = {} if statistics is None else statistics.metrics
-        forecast = Forecast(found.plan, found.tensors, metrics)
-        step = forecast.step_for(8 * (budget.bytes - _overhead(found.plan)))
-        cost = found.cost + forecast.cost(step)
+        cost = found.cost_at(budget.bytes)
         if best is None or cost < best.forecast:
             if best is not None:
                 best.fitted.close()
-            best = Chosen(found, statistics, cost, len(outlined))
+            best = Chosen(found.fitted, found.statistics, cost, len(outlined))
         else:
-            found.close()
+            found.fitted.close()
     assert best is not None  # there is a plan, or the recipe was refused
     return best
 
@@ -227,5 +271,12 @@ def _rounding_record(rounded: RoundedModel, chosen: Chosen, budget: ByteBudget) 
     }
 
 
-def _overhead(plan: Plan) -> int:
+def overhead(plan: Plan) -> int:
+    """Bytes that a file takes beside the numbers of its tensors, about."""
     return OVERHEAD + EACH * len({**plan.kept, **plan.factors})
+
+
+def bits_of(plan: Plan, bytes_: int) -> float:
+    """Bits that each stored number of a plan has on average, in a file of so many bytes."""
+    numbers = sum(math.prod(shape) for shape in {**plan.kept, **plan.factors}.values())
+    return 8 * (bytes_ - overhead(plan)) / max(1, numbers)

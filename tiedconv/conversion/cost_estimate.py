@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.utils.data import Dataset
 
+from tiedconv.conversion.byte_search import PlanForecast, forecast_plan
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.candidates import by_alignment, memory_store
 from tiedconv.conversion.stages import carry_out
@@ -20,7 +21,7 @@ from tiedconv.errors import NothingToConvert
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.planning.drafting import Task, draft, parameters_of
 from tiedconv.planning.feasibility import least_stored, least_work, workload_of
-from tiedconv.planning.planner import alternatives, outline
+from tiedconv.planning.planner import Outline, alternatives, outline
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.macs import work_of
 
@@ -143,3 +144,9 @@ class CostEstimator:
             fitted = carry_out(self._info, outlined, self._store, self._cache)[0]
             self._found[key] = CostEstimate(recipe, fitted.plan, fitted.cost)
         return self._found[key]
+
+    def forecast(self, outlined: Outline) -> PlanForecast:
+        """What a plan costs when it is rounded; its tensors are let go."""
+        found = forecast_plan(self._info, outlined, self._store, self._cache)
+        found.fitted.close()
+        return found

@@ -125,10 +125,14 @@ def plan_on(
     info = dataclasses.replace(inspect_model(model), workload=workload, times=times)
     if recipe.bytes is None:
         return Planned(info, _outlines(info, recipe, measured), example=example)
-    numbers = sum(math.prod(shape) for shape in info.shapes.values())
-    half = source is not None and source.weights_dtype is not None
-    budget = byte_budget(recipe.bytes, numbers * (2 if half else 4))
+    budget = byte_budget(recipe.bytes, original_bytes(info, source))
     return Planned(info, byte_outlines(info, recipe, budget), budget, example)
+
+
+def original_bytes(info: ModelInfo, source: Source | None) -> int:
+    """Bytes of a model's tensors in the type that its weights are published in."""
+    half = source is not None and source.weights_dtype is not None
+    return (2 if half else 4) * sum(math.prod(shape) for shape in info.shapes.values())
 
 
 def stages_of(planned: Planned, calib: Calibration | None) -> tuple[str, ...]:

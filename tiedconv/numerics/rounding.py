@@ -180,6 +180,15 @@ class Rounding:
         back = torch.argsort(self._order)
         return Rounded(values[back].to(torch.int8), scales[back].float(), _float(columns))
 
+    def to_bits(self, bits: float) -> Rounded:
+        """The matrix as integers that take so many bits on average, entropy-coded."""
+        sample, low, high = self.sample(), -40.0, 20.0
+        for _ in range(24):
+            middle = (low + high) / 2
+            is_finer = sample.bits(2.0**middle) > bits * sample.count
+            low, high = (middle, high) if is_finer else (low, middle)
+        return self.at(2.0**high)
+
     def cost(self, rounded: Rounded) -> float:
         """What rounding costs."""
         return self._metric.cost(self._matrix - rounded.matrix.double())
