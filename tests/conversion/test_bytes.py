@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -20,14 +21,21 @@ from torch.utils.data import TensorDataset
 import tiedconv
 from tiedconv.calibration import Fitted
 from tiedconv.calibration.config import CalibConfig
-from tiedconv.conversion import byte_search
+from tiedconv.conversion import byte_plans, byte_search
+from tiedconv.conversion.byte_plans import Chosen, _finer, choose_plans
 from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.candidates import memory_store
+from tiedconv.conversion.fit import Fit
+from tiedconv.conversion.pipeline import plan_on
 from tiedconv.conversion.rounding import round_at, round_to_bytes
+from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.core.plan import Plan
 from tiedconv.errors import BudgetError, CheckpointError, PlanError, RecipeError, UserError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.io.checkpoint_reader import read
+from tiedconv.planning import byte_budget
 from tiedconv.planning.drafting import compile_plan
+from tiedconv.planning.planner import Outline
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.dequantize import dequantize
 from tiedconv.runtime.tensors import state_tensors
@@ -333,3 +341,57 @@ def test_the_report_tells_the_memory_of_a_loaded_and_of_a_frozen_model(tmp_path:
     assert found.memory_bytes == sum(held.values())
     computed = [e for e in state_of(loaded).plan.weights.values() if not e.is_view]
     assert found.frozen_bytes == found.memory_bytes + 4 * sum(math.prod(e.shape) for e in computed)
+
+
+def test_the_best_plan_is_tried_with_more_and_fewer_parameters_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(byte_budget, "MOST_BITS", 50.0)  # or a tiny model has one plan
+    planned = plan_on(all_micros()["timm-vit"].model(), Recipe.of("auto", bytes="22%"))
+    shared = [o for o in planned.outlines if o.recipe.budget is not None]
+    assert len({o.recipe.budget.text for o in shared if o.recipe.budget}) > 1
+
+    def finer(outlined: Outline) -> list[Outline]:
+        best = Chosen(Fit(outlined.recipe, outlined.plan, 0.0, None, {}), {}, 0.0)
+        return _finer(planned.info, best, planned.outlines)
+
+    half = next(o for o in shared if o.recipe.budget and o.recipe.budget.text == "50%")
+    fewer, more = finer(half)
+    assert fewer.plan.stored < half.plan.stored < more.plan.stored
+    assert fewer.plan.stored == pytest.approx(0.85 * half.plan.stored, rel=0.02)
+    assert fewer.recipe.rules == more.recipe.rules == half.recipe.rules
+    assert fewer.rounded == more.rounded == half.rounded
+    assert finer(planned.outlines[0]) == []  # the whole model
+
+
+def test_the_outputs_decide_between_plans_that_come_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_plans, "CLOSE_CALL", 1e9)
+    recipe, calib = Recipe.of("auto", params="60%", bytes="40%"), fast_on("timm-vit")
+    model = all_micros()["timm-vit"].model()
+    planned = plan_on(model, recipe)
+    assert planned.budget is not None
+    cache = StatisticsCache(model, calib, calib.data)
+    store = memory_store(model, planned.info)
+    plans, tried = choose_plans(
+        planned.info, planned.outlines, planned.budget, store, cache, most=3
+    )  # fmt: skip
+    assert tried == len(planned.outlines)
+    costs = [plan.forecast for plan in plans]
+    assert len(costs) == 3
+    assert costs == sorted(costs)
+    for chosen, plan in enumerate(plans):
+        count = itertools.count()
+        monkeypatch.setattr(
+            StatisticsCache, "divergence", lambda self, model, n=chosen, c=count: next(c) != n
+        )
+        found = tiedconv.convert(
+            all_micros()["timm-vit"].model(), recipe=recipe, calib=calib
+        )  # fmt: skip
+        assert next(count) == len(plans)
+        record = state_of(found).history[-1]["rounding"]
+        assert record["fit_cost"] == pytest.approx(plan.fitted.cost, rel=1e-6)
+
+
+def fast_on(name: str) -> Calibration:
+    """A brief calibration."""
+    return Calibration(images(name, 8), config=CalibConfig(effort="fast"), workers=0, device="cpu")

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tiedconv.conversion.byte_search import PlanForecast, bits_of
+from tiedconv.conversion.byte_plans import PlanForecast, bits_of
 from tiedconv.conversion.cost_estimate import CostEstimator, key_of
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.planning.byte_budget import ByteBudget, byte_budget, byte_outlines

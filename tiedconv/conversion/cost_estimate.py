@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.utils.data import Dataset
 
-from tiedconv.conversion.byte_search import PlanForecast, forecast_plan
+from tiedconv.conversion.byte_plans import PlanForecast, forecast_plan
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.candidates import by_alignment, memory_store
 from tiedconv.conversion.stages import carry_out

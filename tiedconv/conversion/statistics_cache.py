@@ -1,4 +1,7 @@
-"""Activation and gradient statistics of a model, kept for the last alignment of its weights."""
+"""What is measured of a model on images: statistics of activations and gradients, and outputs.
+
+The statistics are kept for the last alignment of the weights.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.calibration import KfacStatistics
 from tiedconv.conversion.calibrate import Calibration
+from tiedconv.conversion.output_divergence import mean_divergence
 from tiedconv.conversion.tensor_store import Workspace
 
 
@@ -51,3 +55,7 @@ class StatisticsCache:
             self.images, self.skipped = found.images, found.skipped
             self._last = key, found
         return self._last[1]
+
+    def divergence(self, model: nn.Module) -> float:
+        """The mean divergence of a model's outputs from those of the plain one, on the images."""
+        return mean_divergence(model, self._model, self._data, self._calib)
