@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import tiedconv
-from tiedconv.calibration import Fitted
+from tiedconv.calibration import Fitted, gather_statistics
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.conversion import byte_plans, byte_search
 from tiedconv.conversion.byte_plans import Chosen, _finer, choose_plans
@@ -33,7 +34,10 @@ from tiedconv.core.plan import Plan
 from tiedconv.errors import BudgetError, CheckpointError, PlanError, RecipeError, UserError
 from tiedconv.families.inspect import inspect_model
 from tiedconv.io.checkpoint_reader import read
+from tiedconv.numerics.kfac_metric import IDENTITY
+from tiedconv.numerics.rounding import Rounding
 from tiedconv.planning import byte_budget
+from tiedconv.planning.byte_budget import matrices_of
 from tiedconv.planning.drafting import compile_plan
 from tiedconv.planning.planner import Outline
 from tiedconv.planning.recipe import Recipe
@@ -77,6 +81,35 @@ def test_eight_bits_move_outputs_little(name: str) -> None:
     before, after = micro.logits(micro.model()), micro.logits(rounded(name, 1e-9))
     chooses = name == "hf-deformable-detr-refined"  # its best proposals, which may be others then
     assert chooses or float((before - after).norm() / before.norm()) < 3e-2
+
+
+@each_micro
+def test_eight_bits_in_one_matrix_move_outputs_by_about_a_hundredth_at_most(name: str) -> None:
+    """With error feedback by images. All together (the test above) are ten layers' errors."""
+    micro = all_micros()[name]
+    model, before = micro.model(), micro.logits(micro.model())
+    weights, metrics = matrices_of(inspect_model(model)), {}
+    with contextlib.suppress(UserError):  # text, which has no such images
+        metrics = gather_statistics(
+            copy.deepcopy(model), weights, images(name, 32), workers=0, device="cpu"
+        ).metrics
+    own = dict(model.named_parameters())
+    for weight, transposed in weights.items():
+        kept = own[weight].data
+        metric = metrics.get(weight, IDENTITY)
+        matrix = kept.t() if transposed else kept.reshape(len(kept), -1)
+        fits = metric.right is None or len(metric.right) == matrix.shape[1]
+        if kept.numel() < 64 or kept.numel() == max(kept.shape) or not fits:
+            continue
+        rounded = Rounding(matrix, metric).at(1e-9).matrix
+        rounded = rounded.t() if transposed else rounded.reshape(kept.shape)
+        own[weight].data = rounded.to(kept.dtype)
+        after = micro.logits(model)
+        own[weight].data = kept
+        moved = float((before - after).norm() / before.norm())
+        chooses = name == "hf-deformable-detr-refined"  # its best proposals, which may be others
+        # Random weights of two tiny models move them by 1.1 and 1.2 hundredths.
+        assert chooses or moved < 1.3e-2, (weight, moved)
 
 
 @each_micro

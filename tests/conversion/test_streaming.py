@@ -48,6 +48,7 @@ RECIPES: dict[str, Recipe] = {
     "tied, 60 %": Recipe.of("tied", params="60%"),
     "lors, 60 %": Recipe.of("lors", params="60%"),
     "auto, 70 %": Recipe.of("auto", params="70%"),
+    "auto, 60 % of the bytes": Recipe.of("auto", bytes="60%"),  # never streams
     "two rules": Recipe(
         (Rule("tied", {}, ("*mlp*", "*linear*")), Rule("lors", {"rank": 4})), Budget("75%")
     ),

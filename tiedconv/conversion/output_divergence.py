@@ -16,7 +16,7 @@ from tiedconv.training import pick_device
 from tiedconv.training.batchnorm import modes_kept
 from tiedconv.training.device import Placement
 
-IMAGES = 256
+IMAGES = 512
 """That decide between models, at most."""
 
 
