@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import json
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import tiedconv
-from tiedconv.calibration import Fitted, gather_statistics
+from tiedconv.calibration import Fitted
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.conversion import byte_plans, byte_search
 from tiedconv.conversion.byte_plans import Chosen, _finer, choose_plans
@@ -85,30 +84,21 @@ def test_eight_bits_move_outputs_little(name: str) -> None:
 
 @each_micro
 def test_eight_bits_in_one_matrix_move_outputs_by_about_a_hundredth_at_most(name: str) -> None:
-    """With error feedback by images. All together (the test above) are ten layers' errors."""
+    """All together (the test above) are ten layers' errors: 8 bits leave 0.5 % of random values."""
     micro = all_micros()[name]
     model, before = micro.model(), micro.logits(micro.model())
-    weights, metrics = matrices_of(inspect_model(model)), {}
-    with contextlib.suppress(UserError):  # text, which has no such images
-        metrics = gather_statistics(
-            copy.deepcopy(model), weights, images(name, 32), workers=0, device="cpu"
-        ).metrics
     own = dict(model.named_parameters())
-    for weight, transposed in weights.items():
+    for weight in matrices_of(inspect_model(model)):
         kept = own[weight].data
-        metric = metrics.get(weight, IDENTITY)
-        matrix = kept.t() if transposed else kept.reshape(len(kept), -1)
-        fits = metric.right is None or len(metric.right) == matrix.shape[1]
-        if kept.numel() < 64 or kept.numel() == max(kept.shape) or not fits:
+        if kept.numel() < 64 or kept.numel() == max(kept.shape):
             continue
-        rounded = Rounding(matrix, metric).at(1e-9).matrix
-        rounded = rounded.t() if transposed else rounded.reshape(kept.shape)
-        own[weight].data = rounded.to(kept.dtype)
+        rounded = Rounding(kept.reshape(len(kept), -1), IDENTITY).at(1e-9).matrix
+        own[weight].data = rounded.reshape(kept.shape).to(kept.dtype)
         after = micro.logits(model)
         own[weight].data = kept
         moved = float((before - after).norm() / before.norm())
         chooses = name == "hf-deformable-detr-refined"  # its best proposals, which may be others
-        # Random weights of two tiny models move them by 1.1 and 1.2 hundredths.
+        # The first layers of two of them move outputs by more than 0.01.
         assert chooses or moved < 1.3e-2, (weight, moved)
 
 

@@ -90,7 +90,6 @@ def convert_to_bytes(
         widths = outlined[0].recipe.widths
         return round_to_bytes(fitted.plan, fitted.tensors, metrics, budget.bytes, size_of, widths)
 
-    enter("round" if len(plans) > 1 else "fit")
     chosen, rounded = _best(original, plans, round_, cache)
     fitted = chosen.fitted
     tie_fit(model, fitted, record)
