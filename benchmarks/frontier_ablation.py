@@ -28,7 +28,7 @@ from torch.utils.data import TensorDataset
 
 import tiedconv
 from tiedconv.calibration.config import CalibConfig
-from tiedconv.conversion import byte_search
+from tiedconv.conversion import byte_plans, byte_search
 from tiedconv.conversion import rounding as of_models
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.numerics import rounding as of_matrices
@@ -57,10 +57,20 @@ def nothing(*_: Any) -> bool:
     return True
 
 
+def blocks_alone(*args: Any) -> Iterator[Any]:
+    """Without the patch embedding, the table of positions and the classifier."""
+    outside = {"patch_embed.proj.weight", "pos_embed", "cls_token", "head.weight"}
+    return (part for part in ALL_KEPT(*args) if part[0] not in outside)
+
+
+ALL_KEPT = of_models._kept_matrices
 COLUMNS_ALONE: Patch = (of_matrices, "ROW_BLOCKS", 1)
 NEAREST: Patch = (of_matrices._Side, "of", staticmethod(to_nearest))
 NO_REFIT: Patch = (of_models, "refit", no_refit)
 BITS_ALONE: Patch = (byte_budget, "SHARES", ())
+FORECAST_ALONE: Patch = (byte_search, "FINALISTS", 1)
+NO_FINER: Patch = (byte_plans, "FINER", ())
+KEPT_STAY: Patch = (of_models, "_kept_matrices", blocks_alone)
 INTEGERS_STAY: tuple[Patch, Patch] = (
     (byte_search, "soften", nothing),
     (byte_search, "harden", nothing),
@@ -73,6 +83,9 @@ SETTINGS: dict[str, tuple[str, str | None, tuple[Patch, ...]]] = {
     "error feedback over columns alone": ("fast", None, (COLUMNS_ALONE,)),
     "no refit of the other factors": ("fast", None, (NO_REFIT,)),
     "the whole model rounded, nothing shared": ("fast", None, (BITS_ALONE,)),
+    "the forecast decides, outputs are not compared": ("fast", None, (FORECAST_ALONE,)),
+    "the same, no plans between": ("fast", None, (FORECAST_ALONE, NO_FINER)),
+    "patches, positions and classifier in float16": ("fast", None, (KEPT_STAY,)),
     "ranks first (50 % of the parameters), bits after": ("fast", "50%", ()),
     "ranks first (30 %), bits after": ("fast", "30%", ()),
     "all parts, with block fits": ("normal", None, ()),
