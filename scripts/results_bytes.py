@@ -57,6 +57,22 @@ The same ViT, calibrated with the same images, nothing trained; each row leaves 
 {table}
 """
 
+PACKED = """### Files, memory and time
+
+ViT-S/14 (112 px) and EfficientNet-Lite0 (224 px), `auto --bytes`, calibrated with 128 photos (`fast`); the second file of each with
+`--bits 4`. *Overhead*: bytes of the compact file over those of its tensors. *ONNX* and *OpenVINO*: bytes of the exported
+file over those of the tensors with packed integers, as PyTorch holds them, and how far outputs are from ours, of the largest
+output. Then the memory that a loaded model holds, and the time of a forward pass (batch 1; median of {rounds} turns), each over
+those of the dense float32 model in the same runtime: *packed* computes weights when they are used, *cached* is
+`freeze`, *ONNX* is ONNX Runtime at its defaults. One thread, {processor}.
+
+    python benchmarks/packed.py --dinov2 FOLDER --lite0 LITE0.safetensors --photos PHOTOS
+
+{files}
+
+{runs}
+"""
+
 HOW = {
     "auto": "`auto --bytes`", "qat": "QAT", "svd8": "SVD, 8 bits", "pruned8": "torch-pruning, 8 bits",
 }  # fmt: skip
@@ -104,6 +120,45 @@ def ablation(rows: Sequence[dict[str, Any]]) -> str:
     for size in sizes:
         columns += [f"{size} %", "KL"]
     return ABLATION.format(table=table(columns, cells))
+
+
+def packed(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of sizes, and one of memory and time."""
+    names = {"dinov2": "ViT-S/14", "lite0": "EfficientNet-Lite0"}
+    files, runs = [], []
+    for row in rows:
+        name = names[row["model"]] + ("" if row["bits"] is None else f", `--bits {row['bits']}`")
+        line = [name, f"{row['file_bytes'] / 1e6:.2f} MB", f"{row['to_payload']:.4f}"]
+        for kind in ("onnx", "openvino"):
+            found = row["exports"][kind]
+            line += [f"{found['to_packed']:.3f}", f"{found['off']:.0e}"]
+        files.append(line)
+        runs.append([name, *_runs(row["rows"])])
+    columns = ["model", "file", "overhead", "ONNX", "off by", "OpenVINO", "off by"]
+    return PACKED.format(
+        rounds=rows[0]["rounds"], processor=rows[0]["processor"], files=table(columns, files),
+        runs=table(["model", *(f"{label}: memory, time" for label, _ in RUNS)], runs),
+    )  # fmt: skip
+
+
+RUNS = (
+    ("packed", ("eager", "eager")), ("cached", ("eager", "cached")), ("ONNX", ("onnx", "onnx")),
+    ("OpenVINO", ("openvino", "openvino")),
+)  # fmt: skip
+
+
+def _runs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    cells = []
+    for _, (baseline, name) in RUNS:
+        dense = next(r for r in rows if r["runtime"] == baseline and r["model"] == "dense")
+        own = [r for r in rows if r["runtime"] == name and r["model"] == "compact"]
+        if not own:
+            cells.append("-")
+            continue
+        time = own[0]["timings"][0]
+        memory = own[0]["held_bytes"] / dense["held_bytes"]
+        cells.append(f"{memory:.2f}, {time['ratio']:.2f} ({time['low']:.2f} to {time['high']:.2f})")
+    return cells
 
 
 def _model(rows: Sequence[dict[str, Any]], model: str) -> str:

@@ -195,6 +195,7 @@ def main() -> None:
         ("frontier", results_bytes.frontier),
         ("frontier_trained", results_bytes.trained),
         ("frontier_ablation", results_bytes.ablation),
+        ("packed", results_bytes.packed),
         ("narrow", results_narrow.section),
         ("chain", results_chain.section),
         ("detection", results_detectors.detection),
