@@ -153,7 +153,7 @@ def _output_metric(found: _Gradients, first: bool) -> OutputMetric | None:
 
 def _rows(output: Tensor, first: bool) -> Tensor:
     """`(B, places, channels)`."""
-    if first and output.ndim > 2:
+    if first and output.ndim > 3:  # tokens of a block with a convolution have channels last
         output = output.movedim(1, -1)
     return output.reshape(len(output), -1, output.shape[-1])
 
