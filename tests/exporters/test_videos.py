@@ -42,7 +42,7 @@ class Convolutions(nn.Module):
         super().__init__()
         self.stem = nn.Conv3d(3, 16, (3, 4, 4), (1, 4, 4), (1, 0, 0))
         self.blocks = nn.ModuleList(nn.Conv3d(16, 16, 3, padding=1) for _ in range(2))
-        self.head = nn.Linear(16, 5)
+        self.head = nn.Linear(16, 12)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -72,7 +72,7 @@ def test_inputs_of_videos_are_known_from_the_model() -> None:
     assert video_shapes(nn.Conv2d(3, 4, 1), 3, (8, 8)) == []
     taken = [next(kind, None) for kind in usual_inputs(network())]
     assert taken[1] is not None
-    assert network()(taken[1]).shape == (1, 5)
+    assert network()(taken[1]).shape == (1, 12)
 
 
 def test_multiply_adds_of_videos_are_counted() -> None:
