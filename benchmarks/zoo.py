@@ -38,6 +38,7 @@ from torch.utils import _pytree as pytree
 from zoo_models import NAMES, built, has_small_form, published
 
 import tiedconv
+from tiedconv.core.plan import Block, Slot
 from tiedconv.errors import NothingToConvert, TiedconvError
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.planning.drafting import parameters_of
@@ -74,7 +75,7 @@ def coverage_row(name: str) -> dict[str, Any]:
     for _, block in info.blocks:
         for slot in block.slots.values():
             inside[slot.tensor] = inside.get(slot.tensor, 0) + slot.numel
-            if block.kind != "linear":
+            if block.kind != "linear" and (block.kind != "ffn" or _has_partner(slot, block)):
                 paired[slot.tensor] = paired.get(slot.tensor, 0) + slot.numel
     total = max(1, sum(wanted.values()))
 
@@ -92,6 +93,11 @@ def coverage_row(name: str) -> dict[str, Any]:
         except NothingToConvert:
             row[scheme] = None
     return row
+
+
+def _has_partner(slot: Slot, block: Block) -> bool:
+    """Whether a feed-forward keeps its width: then another matrix has the transposed shape."""
+    return any((o.rows, o.columns) == (slot.columns, slot.rows) for o in block.slots.values())
 
 
 def drawn(model: nn.Module) -> nn.Module:

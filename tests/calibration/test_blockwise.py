@@ -31,6 +31,7 @@ from tiedconv.calibration import (
 )
 from tiedconv.calibration.activation_cache import Cache
 from tiedconv.calibration.fitting import split
+from tiedconv.calibration.output_metric import _rows
 from tiedconv.calibration.state import identity_of
 from tiedconv.calibration.teacher_student import Pair
 from tiedconv.data import Batch, Broken
@@ -652,3 +653,9 @@ def test_on_cuda() -> None:
     result = fit_blocks(student, teacher, data, CalibConfig(**QUICK), device="cuda")
     assert next(student.parameters()).device.type == "cuda"
     assert all(r.after <= r.before for r in result.spans)
+
+
+def test_tokens_of_a_block_with_a_convolution_have_channels_last() -> None:
+    tokens, image = torch.randn(2, 9, 4), torch.randn(2, 4, 3, 3)
+    assert torch.equal(_rows(tokens, first=True), tokens)
+    assert torch.equal(_rows(image, first=True), image.flatten(2).mT)

@@ -117,9 +117,14 @@ def test_plan_and_sensitivity_take_such_samples_too() -> None:
     assert any(row.measured for row in sensed.rows)
 
 
-def test_samples_of_other_lengths_are_refused() -> None:
+def test_texts_of_other_lengths_are_run_by_themselves() -> None:
+    tied = converted(clip(), calibration([*pairs(4), *pairs(4, tokens=5)]))
+    assert told(tied)["images"] == 8
+
+
+def test_a_text_that_is_longer_than_the_model_reads_is_refused() -> None:
     with raises(DataError, "samples-differ"):
-        converted(clip(), calibration([*pairs(4), *pairs(4, tokens=5)]))
+        converted(clip(), calibration([*pairs(4), *pairs(4, tokens=25)]))
 
 
 def test_images_of_other_sizes_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from tiedconv.outputs import kind_of
 from tiedconv.training.batchnorm import modes_kept
 
 AT_ONCE = 16
+"""Images in a batch."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +33,23 @@ class Agreement:
 
 
 @torch.no_grad()
-def measure_agreement(model: nn.Module, original: nn.Module, images: Tensor) -> Agreement:
+def measure_agreement(
+    model: nn.Module, original: nn.Module, batches: Sequence[Tensor]
+) -> Agreement:
     """Compare the outputs of two models, both on the CPU, in evaluation mode.
 
     Args:
         model: compact.
         original: what it was made of.
-        images: that nothing was fitted to, `(n, C, H, W)`.
+        batches: images that nothing was fitted to, `(n, C, H, W)` each.
     """
     found: list[Tensor] = []
     compares, counts = "", True
     with modes_kept(model), modes_kept(original):
         model.eval(), original.eval()
-        for part in torch.split(images, AT_ONCE):
+        for part in batches:
             answer = original(part)
             kind = kind_of(answer, original)
             compares, counts = kind.compares, kind.counts
             found.append(kind.agreement(model(part), answer, model))
-    return Agreement(compares, float(torch.cat(found).mean()), len(images), counts)
+    return Agreement(compares, float(torch.cat(found).mean()), sum(map(len, batches)), counts)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.calibration.activation_cache import Cache, Stream, chunks, read_images, release, take
+from tiedconv.calibration.activation_cache import Cache, Stream, read_images, release, take
+from tiedconv.calibration.agreement import AT_ONCE as AGREEMENT_AT_ONCE
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.calibration.events import (
     BlockwiseResult,
@@ -36,6 +37,7 @@ from tiedconv.calibration.fitting import FitState, Schedule, mean_error, minimis
 from tiedconv.calibration.frozen import frozen
 from tiedconv.calibration.objectives import JointObjective, SpanObjective, weighted
 from tiedconv.calibration.output_metric import OutputMetric, measure_output_metrics
+from tiedconv.calibration.sample_forms import Forms
 from tiedconv.calibration.spans import Span
 from tiedconv.calibration.state import KIND, checkpoint_path, identity_of, load_state, save_state
 from tiedconv.calibration.teacher_student import Pair
@@ -113,8 +115,9 @@ def fit_blocks(
         with frozen(student, teacher), Cache(config.cache_bytes) as cache, closing(loader):
             images, broken = read_images(loader, cache)
             loader.close()
-            pair = Pair.probed(student, teacher, images, placement)
-            run = _Run(config, pair, images, cache, on_event or ignore)
+            forms = Forms.of(student, images, loader.groups)
+            pair = Pair.probed(student, teacher, images, placement, forms)
+            run = _Run(config, pair, images, forms, cache, on_event or ignore)
             run.path = path
             return run.go(resume, broken)
     finally:
@@ -155,10 +158,11 @@ class _Run:
     """One call of `fit_blocks`."""
 
     def __init__(
-        self, config: CalibConfig, pair: Pair, images: Tensor, cache: Cache, emit: OnCalibEvent
-    ) -> None:
+        self, config: CalibConfig, pair: Pair, images: Tensor, forms: Forms, cache: Cache,
+        emit: OnCalibEvent,
+    ) -> None:  # fmt: skip
         self.config, self.pair, self.images, self.cache = config, pair, images, cache
-        self.emit = emit
+        self.forms, self.emit = forms, emit
         self.train, self.held = split(len(images), config.seed)
         self.at = _Progress()
         self.path: Path | None = None
@@ -199,7 +203,9 @@ class _Run:
             skipped=len(broken),
             example_of_skipped=broken[0] if broken else None,
             seconds=self.at.seconds,
-            held_images=self.images[self.held],
+            held_batches=tuple(
+                self.images[part] for part in self.forms.batches(self.held, AGREEMENT_AT_ONCE)
+            ),
         )
 
     def state(self) -> list[Tensor]:
@@ -254,6 +260,7 @@ class _Run:
             student_stream=ours,
             teacher_stream=theirs,
             placement=student.placement,
+            forms=self.forms,
         )
         objective.measure_energies(self.config.batch_size)
         return objective
@@ -265,7 +272,9 @@ class _Run:
             teacher = self.pair.teacher
             batches = (
                 take(self.images, index, teacher.placement)
-                for index in chunks(len(self.images), self.config.batch_size)
+                for index in self.forms.batches(
+                    torch.arange(len(self.images)), self.config.batch_size
+                )
             )
             units = [teacher.model.get_submodule(name) for name in names]
             found = measure_output_metrics(
@@ -313,6 +322,7 @@ class _Run:
             teacher_units=[m for span in self.pair.spans for m in teacher.modules(span)],
             images=self.images,
             placement=student.placement,
+            forms=self.forms,
         )
 
     def fit_jointly(self, objective: JointObjective) -> None:

@@ -92,7 +92,7 @@ class BlockwiseResult:
         skipped: number of images that could not be read.
         example_of_skipped: the first of them, or None.
         seconds: time taken, over all resumed parts.
-        held_images: the held-out images.
+        held_batches: the held-out images, in batches of one shape.
     """
 
     spans: tuple[SpanResult, ...]
@@ -103,4 +103,4 @@ class BlockwiseResult:
     skipped: int
     example_of_skipped: str | None
     seconds: float
-    held_images: Tensor = field(repr=False, compare=False)
+    held_batches: tuple[Tensor, ...] = field(repr=False, compare=False)

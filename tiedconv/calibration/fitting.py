@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tiedconv.calibration.activation_cache import chunks
+from tiedconv.calibration.sample_forms import Forms
+from tiedconv.data.grouping import even
 from tiedconv.errors import TrainingError
 from tiedconv.training.batchnorm import averaged_statistics, batch_statistics, norms_of
 from tiedconv.training.optim import half_cosine
@@ -40,6 +41,10 @@ class Objective(Protocol):
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
         """What is fitted."""
+
+    @property
+    def forms(self) -> Forms:
+        """Of the images."""
 
     def loss(self, index: Tensor) -> Tensor:
         """A scalar with a gradient, the mean over these images."""
@@ -181,7 +186,7 @@ class _OptimLoop:
         schedule = self._schedule
         every = max(1, -(-schedule.steps // CHECKS))
         last_loss = 0.0
-        for step, index in enumerate(_batches(train, schedule), 1):
+        for step, index in enumerate(_batches(train, schedule, self._objective.forms), 1):
             if step <= self._start:
                 continue
             loss = self._step(step, index)
@@ -247,14 +252,14 @@ def _factor(step: int, schedule: Schedule) -> float:
     return MIN_LR_RATIO + (1 - MIN_LR_RATIO) * half_cosine(done)
 
 
-def _batches(train: Tensor, schedule: Schedule) -> Iterator[Tensor]:
+def _batches(train: Tensor, schedule: Schedule, forms: Forms) -> Iterator[Tensor]:
     """A batch for each step, of nearly equal sizes, epoch after epoch in a new order."""
     random = np.random.default_rng(schedule.seed)
-    parts = -(-len(train) // schedule.batch_size)
+    groups = None if forms.groups is None else forms.groups[train.numpy()]
     step = 0
     while True:
         order = random.permutation(len(train))
-        for part in np.array_split(order, parts):
+        for part in even(order, schedule.batch_size, groups, random):
             if step == schedule.steps:
                 return
             step += 1
@@ -321,7 +326,7 @@ class _Best:
 @torch.no_grad()
 def mean_error(objective: Objective, index: Tensor, batch_size: int) -> float:
     """The objective's error over some images."""
-    parts = [index[at] for at in chunks(len(index), batch_size)]
+    parts = objective.forms.batches(index, batch_size)
     return sum(objective.error(part) * len(part) for part in parts) / len(index)
 
 
@@ -330,7 +335,7 @@ def estimate(
     norms: Sequence[_BatchNorm], objective: Objective, index: Tensor, batch_size: int
 ) -> None:
     """Replaces the statistics of batch norms by their plain average over some images."""
-    parts = [index[at] for at in chunks(len(index), batch_size) if len(at) > 1]
+    parts = [part for part in objective.forms.batches(index, batch_size) if len(part) > 1]
     if not parts:  # one image has no variance
         return
     with averaged_statistics(norms):

@@ -29,6 +29,7 @@ from tiedconv.errors import DataError
 from tiedconv.numerics.kfac_metric import KfacMetric, shrinkage_estimate
 from tiedconv.outputs import kind_of
 from tiedconv.runtime.forward_check import checked_forward
+from tiedconv.runtime.sample_table import kept_tokens
 from tiedconv.training import pick_device
 from tiedconv.training.device import Placement
 
@@ -175,10 +176,12 @@ def _one_pass(
     counts, skipped = [0, 0], 0
     for batch in loader.epoch():
         skipped += len(batch.broken)
-        if len(batch.images):
+        # Of a shape that few samples have there may be one batch, which then gives to both halves.
+        parts = batch.images.chunk(1 if loader.groups is None else 2)
+        for images in parts if len(batch.images) else ():
             watch.half = 1 - watch.half
-            counts[watch.half] += len(batch.images)
-            _one_batch(model, placement.images(batch.images), watch, generator)
+            counts[watch.half] += len(images)
+            _one_batch(model, placement.images(images), watch, generator)
         report(sum(counts))
     return counts, skipped
 
@@ -212,6 +215,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._outs = {name: shape[transposed] for name, shape, transposed in
                       self._by_storage.values()}  # fmt: skip
         self.sums = {name: _Sums() for name in weights}
+        self._model = model
+        # It has tokens before images, so that its rows do not lie as those of a mask.
+        self._by_tokens = any(isinstance(m, nn.MultiheadAttention) for m in model.modules())
         self.half = 1
         self.batch = 0
         self.backward = False
@@ -263,7 +269,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, name: str, rows: Tensor, start: int) -> None:
         """Add rows `(images * places, width)`, of outputs from `start` on."""
         sums, half = self.sums[name], self.half
-        rows, scale = _some(rows, self.batch)
+        kept = None if self._by_tokens else kept_tokens(self._model)
+        if kept is not None and kept.numel() == len(rows):
+            rows, scale = _some_tokens(rows, kept, of_image=self.backward), 1.0
+        else:
+            rows, scale = _some(rows, self.batch)
         if self.backward:  # the gradients of all places add up to that of the image
             sums.left.add(rows, half, start=start, width=self._outs[name], scale=scale)
         else:
@@ -281,6 +291,22 @@ def _some(rows: Tensor, images: int) -> tuple[Tensor, float]:
         return rows, 1.0
     kept = _evenly(places, rows.device)
     return rows.reshape(images, places, -1)[:, kept].flatten(0, 1), places / POSITIONS
+
+
+def _some_tokens(rows: Tensor, kept: Tensor, *, of_image: bool) -> Tensor:
+    """Some tokens of every text, none of them padding.
+
+    Args:
+        rows: `(texts * tokens, width)`.
+        kept: `(texts, tokens)`, false for padding.
+        of_image: whether they are to add up to the sum over a text, rather than to a mean.
+    """
+    found = []
+    for own, counts in zip(rows.reshape(*kept.shape, -1), kept, strict=True):
+        tokens = own[counts]
+        some = tokens[_evenly(len(tokens), rows.device)]
+        found.append(some * math.sqrt(len(tokens) / len(some)) if of_image else some)
+    return torch.cat(found)
 
 
 def _evenly(places: int, device: torch.device) -> Tensor:

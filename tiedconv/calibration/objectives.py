@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tiedconv.calibration.activation_cache import Stream, chunks, run_tapped, take
+from tiedconv.calibration.activation_cache import Stream, run_tapped, take
 from tiedconv.calibration.output_metric import OutputMetric
 from tiedconv.calibration.probing import Call
+from tiedconv.calibration.sample_forms import Forms
 from tiedconv.outputs import kind_of
 from tiedconv.training.device import Placement
 
@@ -70,6 +71,7 @@ class SpanObjective:
         teacher_stream: what reaches the teacher's.
         placement: of both.
         energies: of the teacher's outputs, see `energies_of`.
+        forms: of the samples.
     """
 
     modules: Sequence[nn.Module]
@@ -80,6 +82,7 @@ class SpanObjective:
     teacher_stream: Stream
     placement: Placement
     energies: Sequence[float] = ()
+    forms: Forms = field(default_factory=Forms)
 
     def loss(self, index: Tensor) -> Tensor:
         """The sum over units of the mean error over these images."""
@@ -87,7 +90,8 @@ class SpanObjective:
             targets = self.teacher(self.teacher_stream.take(index, self.placement))
         with self.placement.autocast():
             outputs = self.student(self.student_stream.take(index, self.placement))
-        return torch.stack(relative_errors(outputs, targets, self.energies)).sum()
+        ours, theirs = (self.forms.without_padding(part, index) for part in (outputs, targets))
+        return torch.stack(relative_errors(ours, theirs, self.energies)).sum()
 
     def error(self, index: Tensor) -> float:
         """The same, as a number."""
@@ -103,9 +107,11 @@ class SpanObjective:
         """Measures what errors are relative to, over all images."""
 
         def batches() -> Iterable[list[Tensor]]:
-            for index in chunks(len(self.teacher_stream.tensors[0]), batch_size):
+            count = len(self.teacher_stream.tensors[0])
+            for index in self.forms.batches(torch.arange(count), batch_size):
                 with self.placement.autocast():
-                    yield self.teacher(self.teacher_stream.take(index, self.placement))
+                    found = self.teacher(self.teacher_stream.take(index, self.placement))
+                yield self.forms.without_padding(found, index)
 
         self.energies = energies_of(batches())
 
@@ -123,6 +129,7 @@ class JointObjective:
         images: all images.
         placement: of both.
         energies: of the teacher's outputs; empty leaves the units out of the loss.
+        forms: of the images.
     """
 
     model: nn.Module
@@ -133,6 +140,7 @@ class JointObjective:
     images: Tensor
     placement: Placement
     energies: Sequence[float] = ()
+    forms: Forms = field(default_factory=Forms)
 
     @property
     def modules(self) -> Sequence[nn.Module]:
@@ -166,7 +174,7 @@ class JointObjective:
     def measure_energies(self, batch_size: int) -> None:
         """Measures what the units' errors are relative to, over all images."""
 
-        parts = chunks(len(self.images), batch_size)
+        parts = self.forms.batches(torch.arange(len(self.images)), batch_size)
         self.energies = energies_of(
             self._tapped(self.teacher, self.teacher_units, index)[0] for index in parts
         )
@@ -177,7 +185,8 @@ class JointObjective:
         # Taken again for each model, which may write into its input.
         images = take(self.images, index, self.placement)
         with self.placement.autocast():
-            return run_tapped(lambda: model(images), units, stop=False)
+            found, output = run_tapped(lambda: model(images), units, stop=False)
+        return self.forms.without_padding(found, index), output
 
 
 def relative_errors(
@@ -193,26 +202,48 @@ def relative_errors(
 def energies_of(batches: Iterable[Sequence[Tensor]]) -> list[float]:
     """For each unit, the mean over images of ||output - mean over images||^2.
 
+    The mean is that of the outputs of one shape; an output that has a shape for itself has none.
+
     Args:
         batches: outputs of the units, (B, ...) each, batch after batch.
     """
-    sums: list[Tensor] = []
+    means: list[dict[torch.Size, _Mean]] = []
     squares: list[Tensor] = []
     count = 0
     for outputs in batches:
         exact = [_float64(output) for output in outputs]
-        parts = [output.sum(0) for output in exact]
         powers = [output.square().sum() for output in exact]
-        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
         squares = [a + b for a, b in zip(squares, powers, strict=True)] if squares else powers
+        means = means or [{} for _ in exact]
+        for of_shape, output in zip(means, exact, strict=True):
+            of_shape.setdefault(output.shape[1:], _Mean()).add(output)
         count += len(outputs[0])
     found: list[float] = []
-    for total, square in zip(sums, squares, strict=True):
+    for of_shape, square in zip(means, squares, strict=True):
         power = float(square) / count
-        spread = power - float((total / count).square().sum())
+        # One image alone is as far from its mean as can be said.
+        known = [mean for mean in of_shape.values() if mean.count > 1 or len(of_shape) == 1]
+        spread = power - sum(mean.count / count * mean.power for mean in known)
         # Outputs that are the same for all images would make any error infinite.
         found.append(max(spread, 1e-6 * power, 1e-30))
     return found
+
+
+@dataclass
+class _Mean:
+    """The mean of outputs of one shape, over images."""
+
+    count: int = 0
+    total: Tensor | float = 0.0
+
+    def add(self, outputs: Tensor) -> None:
+        self.total = outputs.sum(0) if not self.count else self.total + outputs.sum(0)
+        self.count += len(outputs)
+
+    @property
+    def power(self) -> float:
+        """Its squared norm."""
+        return float((torch.as_tensor(self.total) / self.count).square().sum())
 
 
 def _float64(tensor: Tensor) -> Tensor:

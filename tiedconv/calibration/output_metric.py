@@ -9,8 +9,8 @@ as `kfac_statistics` has it for weights, and again no label is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,19 +30,19 @@ class OutputMetric:
     """A linear map of a unit's output, after which plain distance is what matters.
 
     Args:
-        places: `(places, 1)`, a factor for each token or pixel.
+        places: by their number `(places, 1)`, a factor for each token or pixel.
         channels: `(channels, channels)`.
         first: whether channels are the first dimension after the batch, as in a feature map.
     """
 
-    places: Tensor
+    places: Mapping[int, Tensor]
     channels: Tensor
     first: bool
 
     def __call__(self, output: Tensor) -> Tensor:
         """The output `(B, ...)` mapped to `(B, places, channels)`."""
         rows = _rows(output.float(), self.first)
-        return (rows * self.places) @ self.channels
+        return (rows * self.places[rows.shape[1]]) @ self.channels
 
 
 def measure_output_metrics(
@@ -62,7 +62,7 @@ def measure_output_metrics(
         seed: of the classes drawn.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums: list[tuple[Tensor, Tensor] | None] = [None] * len(units)
+    sums = [_Gradients() for _ in units]
     first = [_is_map(unit) for unit in units]
     for images in batches:
         outputs: dict[int, Tensor] = {}
@@ -94,14 +94,33 @@ def measure_output_metrics(
             known, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True
         ):
             if gradient is not None:
-                rows = _rows(gradient.float(), first[i])
-                part = rows.square().sum((0, 2)), torch.einsum("btc,btd->cd", rows, rows)
-                before = sums[i]
-                sums[i] = part if before is None else (before[0] + part[0], before[1] + part[1])
-    return [
-        None if total is None else _output_metric(*total, is_map)
-        for total, is_map in zip(sums, first, strict=True)
-    ]
+                sums[i].add(_rows(gradient.float(), first[i]))
+    return [_output_metric(total, is_map) for total, is_map in zip(sums, first, strict=True)]
+
+
+@dataclass
+class _Gradients:
+    """Sums over the gradients of a unit's output: of places by their number, and of channels.
+
+    Maps `(B, H, W, C)` of several sizes have no channels that add up; `agree` is false then.
+    """
+
+    places: dict[int, Tensor] = field(default_factory=dict)
+    channels: Tensor | None = None
+    agree: bool = True
+
+    def add(self, rows: Tensor) -> None:
+        """Adds gradients `(B, places, channels)`."""
+        count = rows.shape[1]
+        of_places, of_channels = rows.square().sum((0, 2)), torch.einsum("btc,btd->cd", rows, rows)
+        before = self.places.get(count)
+        self.places[count] = of_places if before is None else before + of_places
+        if self.channels is None:
+            self.channels = of_channels
+        elif self.channels.shape == of_channels.shape:
+            self.channels = self.channels + of_channels
+        else:
+            self.agree = False
 
 
 def forward_with_grad(model: nn.Module, images: Tensor) -> Tensor:
@@ -116,19 +135,25 @@ def forward_with_grad(model: nn.Module, images: Tensor) -> Tensor:
     return images
 
 
-def _output_metric(places: Tensor, channels: Tensor, first: bool) -> OutputMetric | None:
-    if not float(places.sum()) > 0 or not torch.isfinite(channels).all():
+def _output_metric(found: _Gradients, first: bool) -> OutputMetric | None:
+    channels = found.channels
+    if channels is None or not found.agree or not torch.isfinite(channels).all():
         return None
-    weights = (1 - RIDGE) * places / places.mean() + RIDGE
+    if not all(float(places.sum()) > 0 for places in found.places.values()):
+        return None
     moment = (1 - RIDGE) * channels.cpu().double() / float(channels.diagonal().mean())
     moment.diagonal().add_(RIDGE)
-    root = cholesky(moment).to(places.device, places.dtype)
-    return OutputMetric(weights.sqrt().unsqueeze(1), root, first)
+    root = cholesky(moment).to(channels.device, channels.dtype)
+    weights = {
+        count: ((1 - RIDGE) * places / places.mean() + RIDGE).sqrt().unsqueeze(1)
+        for count, places in found.places.items()
+    }
+    return OutputMetric(weights, root, first)
 
 
 def _rows(output: Tensor, first: bool) -> Tensor:
     """`(B, places, channels)`."""
-    if first and output.ndim > 2:
+    if first and output.ndim > 3:  # tokens of a block with a convolution have channels last
         output = output.movedim(1, -1)
     return output.reshape(len(output), -1, output.shape[-1])
 

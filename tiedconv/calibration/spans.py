@@ -38,12 +38,15 @@ class Span:
         entry: likewise, between the last unit of the span before and the first of this.
         around: of a span that is not chained, the smallest module that holds all units and whose
             call can be made again; "" where there is none but the whole model.
+        replayed: whether it may be run on what reached it. Where samples differ in shape, what
+            reaches it does too, and so do the constants of its call.
     """
 
     units: tuple[str, ...]
     links: tuple[Link | None, ...] = ()
     entry: Link | None = None
     around: str = ""
+    replayed: bool = True
 
     @property
     def chained(self) -> bool:
@@ -53,7 +56,8 @@ class Span:
     @property
     def from_images(self) -> bool:
         """Whether it is run as part of the whole model: it is that, or nothing less will do."""
-        return self.units == ("",) or not (self.chained or self.around)
+        alone = self.chained or bool(self.around)
+        return self.units == ("",) or not (self.replayed and alone)
 
 
 def find_spans(model: nn.Module, plan: Plan, probe: Probe) -> list[Span]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tiedconv.calibration.activation_cache import Cache, Stream, advance, capture, take
 from tiedconv.calibration.objectives import Outputs, chain, tapped
-from tiedconv.calibration.probing import Probe, probe
+from tiedconv.calibration.probing import SIZES, Probe, probe
+from tiedconv.calibration.sample_forms import ALIKE, Forms
 from tiedconv.calibration.spans import Link, Span, find_spans, inside
 from tiedconv.runtime.tie import state_of
 from tiedconv.training.device import Placement
@@ -65,8 +66,9 @@ class Pair:
 
     @classmethod
     def probed(
-        cls, student: nn.Module, teacher: nn.Module, images: Tensor, placement: Placement
-    ) -> Pair:
+        cls, student: nn.Module, teacher: nn.Module, images: Tensor, placement: Placement,
+        forms: Forms = ALIKE,
+    ) -> Pair:  # fmt: skip
         """Probes both; they are on their device and in evaluation mode.
 
         Raises:
@@ -77,8 +79,11 @@ class Pair:
             with placement.autocast():
                 model(take(batch, torch.arange(len(batch)), placement))
 
-        ours, theirs = (Side(m, probe(m, images, forward), placement) for m in (student, teacher))
+        alike = images[forms.batches(torch.arange(len(images)), max(SIZES))[0]]
+        ours, theirs = (Side(m, probe(m, alike, forward), placement) for m in (student, teacher))
         spans = find_spans(teacher, state_of(student).plan, theirs.probe)
+        if forms.groups is not None:
+            spans = [replace(span, entry=None, replayed=False) for span in spans]
         # A student that takes another way than its teacher is compared as a whole.
         needed = (
             name

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tiedconv.errors import UserError
 from tiedconv.exporters._format import is_weight, random_images
 from tiedconv.runtime.call_hooks import LONGEST, random_text, takes_text_too
+from tiedconv.runtime.example_inputs import video_shapes
 from tiedconv.runtime.forward_check import checked_forward, further_inputs, takes_text
 from tiedconv.runtime.outputs import chosen, named_outputs
 from tiedconv.runtime.tensors import state_tensors
@@ -108,13 +110,24 @@ def outputs_differ_by(found: Outputs, expected: Outputs) -> float:
 def images_for(model: nn.Module) -> Tensor:
     """Random images of the size that a tied model's source records, `(2, C, H, W)`.
 
-    For a model of text alone random token ids, `(2, tokens)`.
+    For a model of videos these, `(2, frames, C, H, W)` or `(2, C, frames, H, W)` as it takes them;
+    for a model of text alone random token ids, `(2, tokens)`.
     """
     if takes_text(model) and not takes_text_too(model):
-        return random_text(model, random_images(1, 1), LONGEST)
+        return random_text(model, random_images(1, 1, 1), LONGEST)
     record = state_of(model).source
     preprocess = (Source.from_json(record).preprocess if record else None) or Preprocess(224)
-    return random_images(len(preprocess.mean), preprocess.size)
+    channels, size = len(preprocess.mean), (preprocess.size, preprocess.size)
+    videos = (random_images(*shape) for shape in video_shapes(model, channels, size))
+    return next((x for x in videos if _is_taken(model, x)), random_images(channels, *size))
+
+
+def _is_taken(model: nn.Module, images: Tensor) -> bool:
+    try:
+        outputs_of(model, images)
+    except UserError as error:
+        return error.code != "images-rejected"
+    return True
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from tiedconv.commands._reference import (
 from tiedconv.core.pad import has_pads
 from tiedconv.errors import UserError, VerifyError
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
-from tiedconv.exporters._format import TEXT, stored_bytes
+from tiedconv.exporters._format import TEXT, constant_bytes, stored_bytes
 from tiedconv.io.atomic import check_output, replacing_files
 from tiedconv.runtime.dequantize import Integers, dequantized
 from tiedconv.runtime.forward_check import further_inputs
@@ -128,7 +128,7 @@ def export(
             _about(model),
         )  # fmt: skip
         written = form.write(job)
-        _check_size(form, written, stored, output)
+        _check_size(form, written, stored, constant_bytes(model), output)
         if expected is not None:
             difference = _check_outputs(form, job, expected, output)
         size = sum(f.stat().st_size for f in folder.iterdir())
@@ -205,8 +205,10 @@ def _output_names(
         return tuple(wanted) or (ONLY,)  # the exporter says what is wrong
 
 
-def _check_size(form: Format, written: Written, stored: int, output: Path) -> None:
-    if form.compact and written.weight_bytes > GROWTH * stored:
+def _check_size(
+    form: Format, written: Written, stored: int, constants: int, output: Path
+) -> None:  # fmt: skip
+    if form.compact and written.weight_bytes > GROWTH * stored + constants:
         raise VerifyError(
             f"{output} would hold {written.weight_bytes:,} bytes of tensors for {stored:,} stored",
             "A tie was lost in the export, and nothing was written",

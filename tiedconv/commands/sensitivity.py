@@ -28,7 +28,7 @@ from tiedconv.core.packed_codes import WIDTHS
 from tiedconv.core.plan import Member, Slot
 from tiedconv.core.units import matrices_of as mixing_slots
 from tiedconv.data import Loader
-from tiedconv.errors import NothingToConvert, UserError
+from tiedconv.errors import NothingToConvert, RecipeError, UserError
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.linalg import spectrum
@@ -180,6 +180,7 @@ def sensitivity(
     Raises:
         NothingToConvert: no matrix was found in this model.
         DataError: a folder without images, or none that can be read.
+        RecipeError: integers have no such number of bits (`invalid-bits`).
         UserError: a model or a share that can't be used.
     """
     start = time.perf_counter()
@@ -190,7 +191,7 @@ def sensitivity(
             code="keep-out-of-range",
         )
     if bits is not None and bits not in WIDTHS:
-        raise UserError(
+        raise RecipeError(
             f"Invalid bits={bits}: integers have {', '.join(map(str, WIDTHS))} bits",
             hint="Use one of these",
             code="invalid-bits",

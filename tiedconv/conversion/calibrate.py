@@ -227,7 +227,7 @@ def calibration_record(
         model: as it is written.
         original: a copy from before.
     """
-    agreement = measure_agreement(model, original, result.held_images)
+    agreement = measure_agreement(model, original, result.held_batches)
     return {
         "images": result.images,
         "skipped": result.skipped,

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tiedconv.data.datasets import Broken
+from tiedconv.data.grouping import Indices, consecutive, even
 from tiedconv.data.normalize import as_uint8
 from tiedconv.data.reading_processes import why_not
 from tiedconv.data.seeds import epoch_seed, sample_seeds
@@ -56,7 +57,8 @@ class Loader:
 
     Args:
         data: gives (image, label), or `Broken`, for each index. With a method
-            `read_batch(indices, seeds)` it is asked for a batch at a time.
+            `read_batch(indices, seeds)` it is asked for a batch at a time. With an attribute
+            `groups` (`data.grouping`), each batch has samples of one group.
         batch_size: the largest number of images in a batch.
         shuffle: a new order in each epoch, and batches of nearly equal sizes (a last batch of
             one image would harm both batch norm and the gradient); otherwise in order.
@@ -88,7 +90,8 @@ class Loader:
                 "The data set is empty", hint="Give at least one image", code="no-images"
             )
         self.images = count
-        self._sampler = _EpochBatches(count, batch_size, shuffle, seed, part)
+        self.groups: Indices | None = getattr(data, "groups", None)
+        self._sampler = _EpochBatches(count, batch_size, shuffle, seed, part, self.groups)
         # A data set with few batches has no use for more readers than batches.
         workers = min(default_workers(data) if workers is None else workers, len(self._sampler))
         if workers and (reason := why_not(data)):
@@ -174,16 +177,22 @@ class _EpochBatches(Sampler[list[SampleKey]]):
     """Lists of keys for one epoch after another."""
 
     def __init__(
-        self, count: int, batch_size: int, shuffle: bool, seed: int, part: tuple[int, int]
-    ) -> None:
+        self, count: int, batch_size: int, shuffle: bool, seed: int, part: tuple[int, int],
+        groups: Indices | None,
+    ) -> None:  # fmt: skip
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
-        self.part = part
+        self.part, self.groups = part, groups
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
+        if self.groups is not None:
+            _, counts = np.unique(self.groups, return_counts=True)
+            return int((-(-counts // self.batch_size)).sum())
         return -(-self.count // self.batch_size)
 
     def size(self, index: int) -> int:
+        if self.groups is not None:
+            return len(self._batches()[index])
         if self.shuffle:  # as array_split does it
             whole, more = divmod(self.count, len(self))
             return whole + (index < more)
@@ -191,17 +200,17 @@ class _EpochBatches(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         seeds = sample_seeds(self.seed, self.epoch, self.count)
-        if self.shuffle:
-            order = np.random.default_rng(epoch_seed(self.seed, self.epoch)).permutation(self.count)
-            groups = np.array_split(order, len(self))
-        else:
-            groups = np.split(
-                np.arange(self.count), np.arange(self.batch_size, self.count, self.batch_size)
-            )
         rank, parts = self.part
-        for group in groups[self.start :]:
+        for group in self._batches()[self.start :]:
             own = np.array_split(group, parts)[rank]
             yield list(zip(own.tolist(), seeds[own].tolist(), strict=True))
+
+    def _batches(self) -> list[Indices]:
+        """The batches of this epoch, for all processes together."""
+        if not self.shuffle:
+            return consecutive(np.arange(self.count), self.batch_size, self.groups)
+        random = np.random.default_rng(epoch_seed(self.seed, self.epoch))
+        return even(random.permutation(self.count), self.batch_size, self.groups, random)
 
 
 class _BatchReader(Dataset[Batch]):
@@ -275,7 +284,8 @@ def _stacked(images: list[Tensor]) -> Tensor:
         raise DataError(
             f"Images of one data set differ in shape: {shapes}",
             "They can't be run together",
-            "Resize or crop them to one size, as the model wants them",
+            "Resize or crop them to one size, as the model wants them; a data set that has an "
+            "attribute `groups` is read in batches of one shape",
             code="samples-differ",
         )
     return torch.stack(images) if images else torch.empty(0)

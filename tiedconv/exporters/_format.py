@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiedconv.errors import CheckpointError, MissingExtra, first_line
 from tiedconv.runtime.dequantize import Integers
-from tiedconv.runtime.outputs import chosen, named_outputs
+from tiedconv.runtime.outputs import ONLY, chosen, named_outputs
 from tiedconv.runtime.tie import state_of
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -181,7 +181,8 @@ class Outputs(nn.Module):
     Args:
         model: of any output that `named_outputs` knows.
         names: of the outputs.
-        form: what several are given as: `dict` or `tuple`. A single one is given as it is.
+        form: what several are given as: `dict` or `tuple`. A single one is given as it is, but in a
+            dict if it has a name that a tensor alone would not get.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], form: type) -> None:
@@ -191,7 +192,7 @@ class Outputs(nn.Module):
     def forward(self, images: Tensor, text: Tensor | None = None) -> Any:
         """Images `(n, C, H, W)`, and token ids of a model that takes both, to the outputs."""
         found = chosen(named_outputs(called(self.model, images, text)), self._names)
-        if len(found) == 1:
+        if len(found) == 1 and (self._form is tuple or ONLY in found):
             return next(iter(found.values()))
         return found if self._form is dict else tuple(found.values())
 
@@ -250,6 +251,18 @@ def stored_bytes(model: nn.Module, dtype: str) -> int:
     return total
 
 
-def random_images(channels: int, size: int) -> Tensor:
-    """The same random images each time, `(2, channels, size, size)`."""
-    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+def constant_bytes(model: nn.Module) -> int:
+    """The bytes of tensors that a model computes when it is built, and that no file holds.
+
+    As sinusoidal positions: a graph holds them beside what is stored.
+    """
+    state = model.state_dict(keep_vars=True)
+    stored = {t.untyped_storage().data_ptr() for t in state.values() if isinstance(t, Tensor)}
+    own = (t for m in model.modules() for t in [*vars(m).values(), *m._buffers.values()])
+    found = {t.untyped_storage().data_ptr(): t for t in own if isinstance(t, Tensor)}
+    return sum(t.nbytes for place, t in found.items() if place not in stored)
+
+
+def random_images(*shape: int) -> Tensor:
+    """The same random images, or videos, each time: two of a shape such as `(C, H, W)`."""
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))

@@ -7,6 +7,7 @@ is also read transposed goes to `MatMul` and to `Gemm` with `transB`, such a ker
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -151,18 +152,26 @@ class OnnxLinear:
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a convolution reads its input: kernel size `(kh, kw)` and attributes of the node."""
+    """How a convolution reads its input: kernel size `(kh, kw)` and attributes of the node.
+
+    Of a sequence or a video the kernel has one or three sides.
+    """
 
     size: Shape
     attributes: dict[str, object]
 
     @property
+    def point(self) -> Shape:
+        """The size of a kernel that reads one place."""
+        return (1,) * len(self.size)
+
+    @property
     def is_point(self) -> bool:
         """Whether it is 1 x 1 with stride 1 and no padding: a product at each pixel."""
-        plain = all(s == 1 for s in self.attributes.get("strides", (1, 1)))  # type: ignore[attr-defined]
+        plain = all(s == 1 for s in self.attributes.get("strides", ()))  # type: ignore[attr-defined]
         pads = all(p == 0 for p in self.attributes.get("pads", (0,)))  # type: ignore[attr-defined]
         named = self.attributes.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-        return self.size == (1, 1) and plain and pads and named
+        return self.size == self.point and plain and pads and named
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ class NoteKernel:
         is_point = not x.fresh or self.kernel.is_point
         if not isinstance(matrix, Ref) or (transpose and not is_point):
             raise NotFactorableError
-        size = self.kernel.size if x.fresh else (1, 1)
+        size = self.kernel.size if x.fresh else self.kernel.point
         self.factors.note(matrix.name, kernel_use((0, 0, *size)))
         return Pixels(None, fresh=False)
 
@@ -233,19 +242,19 @@ class OnnxKernel:
 
     def __init__(self, factors: Factors, tape: Tape, kernel: Kernel) -> None:
         self.kernel, self.tape, self.factors = kernel, tape, factors
-        self.linear = OnnxLinear(factors, tape, 4)
+        self.linear = OnnxLinear(factors, tape, 2 + len(kernel.size))
         self.linear.axis = 1
 
     def product(self, x: Pixels, matrix: Expr, transpose: bool) -> Pixels:
         """`x M^T`, or `x M` if `transpose`."""
         assert isinstance(matrix, Ref)
-        size = self.kernel.size if x.fresh else (1, 1)
-        shape = (matrix.shape[0], matrix.shape[1] // (size[0] * size[1]), *size)
+        size = self.kernel.size if x.fresh else self.kernel.point
+        shape = (matrix.shape[0], matrix.shape[1] // math.prod(size), *size)
         stored = self.factors.kernel(matrix.name, shape)
         if stored is None:
             stored = emit(Reshape(matrix, shape), self.factors, self.tape)
         if transpose:
-            return self._node("ConvTranspose", [x.value, stored], {"kernel_shape": [1, 1]})
+            return self._node("ConvTranspose", [x.value, stored], {"kernel_shape": list(size)})
         own = self.kernel.attributes if x.fresh else {}
         return self._node("Conv", [x.value, stored], {**own, "kernel_shape": list(size)})
 
@@ -257,7 +266,7 @@ class OnnxKernel:
     def scale(self, x: Pixels, vector: Expr) -> Pixels:
         """Each feature times its value."""
         scale = self.linear.vector(vector)
-        size = int_constant(self.tape, [1, -1, 1, 1])
+        size = int_constant(self.tape, [1, -1, *self.kernel.point])
         scale = self.tape.op("Reshape", [scale, size])
         return Pixels(self.tape.op("Mul", [x.value, scale]), x.fresh)
 

@@ -284,7 +284,9 @@ def _apply(expr: Expr, site: Site, factors: Factors) -> None:
 
     tape = Tape()
     assert site.x is not None
+    beside_channels: list[int] = []
     if site.kind == "conv":
+        beside_channels = list(_kernel(expr, site).point)
         on = OnnxKernel(factors, tape, _kernel(expr, site))
         found = apply(matrix_of(expr), Pixels(site.x, fresh=True), on).value
     else:
@@ -293,12 +295,21 @@ def _apply(expr: Expr, site: Site, factors: Factors) -> None:
         found = apply(matrix_of(expr), site.x, linear, transpose=site.kind == "transposed")
     assert found is not None
     if site.bias is not None:
-        found = _biased(found, site, tape)
+        found = _biased(found, site, tape, beside_channels)
     _replace(site.node, found, tape)
 
 
-def _biased(result: ir.Value, site: Site, tape: Tape) -> ir.Value:
-    """A result with the bias added, by its own node if that has a bias input."""
+def _biased(
+    result: ir.Value, site: Site, tape: Tape, beside_channels: Sequence[int]
+) -> ir.Value:  # fmt: skip
+    """A result with the bias added, by its own node if that has a bias input.
+
+    Args:
+        result: without it.
+        site: of the product.
+        tape: for further nodes.
+        beside_channels: of a convolution, a 1 for each side of the kernel.
+    """
     assert site.bias is not None
     last = result.producer()
     if last is not None and last.op_type in ("Conv", "ConvTranspose", "Gemm"):
@@ -307,7 +318,7 @@ def _biased(result: ir.Value, site: Site, tape: Tape) -> ir.Value:
         return result
     bias = site.bias
     if site.kind == "conv":
-        bias = tape.op("Reshape", [bias, int_constant(tape, [1, -1, 1, 1])])
+        bias = tape.op("Reshape", [bias, int_constant(tape, [1, -1, *beside_channels])])
     return tape.op("Add", [result, bias])
 
 
@@ -320,6 +331,8 @@ def _replace(node: ir.Node, by: ir.Value, tape: Tape) -> None:
     graph.insert_before(node, tape.nodes)
     old = node.outputs[0]
     by.shape, by.type = old.shape, old.type
+    if old in graph.outputs:  # a file's outputs keep their names
+        by.name, old.name = old.name, None
     ir.convenience.replace_all_uses_with(old, by, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tiedconv.detection import tensor_in
 from tiedconv.errors import UserError
+from tiedconv.runtime.sample_table import kept_tokens
 
 
 class OutputKind(ABC):
@@ -76,6 +77,19 @@ class OutputKind(ABC):
     @abstractmethod
     def agreement(self, output: Any, answer: Any, model: nn.Module) -> Tensor:
         """How far two outputs say the same, `(images,)`: 1 where they do, see `compares`."""
+
+
+def kept_rows(rows: Tensor, model: nn.Module) -> Tensor | None:
+    """Which rows `(B, n, ...)` are of tokens that are not padding, `(B, n)`; None where all are."""
+    kept = kept_tokens(model)
+    return None if kept is None or rows.shape[:2] != kept.shape else kept.to(rows.device)
+
+
+def mean_of_rows(values: Tensor, kept: Tensor | None) -> Tensor:
+    """The mean of `(B, n)` over the rows of each image, `(B,)`; of those that count."""
+    if kept is None:
+        return values.mean(1)
+    return values.masked_fill(~kept, 0.0).sum(1) / kept.sum(1)
 
 
 def is_multi_label(model: nn.Module) -> bool:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.detection import tensor_in
-from tiedconv.outputs._base import OutputKind, is_multi_label, is_reconstruction
+from tiedconv.outputs._base import (
+    OutputKind,
+    is_multi_label,
+    is_reconstruction,
+    kept_rows,
+    mean_of_rows,
+)
 from tiedconv.outputs._softmax import drawn_class, softmax_divergence
 from tiedconv.training.losses import distillation_loss, find_logits, logits_of
 
@@ -36,20 +42,29 @@ class ClassLogits(OutputKind):
         return [logits_of(output)]
 
     def distance(self, output: Any, answer: Any, model: nn.Module) -> Tensor:
-        return distillation_loss(logits_of(output), logits_of(answer), 1.0)
+        found, known = logits_of(output), logits_of(answer)
+        kept = kept_rows(found, model)
+        if kept is None or found.shape != known.shape:
+            return distillation_loss(found, known, 1.0)
+        return softmax_divergence(found[kept], known[kept]) / len(found)
 
     def drawn_loss(self, output: Any, model: nn.Module, generator: torch.Generator) -> Tensor:
-        return drawn_class(logits_of(output), generator)
+        logits = logits_of(output)
+        kept = kept_rows(logits, model)
+        return drawn_class(logits if kept is None else logits[kept], generator)
 
     @torch.no_grad()
     def divergence(self, output: Any, answer: Any, model: nn.Module) -> Tensor:
         found, known = (logits_of(part).cpu().double() for part in (output, answer))
-        return softmax_divergence(found, known)
+        kept = kept_rows(found, model)
+        return softmax_divergence(*((found, known) if kept is None else (found[kept], known[kept])))
 
     @torch.no_grad()
     def agreement(self, output: Any, answer: Any, model: nn.Module) -> Tensor:
         same = logits_of(output).argmax(-1) == logits_of(answer).argmax(-1)
-        return same.float().flatten(1).mean(1) if same.ndim > 1 else same.float()
+        if same.ndim < 2:
+            return same.float()
+        return mean_of_rows(same.float().flatten(1), kept_rows(same, model))
 
 
 OUTPUT = ClassLogits()

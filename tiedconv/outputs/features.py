@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.errors import UserError
-from tiedconv.outputs._base import OutputKind, require_same_shapes
+from tiedconv.outputs._base import OutputKind, kept_rows, mean_of_rows, require_same_shapes
 from tiedconv.runtime.outputs import named_outputs
 
 _SMALLEST = 1e-3  # energy of a row, relative to the mean: a token near zero must not decide alone
@@ -47,10 +47,11 @@ class Features(OutputKind):
     def distance(self, output: Any, answer: Any, model: nn.Module) -> Tensor:
         found, known = self.values(output), self.values(answer)
         require_same_shapes(found, known)
-        parts = [
-            ((x - y).square().sum(-1) / _scales(x, y)).mean() / 2
-            for x, y in zip(found, known, strict=True)
-        ]
+        parts = []
+        for x, y in zip(found, known, strict=True):
+            kept = kept_rows(x, model)
+            errors = (x - y).square().sum(-1) / _scales(x, y, kept)
+            parts.append((errors if kept is None else mean_of_rows(errors, kept)).mean() / 2)
         return torch.stack(parts).mean()
 
     def drawn_loss(self, output: Any, model: nn.Module, generator: torch.Generator) -> Tensor:
@@ -58,7 +59,11 @@ class Features(OutputKind):
         losses = []
         for x in values:
             noise = torch.randn(x.shape, generator=generator).to(x.device)
-            scale = (_energies(x.detach()) * x.shape[1] * len(values)).rsqrt()
+            kept = kept_rows(x, model)
+            rows: Any = x.shape[1] if kept is None else kept.sum(1, keepdim=True)
+            scale = (_energies(x.detach(), kept) * rows * len(values)).rsqrt()
+            if kept is not None:
+                scale = scale.masked_fill(~kept, 0.0)
             losses.append((noise * x * scale.unsqueeze(-1)).sum())
         return torch.stack(losses).sum()
 
@@ -70,7 +75,10 @@ class Features(OutputKind):
     @torch.no_grad()
     def agreement(self, output: Any, answer: Any, model: nn.Module) -> Tensor:
         pairs = zip(self.values(output), self.values(answer), strict=True)
-        return torch.stack([torch.cosine_similarity(x, y, -1).mean(1) for x, y in pairs]).mean(0)
+        found = [
+            mean_of_rows(torch.cosine_similarity(x, y, -1), kept_rows(x, model)) for x, y in pairs
+        ]
+        return torch.stack(found).mean(0)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -80,16 +88,17 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), 1, math.prod(tensor.shape[1:]))
 
 
-def _scales(found: Tensor, known: Tensor) -> Tensor:
+def _scales(found: Tensor, known: Tensor, kept: Tensor | None) -> Tensor:
     """What squared errors of rows are divided by: the energy of what is known, if there is any."""
     own = found.detach().square().sum(-1)
-    return torch.maximum(_energies(known), _SMALLEST * own)
+    return torch.maximum(_energies(known, kept), _SMALLEST * own)
 
 
-def _energies(rows: Tensor) -> Tensor:
+def _energies(rows: Tensor, kept: Tensor | None) -> Tensor:
     """Squared norm of each row, `(B, rows)`."""
     energies = rows.square().sum(-1)
-    return energies.clamp(min=max(_SMALLEST * float(energies.detach().mean()), 1e-20))
+    counted = energies.detach() if kept is None else energies.detach()[kept]
+    return energies.clamp(min=max(_SMALLEST * float(counted.mean()), 1e-20))
 
 
 OUTPUT = Features()

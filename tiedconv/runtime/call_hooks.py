@@ -8,7 +8,7 @@ gets hooks for the time of a run. A copy of the model keeps them; a file never h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -36,25 +36,11 @@ class Shared:
         return self
 
 
-class NamedInputs(Shared):
-    """Calls a model with named inputs, given the numbers of their rows.
-
-    Args:
-        table: for each name a tensor `(samples, ...)`.
-    """
-
-    def __init__(self, table: Mapping[str, Tensor]) -> None:
-        self.table = table
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) != 1 or kwargs:
-            return None  # it is called by names already
-        rows = args[0].flatten()
-        index = rows.cpu()
-        return (), {name: tensor[index].to(rows.device) for name, tensor in self.table.items()}
+class Feeds(Shared):
+    """A hook that gives a model what it takes besides its first input, or in its place."""
 
 
-class RandomText(Shared):
+class RandomText(Feeds):
     """Gives a model that takes images and text a random text beside each image.
 
     The token ids depend on the image alone, so that a model and its original read the same text.
@@ -149,7 +135,7 @@ class _Seeded(Shared):
 def is_fed(model: Any) -> bool:
     """Whether hooks give a model what it takes besides its first input."""
     hooks = model._forward_pre_hooks.values() if isinstance(model, nn.Module) else ()
-    return any(isinstance(hook, NamedInputs | RandomText) for hook in hooks)
+    return any(isinstance(hook, Feeds) for hook in hooks)
 
 
 def takes_text_too(model: nn.Module) -> bool:

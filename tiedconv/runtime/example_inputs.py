@@ -33,6 +33,10 @@ def on_device_of(model: nn.Module, example: Example) -> Example:
     return moved
 
 
+FRAMES = 16
+"""Of a video, where the model does not say how many: torchvision's were trained on so many."""
+
+
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Within it a model is in evaluation mode, without gradients, its random state its own."""
@@ -48,8 +52,27 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def usual_inputs(model: nn.Module) -> tuple[Iterator[Tensor], ...]:
-    """Inputs of usual shapes, by kind: images, sequences of tokens, indices of tokens."""
-    return _images(model), _tokens(model), _indices(model)
+    """Inputs of usual shapes, by kind: images, videos, sequences of tokens, indices of tokens."""
+    return _images(model), _videos(model), _tokens(model), _indices(model)
+
+
+def video_shapes(model: nn.Module, channels: int, size: tuple[int, int]) -> list[tuple[int, ...]]:
+    """Shapes of one video that a model of videos may take; none for a model of anything else.
+
+    A model of transformers says how many frames it takes, and takes them before the channels. One
+    of torchvision takes them after; it is known by its 3-D convolutions.
+
+    Args:
+        model: any.
+        channels: of an image.
+        size: height and width.
+    """
+    frames = getattr(getattr(model, "config", None), "num_frames", None)
+    if isinstance(frames, int):
+        return [(frames, channels, *size), (channels, frames, *size)]
+    if any(isinstance(m, nn.Conv3d) for m in model.modules()):
+        return [(channels, FRAMES, *size)]
+    return []
 
 
 def _drawn(model: nn.Module, *shape: int) -> Tensor:
@@ -62,6 +85,14 @@ def _images(model: nn.Module) -> Iterator[Tensor]:
     channels = next((m.in_channels for m in kernels), 3)
     for height, width in dict.fromkeys(_sizes(model)):
         yield _drawn(model, 1, channels, height, width)
+
+
+def _videos(model: nn.Module) -> Iterator[Tensor]:
+    kernels = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    channels = next((m.in_channels for m in kernels), 3)
+    for size in dict.fromkeys(_sizes(model)):
+        for shape in video_shapes(model, channels, size):
+            yield _drawn(model, 1, *shape)
 
 
 def _tokens(model: nn.Module) -> Iterator[Tensor]:

@@ -66,7 +66,8 @@ def checked_forward(model: Callable[..., Any], images: Tensor, **further: Tensor
                 f"The model reads text (input_ids), and got images ({type(error).__name__}: "
                 f"{first_line(error)})",
                 "Images alone can't calibrate, evaluate or train it",
-                "Convert it without images, or give its vision tower, such as CLIPVisionModel",
+                "Convert it without images; in Python, calibrate it on dicts of token ids; of a "
+                "model of both, give the vision tower, such as CLIPVisionModel",
                 code="model-takes-text",
             ) from error
         if not is_image:
