@@ -4,12 +4,12 @@
     python benchmarks/accuracy_time.py --weights VIT.safetensors --data CIFAR10
     python benchmarks/accuracy_time.py --model resnet-narrow --weights R.safetensors --data CIFAR10
 
-The models, the images that each method gets, and its training are those of `macs_trained.py`: `auto
---macs`, the schemes `lowrank` and `narrow` alone, and torch-pruning at the multiply-adds that
-`auto` has. Each is judged after calibration, and after `--steps` of training with one seed; training
-does not change the time. Time is a ratio to the original's, in ONNX Runtime, OpenVINO, eager PyTorch
-(after `tiedconv.optimize`) and with `torch.compile`: the original and the form run in turn, the
-ratio is taken in each round, its median and middle 80 % are kept. Multiply-adds are those that
+The models, the images that each method gets, and its training are those of `macs_trained.py`:
+`auto --macs`, the schemes `lowrank` and `narrow` alone, and torch-pruning at the multiply-adds that
+`auto` has. Each is judged after calibration, and after `--steps` of training with one seed, which
+does not change the time. Time is a ratio to the original's, in ONNX Runtime, OpenVINO, eager
+PyTorch (after `tiedconv.optimize`) and with `torch.compile`: the original and the form run in turn,
+the ratio is taken in each round, its median and middle 80 % are kept. Multiply-adds are those that
 `torch.utils.flop_counter` counts while a model runs. Results go to
 `benchmarks/results/accuracy_time.json`, row by row; rows that are there are not made again.
 `scripts/accuracy_time_picture.py` draws them.
