@@ -60,14 +60,14 @@ def ready(model: nn.Module, x: Tensor, runtime: str, threads: int, folder: Path)
             made = tiedconv.optimize(made, example=x)
         if runtime == "compiled":
             made.compile()
-        return choose_runtime("torch").model(made, x, folder, threads)
+        return choose_runtime("torch").model(made, ((x,), {}), folder, threads)
     chosen = choose_runtime(runtime)
     if not is_tied(model):
-        return chosen.model(model, x, folder, threads)
+        return chosen.model(model, ((x,), {}), folder, threads)
     path, two = folder / "tied.onnx", x.new_zeros(2, *x.shape[1:])
     onnx_ir.save(onnx_graph(dequantize(copy.deepcopy(model)), {"images": two})[0], path)
     assert isinstance(chosen, OnnxFiles)
-    return chosen.started(path, x, threads)
+    return chosen.started(path, [x], threads)
 
 
 def time_ratio(

@@ -157,7 +157,7 @@ def of_ranks(d: Draft, workload: Workload | None) -> list[Resources | None]:
 def _of_one_rank(saved: Sequence[float], option: RankOption, use: Use) -> float:
     """What one rank more takes at most.
 
-    A runtime that applies factors up to a share of the weight's multiply-adds runs the weight
+    A runtime applies factors up to a share of the weight's multiply-adds, and runs the weight
     itself above it, which may take much longer: a rank pays its part of that.
 
     Args:
@@ -166,10 +166,12 @@ def _of_one_rank(saved: Sequence[float], option: RankOption, use: Use) -> float:
         use: of the weight.
     """
     one, all_of_them = saved[0] - saved[1], saved[0] - saved[2]
-    limit = next((p.times.limit for p in use.pieces if p.times is not None), None)
-    if limit is None or all_of_them <= one * spread(option):
+    times = next((p.times for p in use.pieces if p.times is not None), None)
+    if times is None or all_of_them <= one * spread(option):
         return one
-    return max(one, all_of_them / max(1, int(limit * option.break_even_rank) + 1 - option.min_rank))
+    share = 1.0 if times.limit is None else times.limit
+    below = math.ceil(share * option.break_even_rank) - option.min_rank
+    return max(one, all_of_them / max(1, below))
 
 
 def spread(option: RankOption) -> int:

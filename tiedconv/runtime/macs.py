@@ -125,7 +125,13 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Wor
         stack.enter_context(counter)
         model(*args, **kwargs)
     uses = {
-        name: Use(macs, tuple(Piece(*ends, rows) for ends, rows in counter.pieces[name].items()))
+        name: Use(
+            macs,
+            tuple(
+                Piece(*ends, sum(rows), calls=len(rows))
+                for ends, rows in counter.pieces[name].items()
+            ),
+        )
         for name, macs in counter.macs.items()
     }
     shapes = tuple(tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x))
@@ -212,7 +218,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.total = 0
         self.layer: int | None = None  # the kernel of the convolution that runs
         self.macs: dict[str, int] = defaultdict(int)
-        self.pieces: dict[str, dict[tuple[int, int], int]] = defaultdict(lambda: defaultdict(int))
+        self.pieces: dict[str, dict[tuple[int, int], list[int]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         self._weights = weights
 
     def __torch_dispatch__(
@@ -241,7 +249,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ends = self._ends(op, weight, read[-1]) if weight.able else None
         if ends is not None:
             columns = math.prod(weight.shape[1:])
-            self.pieces[weight.name][ends] += macs // ((ends[1] - ends[0]) * columns)
+            self.pieces[weight.name][ends].append(macs // ((ends[1] - ends[0]) * columns))
 
     def _ends(self, op: Any, weight: _Weight, read: Tensor) -> tuple[int, int] | None:
         """The rows of a weight that a product reads, if factors can be applied in its place."""
