@@ -166,9 +166,15 @@ def _is_same(a: Any, b: Tensor) -> bool:
 def _keeper(found: dict[str, Arguments], name: str) -> Callable[..., None]:
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in found:
-            found[name] = pytree.tree_map(_copied, (args, kwargs))
+            own = tuple(map(_no_cache, args)), {key: _no_cache(x) for key, x in kwargs.items()}
+            found[name] = pytree.tree_map(_copied, own)
 
     return keep
+
+
+def _no_cache(value: Any) -> Any:
+    """An argument, None for a cache of keys and values: it would grow with each run."""
+    return None if hasattr(value, "get_seq_length") else value
 
 
 def _copied(value: Any) -> Any:
