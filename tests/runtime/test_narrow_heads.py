@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiedconv
-from tiedconv.runtime.macs import unfused
+from tiedconv.conversion.workload import count_macs
+from tiedconv.runtime.macs import unfused, work_of
 from tiedconv.runtime.outputs import floating_tensors
 from tiedconv.runtime.tie import state_of
 from tiedconv.sources.torchvision_compat import import_torchvision
@@ -83,6 +84,7 @@ MODELS: dict[str, tuple[Callable[[], Made], str]] = {
     "rotary": (rotary, "q-k-v-o"),
     "rotary, in one qkv": (eva, "q-k-v-o"),
     "grouped": (functools.partial(grouped, "Llama"), "q-k-v-o"),
+    "grouped, with biases": (functools.partial(grouped, "Qwen2"), "q-k-v-o"),
     "grouped, norms of q and k": (functools.partial(grouped, "Qwen3"), "q-k-v-o"),
     "fused bottleneck": (fused, "up-down"),
     "fused bottleneck of torchvision": (torchvision_fused, "up-down"),
@@ -147,6 +149,12 @@ def test_fewer_are_chosen_in_order_and_their_layers_are_narrow(name: str) -> Non
         held = sum(own[tensor].numel() for tensor in {slot.tensor for slot in slots})
         assert (held == stored) is (name not in WIDE)
     assert (macs(plain, x) < whole) is (name not in WIDE)
+    workload, plan = count_macs(model, example=x[:1]), state_of(tied).plan
+    assert workload is not None
+    assert workload.total == whole
+    tiedconv.narrow_layers(tied, x[:1])
+    tiedconv.apply_factors(tied, cache=True)
+    assert work_of(plan.weights, workload) == macs(tied, x)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])

@@ -70,10 +70,13 @@ class Use:
         work: of all products with it, in the unit of the workload.
         pieces: where layers that can apply factors use it: all of its rows, or, as in a
             cross-attention, some of them for the queries and the rest for keys and values.
+        heads: of the last matrix of an attention the work of its products of queries, keys and
+            values, which falls with its heads; 0 where it may not.
     """
 
     work: float
     pieces: tuple[Piece, ...] = ()
+    heads: float = 0
 
     def within(self, start: int, stop: int) -> list[Piece]:
         """The pieces of some of its rows, counted from the first of these."""

@@ -198,7 +198,7 @@ def _use_of_rows(slot: Slot, workload: Workload) -> Use:
         pieces = [dataclasses.replace(p, start=0, stop=slot.rows) for p in use.pieces]
     else:
         pieces = use.within(slot.start, slot.stop)
-    return Use(use.work, tuple(pieces))
+    return Use(use.work, tuple(pieces), use.heads)
 
 
 def _use(slot: Slot, workload: Workload | None) -> Use:
