@@ -130,9 +130,7 @@ class Block:
         heads: attention heads, where known.
         relu: True if the only activation of the hidden units is a ReLU, so that they may be scaled.
         permutable: True if hidden units and heads may be permuted, as nothing else reads them.
-        rotatable: True if the basis inside each head may be changed: it has queries, keys and
-            values of its own, and nothing else depends on the basis, as norms of q and k or rotary
-            positions do.
+        rotatable: False if heads share keys, norm q and k, or rotate positions: their basis stays.
         eps: of the BatchNorms.
         opt_in: True for small, sensitive modules (a detector's heads, its sampling offsets): they
             are converted only if a pattern of the recipe names them.
