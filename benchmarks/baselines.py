@@ -238,46 +238,59 @@ def torch_pruning(ctx: Context, budget: float, variant: str) -> nn.Module:
     Pruning, arXiv 2407.04616). In a ViT every head keeps its place and loses dimensions. Without
     the sparse training and the iterations of pruning and training of the paper's best results.
     """
-    _gradients(ctx.dense, ctx.calib)
-    grads = [p.grad for p in ctx.dense.parameters()]
-    for p in ctx.dense.parameters():
-        p.grad = None
+    images = normalised(ctx.calib.images)
+    grads = gradients(ctx.dense, images, ctx.calib.labels)
 
     def pruned(share: float) -> nn.Module:
-        model = copy.deepcopy(ctx.dense)
-        for p, grad in zip(model.parameters(), grads, strict=True):
-            p.grad = None if grad is None else grad.clone()
-        _prune(model, 1.0 - max(share, 0.02), variant)
-        return model
+        return pruned_to(ctx.dense, grads, images[:2], max(share, 0.02), variant)
 
     def size(share: float) -> int:
         return stored_parameters(pruned(share))
 
-    model = pruned(_bisect(size, ctx.limit(budget), steps=10))
+    return pruned(_bisect(size, ctx.limit(budget), steps=10))
+
+
+Gradients = list[Tensor | None]
+
+
+def gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, batch: int = 256
+) -> Gradients:  # fmt: skip
+    """Those of the cross-entropy, summed over batches, for each parameter."""
+    model.eval().zero_grad(set_to_none=True)
+    for start in range(0, len(images), batch):
+        some = slice(start, start + batch)
+        F.cross_entropy(model(images[some]), labels[some]).backward()
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def pruned_to(
+    dense: nn.Module, grads: Gradients, example: Tensor, share: float, variant: str
+) -> nn.Module:
+    """A copy with a share of the channels of each layer (`uniform`), or of all (`isomorphic`)."""
+    model = copy.deepcopy(dense)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        p.grad = None if grad is None else grad.clone()
+    _prune(model, 1.0 - share, variant, torch.zeros_like(example))
     model.zero_grad(set_to_none=True)
     return model
 
 
-def _gradients(model: nn.Module, calib: Pixels, batch: int = 256) -> None:
-    model.eval()
-    for start in range(0, len(calib), batch):
-        some = calib.take(torch.arange(start, min(start + batch, len(calib))))
-        F.cross_entropy(model(normalised(some.images)), some.labels).backward()
-
-
-def _prune(model: nn.Module, ratio: float, variant: str) -> None:
+def _prune(model: nn.Module, ratio: float, variant: str, example: Tensor) -> None:
     import torch_pruning as tp
 
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
     fused = [m.fused_attn for m in attentions]
     for m in attentions:
         m.fused_attn = False  # the package follows plain operations
-    head = model.head if hasattr(model, "head") else model.fc
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unwrapped parameters")  # their last dimension: right
         pruner = tp.pruner.BasePruner(
             model,
-            torch.zeros(2, 3, 32, 32, device=next(model.parameters()).device),
+            example,
             importance=tp.importance.GroupTaylorImportance(),
             global_pruning=variant == "isomorphic",
             isomorphic=variant == "isomorphic",

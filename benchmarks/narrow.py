@@ -30,9 +30,9 @@ from typing import Any
 
 import baselines
 import torch
-from finetuning import Teacher, stored_parameters
-from frontier import MODELS, divergence, judged, outputs
-from models import read_pixels
+from finetuning import stored_parameters
+from frontier import MODELS, Images, divergence, judged, outputs
+from models import normalised, read_pixels
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -103,28 +103,39 @@ def converted(
     return as_run(tied, fewest="macs" in limit)
 
 
-def pruned(context: baselines.Context, calib: Tensor, wanted: int) -> nn.Module:
-    """By torch-pruning, with at most so many multiply-adds; the better of two forms."""
-    expected, found = outputs(context.dense, calib), []
+def pruned(
+    model: nn.Module, labelled: tuple[Tensor, Tensor], calib: Tensor, wanted: int
+) -> nn.Module:  # fmt: skip
+    """By torch-pruning, with at most so many multiply-adds; the better of two forms.
+
+    Args:
+        model: the original.
+        labelled: images and their labels, to rank channels by gradients.
+        calib: images that decide between the forms, by the divergence.
+        wanted: multiply-adds of one image.
+    """
+    expected, found = outputs(model, calib), []
+    grads = baselines.gradients(model, *labelled, batch=256 if calib.shape[-1] < 100 else 32)
     for variant in ("uniform", "isomorphic"):
-        baselines._gradients(context.dense, context.calib)
-        grads = [p.grad for p in context.dense.parameters()]
-        context.dense.zero_grad(set_to_none=True)
         least, most, best = 0.02, 1.0, None
         for _ in range(9):
             share = (least + most) / 2
-            model = copy.deepcopy(context.dense)
-            for p, grad in zip(model.parameters(), grads, strict=True):
-                p.grad = None if grad is None else grad.clone()
-            baselines._prune(model, 1.0 - share, variant)
-            model.zero_grad(set_to_none=True)
-            if multiply_adds(model, calib) <= wanted:
-                least, best = share, model
+            made = baselines.pruned_to(model, grads, calib[:2], share, variant)
+            if multiply_adds(made, calib) <= wanted:
+                least, best = share, made
             else:
                 most = share
         if best is not None:
             found.append(best)
-    return min(found, key=lambda model: divergence(outputs(model, calib), expected))
+    return min(found, key=lambda made: divergence(outputs(made, calib), expected))
+
+
+def labelled_images(name: str, images: Images, data: Path) -> tuple[Tensor, Tensor]:
+    """What torch-pruning gets to rank channels by: 512 images of CIFAR-10, or the photos."""
+    if name == "lite0":
+        return images[0], images[2]
+    some = read_pixels(data)["train"].some(512)
+    return normalised(some.images), some.labels
 
 
 def accuracy(args: argparse.Namespace, add: Callable[[dict[str, Any]], None], rows: Any) -> None:
@@ -135,11 +146,9 @@ def accuracy(args: argparse.Namespace, add: Callable[[dict[str, Any]], None], ro
     of = LIMITED.get(args.model, "params")
     calib = images[0][:PHOTOS] if args.model == "lite0" else images[0]
     expected = outputs(model, images[1])
-    context = None
+    labelled = None
     if of == "params" and not args.alone:
-        pixels = read_pixels(args.data)
-        teacher = Teacher(model)
-        context = baselines.Context(args.model, model, teacher, pixels, pixels["train"].some(512))
+        labelled = labelled_images(args.model, images, args.data)
     whole = multiply_adds(model, calib)
 
     def row(method: str, asked: int, effort: str, make: Callable[[], nn.Module]) -> int:
@@ -163,9 +172,9 @@ def accuracy(args: argparse.Namespace, add: Callable[[dict[str, Any]], None], ro
             for asked in sizes:
                 ours = partial(converted, model, calib, scheme, {of: f"{asked}%"}, effort)
                 macs = row(scheme, asked, effort, ours)
-                if effort == "fast" and context is not None:
+                if effort == "fast" and labelled is not None:
                     method = f"torch-pruning as {scheme}"
-                    row(method, asked, "", partial(pruned, context, calib, macs))
+                    row(method, asked, "", partial(pruned, model, labelled, calib, macs))
 
 
 def milliseconds(forms: dict[str, Callable[[], Any]]) -> dict[str, float]:

@@ -82,7 +82,7 @@ def test_compiled_forms_are_compared_with_the_compiled_dense_one(tmp_path: Path)
     tiedconv.save(with_image_size(model), path)
     made = figures("bench", path, "--runtime", "compiled", "--rounds", 3, "--batch-size", "1")
     assert [(row["runtime"], row["model"]) for row in made["rows"]] == [
-        ("compiled", "dense"), ("compiled", "compact"),
+        ("compiled", "dense"), ("compiled", "compact"), ("compiled-optimized", "compact"),
     ]  # fmt: skip
     assert made["rows"][1]["timings"][0]["ratio"] > 0
     assert not made["left_out"]

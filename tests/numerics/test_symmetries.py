@@ -12,6 +12,7 @@ from micro import Micro, all_detectors, all_micros, every_micro, original_logits
 from torch import Tensor
 
 from tiedconv.core.plan import Block, Slot, Span
+from tiedconv.core.units import count_of, units_of
 from tiedconv.families import find_blocks
 from tiedconv.families.inspect import ModelInfo, inspect_model
 from tiedconv.numerics import symmetries as gauge
@@ -126,7 +127,9 @@ def hidden_scale(editor: WeightEditor, block: Block, generator: torch.Generator)
 
 def head_bases(which: tuple[bool, bool]) -> Move:
     def move(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
-        if block.kind != "attention" or not (block.permutable and block.heads):
+        if block.kind != "attention" or not (
+            block.permutable and block.rotatable and block.heads
+        ):  # fmt: skip
             return False
         d = block.slots["q"].rows // block.heads
 
@@ -142,10 +145,10 @@ def head_bases(which: tuple[bool, bool]) -> Move:
 
 
 def head_order(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
-    if block.kind != "attention" or not (block.permutable and block.heads):
-        return False
-    gauge.permute_heads(editor, block, torch.arange(block.heads).flip(0))
-    return True
+    units = units_of(block) if block.kind == "attention" and block.permutable else []
+    for count in (count_of(block, u) for u in units):
+        gauge.permute_heads(editor, block, torch.arange(count or 0).flip(0))
+    return bool(units)
 
 
 def fold(editor: WeightEditor, block: Block, generator: torch.Generator) -> bool:
@@ -287,10 +290,16 @@ def test_aligning_only_part_of_a_block_changes_no_output(scheme: str) -> None:
             assert off_by(name, torch.float64, editor) < 1e-9, name
 
 
-def test_a_block_that_is_not_free_is_left_alone() -> None:
+def test_norms_of_q_and_k_leave_heads_their_order_alone() -> None:
     blocks = [b for b in blocks_of("timm-vit-qknorm") if b.kind == "attention"]
     assert blocks
-    assert not any(b.permutable for b in blocks)
+    for block in blocks:
+        assert block.permutable
+        assert not block.rotatable
+        editor = bench_for("timm-vit-qknorm", torch.float32)
+        d = block.slots["q"].rows // (block.heads or 1)
+        gauge.transform_heads(editor, block, torch.rand(block.heads or 1, d, d))
+        assert not editor.edited
 
 
 def test_a_dead_norm_is_not_folded() -> None:

@@ -36,7 +36,9 @@ import torch
 from tiedconv.errors import RunError, first_line
 from tiedconv.utils.memory import peak_rss
 
-RUNTIMES = ("eager", "cached", "factored", "optimized", "compiled", "onnx", "pt2")
+COMPILED = ("compiled", "compiled-optimized")
+OPTIMIZED = ("optimized", "compiled-optimized")
+RUNTIMES = ("eager", "cached", "factored", "optimized", *COMPILED, "onnx", "pt2")
 LOADS = 3
 """How many times a model is loaded; the median is reported."""
 TAIL = 4096
@@ -251,14 +253,17 @@ def _torch(target: BenchTarget) -> Runner:
         model = freeze(model)
     elif target.runtime == "factored":
         apply_factors(model)
-    call = torch.compile(model, dynamic=True) if target.runtime == "compiled" else model
+
+    def ready(model: Any) -> Any:
+        return torch.compile(model, dynamic=True) if target.runtime in COMPILED else model
 
     by_batch: dict[int, Any] = {}
+    call = ready(model)
 
     def run(batch: int) -> None:
-        if target.runtime == "optimized" and batch not in by_batch:
+        if target.runtime in OPTIMIZED and batch not in by_batch:
             given = tuple(_blank(target, batch))
-            by_batch[batch] = optimize(copy.deepcopy(model), example=given)
+            by_batch[batch] = ready(optimize(copy.deepcopy(model), example=given))
         with torch.inference_mode():
             called(by_batch.get(batch, call), *_blank(target, batch))
 

@@ -37,6 +37,9 @@ from tiedconv.utils.plotting import new_figure, write_figure
 DENSE = "dense"
 OnTurn = Callable[[int, int], None]
 
+_FURTHER = {"eager": ("cached", "factored", "optimized"), "compiled": ("compiled-optimized",)}
+"""Compact forms that are measured in a runtime besides the one of its name."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -68,8 +71,9 @@ class Measured:
 
     Args:
         runtime: `eager`, `cached` (after `freeze`), `factored` (after `apply_factors`), `optimized`
-            (after `optimize`), `compiled`, `onnx`, `onnx-lean` (factors applied wherever possible,
-            one copy of each matrix), or a format that is timed, such as `openvino`.
+            (after `optimize`), `compiled`, `compiled-optimized` (after both), `onnx`, `onnx-lean`
+            (factors applied wherever possible, one copy of each matrix), or a format that is
+            timed, such as `openvino`.
         model: `compact` or `dense`.
         baseline: the runtime of the dense form that it is compared with.
         file_bytes: size of the loaded file; 0 for a dense form that is made from the compact file.
@@ -122,8 +126,8 @@ def bench(
 
     Args:
         file: a compact file.
-        runtimes: `eager` (with `cached`, `factored` and `optimized`), `compiled`, `onnx` (with
-            `onnx-lean`), `openvino`, `executorch`.
+        runtimes: `eager` (with `cached`, `factored` and `optimized`), `compiled` (with
+            `compiled-optimized`), `onnx` (with `onnx-lean`), `openvino`, `executorch`.
         batches: images at a time.
         rounds: runs of each form at each batch size, at least 3.
         threads: threads of each runtime.
@@ -210,9 +214,8 @@ def _forms(
         if runtime in ("eager", "compiled"):
             add(runtime, DENSE, runtime, file, runtime, dense=True)
             add(runtime, "compact", runtime, file, runtime)
-        if runtime == "eager":
-            for name in ("cached", "factored", "optimized"):
-                add(name, "compact", runtime, file, name)
+        for name in _FURTHER.get(runtime, ()):
+            add(name, "compact", runtime, file, name)
         if runtime == "onnx":
             auto, lean, dense = (folder / f"{n}.onnx" for n in ("auto", "lean", "dense"))
             export(file, auto, trust_code=trust_code)

@@ -16,7 +16,7 @@ from tiedconv.conversion.pipeline import (
     convert_in_memory,
     plan_on,
 )
-from tiedconv.conversion.workload import count_macs
+from tiedconv.conversion.workload import counted
 from tiedconv.core.plan import Plan
 from tiedconv.errors import UserError
 from tiedconv.integrations import let_others_save
@@ -150,12 +150,13 @@ def convert(
         include=include, exclude=exclude, **options,
     )  # fmt: skip
     given = _calibration(calib, effort)
-    workload = None
+    found = None
     if wanted.work is not None:
-        workload = count_macs(network, opened.source, example, given)
-    times = times_of(network, workload, wanted)
+        found = counted(network, opened.source, example, given)
+    times = times_of(network, found, wanted)
     planned = plan_on(
-        network, wanted, opened.source, example, measured=calib is not None, workload=workload,
+        network, wanted, opened.source, example, measured=calib is not None,
+        workload=None if found is None else found.workload,
         times=None if times is None else times.workload,
     )  # fmt: skip
     convert_in_memory(network, opened.source, planned, given, on_group=on_group)

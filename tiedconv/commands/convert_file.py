@@ -23,7 +23,7 @@ from tiedconv.conversion.pipeline import (
     plan_on,
     stages_of,
 )
-from tiedconv.conversion.workload import count_macs
+from tiedconv.conversion.workload import counted
 from tiedconv.core.plan import Plan
 from tiedconv.core.workload import Workload
 from tiedconv.io.atomic import check_output
@@ -168,8 +168,9 @@ def convert_file(
             lazy=recipe.bytes is None and recipe.latency is None
             and (calib is None or weights == "default"),
         )  # fmt: skip
-        workload = count_macs(opened.model, opened.source, calib=calib)
-        times = times_of(opened.model, workload, recipe, on_site)
+        found = counted(opened.model, opened.source, calib=calib)
+        workload = None if found is None else found.workload
+        times = times_of(opened.model, found, recipe, on_site)
         planned = plan_on(
             opened.model, recipe, opened.source, measured=calib is not None, workload=workload,
             times=None if times is None else times.workload,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tiedconv.core.workload import Workload
+from tiedconv.conversion.workload import Counted
 from tiedconv.errors import BudgetError
 from tiedconv.planning.recipe import Recipe
 from tiedconv.timing import TimeTable, measure_times
@@ -13,16 +13,22 @@ from tiedconv.timing.table import OnSite
 
 
 def times_of(
-    model: nn.Module, workload: Workload | None, recipe: Recipe, on_site: OnSite | None = None
+    model: nn.Module, found: Counted | None, recipe: Recipe, on_site: OnSite | None = None
 ) -> TimeTable | None:
     """The times of a model's layers, where a recipe limits its time.
 
+    Args:
+        model: plain; it is given values where it has none.
+        found: its multiply-adds, and the input that they were counted on.
+        recipe: says what time, and where.
+        on_site: see `measure_times`.
+
     Raises:
-        BudgetError: it can't be run on any input (`latency-unknown`), or not on images alone.
+        BudgetError: it can't be run on any input, or not on so many (`latency-unknown`).
     """
     if recipe.latency is None:
         return None
-    if workload is None:
+    if found is None:
         raise BudgetError(
             "The time of this model can't be measured: it runs on no input that was tried",
             f"latency={recipe.latency.text!r} means nothing without it",
@@ -32,7 +38,8 @@ def times_of(
     _fill(model)
     on = recipe.on
     return measure_times(
-        model, workload, on.runtime, on.batch_size, on.threads, on_site=on_site
+        model, found.workload, on.runtime, on.batch_size, on.threads,
+        arguments=found.arguments, on_site=on_site,
     )  # fmt: skip
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tiedconv.errors import UserError, first_line
 from tiedconv.runtime.example_inputs import (
     Arguments,
     Example,
     as_arguments,
     evaluation,
     on_device_of,
+    require_accepted,
     usual_inputs,
 )
 
@@ -31,17 +31,9 @@ def require_example(model: nn.Module, example: Example) -> None:
     Raises:
         UserError: the model can't be run on it (`example-rejected`).
     """
-    args, kwargs = as_arguments(example)
-    try:
-        with evaluation(model):
-            model(*args, **kwargs)
-    except Exception as error:  # models reject inputs with any error
-        raise UserError(
-            f"The model can't be run on the example: {type(error).__name__}: {first_line(error)}",
-            "Its blocks would not be run, so symmetries could not be tried on them",
-            "Give a tensor, a tuple of arguments, or a dict of keyword arguments, on its device",
-            code="example-rejected",
-        ) from error
+    require_accepted(
+        model, example, "Its blocks would not be run, so symmetries could not be tried on them"
+    )
 
 
 def captured_inputs(
@@ -166,9 +158,15 @@ def _is_same(a: Any, b: Tensor) -> bool:
 def _keeper(found: dict[str, Arguments], name: str) -> Callable[..., None]:
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in found:
-            found[name] = pytree.tree_map(_copied, (args, kwargs))
+            own = tuple(map(_no_cache, args)), {key: _no_cache(x) for key, x in kwargs.items()}
+            found[name] = pytree.tree_map(_copied, own)
 
     return keep
+
+
+def _no_cache(value: Any) -> Any:
+    """An argument, None for a cache of keys and values: it would grow with each run."""
+    return None if hasattr(value, "get_seq_length") else value
 
 
 def _copied(value: Any) -> Any:

@@ -1,28 +1,44 @@
-"""The multiply-adds of a model, counted on an input that it takes."""
+"""An input that a model takes, and the multiply-adds of the model on it."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.sample_inputs import named_inputs
 from tiedconv.conversion.symmetry_proof import first_image
 from tiedconv.core.workload import Workload
-from tiedconv.runtime.call_hooks import hooked, text_hooks
+from tiedconv.runtime.call_hooks import LONGEST, random_text, takes_text_too
 from tiedconv.runtime.example_inputs import (
+    Arguments,
     Example,
     as_arguments,
     on_device_of,
     usual_inputs,
 )
+from tiedconv.runtime.forward_check import further_inputs, takes_text
 from tiedconv.runtime.macs import measure
 from tiedconv.sources import Source
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one forward pass of a model takes, and the input that it was counted on.
+
+    Args:
+        workload: in multiply-adds.
+        arguments: of the model; its tensors may be on the meta device, as the model is.
+    """
+
+    workload: Workload
+    arguments: Arguments
 
 
 def count_macs(
@@ -31,11 +47,23 @@ def count_macs(
     example: Example | None = None,
     calib: Calibration | None = None,
 ) -> Workload | None:
+    """The workload of a plain model, see `counted`."""
+    found = counted(model, source, example, calib)
+    return None if found is None else found.workload
+
+
+def counted(
+    model: nn.Module,
+    source: Source | None = None,
+    example: Example | None = None,
+    calib: Calibration | None = None,
+) -> Counted | None:
     """The workload of a plain model on one input.
 
-    The input is the first that the model takes of: the example, a calibration's first sample, an
-    image of the size that the model's preprocessing names, images of the sizes that the model
-    names, tokens, indices. Only its shape counts, unless what the model runs depends on values.
+    The input is the first that the model takes of: the example, a calibration's first sample, what
+    an export is traced with (an image of the size that the model's preprocessing names, a text
+    as long as the model takes, or both), images of the sizes that the model names, tokens, indices.
+    Only its shape counts, unless what the model runs depends on values.
 
     Args:
         model: its parameters may be on the meta device.
@@ -47,15 +75,22 @@ def count_macs(
         None if it takes none of them.
     """
     for given in _inputs(model, source, example, calib):
-        args, kwargs = as_arguments(given)
+        arguments = as_arguments(on_device_of(model, _with_text(model, given)))
         try:
-            with hooked(model, text_hooks(model)):
-                found = measure(model, args, kwargs)
+            found = measure(model, *arguments)
         except Exception:  # models reject inputs with any error
             continue
         if found.total:
-            return found
+            return Counted(found, arguments)
     return None
+
+
+def _with_text(model: nn.Module, given: Example) -> Example:
+    """An input, with a text beside images alone where the model takes both."""
+    if isinstance(given, Tensor) and given.ndim == 4 and takes_text_too(model):
+        image = torch.zeros(given.shape) if given.is_meta else given
+        return {"pixel_values": given, **further_inputs(model, image)}
+    return given
 
 
 def _inputs(
@@ -64,11 +99,12 @@ def _inputs(
     if example is not None:
         yield example
     if calib is not None and (sample := _sample(model, calib)) is not None:
-        yield on_device_of(model, sample)
+        yield sample
+    if takes_text(model) and not takes_text_too(model):
+        yield random_text(model, torch.zeros(1, 1, 1, 1), LONGEST)
     prepared = None if source is None else source.preprocess
     if prepared is not None:
-        image = torch.zeros(1, prepared.channel_count(), prepared.size, prepared.size)
-        yield on_device_of(model, image)
+        yield torch.zeros(1, prepared.channel_count(), prepared.size, prepared.size)
     kinds: Iterable[Iterator[Example]] = usual_inputs(model)
     yield from itertools.chain.from_iterable(kinds)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tiedconv.core.expr import Expr, Lookup, Shape, malformed
+from tiedconv.core.expr import Expr, Lookup, Permute, Reshape, Shape, malformed
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,13 @@ def padded(x: Expr, dim: int, size: int) -> Expr:
 def has_pads(exprs: Iterable[Expr]) -> bool:
     """Whether any of these pads."""
     return any(isinstance(node, Pad) for expr in exprs for node in expr.walk())
+
+
+def share_kept(weight: Expr) -> float:
+    """The share of a weight's values that are its own: the others are zeros around it."""
+    share = 1.0
+    while isinstance(weight, Pad | Permute | Reshape):
+        if isinstance(weight, Pad):
+            share *= weight.x.shape[weight.dim] / weight.size
+        weight = weight.x
+    return share

@@ -130,6 +130,7 @@ class Block:
         heads: attention heads, where known.
         relu: True if the only activation of the hidden units is a ReLU, so that they may be scaled.
         permutable: True if hidden units and heads may be permuted, as nothing else reads them.
+        rotatable: False if heads share keys, norm q and k, or rotate positions: their basis stays.
         eps: of the BatchNorms.
         opt_in: True for small, sensitive modules (a detector's heads, its sampling offsets): they
             are converted only if a pattern of the recipe names them.
@@ -145,6 +146,7 @@ class Block:
     heads: int | None = None
     relu: bool = False
     permutable: bool = True
+    rotatable: bool = True
     eps: float = 1e-5
     opt_in: bool = False
     unmatched: bool = False

@@ -2,14 +2,16 @@
 
 A unit has a row of each matrix that writes it and the columns of each that reads it: of a gated
 feed-forward a row of the gate and of `up` and a column of `down`; of an attention, whose units are
-heads, rows of q, k and v and columns of o. What is known here is all that permuting, removing and
+heads, rows of q, k and v and columns of o. Where several heads of queries share one of keys and
+values, they are one unit: their rows of q lie together, and there are as many units as heads of
+keys. What is known here is all that permuting, removing and
 cutting units needs, so a new kind of block is a line of each table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tiedconv.core.plan import Block, Slot
@@ -81,9 +83,27 @@ def count_of(block: Block, units: Units) -> int | None:
     slots = [*block.slots.values()]
     written = {slots[i].rows for i in units.writers}
     read = {slots[i].columns // area_of(slots[i]) for i in units.readers}
-    if len(written | read) > 1:
+    if units.name == "heads":
+        return _heads(written, read, block.heads)
+    return None if len(written | read) > 1 else written.pop()
+
+
+def _heads(written: set[int], read: set[int], heads: int | None) -> int | None:
+    """Heads of keys and values, where each has as many of the queries."""
+    least, most = min(written), max(written)
+    if not heads or read != {most} or written - {least, most} or most % least:
         return None
-    return block.heads if units.name == "heads" else written.pop()
+    groups, rest = divmod(heads * least, most)
+    return None if rest else groups
+
+
+def rows_of_units(rows: Iterable[int]) -> int:
+    """What the writers of some units have rows of: those with more have several for each of these.
+
+    Args:
+        rows: of each writer.
+    """
+    return min(rows)
 
 
 def area_of(slot: Slot) -> int:

@@ -40,14 +40,16 @@ class Piece:
 
     Args:
         start, stop: of the first dimension of the tensor as it is stored.
-        rows: of features: tokens, or positions of a convolution's output.
+        rows: of features: tokens, or positions of a convolution's output, of all calls.
         times: of these rows, where times were measured.
+        calls: products that they are applied in, as where layers share a weight.
     """
 
     start: int
     stop: int
     rows: int
     times: Times | None = None
+    calls: int = 1
 
     def within(self, start: int, stop: int) -> Piece | None:
         """The part of it in some rows, counted from the first of these; None if there is none."""
@@ -57,7 +59,7 @@ class Piece:
         share = (last - first) / (self.stop - self.start)
         # Each multiply-add of a part takes as long: there are fewer.
         times = self.times and dataclasses.replace(self.times.times(share), each=self.times.each)
-        return Piece(first - start, last - start, self.rows, times)
+        return Piece(first - start, last - start, self.rows, times, self.calls)
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,13 @@ class Use:
         work: of all products with it, in the unit of the workload.
         pieces: where layers that can apply factors use it: all of its rows, or, as in a
             cross-attention, some of them for the queries and the rest for keys and values.
+        heads: of the last matrix of an attention the work of its products of queries, keys and
+            values, which falls with its heads; 0 where it may not.
     """
 
     work: float
     pieces: tuple[Piece, ...] = ()
+    heads: float = 0
 
     def within(self, start: int, stop: int) -> list[Piece]:
         """The pieces of some of its rows, counted from the first of these."""

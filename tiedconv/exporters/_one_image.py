@@ -24,8 +24,16 @@ from tiedconv.runtime.tied_module import Forward, forward_of, set_forward
 _MOVES = ("view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze")
 
 
-def require_one_input(job: Job, format_name: str) -> None:
-    """Raise UserError for a model that takes images and text at once."""
+def prepare(job: Job, format_name: str) -> None:
+    """Let a model's layers apply their factors, unless the job says never.
+
+    Args:
+        job: its model is changed.
+        format_name: for messages.
+
+    Raises:
+        UserError: it takes images and text at once (`model-not-exportable`).
+    """
     if job.text is not None:
         raise UserError(
             f"A file for {format_name} is called with one image or one text, and this model takes "
@@ -34,6 +42,8 @@ def require_one_input(job: Job, format_name: str) -> None:
             "Export it with --to onnx or --to pt2",
             code="model-not-exportable",
         )
+    if job.lower != "never":
+        apply_all_factors(job.model)
 
 
 def one_image_program(

@@ -14,11 +14,7 @@ from torch import Tensor
 
 from tiedconv.errors import UserError, first_line
 from tiedconv.exporters._format import Format, Job, Written, unreadable
-from tiedconv.exporters._one_image import (
-    apply_all_factors,
-    one_image_program,
-    require_one_input,
-)
+from tiedconv.exporters._one_image import one_image_program, prepare
 from tiedconv.exporters.pt2 import quiet
 from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.version import __version__
@@ -46,9 +42,7 @@ class CoreMl(Format):
         Raises:
             UserError: the model takes images and text at once, or can't be converted.
         """
-        require_one_input(job, "Core ML")
-        if job.lower != "never":
-            apply_all_factors(job.model)
+        prepare(job, "Core ML")
         try:
             with quiet(), tempfile.TemporaryDirectory(dir=job.folder) as folder:
                 package = Path(folder) / _PACKAGE

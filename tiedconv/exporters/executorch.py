@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from tiedconv.errors import UserError, first_line
 from tiedconv.exporters._executorch_partition import partitioner
 from tiedconv.exporters._format import Format, Job, Written, unreadable
-from tiedconv.exporters._one_image import (
-    apply_all_factors,
-    one_image_program,
-    require_one_input,
-)
+from tiedconv.exporters._one_image import one_image_program, prepare
 from tiedconv.exporters.pt2 import quiet
 from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.runtime.outputs import named_outputs
@@ -52,9 +48,7 @@ class ExecuTorch(Format):
         Raises:
             UserError: the model takes images and text at once, or can't be exported.
         """
-        require_one_input(job, "ExecuTorch")
-        if job.lower != "never":
-            apply_all_factors(job.model)
+        prepare(job, "ExecuTorch")
         delegated = _write(job.model, job.images, job.outputs, job.path, job.about)
         held = self.tensors(job.path).values()
         count, size = sum(t.numel() for t in held), self.held_bytes(job.path)

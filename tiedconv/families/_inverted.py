@@ -25,7 +25,8 @@ def add_inner(
     Returns:
         whether there is nothing else.
     """
-    units, outside = slots["up"].rows, {slots["up"].columns, slots["down"].rows}
+    up, down = slots["up"], slots["down"]
+    units, outside = up.rows, {up.columns // area_of(up), down.rows}
     if units in outside:
         return False  # sizes do not tell them apart
     inner: dict[str, Slot] = {}

@@ -77,16 +77,20 @@ class Attention:
                 continue  # its rows are not q, k and v of equal width
             slots = {role: slots[role] for role in "qkvo"}
             known = {s.tensor for s in slots.values()} | {v.tensor for v in vectors.values()}
-            permutable = (
-                "rotary" not in hints
-                and _is_even(slots)
-                and not _unknown_tensors(prefix, known, self.ignored, shapes)
+            heads = _heads(prefix, slots["q"].rows, hints)
+            _add_own_biases(slots, vectors, prefix, shapes)
+            known |= {v.tensor for v in vectors.values()}
+            norms = _norms_in_heads(prefix, slots["q"].rows // (heads or 1), shapes)
+            permutable = _in_groups(slots) and not _unknown_tensors(
+                prefix, known | norms, self.ignored, shapes
             )
+            is_even = slots["q"].rows == slots["k"].rows
             vectors |= _pre_norm(prefix, self.norm, shapes, hints)
             part = f".{self.part}" if self.part else ""
             yield Block(
                 "attention", prefix + part, stack + part, index, slots, vectors,
-                heads=_heads(prefix, slots["q"].rows, hints), permutable=permutable,
+                heads=heads, permutable=permutable,
+                rotatable=is_even and not norms and "rotary" not in hints,
             )  # fmt: skip
 
 
@@ -304,9 +308,36 @@ def _heads(prefix: str, rows: int, hints: Hints) -> int | None:
     return rows // int(width) if whole else None  # type: ignore[arg-type]
 
 
-def _is_even(slots: Mapping[str, Slot]) -> bool:
-    """Whether every query has a head of keys and of values of its own."""
-    return slots["q"].rows == slots["k"].rows == slots["v"].rows == slots["o"].columns
+def _in_groups(slots: Mapping[str, Slot]) -> bool:
+    """Whether every head of keys has one of values, and as many of queries as any other."""
+    q, k, v = (slots[role].rows for role in "qkv")
+    return k == v and q % k == 0 and q == slots["o"].columns
+
+
+_NORM_IN_HEADS = re.compile(
+    r"(?:(?:q|k|query|key)_?(?:norm|layer_?norm|ln)|norm_?(?:q|k))\.(?:weight|bias)"
+)
+
+
+def _norms_in_heads(prefix: str, width: int, shapes: Shapes) -> set[str]:
+    """Norms of queries and of keys in each head by itself, with the same scales for all heads."""
+    return {
+        name
+        for name, shape in shapes.items()
+        if name.startswith(f"{prefix}.")
+        and _NORM_IN_HEADS.fullmatch(name[len(prefix) + 1 :])
+        and shape == (width,)
+    }
+
+
+def _add_own_biases(
+    slots: Mapping[str, Slot], vectors: dict[str, Span], prefix: str, shapes: Shapes
+) -> None:
+    """Add biases that the attention itself holds (BEiT, EVA), not its layers."""
+    for role in "qkv":
+        name = f"{prefix}.{role}_bias"
+        if shapes.get(name) == (slots[role].rows,):
+            vectors.setdefault(f"{role}.bias", Span(name, 0, slots[role].rows))
 
 
 def is_matrix(name: str, shape: Shape, hints: Hints, least: int = 2) -> bool:

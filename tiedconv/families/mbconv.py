@@ -5,6 +5,8 @@ of timm, torchvision and transformers. The two are a pair where a block keeps it
 between them is known by its size: batch norms, a depthwise kernel, squeeze-and-excitation.
 
     conv_pw (m, d)  ->  conv_dw (m, 1, k, k)  ->  se, if any: (r, m), (m, r)  ->  conv_pwl (d, m)
+
+A fused one has a k x k kernel in place of the first two: conv_exp (m, d, k, k) -> se -> conv_pwl.
 """
 
 from tiedconv.families._patterns import IN_LAYER, FeedForward, pattern_family
@@ -12,11 +14,13 @@ from tiedconv.families._patterns import IN_LAYER, FeedForward, pattern_family
 _NAMES = (
     ("conv_pw", "conv_pwl"),  # timm
     ("conv_exp.conv", "conv_pwl.conv"),  # timm's RexNet
+    ("conv_exp", "conv_pwl"),  # timm, fused
     ("pw_exp.conv", "pw_proj.conv"),  # timm's MobileNetV4
     ("expansion.expand_conv", "projection.project_conv"),  # transformers' EfficientNet
     ("expand_1x1.convolution", "reduce_1x1.convolution"),  # transformers' MobileNetV2
     ("block.0.0", "block.3.0"),  # torchvision, with squeeze-and-excitation
     ("block.0.0", "block.2.0"),  # torchvision's MobileNetV3 without it
+    ("block.0.0", "block.1.0"),  # torchvision's EfficientNetV2, fused
     ("conv.0.0", "conv.2"),  # torchvision's MobileNetV2
     ("layers.0", "layers.6"),  # torchvision's MnasNet
     ("conv.conv1_1x1", "conv.conv3_1x1"),  # timm's MaxViT and CoAtNet

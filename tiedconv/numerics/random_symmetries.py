@@ -27,7 +27,7 @@ def applicable(block: Block) -> tuple[str, ...]:
     names = [PERMUTES[units.name] for units in units_of(block)] if block.permutable else []
     if block.kind == "ffn":
         names += ["scale hidden units"] * (block.permutable and block.relu)
-    elif block.kind == "attention" and block.permutable and block.heads:
+    elif block.kind == "attention" and block.permutable and block.rotatable and block.heads:
         names += ["rotate q and k", "rotate v and o"]
     elif block.kind == "bottleneck":
         names += ["scale conv1 rows", "scale conv3 rows"]

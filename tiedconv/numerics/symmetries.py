@@ -175,9 +175,13 @@ def transform_heads(
 ) -> None:
     """Change the basis inside each head: `(q, k) -> (G q, G^-T k)`, `(v, o) -> (H v, o H^-1)`.
 
+    Nothing is done to a block whose heads have no basis of their own (`Block.rotatable`).
+
     Args:
         qk, vo: invertible `(heads, d_head, d_head)`.
     """
+    if not block.rotatable:
+        return
     if qk is not None and editor.allows(block, "rotate q and k"):
         _heads_times(editor, block, "q", qk)
         _heads_times(editor, block, "k", torch.linalg.inv(qk).mT)

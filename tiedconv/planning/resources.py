@@ -142,14 +142,36 @@ def of_ranks(d: Draft, workload: Workload | None) -> list[Resources | None]:
         one = found[j]
         if option is None or one is None or option.break_even_rank <= option.min_rank:
             continue
-        more = [r + (i == j) for i, r in enumerate(ranks)]
+        more, most = ([*ranks[:j], rank, *ranks[j + 1 :]] for rank in
+                      (option.min_rank + 1, option.break_even_rank))  # fmt: skip
         work = 0.0
-        for member, before, after in zip(d.members, least, _exprs(d, more), strict=True):
-            if fewest_macs(before)[1]:
+        forms = zip(d.members, least, _exprs(d, more), _exprs(d, most), strict=True)
+        for member, *exprs in forms:
+            if fewest_macs(exprs[0])[1]:
                 use = _use_of_rows(member.slot, workload)
-                work += saved_work(before, use) - saved_work(after, use)
+                work += _of_one_rank([saved_work(expr, use) for expr in exprs], option, use)
         found[j] = dataclasses.replace(one, work=work)
     return found
+
+
+def _of_one_rank(saved: Sequence[float], option: RankOption, use: Use) -> float:
+    """What one rank more takes at most.
+
+    A runtime applies factors up to a share of the weight's multiply-adds, and runs the weight
+    itself above it, which may take much longer: a rank pays its part of that.
+
+    Args:
+        saved: with the least ranks, with one more, and with all.
+        option: the ranks.
+        use: of the weight.
+    """
+    one, all_of_them = saved[0] - saved[1], saved[0] - saved[2]
+    times = next((p.times for p in use.pieces if p.times is not None), None)
+    if times is None or all_of_them <= one * spread(option):
+        return one
+    share = 1.0 if times.limit is None else times.limit
+    below = math.ceil(share * option.break_even_rank) - option.min_rank
+    return max(one, all_of_them / max(1, below))
 
 
 def spread(option: RankOption) -> int:
@@ -176,7 +198,7 @@ def _use_of_rows(slot: Slot, workload: Workload) -> Use:
         pieces = [dataclasses.replace(p, start=0, stop=slot.rows) for p in use.pieces]
     else:
         pieces = use.within(slot.start, slot.stop)
-    return Use(use.work, tuple(pieces))
+    return Use(use.work, tuple(pieces), use.heads)
 
 
 def _use(slot: Slot, workload: Workload | None) -> Use:

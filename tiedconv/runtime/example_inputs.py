@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tiedconv.errors import UserError, first_line
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """An input of a model: one tensor, positional arguments, or keyword arguments."""
@@ -35,6 +37,31 @@ def on_device_of(model: nn.Module, example: Example) -> Example:
 
 FRAMES = 16
 """Of a video, where the model does not say how many: torchvision's were trained on so many."""
+
+
+def require_accepted(model: nn.Module, example: Example, consequence: str) -> Arguments:
+    """The arguments of an input, once the model was run on them.
+
+    Args:
+        model: run in evaluation mode.
+        example: an input, which is brought to the model's device.
+        consequence: of its rejection, for the message.
+
+    Raises:
+        UserError: the model can't be run on it (`example-rejected`).
+    """
+    args, kwargs = as_arguments(on_device_of(model, example))
+    try:
+        with evaluation(model):
+            model(*args, **kwargs)
+    except Exception as error:  # models reject inputs with any error
+        raise UserError(
+            f"The model can't be run on the example: {type(error).__name__}: {first_line(error)}",
+            consequence,
+            "Give a tensor, a tuple of arguments, or a dict of keyword arguments",
+            code="example-rejected",
+        ) from error
+    return args, kwargs
 
 
 @contextmanager

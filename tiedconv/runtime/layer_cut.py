@@ -30,8 +30,10 @@ _OUT = frozenset({"out_features", "out_channels", "nf"})
 _IN = frozenset({"in_features", "in_channels", "nx"})
 _BOTH = frozenset({"num_features", "in_channels", "out_channels", "groups"})
 """Attributes of layers that hold the number of rows they write, columns they read, or both."""
-_HEADS = frozenset({"num_heads", "num_attention_heads", "num_key_value_heads", "n_head"})
-_CHANNELS = frozenset({"attn_dim", "all_head_size", "inner_dim", "split_size"})
+_HEADS = frozenset(
+    {"num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_head"}
+)
+_CHANNELS = frozenset({"attn_dim", "all_head_size", "inner_dim", "split_size", "kv_dim"})
 """Attributes of attentions that hold the number of heads, and that of channels of all heads."""
 
 
@@ -40,7 +42,8 @@ class HiddenUnits:
     """Hidden units that a plan removes: the matrices that write and read them.
 
     Args:
-        units: rows of each writer, those of all heads of an attention.
+        units: rows of each writer, those of all heads of an attention; a writer or reader may have
+            several for each of these, as heads of queries that share one of keys.
         kept: of them; they come first.
         heads: whether the units are heads.
     """
@@ -74,7 +77,7 @@ class Cut:
         done = list[nn.Module]()
         for tensor, slots in _by_tensor(place.writers).items():
             rows = _matrix_shape(self._weights[tensor], slots[0])[0]
-            ranges = _rows_that_stay(slots, rows, place.kept)
+            ranges = _rows_that_stay(slots, rows, place)
             modules = self._weight(slots[0], functools.partial(_rows_of, ranges=ranges))
             sizes = _BOTH if is_depthwise(slots[0]) else _OUT
             if not all(self._layer(module, sizes, rows, ranges) for module in modules):
@@ -83,7 +86,8 @@ class Cut:
         for slot in place.readers:
             columns = place.kept * (slot.columns // place.units)
             modules = self._weight(slot, functools.partial(part, dim=1, start=0, stop=columns))
-            if not all(self._attributes(m, _IN, place.units, place.kept) for m in modules):
+            wide, left = slot.columns // area_of(slot), columns // area_of(slot)
+            if not all(self._attributes(m, _IN, wide, left) for m in modules):
                 return False
             done += modules
         ranges = [(0, place.kept)]
@@ -98,7 +102,12 @@ class Cut:
         for name in _around(place.tensors):
             module = self._model.get_submodule(name)
             for attribute in _CHANNELS & vars(module).keys():
-                self._attributes(module, {attribute}, place.units, place.kept)
+                any(
+                    self._attributes(
+                        module, {attribute}, slot.rows, place.kept * (slot.rows // place.units)
+                    )
+                    for slot in place.writers
+                )
             for attribute in _HEADS & vars(module).keys():
                 count = getattr(module, attribute)
                 if isinstance(count, int) and count * place.kept % place.units == 0:
@@ -194,10 +203,13 @@ def without_padding(matrix: Expr) -> Expr:
     return matrix
 
 
-def _rows_that_stay(slots: Sequence[Slot], rows: int, kept: int) -> list[tuple[int, int]]:
+def _rows_that_stay(
+    slots: Sequence[Slot], rows: int, place: HiddenUnits
+) -> list[tuple[int, int]]:  # fmt: skip
     """Ranges of the rows of a tensor, of which those of some slots are cut to the first ones."""
     found, at = list[tuple[int, int]](), 0
     for slot in sorted(slots, key=lambda slot: slot.start):
+        kept = place.kept * (slot.rows // place.units)
         found += [(at, slot.start), (slot.start, slot.start + kept)]
         at = slot.stop
     return [(start, stop) for start, stop in [*found, (at, rows)] if start < stop]

@@ -24,10 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tiedconv.core.expr import Expr, MatMul
+from tiedconv.core.pad import share_kept
 from tiedconv.core.part import part
 from tiedconv.core.workload import Piece, Times, Use, Workload
 from tiedconv.runtime.example_inputs import evaluation
 from tiedconv.runtime.flops import apply_macs, fewest_macs, never_materialized
+from tiedconv.runtime.head_products import attentions_that_lose_heads
 from tiedconv.runtime.lazy_weight import Resolved
 from tiedconv.runtime.tied_module import stores_transposed, takes_factors
 
@@ -57,7 +59,8 @@ def saved_work(expr: Expr, use: Use | None) -> float:
     """
     if use is None or not use.pieces or not fewest_macs(expr)[1]:
         return 0
-    saved: float = 0
+    # The last matrix of an attention is padded for removed heads alone.
+    saved: float = use.heads * (1 - share_kept(expr))
     for piece in use.pieces:
         whole = (piece.start, piece.stop) == (0, expr.shape[0])
         rows = expr if whole else part(expr, 0, piece.start, piece.stop)
@@ -125,7 +128,14 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Wor
         stack.enter_context(counter)
         model(*args, **kwargs)
     uses = {
-        name: Use(macs, tuple(Piece(*ends, rows) for ends, rows in counter.pieces[name].items()))
+        name: Use(
+            macs,
+            tuple(
+                Piece(*ends, sum(rows), calls=len(rows))
+                for ends, rows in counter.pieces[name].items()
+            ),
+            counter.heads[name],
+        )
         for name, macs in counter.macs.items()
     }
     shapes = tuple(tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x))
@@ -141,24 +151,30 @@ class _Weight:
         shape: as it is stored.
         able: whether every module that holds it can apply factors of it.
         transposed: whether it is stored as `(in, out)`.
+        in_attention: whether it is of an attention that runs with fewer heads.
     """
 
     name: str
     shape: torch.Size
     able: bool
     transposed: bool
+    in_attention: bool
 
 
 def _weights_of(model: nn.Module) -> dict[int, _Weight]:
     """The weights of a model by their storages."""
     found: dict[int, _Weight] = {}
     names = {id(p): name for name, p in model.named_parameters()}
+    attentions = attentions_that_lose_heads(model)
     for module in model.modules():
         for attribute, p in module._parameters.items():
             if p is not None and p.ndim > 1:
                 able, key = takes_factors(module, attribute), _storage(p)
                 able = able and (key not in found or found[key].able)
-                found[key] = _Weight(names[id(p)], p.shape, able, stores_transposed(module))
+                name = names[id(p)]
+                found[key] = _Weight(
+                    name, p.shape, able, stores_transposed(module), name.startswith(attentions)
+                )
     return found
 
 
@@ -212,7 +228,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.total = 0
         self.layer: int | None = None  # the kernel of the convolution that runs
         self.macs: dict[str, int] = defaultdict(int)
-        self.pieces: dict[str, dict[tuple[int, int], int]] = defaultdict(lambda: defaultdict(int))
+        self.heads: dict[str, int] = defaultdict(int)
+        self._of_activations = 0  # products since the last with a weight
+        self.pieces: dict[str, dict[tuple[int, int], list[int]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         self._weights = weights
 
     def __torch_dispatch__(
@@ -235,13 +255,17 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Features may be a parameter too, such as a class token; the weight comes last.
         read = [x for x in args if _is_tensor(x) and _storage(x) in self._weights]
         if not read:
+            self._of_activations += macs
             return
         weight = self._weights[_storage(read[-1])]
         self.macs[weight.name] += macs
+        if weight.in_attention:  # what was multiplied before the last matrix of an attention
+            self.heads[weight.name] += self._of_activations
+        self._of_activations = 0
         ends = self._ends(op, weight, read[-1]) if weight.able else None
         if ends is not None:
             columns = math.prod(weight.shape[1:])
-            self.pieces[weight.name][ends] += macs // ((ends[1] - ends[0]) * columns)
+            self.pieces[weight.name][ends].append(macs // ((ends[1] - ends[0]) * columns))
 
     def _ends(self, op: Any, weight: _Weight, read: Tensor) -> tuple[int, int] | None:
         """The rows of a weight that a product reads, if factors can be applied in its place."""

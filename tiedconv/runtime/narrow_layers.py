@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tiedconv.core.pad import has_pads
 from tiedconv.core.plan import Group, Plan
-from tiedconv.core.units import Units, units_among
+from tiedconv.core.units import Units, rows_of_units, units_among
 from tiedconv.errors import UserError
 from tiedconv.runtime import tie
 from tiedconv.runtime.example_inputs import Example, as_arguments, evaluation, usual_inputs
@@ -131,8 +131,8 @@ def _hidden_units(plan: Plan) -> Iterator[HiddenUnits]:
         wide = [rows_in(expr, slot) for expr, slot in zip(exprs, slots, strict=True)]
         cores = [without_padding(matrix) for matrix in wide]
         for layer in _layers(group):
-            units = wide[layer.writers[0]].shape[0]
-            kept = {cores[i].shape[0] for i in layer.writers}
+            units = rows_of_units(wide[i].shape[0] for i in layer.writers)
+            kept = {cores[i].shape[0] * units // wide[i].shape[0] for i in layer.writers}
             kept |= {cores[i].shape[1] * units // wide[i].shape[1] for i in layer.readers}
             if len(kept) == 1 and (left := kept.pop()) < units:
                 writers, readers = (

@@ -23,7 +23,7 @@ from tiedconv.runtime.example_inputs import (
     Example,
     as_arguments,
     evaluation,
-    on_device_of,
+    require_accepted,
     usual_inputs,
 )
 from tiedconv.runtime.factored_linear import apply_factors
@@ -243,17 +243,7 @@ def _arguments(model: nn.Module, example: Example | None) -> Arguments | None:
     """An input that the model takes, None if it takes none that was tried."""
     tie.state_of(model)  # raises for a model that is not tied
     if example is not None:
-        arguments = as_arguments(on_device_of(model, example))
-        try:
-            _outputs(model, arguments)
-        except Exception as error:  # models reject inputs with any error
-            raise UserError(
-                f"The model can't be run on the example ({type(error).__name__}: {error})",
-                "Nothing was changed",
-                "Give an input that the model takes",
-                code="example-rejected",
-            ) from error
-        return arguments
+        return require_accepted(model, example, "Nothing was changed")
     for kind in usual_inputs(model):
         for given in kind:
             arguments = as_arguments(given)

@@ -63,7 +63,8 @@ def match_layers(blocks: Sequence[Block], groups: str, editor: WeightEditor) -> 
 
 def _match_group(layers: Sequence[Block], editor: WeightEditor) -> None:
     if layers[0].kind == "attention":
-        if layers[0].heads:
+        slots = layers[0].slots
+        if layers[0].heads and slots["q"].rows == slots["k"].rows:
             _match_heads(layers, editor)
         return
     signature = _hidden_signature if layers[0].kind == "ffn" else _first_conv_signature
@@ -129,6 +130,7 @@ def tie_attention(block: Block, editor: WeightEditor, *, steps: int = 3) -> None
     if not (
         block.heads
         and block.permutable
+        and block.rotatable
         and q.shape[0] == q.shape[1] == k.shape[1] == v.shape[0] == v.shape[1] == o.shape[0]
     ):
         return

@@ -11,7 +11,8 @@ a model can be fine-tuned and saved as any other, and `narrow_layers` makes its 
 
 `core.units` says which matrices write and read units. In a bottleneck there are two layers of
 them, those after conv1 and those after conv2; the units of an attention are its heads, and h is
-what its last matrix reads.
+what its last matrix reads. Where heads of queries share one of keys and values, a unit is that one
+with all its queries. Norms of q and k, and rotary positions, are the same for all heads: they stay.
 
 Without images nothing is known of h: the units with the largest weights stay, as they are.
 """
@@ -30,7 +31,14 @@ from torch import Tensor
 from tiedconv.core.expr import Expr, Ref, Shape
 from tiedconv.core.pad import padded
 from tiedconv.core.plan import Block, Member, Slot
-from tiedconv.core.units import PERMUTES, Units, count_of, units_among, units_of
+from tiedconv.core.units import (
+    PERMUTES,
+    Units,
+    count_of,
+    rows_of_units,
+    units_among,
+    units_of,
+)
 from tiedconv.errors import SchemeError
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.symmetries import WeightEditor, permute_units, rows_of
@@ -75,7 +83,8 @@ class Narrow(Scheme):
             block = _in_order(block)
             units = _removable(block)
             sizes = {u.name: _rows(block, u) for u in units}
-            step = sizes["heads"] // (block.heads or 1) if "heads" in sizes else self.step
+            heads = next((count_of(block, u) for u in units if u.name == "heads"), None)
+            step = sizes["heads"] // heads if heads else self.step
             if not any(rows > step for rows in sizes.values()):
                 continue
             roles = "-".join(block.slots)
@@ -132,8 +141,8 @@ class Narrow(Scheme):
     def rank_options(self, shapes: Shapes) -> list[RankOption | None]:
         found: list[RankOption | None] = [None] * (len(shapes) + 1)
         for units in self._units(len(shapes)):
-            count = shapes[units.writers[0]][0]
-            each = sum(shapes[i][1] for i in units.writers)
+            count = _count(shapes, units)
+            each = sum(shapes[i][1] * (shapes[i][0] // count) for i in units.writers)
             each += sum(shapes[i][0] * shapes[i][1] // count for i in units.readers)
             steps = -(-count // self.step)
             found[units.readers[-1]] = RankOption(
@@ -150,14 +159,14 @@ class Narrow(Scheme):
     ) -> list[Tensor | None]:  # fmt: skip
         found: list[Tensor | None] = [None] * (len(matrices) + 1)
         for units in self._units(len(matrices)):
-            count = len(matrices[units.writers[0]])
+            count = _count([(m.shape[0], m.shape[1]) for m in matrices], units)
             # In the Cholesky basis a column is what its unit adds to those before it.
             loss = torch.zeros(count, dtype=torch.float64)
             for i in units.readers:
                 loss += metrics[i].whiten(matrices[i]).square().sum(0).reshape(count, -1).sum(1)
             if not any(metrics[i].measured for i in units.readers):
                 for i in units.writers:
-                    loss += matrices[i].square().sum(1)
+                    loss += matrices[i].square().sum(1).reshape(count, -1).sum(1)
             found[units.readers[-1]] = decreasing(0.5 * self._by_steps(loss))
         return found
 
@@ -190,10 +199,10 @@ class Narrow(Scheme):
             )
         rows, columns = ([shape[side] for shape in shapes] for side in (0, 1))
         for units, width in zip(layers, widths, strict=True):
-            count = shapes[units.writers[0]][0]
+            count = _count(shapes, units)
             left = self._resolve(width, count)
             for i in units.writers:
-                rows[i] = left
+                rows[i] = left * (rows[i] // count)
             for i in units.readers:
                 columns[i] = left * (columns[i] // count)
         return list(zip(rows, columns, strict=True))
@@ -229,8 +238,13 @@ def _removable(block: Block) -> list[Units]:
 
 
 def _rows(block: Block, units: Units) -> int:
-    """Rows of the matrices that write some units."""
-    return [*block.slots.values()][units.writers[0]].rows
+    """Rows of the units, see `_count`."""
+    return _count([slot.matrix_shape for slot in block.slots.values()], units)
+
+
+def _count(shapes: Shapes, units: Units) -> int:
+    """Rows of some units: of a head of keys and values where several of queries share it."""
+    return rows_of_units(shapes[i][0] for i in units.writers)
 
 
 def _moved_rows(slot: Slot, order: Tensor) -> Tensor:

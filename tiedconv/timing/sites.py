@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.core.workload import Piece, Workload
-from tiedconv.runtime.example_inputs import evaluation
+from tiedconv.runtime.example_inputs import Arguments, evaluation
 from tiedconv.runtime.tied_module import stores_transposed
+from tiedconv.timing.inputs import length_of
 
 RANKS = (0.15, 0.45, 0.85)
 """Of the rank at which two thin products take as many multiply-adds as the weight."""
@@ -79,15 +80,17 @@ Sites = Mapping[tuple[str, Piece], list[Site]]
 """By weight and piece of it: its products, one for each time that it is used."""
 
 
-def sites_of(model: nn.Module, x: Tensor, workload: Workload) -> Sites:
+def sites_of(model: nn.Module, arguments: Arguments, workload: Workload, count: int) -> Sites:
     """The products of a model with weights that could be factors.
 
     Args:
         model: plain, its parameters in memory.
-        x: images `(n, C, H, W)`.
-        workload: of the model, in multiply-adds of one image.
+        arguments: what the workload was counted on.
+        workload: of the model, in multiply-adds of that input.
+        count: inputs at a time.
     """
-    convolutions = _convolutions(model, x)
+    length = length_of(arguments)
+    convolutions = _convolutions(model, arguments, count)
     transposed = _stored_transposed(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found: dict[tuple[str, Piece], list[Site]] = {}
@@ -100,7 +103,8 @@ def sites_of(model: nn.Module, x: Tensor, workload: Workload) -> Sites:
             rows, columns = (shape[1], shape[0]) if name in transposed else shape
             if name not in transposed:
                 rows = piece.stop - piece.start
-            found[name, piece] = [Site(rows, columns, (len(x), piece.rows, columns))]
+            features = max(1, round(piece.rows / (length * piece.calls)))
+            found[name, piece] = [Site(rows, columns, (count, features, columns))] * piece.calls
     return found
 
 
@@ -114,8 +118,9 @@ def _stored_transposed(model: nn.Module) -> set[str]:
     }
 
 
-def _convolutions(model: nn.Module, x: Tensor) -> dict[str, list[Site]]:
+def _convolutions(model: nn.Module, arguments: Arguments, count: int) -> dict[str, list[Site]]:
     """The convolutions that are called, by the names of their kernels."""
+    length, (args, kwargs) = length_of(arguments), arguments
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, list[Site]] = defaultdict(list)
 
@@ -127,14 +132,16 @@ def _convolutions(model: nn.Module, x: Tensor) -> dict[str, list[Site]]:
         size: Any = (
             module.kernel_size, module.stride, module.padding, module.dilation, module.groups,
         )  # fmt: skip
+        images = given[0].shape[0] if given[0].ndim == 4 else 1
+        at_a_time = max(1, images * count // length)
         found[names[id(module.weight)]].append(
-            Site(rows, columns, (len(x), *given[0].shape[-3:]), *size)
+            Site(rows, columns, (at_a_time, *given[0].shape[-3:]), *size)
         )
 
     handles = [m.register_forward_pre_hook(note) for m in model.modules() if type(m) is nn.Conv2d]
     try:
         with evaluation(model), torch.inference_mode():
-            model(x[:1])
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

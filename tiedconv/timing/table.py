@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tiedconv.core.workload import Piece, Times, Use, Workload
-from tiedconv.errors import BudgetError, OutputError
+from tiedconv.errors import BudgetError, OutputError, first_line
 from tiedconv.io.atomic import replacing
-from tiedconv.runtime.example_inputs import evaluation
+from tiedconv.runtime.example_inputs import Arguments, evaluation
 from tiedconv.runtime.stopwatch import in_turn, seconds
+from tiedconv.timing.inputs import batch_of, length_of, tensors_of
 from tiedconv.timing.runtimes import Runtime, choose_runtime
 from tiedconv.timing.sites import Site, Sites, sites_of
 from tiedconv.utils.figures import milliseconds
@@ -70,6 +71,7 @@ def measure_times(
     batch_size: int = 1,
     threads: int = 1,
     *,
+    arguments: Arguments | None = None,
     on_site: OnSite | None = None,
 ) -> TimeTable:
     """Time a model and its layers, each as it is and with factors of a few ranks.
@@ -83,30 +85,34 @@ def measure_times(
         model: plain, in memory, on the CPU.
         workload: of the model, in multiply-adds.
         runtime: one of `all_runtimes`.
-        batch_size: images at a time.
+        batch_size: inputs at a time.
         threads: of the runtime.
+        arguments: what the workload was counted on; None for zeros of the same shapes.
         on_site: called with (shapes timed, shapes in all).
 
     Raises:
         UserError: unknown runtime.
         MissingExtra: it is not installed.
-        BudgetError: the model takes something else than images (`latency-needs-images`).
+        BudgetError: the model can't be run on so many inputs at a time (`latency-unknown`).
     """
     chosen = choose_runtime(runtime)
-    x = _images(workload, batch_size)
-    found = sites_of(model, x, workload)
+    if arguments is None:
+        arguments = tuple(torch.zeros(shape) for shape in workload.inputs), {}
+    batch = batch_of(arguments, batch_size)
+    found = sites_of(model, batch_of(arguments, length_of(arguments)), workload, batch_size)
     sites = list(
         dict.fromkeys(
             site for each in found.values() for site in each if site.ranks or site.groups > 1
         )
     )
-    key = _key(model, workload, x, sites, chosen, threads)
+    key = _key(model, workload, batch, sites, chosen, threads)
     place = folder() / f"{key}.json"
     kept = _read(place, sites)
     kept_at: Path | None = place
     if kept is None:
         start = time.perf_counter()
-        total, table = _measure(model, x, sites, chosen, threads, on_site)
+        _require_batch(model, batch, batch_size)
+        total, table = _measure(model, batch, sites, chosen, threads, on_site)
         took, date = time.perf_counter() - start, ""
         kept_at = _write(place, total, table, took)
     else:
@@ -122,20 +128,23 @@ def folder() -> Path:
     return Path(base) / "tiedconv" / "times"
 
 
-def _images(workload: Workload, batch_size: int) -> Tensor:
-    if len(workload.inputs) != 1 or len(workload.inputs[0]) != 4:
+def _require_batch(model: nn.Module, batch: Arguments, count: int) -> None:
+    try:
+        with evaluation(model), torch.inference_mode():
+            model(*batch[0], **batch[1])
+    except Exception as error:  # models reject inputs with any error
         raise BudgetError(
-            "The time of this model can't be measured: it does not take images alone",
+            f"The time of this model can't be measured: it can't be run on {count} inputs at a "
+            f"time ({type(error).__name__}: {first_line(error)})",
             "A budget of time means nothing without it",
-            "Give a budget of multiply-adds instead: --macs 60%",
-            code="latency-needs-images",
-        )
-    return torch.zeros(batch_size, *workload.inputs[0][1:])
+            "Give another batch size, or a budget of multiply-adds: --macs 60%",
+            code="latency-unknown",
+        ) from error
 
 
 def _measure(
     model: nn.Module,
-    x: Tensor,
+    batch: Arguments,
     sites: list[Site],
     runtime: Runtime,
     threads: int,
@@ -145,7 +154,7 @@ def _measure(
     whole: list[float] = []
     table: list[list[float]] = []
     with tempfile.TemporaryDirectory() as files, evaluation(model):
-        run = runtime.model(model, x, Path(files), threads)
+        run = runtime.model(model, batch, Path(files), threads)
         seconds(run, 1)
         for done, site in enumerate(sites, 1):
             given = torch.zeros(site.shape)
@@ -214,15 +223,16 @@ def _line(site: Site, measured: list[float], limit: float | None) -> Times:
 
 
 def _key(
-    model: nn.Module, workload: Workload, x: Tensor, sites: list[Site], runtime: Runtime,
+    model: nn.Module, workload: Workload, batch: Arguments, sites: list[Site], runtime: Runtime,
     threads: int,
 ) -> str:  # fmt: skip
     """A hash of all that times depend on."""
     shapes = [[name, list(p.shape)] for name, p in model.named_parameters()]
     classes = [type(module).__qualname__ for module in model.modules()]
     about = [
-        runtime.name, runtime.version(), torch.__version__, processor(), threads, list(x.shape),
-        workload.total, shapes, classes, [dataclasses.astuple(site) for site in sites],
+        runtime.name, runtime.version(), torch.__version__, processor(), threads,
+        [list(x.shape) for x in tensors_of(batch)], workload.total, shapes, classes,
+        [dataclasses.astuple(site) for site in sites],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
 

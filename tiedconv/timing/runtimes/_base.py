@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from tiedconv.errors import MissingExtra
+from tiedconv.runtime.example_inputs import Arguments
 
 Run = Callable[[], object]
 """Runs once, on an input that it holds."""
@@ -54,12 +55,12 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def model(self, model: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    def model(self, model: nn.Module, batch: Arguments, folder: Path, threads: int) -> Run:
         """A whole plain model.
 
         Args:
             model: in evaluation mode.
-            x: images `(n, C, H, W)`.
+            batch: its arguments.
             folder: for files, until the run is dropped.
             threads: of the runtime.
         """

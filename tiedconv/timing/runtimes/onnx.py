@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ class OnnxRuntime(OnnxFiles):
     module: ClassVar = "onnxruntime"
     extra: ClassVar = "onnx"
 
-    def started(self, graph: bytes | Path, x: Tensor, threads: int) -> Run:
+    def started(self, graph: bytes | Path, inputs: Sequence[Tensor], threads: int) -> Run:
         """A session."""
         import onnxruntime as ort
 
@@ -27,7 +28,8 @@ class OnnxRuntime(OnnxFiles):
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         session: Any = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        given = {session.get_inputs()[0].name: x.numpy()}
+        names = [each.name for each in session.get_inputs()]
+        given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
         return lambda: session.run(None, given)
 
 

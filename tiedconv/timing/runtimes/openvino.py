@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ class OpenVino(OnnxFiles):
     module: ClassVar = "openvino"
     extra: ClassVar = "openvino"
 
-    def started(self, graph: bytes | Path, x: Tensor, threads: int) -> Run:
+    def started(self, graph: bytes | Path, inputs: Sequence[Tensor], threads: int) -> Run:
         """A request of the compiled graph."""
         import openvino as ov
 
@@ -27,7 +28,7 @@ class OpenVino(OnnxFiles):
         read: Any = core.read_model(graph)
         how = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
         request = core.compile_model(read, "CPU", how).create_infer_request()
-        given = [x.numpy()]
+        given = [x.numpy() for x in inputs]
         return lambda: request.infer(given, share_inputs=True)
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from tiedconv.runtime.example_inputs import Arguments
 from tiedconv.timing.runtimes._base import Run, Runtime
 
 
@@ -22,20 +23,22 @@ class Torch(Runtime):
 
     def layers(self, layers: nn.Sequential, x: Tensor, threads: int) -> Run:
         """As they are."""
-        return self._run(layers, x, threads)
+        return self._run(layers, ((x,), {}), threads)
 
-    def model(self, model: nn.Module, x: Tensor, folder: Path, threads: int) -> Run:
+    def model(self, model: nn.Module, batch: Arguments, folder: Path, threads: int) -> Run:
         """As it is."""
         del folder
-        return self._run(model, x, threads)
+        return self._run(model, batch, threads)
 
-    def _run(self, module: nn.Module, x: Tensor, threads: int) -> Run:
+    def _run(self, module: nn.Module, given: Arguments, threads: int) -> Run:
+        args, kwargs = given
+
         def run() -> object:
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
                 with torch.inference_mode():
-                    return module(x)
+                    return module(*args, **kwargs)
             finally:
                 torch.set_num_threads(before)
 
