@@ -12,15 +12,20 @@ number of bits each gets follows from its weights. Frequent integers take few bi
 
 from __future__ import annotations
 
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tiedconv.numerics.kfac_metric import KfacMetric
 from tiedconv.numerics.linalg import cholesky
+
+T = TypeVar("T")
 
 LARGEST = 127
 """The codes have 8 bits at most."""
@@ -90,7 +95,7 @@ class Rounding:
         self._matrix = matrix.detach().double()
         self._metric = metric
         rows, columns = matrix.shape
-        self._right = _Side.of(self._moment(metric.right, columns, RIDGE, 0.0))
+        self._right = _kept(_sides, metric.right, lambda: self._side(metric.right, columns))
         # Neighbouring rows are alike (a head's): they go into different parts.
         count = max(1, min(ROW_BLOCKS, rows // ROWS)) if metric.left is not None else 1
         parts = [torch.arange(k, rows, count) for k in range(count)]
@@ -99,6 +104,10 @@ class Rounding:
         self._left = self._moment(metric.left, rows, 0.0, SHARE_OF_DIAGONAL)[self._order][
             :, self._order
         ]
+
+    @classmethod
+    def _side(cls, moment: Tensor | None, size: int) -> _Side:
+        return _Side.of(cls._moment(moment, size, RIDGE, 0.0))
 
     @staticmethod
     def _moment(moment: Tensor | None, size: int, ridge: float, share: float) -> Tensor:
@@ -133,6 +142,9 @@ class Rounding:
     @cached_property
     def _row_weights(self) -> list[Tensor]:
         """For each part of the rows, the weights of errors once later parts made good."""
+        return _kept(_left_weights, self._metric.left, self._weights_of_rows)
+
+    def _weights_of_rows(self) -> list[Tensor]:
         found, start = [], 0
         for size in self._sizes:
             inverse = torch.cholesky_inverse(cholesky(self._left[start:, start:]))
@@ -218,6 +230,20 @@ class RoundingSample:
         scale = torch.maximum(scale, _least_scale(self.matrix / self.factors, LARGEST))
         values = gptq(self.matrix, scale, self.factors, self.feedback, LARGEST)
         return self.count * entropy(values)
+
+
+# What follows from a moment alone, as long as the moment is: many plans round factors of the same
+# weights, and their Cholesky roots took most of the time of a forecast.
+_sides: MutableMapping[Tensor, _Side] = WeakIdKeyDictionary()
+_left_weights: MutableMapping[Tensor, list[Tensor]] = WeakIdKeyDictionary()
+
+
+def _kept(known: MutableMapping[Tensor, T], moment: Tensor | None, make: Callable[[], T]) -> T:
+    if moment is None:
+        return make()
+    if moment not in known:
+        known[moment] = make()
+    return known[moment]
 
 
 def gptq(
