@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from micro import settle
 from PIL import Image
@@ -31,6 +32,7 @@ SIZES = {
     "num_classes": 3,
 }
 MODEL_ARGS = [part for k, v in SIZES.items() for part in ("--model-arg", f"{k}={v}")]
+TERMINATED = 143
 QUICK = ["--workers", "0", "--device", "cpu", "--batch-size", "8"]
 
 # Rich and click look at these; a test must not depend on where it runs.
@@ -47,6 +49,9 @@ def run(*arguments: object, code: int = 0) -> Result:
         sys.argv = before
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
+    if result.exit_code == TERMINATED != code:
+        # Whoever ends the tests, as `timeout` does, means them, not the command that caught it.
+        pytest.exit("SIGTERM while a command ran", returncode=TERMINATED)
     assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}"
     return result
 
