@@ -274,7 +274,7 @@ def test_cross_attention_to_another_width() -> None:
     assert torch.allclose(run(tied), run(layers), atol=1e-4)
 
 
-def test_rotary_positions_leave_no_head_free() -> None:
+def test_rotary_positions_leave_heads_free_but_not_their_basis() -> None:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
     config = DINOv3ViTConfig(
@@ -284,7 +284,7 @@ def test_rotary_positions_leave_no_head_free() -> None:
     info = inspect_model(DINOv3ViTModel(config))
     blocks = [b for _, b in find_blocks(info.shapes, info.hints) if b.kind == "attention"]
     assert blocks
-    assert not any(b.permutable for b in blocks)
+    assert all(b.permutable and not b.rotatable for b in blocks)
 
 
 # Directories: which class, which images, which backbone.

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from tiedconv.calibration import KfacStatistics
+from tiedconv.calibration.output_divergence import mean_divergence
 from tiedconv.conversion.calibrate import Calibration
-from tiedconv.conversion.output_divergence import mean_divergence
 from tiedconv.conversion.tensor_store import Workspace
 
 
@@ -58,4 +58,8 @@ class StatisticsCache:
 
     def divergence(self, model: nn.Module) -> float:
         """The mean divergence of a model's outputs from those of the plain one, on the images."""
-        return mean_divergence(model, self._model, self._data, self._calib)
+        calib = self._calib
+        return mean_divergence(
+            model, self._model, self._data, batch_size=calib.config.batch_size,
+            device=calib.device, workers=calib.workers,
+        )  # fmt: skip

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import Loader
 from tiedconv.outputs import kind_of
 from tiedconv.runtime.forward_check import checked_forward
@@ -22,22 +21,30 @@ IMAGES = 512
 
 @torch.no_grad()
 def mean_divergence(
-    model: nn.Module, original: nn.Module, data: Dataset[Any], calib: Calibration
+    model: nn.Module,
+    original: nn.Module,
+    data: Dataset[Any],
+    *,
+    batch_size: int = 32,
+    device: str = "auto",
+    workers: int | None = None,
 ) -> float:
     """The mean divergence of a model's outputs from the original's, in nats for each image.
 
     Args:
-        model: compact, on the CPU; it is moved to the device of the calibration and back.
+        model: compact, on the CPU; it is moved to the device and back.
         original: what it was made of; likewise.
-        data: images, from `Calibration.open`.
-        calib: how they are read.
+        data: images.
+        batch_size: images at a time.
+        device: `auto`, `cpu`, `cuda`, ...
+        workers: processes that decode images, None to choose.
 
     Raises:
         DataError: no image could be read.
     """
-    device = pick_device(calib.device)
-    placement = Placement.choose(original, device, "off")
-    loader = Loader(data, calib.config.batch_size, workers=calib.workers, device=device)
+    chosen = pick_device(device)
+    placement = Placement.choose(original, chosen, "off")
+    loader = Loader(data, batch_size, workers=workers, device=chosen)
     total, images = 0.0, 0
     try:
         with modes_kept(model), modes_kept(original):
