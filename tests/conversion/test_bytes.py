@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 import tiedconv
 from tiedconv.calibration import Fitted
 from tiedconv.calibration.config import CalibConfig
+from tiedconv.calibration.output_divergence import is_clearly_less
 from tiedconv.conversion import byte_plans, byte_search
 from tiedconv.conversion.byte_plans import Chosen, _finer, choose_plans
 from tiedconv.conversion.calibrate import Calibration
@@ -405,7 +406,11 @@ def test_the_outputs_decide_between_plans_that_come_close(monkeypatch: pytest.Mo
     for chosen, plan in enumerate(plans):
         count = itertools.count()
         monkeypatch.setattr(
-            StatisticsCache, "divergence", lambda self, model, n=chosen, c=count: next(c) != n
+            StatisticsCache,
+            "divergences",
+            lambda self, model, n=chosen, c=count: (
+                torch.tensor([2.0, 3.0, 2.5]) - int(next(c) == n)
+            ),
         )
         found = tiedconv.convert(
             all_micros()["timm-vit"].model(), recipe=recipe, calib=calib
@@ -418,3 +423,15 @@ def test_the_outputs_decide_between_plans_that_come_close(monkeypatch: pytest.Mo
 def fast_on(name: str) -> Calibration:
     """A brief calibration."""
     return Calibration(images(name, 8), config=CalibConfig(effort="fast"), workers=0, device="cpu")
+
+
+def test_chance_decides_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    some = torch.rand(16, generator=generator, dtype=torch.float64)
+    assert is_clearly_less(some - 0.01, some)
+    assert not is_clearly_less(some, some)
+    assert not is_clearly_less(some, some - 0.01)
+    noise = torch.randn(16, generator=generator, dtype=torch.float64)
+    noise -= noise.mean() - 0.1  # others are 0.1 more on average, by a standard error of 0.25
+    assert not is_clearly_less(some, some + noise)
+    assert is_clearly_less(torch.tensor([1.0]), torch.tensor([1.1]))

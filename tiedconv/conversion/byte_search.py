@@ -3,7 +3,7 @@
 Each plan (the whole model; schemes at several numbers of parameters) is fitted, and the cost of
 rounding it to the budget is forecast. Both costs are in one unit (see `numerics.kfac_metric`), so
 the plan with the least sum is taken, rounded and calibrated. Where several come close, each is
-rounded, and the outputs on some images decide.
+rounded, and another one is taken where the outputs on the images speak for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.calibration import BlockwiseResult
+from tiedconv.calibration.output_divergence import is_clearly_less
 from tiedconv.conversion.byte_plans import Chosen, choose_plans
 from tiedconv.conversion.calibrate import Calibration, calibration_record
 from tiedconv.conversion.candidates import tie_fit
@@ -118,13 +119,13 @@ def _best(
     round_: Callable[[Fit, KfacMetrics], RoundedModel],
     cache: StatisticsCache | None,
 ) -> tuple[Chosen, RoundedModel | None]:
-    """The plan whose rounded model has outputs nearest to the original's, and its rounding.
+    """The plan of the least forecast, unless another's outputs are clearly nearer; its rounding.
 
     Where there is one plan, it is not rounded. Others are closed.
     """
     if len(plans) == 1 or cache is None:
         return plans[0], None
-    found: list[tuple[float, Chosen, RoundedModel]] = []
+    best: tuple[Tensor, Chosen, RoundedModel] | None = None
     refused: list[BudgetError] = []
     for chosen in plans:
         try:
@@ -135,14 +136,15 @@ def _best(
         model = copy.deepcopy(original)
         fit = dataclasses.replace(chosen.fitted, plan=rounded.plan, tensors=rounded.tensors)
         tie_fit(model, fit, {})
-        found.append((cache.divergence(model), chosen, rounded))
-    if not found:
+        found = cache.divergences(model)
+        if best is None or is_clearly_less(found, best[0]):
+            best = found, chosen, rounded
+    if best is None:
         raise min(refused, key=lambda error: error.smallest)
-    _, best, rounded = min(found, key=lambda entry: entry[0])
     for chosen in plans:
-        if chosen is not best:
+        if chosen is not best[1]:
             chosen.fitted.close()
-    return best, rounded
+    return best[1], best[2]
 
 
 def _calibrated(

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.calibration import KfacStatistics
-from tiedconv.calibration.output_divergence import mean_divergence
+from tiedconv.calibration.output_divergence import divergences
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.tensor_store import Workspace
 
@@ -56,10 +56,10 @@ class StatisticsCache:
             self._last = key, found
         return self._last[1]
 
-    def divergence(self, model: nn.Module) -> float:
-        """The mean divergence of a model's outputs from those of the plain one, on the images."""
+    def divergences(self, model: nn.Module) -> Tensor:
+        """Divergences of a model's outputs from those of the plain one, for each batch."""
         calib = self._calib
-        return mean_divergence(
+        return divergences(
             model, self._model, self._data, batch_size=calib.config.batch_size,
             device=calib.device, workers=calib.workers,
         )  # fmt: skip
