@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import platform
 import struct
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--sizes-alone", action="store_true", help="of rows that are there")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(args.result.read_text()) if args.result.exists() else []
@@ -56,8 +58,8 @@ def main() -> None:
                 rows.append(
                     {"model": name, "bits": bits, **measured(args, name, bits, Path(folder))}
                 )
-            args.result.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-            print(json.dumps(rows[-1], indent=1), flush=True)
+        args.result.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        print(name, bits, json.dumps(found, indent=1), flush=True)
 
 
 def measured(args: argparse.Namespace, name: str, bits: str | None, folder: Path) -> dict[str, Any]:
@@ -78,16 +80,9 @@ def measured(args: argparse.Namespace, name: str, bits: str | None, folder: Path
     report = tiedconv.report(path)
     header = struct.unpack("<Q", path.read_bytes()[:8])[0]
     payload = path.stat().st_size - 8 - header
-    exports = {}
-    for kind in ("onnx", "openvino"):
-        target = folder / f"m.{'onnx' if kind == 'onnx' else 'xml'}"
-        found = tiedconv.export(path, target, kind)
-        exports[kind] = {
-            "bytes": found.size, "to_packed": found.size / report.memory_bytes,
-            "to_file": found.size / path.stat().st_size, "off": found.difference,
-        }  # fmt: skip
-        for file in folder.glob(f"{target.stem}.*"):
-            file.unlink()
+    exports = exported(path, report.memory_bytes, folder)
+    if args.sizes_alone:
+        return {"exports": exports}
     times = bench(
         path, runtimes=("eager", "onnx", "openvino"), batches=args.batches, rounds=args.rounds
     )  # fmt: skip
@@ -98,6 +93,21 @@ def measured(args: argparse.Namespace, name: str, bits: str | None, folder: Path
         "machine": platform.machine(), "rounds": args.rounds,
         "rows": [dataclasses.asdict(row) for row in times.rows],
     }  # fmt: skip
+
+
+def exported(path: Path, packed: int, folder: Path) -> dict[str, Any]:
+    """Sizes of the exports of a file, against its packed tensors, and how far outputs are off."""
+    exports = {}
+    for kind in ("onnx", "openvino"):
+        target = folder / f"m.{'onnx' if kind == 'onnx' else 'xml'}"
+        found = tiedconv.export(path, target, kind)
+        exports[kind] = {
+            "bytes": found.size, "to_packed": found.size / packed,
+            "to_file": found.size / path.stat().st_size, "off": found.difference,
+        }  # fmt: skip
+        for file in folder.glob(f"{target.stem}.*"):
+            file.unlink()
+    return exports
 
 
 if __name__ == "__main__":

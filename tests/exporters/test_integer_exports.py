@@ -46,14 +46,16 @@ def test_the_integers_are_those_of_the_file(rounded: Path) -> None:
         expected = model(x)
         floats, integers = dequantized(model)
         assert torch.allclose(floats(x), expected, atol=1e-6)
-    single = [n for n, c in plan.codes.items() if c.scales.shape[1] == 1]
-    assert len(single) >= len(codes) - 1  # the table of positions has a scale a token
     assert Counter(t.values.numel() for t in integers.values()) == Counter(
-        codes[name].numel() for name in single
+        each.numel() for each in codes.values()
     )
+    tables = [t for t in integers.values() if t.axis == 1]
+    assert [t.values.ndim for t in tables] == [3]  # positions, which have a scale a token
     own = dict(floats.named_parameters())
     for name, found in integers.items():
-        rows = found.scales.reshape(-1, *[1] * (found.values.ndim - 1))
+        shape = [1] * found.values.ndim
+        shape[found.axis] = -1
+        rows = found.scales.reshape(shape)
         product = found.values.float() * rows
         product = product if found.columns is None else product * found.columns
         assert torch.allclose(own[name].detach().reshape(product.shape), product, rtol=1e-6)

@@ -65,7 +65,8 @@ def store_integers(model: ir.Model, integers: Mapping[str, Integers]) -> int:
 
 
 def _floats(found: Integers) -> np.ndarray:
-    rows = found.scales.reshape([-1] + [1] * (found.values.ndim - 1))
+    behind = found.values.ndim - 1 - found.axis
+    rows = found.scales.reshape([1] * found.axis + [-1] + [1] * behind)
     floats = found.values.float() * rows
     return (floats if found.columns is None else floats * found.columns).numpy()
 
@@ -73,7 +74,7 @@ def _floats(found: Integers) -> np.ndarray:
 def _store(model: ir.Model, value: ir.Value, found: Integers, *, flipped: bool) -> None:
     from ml_dtypes import int4
 
-    axis = 1 if flipped else 0
+    axis = 1 if flipped else found.axis
     values = (found.values.t() if flipped else found.values).contiguous().numpy()
     narrow = found.bits == 4 and model.opset_imports[""] >= INT4_OPSET
     arrays = [values.astype(int4) if narrow else values, found.scales.numpy()]

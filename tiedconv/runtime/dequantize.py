@@ -23,19 +23,21 @@ from tiedconv.runtime.tie import state_of, tie, untie
 
 @dataclass(frozen=True)
 class Integers:
-    """A matrix or kernel `values * scales * columns`, whose first dimension are rows.
+    """A matrix, kernel or table `values * scales * columns`.
 
     Args:
         values: int8, of the shape of the tensor.
         scales: one for each row, float32.
         columns: a factor for each entry of a row, `(1, ...)`; None without.
         bits: 4 where all values fit, else 8.
+        axis: the dimension of rows: 1 for a table `(1, rows, columns)`, as of positions, else 0.
     """
 
     values: Tensor
     scales: Tensor
     columns: Tensor | None
     bits: int
+    axis: int = 0
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -53,7 +55,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 def dequantized(model: nn.Module) -> tuple[nn.Module, dict[str, Integers]]:
     """As `dequantize`; and the integers, under the names of the float tensors.
 
-    Matrices with several scales a row are floats alone.
+    Matrices with scales that no dimension has are floats alone.
     """
     state = state_of(model)
     if not state.plan.codes:
@@ -102,10 +104,12 @@ def dequantized(model: nn.Module) -> tuple[nn.Module, dict[str, Integers]]:
 
 
 def _integers(product: Expr, own: dict[str, Tensor], shape: Shape) -> Integers | None:
-    """The integers of a product, None if they have several scales a row."""
+    """The integers of a product, None if they have scales that no dimension has."""
     node = product.a if isinstance(product, Mul) else product
     assert isinstance(node, Dequantize)
-    if node.scales.shape[1] > 1:
+    rows, groups = node.scales.shape
+    is_table = groups > 1 and rows == 1 and len(shape) > 2 and shape[:2] == (1, groups)
+    if groups > 1 and not is_table:
         return None
     codes, scales = (each.evaluate(own.__getitem__) for each in (node.codes, node.scales))
     values = unpacked(codes, node.shape, node.bits).to(torch.int8).reshape(shape)
@@ -113,7 +117,7 @@ def _integers(product: Expr, own: dict[str, Tensor], shape: Shape) -> Integers |
     if isinstance(product, Mul):
         columns = product.b.evaluate(own.__getitem__).float().reshape(1, *shape[1:])
     fits = bool((values >= -8).all() and (values <= 7).all())
-    return Integers(values, scales.float().reshape(-1), columns, 4 if fits else 8)
+    return Integers(values, scales.float().reshape(-1), columns, 4 if fits else 8, int(is_table))
 
 
 def _is_alone(expr: Expr, weights: dict[str, Expr]) -> bool:
