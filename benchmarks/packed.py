@@ -48,16 +48,16 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(args.result.read_text()) if args.result.exists() else []
-    for name in ("dinov2", "lite0"):
-        for bits in (None, "4"):
-            if getattr(args, name) is None or any(
-                r["model"] == name and r["bits"] == bits for r in rows
-            ):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(
-                    {"model": name, "bits": bits, **measured(args, name, bits, Path(folder))}
-                )
+    for name, bits in itertools.product(("dinov2", "lite0"), (None, "4")):
+        known = [r for r in rows if r["model"] == name and r["bits"] == bits]
+        if getattr(args, name) is None or bool(known) != args.sizes_alone:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = measured(args, name, bits, Path(folder))
+        if known:
+            known[0].update(found)
+        else:
+            rows.append({"model": name, "bits": bits, **found})
         args.result.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         print(name, bits, json.dumps(found, indent=1), flush=True)
 
