@@ -3,7 +3,7 @@
     python benchmarks/packed.py --dinov2 FOLDER --lite0 LITE0.safetensors --photos PHOTOS
 
 ViT-S/14 (112 px) and EfficientNet-Lite0 (224 px), `auto --bytes` with and without `--bits 4`,
-calibrated with 128 photos (`fast`). Of each file: its bytes against those of its tensors, the ONNX
+calibrated with 64 photos (`fast`). Of each file: its bytes against those of its tensors, the ONNX
 and OpenVINO file against the packed tensors in memory, how far their outputs are from ours, and
 `bench`: memory that the loaded model holds and time of a forward pass, each against the dense
 float32 model in the same runtime, in turns. ONNX Runtime multiplies by packed integers as it does
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dinov2", type=Path)
     parser.add_argument("--lite0", type=Path)
     parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--sizes-alone", action="store_true", help="of rows that are there")

@@ -59,7 +59,7 @@ The same ViT, calibrated with the same images, nothing trained; each row leaves 
 
 PACKED = """### Files, memory and time
 
-ViT-S/14 (112 px) and EfficientNet-Lite0 (224 px), `auto --bytes`, calibrated with 128 photos (`fast`); the second file of each with
+ViT-S/14 (112 px) and EfficientNet-Lite0 (224 px), `auto --bytes`, calibrated with 64 photos (`fast`); the second file of each with
 `--bits 4`. *Overhead*: bytes of the compact file over those of its tensors. *ONNX* and *OpenVINO*: bytes of the exported
 file over those of the tensors with packed integers, as PyTorch holds them, and how far outputs are from ours, of the largest
 output. Then the memory that a loaded model holds, and the time of a forward pass (batch 1; median of {rounds} turns), each over
