@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import MODEL_ARGS, SPEC, World, figures, run
+from error_codes import raises
 
 import tiedconv
 from tiedconv.core.packed_codes import unpacked
-from tiedconv.exporters import all_formats
+from tiedconv.errors import VerifyError
+from tiedconv.exporters import Job, all_formats
 from tiedconv.runtime.dequantize import dequantized
 from tiedconv.runtime.tie import state_of
 
@@ -125,3 +127,40 @@ def test_weights_that_begin_like_a_pickle_or_an_archive_are_opened(
     torch.export.save(program, tmp_path / "m.pt2")
     held = all_formats()["pt2"].tensors(tmp_path / "m.pt2")
     assert [t.numel() for t in held.values()] == [16]
+
+
+def test_a_table_that_is_resized_first_stays_floats(tmp_path: Path) -> None:
+    """As of DINOv2 at another size: of integers ONNX Runtime can't resize it."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=70, mlp_ratio=2
+    )  # fmt: skip
+    model = Dinov2Model(config).eval()
+    torch.nn.init.normal_(model.embeddings.position_embeddings)
+    tied = tiedconv.convert(model, "auto", bytes="50%").eval()
+    images = torch.randn(1, 3, 42, 42)
+    with torch.no_grad():
+        expected = tied(images).last_hidden_state
+    floats, integers = dequantized(tied)
+    table = "embeddings.position_embeddings"
+    assert integers[table].axis == 1
+    job = Job(floats, images, tmp_path, "m.onnx", ("last_hidden_state",), integers=integers)
+    form = all_formats()["onnx"]
+    assert form.write(job).facts["packed"] == len(integers) - 1
+    found = form.run(job.path, images)
+    assert found is not None
+    assert torch.allclose(found["last_hidden_state"], expected, atol=1e-4)
+
+
+def test_an_export_that_does_not_run_is_an_error(
+    rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(type(all_formats()["onnx"]), "run", fails)
+    with raises(VerifyError, "export-does-not-run"):
+        tiedconv.export(rounded, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())

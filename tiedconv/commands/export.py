@@ -17,7 +17,7 @@ from tiedconv.commands._reference import (
     reference,
 )
 from tiedconv.core.pad import has_pads
-from tiedconv.errors import UserError, VerifyError
+from tiedconv.errors import TiedconvError, UserError, VerifyError, first_line
 from tiedconv.exporters import DTYPES, LOWERINGS, Format, Job, Written, choose_format
 from tiedconv.exporters._format import TEXT, constant_bytes, stored_bytes
 from tiedconv.io.atomic import check_output, replacing_files
@@ -219,7 +219,17 @@ def _check_size(
 
 def _check_outputs(form: Format, job: Job, expected: Reference, output: Path) -> float:
     """The difference from the exact outputs, which rounding may explain."""
-    found = form.run(job.path, job.images, job.text)
+    try:
+        found = form.run(job.path, job.images, job.text)
+    except TiedconvError:
+        raise
+    except Exception as error:  # a runtime fails with errors of its own
+        raise VerifyError(
+            f"{output} would not run: {type(error).__name__}: {first_line(error)}",
+            "It was not written",
+            "Report this as a bug, with the model and scheme",
+            code="export-does-not-run",
+        ) from error
     difference = outputs_differ_by(found, expected.rounded)
     if not difference <= expected.tolerance:
         raise VerifyError(

@@ -51,7 +51,7 @@ def store_integers(model: ir.Model, integers: Mapping[str, Integers]) -> int:
     count = 0
     for name, found in integers.items():
         value = model.graph.initializers.get(name)
-        if value is None or value.const_value is None:
+        if value is None or value.const_value is None or not _may_be_integers(value, found):
             continue
         array, floats = value.const_value.numpy(), _floats(found)
         if np.array_equal(array, floats):
@@ -62,6 +62,15 @@ def store_integers(model: ir.Model, integers: Mapping[str, Integers]) -> int:
             continue
         count += 1
     return count
+
+
+def _may_be_integers(value: ir.Value, found: Integers) -> bool:
+    """Whether runtimes take integers there.
+
+    A table of positions that is resized first is a constant, which ONNX Runtime computes as it
+    loads the file; of integers it moves a transpose before the resizing, which then fails.
+    """
+    return found.axis == 0 or all(node.op_type == "Add" for node, _ in value.uses())
 
 
 def _floats(found: Integers) -> np.ndarray:
