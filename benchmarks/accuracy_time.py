@@ -17,7 +17,6 @@ the ratio is taken in each round, its median and middle 80 % are kept. Multiply-
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import json
@@ -30,7 +29,7 @@ from typing import Any
 import onnx_ir
 import torch
 from frontier import judged, outputs
-from macs_trained import RATES, Bench, counted
+from macs_trained import RATES, Bench, counted, parser_of
 from torch import Tensor, nn
 
 import tiedconv
@@ -121,11 +120,7 @@ class Forms:
 
 def main() -> None:
     """Make the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("vit-real", "resnet-narrow", "lite0"),
-                        default="vit-real")  # fmt: skip
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser = parser_of(__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--asked", nargs="+", type=int, default=list(ASKED))
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))

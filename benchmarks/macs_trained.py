@@ -128,13 +128,19 @@ def counted(model: nn.Module, images: Tensor) -> int:
     return multiply_adds(run, images)
 
 
-def main() -> None:
-    """Make the rows that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("vit-real", "resnet-narrow", "lite0"),
-                        default="vit-real")  # fmt: skip
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Arguments that say which model is trained, and on what."""
+    parser = argparse.ArgumentParser(description=description)
+    models = ("vit-real", "resnet-narrow", "lite0")
+    parser.add_argument("--model", choices=models, default=models[0])
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    return parser
+
+
+def main() -> None:
+    """Make the rows that are missing."""
+    parser = parser_of(__doc__.splitlines()[0])
     parser.add_argument("--asked", nargs="+", type=int)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -64,7 +64,7 @@ ViT-S/14 (112 px) and EfficientNet-Lite0 (224 px), `auto --bytes`, calibrated wi
 file over those of the tensors with packed integers, as PyTorch holds them, and how far outputs are from ours, of the largest
 output. Then the memory that a loaded model holds, and the time of a forward pass (batch 1; median of {rounds} turns), each over
 those of the dense float32 model in the same runtime: *packed* computes weights when they are used, *cached* is
-`freeze`, *ONNX* is ONNX Runtime at its defaults. One thread, {processor}.
+`freeze`, *ONNX* is ONNX Runtime at its defaults, *OpenVINO* in float32 but for features, which it may round to 8 bits. One thread, {processor}.
 
     python benchmarks/packed.py --dinov2 FOLDER --lite0 LITE0.safetensors --photos PHOTOS
 

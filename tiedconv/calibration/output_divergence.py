@@ -44,9 +44,6 @@ def divergences(
 
     Returns:
         nats for each image, `(batches,)`; of two models, the same batches.
-
-    Raises:
-        DataError: no image could be read.
     """
     chosen = pick_device(device)
     placement = Placement.choose(original, chosen, "off")

@@ -234,13 +234,8 @@ def _notes(found: Comparison) -> list[str]:
     notes = [_coverage(found)]
     if found.byte_cells:
         notes.append(
-            "Bits: on average, in the file; frequent values take fewer. convert --bytes tries the "
-            "plans of its column"
-            + (
-                " and takes the one with *."
-                if found.images
-                else ", and takes the one of least cost."
-            )
+            "Bits: on average, in the file. convert --bytes tries the plans of its column and a "
+            "few between them, and takes the one of the lowest cost on the images."
         )
     for row in found.rows:
         others = [c for c in row.cells if c.how is not None and c.how != row.spec]
@@ -284,18 +279,16 @@ def _show_next(found: Comparison, words: Sequence[str], calib: Path | None) -> N
     picked = [cell for column in _columns(found) if (cell := _pick(column)) is not None]
     model = [found.model, *words]
     images = ["--calib", str(calib) if calib else "IMAGES"]
-    if found.byte_cells and not picked:
-        budgets = list(dict.fromkeys(cell.budget for cell in found.byte_cells))
-        options = ["--bytes", budgets[len(budgets) // 2]]
+    sizes = list(dict.fromkeys(cell.budget for cell in found.byte_cells))
+    if sizes and not picked:
+        options = ["--bytes", sizes[len(sizes) // 2]]
         hint(f"Next: {shlex.join(['tiedconv', 'convert', *model, *options, *images])}")
     if picked:
         cell = picked[len(picked) // 2]
         options = [*_asked(found, cell).flags, f"--{cell.of}", cell.budget]
         hint(f"Next: {shlex.join(['tiedconv', 'convert', *model, *options, *images])}")
     if calib is None:
-        model += ["--bytes", ",".join(dict.fromkeys(c.budget for c in found.byte_cells))] * bool(
-            found.byte_cells
-        )
+        model += ["--bytes", ",".join(sizes)] if sizes else []
         hint(f"Expected accuracy loss: {shlex.join(['tiedconv', 'plan', *model])} --calib IMAGES")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tiedconv.conversion.byte_plans import PlanForecast, bits_of
+from tiedconv.conversion.candidates import by_alignment
 from tiedconv.conversion.cost_estimate import CostEstimator, key_of
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.planning.byte_budget import ByteBudget, byte_budget, byte_outlines
@@ -69,10 +70,10 @@ def compare_bytes(
         RecipeError: a budget that is none, or saves nothing.
         NothingToConvert, BudgetError: no plan can meet a budget.
     """
-    resolved = [byte_budget(text, original) for text in budgets]
+    resolved = {text: byte_budget(text, original) for text in budgets}
     tried = [
         (text, budget, outlined)
-        for text, budget in zip(budgets, resolved, strict=True)
+        for text, budget in resolved.items()
         for outlined in byte_outlines(info, Recipe.of("auto", bytes=text), budget)
     ]
     if estimator is None:
@@ -109,15 +110,15 @@ def _key(outlined: Outline) -> str:
 def _forecasts(
     outlined: Sequence[Outline], estimator: CostEstimator, on_plan: OnPlan | None
 ) -> dict[str, PlanForecast]:
-    """Each plan once."""
-    each = {_key(one): one for one in outlined}
+    """Each plan once, those that align alike together: statistics are measured once."""
+    each = list({_key(one): one for one in outlined}.values())
     found: dict[str, PlanForecast] = {}
-    for done, (key, one) in enumerate(each.items()):
-        kept = one.recipe.budget
+    for done, i in enumerate(by_alignment(each)):
+        one, kept = each[i], each[i].recipe.budget
         if on_plan is not None:
             name = _scheme(one) or "the whole model"
             on_plan(done, len(each), name if kept is None else f"{name} at {kept.text}, rounded")
-        found[key] = estimator.forecast(one)
+        found[_key(one)] = estimator.forecast(one)
     return found
 
 

@@ -225,13 +225,14 @@ class Replacement:
 
     Args:
         of: makes it from the matrix and its metric: `(out, in)`.
-        cost: predicts its cost, in nats for each image.
+        cost: predicts its cost without making it, in nats for each image; None where only what
+            was made has a cost.
         rank: for the shape of a matrix; None where it is rounded.
         bits: of each number.
     """
 
     of: Callable[[Tensor, KfacMetric], Tensor]
-    cost: Callable[[Tensor, KfacMetric], float]
+    cost: Callable[[Tensor, KfacMetric], float] | None
     rank: Callable[[int, int], int] | None
     bits: float
 
@@ -248,15 +249,9 @@ def _replacement(keep: float, bits: int | None) -> Replacement:
         values = spectrum(metric.whiten(matrix))
         return 0.5 * float(values[rank(*matrix.shape) :].square().sum())
 
-    def rounded(matrix: Tensor, metric: KfacMetric) -> Tensor:
-        return Rounding(matrix, metric).to_bits(bits or 0).matrix
-
-    def cost_of_rounded(matrix: Tensor, metric: KfacMetric) -> float:
-        return metric.cost(matrix - rounded(matrix, metric))
-
     if bits is None:
         return Replacement(thin, cost_of_thin, rank, FLOAT_BITS)
-    return Replacement(rounded, cost_of_rounded, None, bits)
+    return Replacement(lambda w, metric: Rounding(w, metric).to_bits(bits).matrix, None, None, bits)
 
 
 def _sensed(
@@ -271,12 +266,18 @@ def _sensed(
     places = matrices_of(inspect_model(network))
     tensors = {n: t.detach() for n, t in state_tensors(network).items()}
     statistics = calib.measure(network, {p.slot.tensor: p.slot.transposed for p in places}, data)
-    rows = [_predicted(p, _matrix(p, tensors), statistics, replacement) for p in places]
+    rows: list[Sensed] = []
+    others: list[Tensor] = []
+    for place in places:
+        matrix, metric = _matrix(place, tensors), _metric(place, statistics)
+        other: Tensor | None = None
+        if batch_size is not None or replacement.cost is None:
+            other = replacement.of(matrix, metric or IDENTITY)
+        if batch_size is not None and other is not None:
+            others.append(other)
+        rows.append(_predicted(place, matrix, metric, replacement, other))
     if batch_size is None:
         return rows, statistics
-    others = [
-        replacement.of(_matrix(p, tensors), _metric(p, statistics) or IDENTITY) for p in places
-    ]
     meter = _Meter(copy.deepcopy(network), [p.slot for p in places], others, calib)
     found = meter.run(data, batch_size, on_measured)
     measured = [
@@ -335,15 +336,24 @@ def _metric(place: Place, statistics: KfacStatistics) -> KfacMetric | None:
 
 
 def _predicted(
-    place: Place, matrix: Tensor, statistics: KfacStatistics, replacement: Replacement
+    place: Place,
+    matrix: Tensor,
+    metric: KfacMetric | None,
+    replacement: Replacement,
+    other: Tensor | None,
 ) -> Sensed:
+    """The row of a matrix; of one that no image reached without a cost."""
     out, inputs = matrix.shape
     rank = None if replacement.rank is None else replacement.rank(out, inputs)
-    metric = _metric(place, statistics)
+    cost = None
+    if metric is not None and replacement.cost is not None:
+        cost = replacement.cost(matrix, metric)
+    elif metric is not None and other is not None:
+        cost = metric.cost(matrix - other)
     return Sensed(
         f"{place.layer}.{place.role}", place.layer, place.role, place.slot.tensor,
         out * inputs, rank, out * inputs if rank is None else rank * (out + inputs),
-        replacement.bits, None if metric is None else replacement.cost(matrix, metric),
+        replacement.bits, cost,
     )  # fmt: skip
 
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tiedconv.calibration import KfacStatistics
-from tiedconv.conversion.candidates import by_alignment
+from tiedconv.conversion.candidates import Shortlist, by_alignment
 from tiedconv.conversion.fit import Fit, OnGroup, TooCostly
 from tiedconv.conversion.rounding import Forecast
 from tiedconv.conversion.stages import carry_out
@@ -33,7 +32,7 @@ from tiedconv.planning.rank_allocation import KfacMetrics
 from tiedconv.utils.stage import enter_part
 
 CLOSE_CALL = 1.3
-"""A plan that is forecast to cost more than so many times the best is none of them. Forecasts are
+"""A plan that is forecast to cost more than so many times the best is not compared. Forecasts are
 for small errors: at few bits the outputs diverge three times as much, one scheme's more than
 another's."""
 
@@ -55,6 +54,10 @@ class Chosen:
     metrics: KfacMetrics
     forecast: float
 
+    def close(self) -> None:
+        """Let its tensors go."""
+        self.fitted.close()
+
 
 @dataclass(frozen=True)
 class PlanForecast:
@@ -62,12 +65,12 @@ class PlanForecast:
 
     Args:
         fitted: its fit, in floats.
-        statistics: of all weights, as it aligned them; None without images.
+        metrics: of all weights, as it aligned them; empty without images.
         forecast: of its rounding.
     """
 
     fitted: Fit
-    statistics: KfacStatistics | None
+    metrics: KfacMetrics
     forecast: Forecast
 
     def cost_at(self, bytes_: int) -> float:
@@ -100,44 +103,7 @@ def forecast_plan(
     """
     found, statistics = carry_out(info, outlined, store, cache, on_group, limit)
     metrics = {} if statistics is None else statistics.metrics
-    return PlanForecast(found, statistics, Forecast(found.plan, found.tensors, metrics))
-
-
-class _Search:
-    """Fits plans, forecasts their costs at a budget, and keeps those that may be the best.
-
-    Args: see `choose_plans`.
-    """
-
-    def __init__(
-        self, info: ModelInfo, budget: ByteBudget, store: TensorStore, cache: StatisticsCache | None
-    ) -> None:
-        self._info, self._budget, self._store, self._cache = info, budget, store, cache
-        self.kept: list[Chosen] = []
-        self.tried = 0
-
-    def run(self, outlined: Sequence[Outline], on_group: OnGroup | None, most: int) -> None:
-        """Try plans; the best of all so far stay, `most` of them."""
-        for number, i in enumerate(by_alignment(outlined), 1):
-            enter_part(number, len(outlined))
-            self.tried += 1
-            limit = CLOSE_CALL * self.kept[0].forecast if self.kept else math.inf
-            try:
-                found = forecast_plan(
-                    self._info, outlined[i], self._store, self._cache, on_group, limit
-                )
-            except TooCostly:
-                continue  # before any rounding it costs more than another plan with it
-            metrics = {} if found.statistics is None else found.statistics.metrics
-            cost = found.cost_at(self._budget.bytes)
-            self._keep(Chosen(found.fitted, metrics, cost), most)
-
-    def _keep(self, found: Chosen, most: int) -> None:
-        ranked = sorted([*self.kept, found], key=lambda chosen: chosen.forecast)
-        self.kept = [c for c in ranked[:most] if c.forecast <= CLOSE_CALL * ranked[0].forecast]
-        for chosen in ranked:
-            if all(chosen is not kept for kept in self.kept):
-                chosen.fitted.close()
+    return PlanForecast(found, metrics, Forecast(found.plan, found.tensors, metrics))
 
 
 @torch.no_grad()
@@ -164,13 +130,25 @@ def choose_plans(
     Returns:
         the plans, that of the least cost first, and how many were tried.
     """
-    search = _Search(info, budget, store, cache)
-    search.run(outlined, on_group, most)
-    assert search.kept  # there is a plan, or the recipe was refused
-    finer = _finer(info, search.kept[0], outlined)
-    if finer:
-        search.run(finer, on_group, most)
-    return search.kept, search.tried
+    best = Shortlist[Chosen](most, CLOSE_CALL)
+    tried = 0
+
+    def try_all(plans: Sequence[Outline]) -> None:
+        nonlocal tried
+        for number, i in enumerate(by_alignment(plans), 1):
+            enter_part(number, len(plans))
+            tried += 1
+            try:
+                found = forecast_plan(info, plans[i], store, cache, on_group, best.limit)
+            except TooCostly:
+                continue  # before any rounding it costs more than another plan with it
+            cost = found.cost_at(budget.bytes)
+            best.add(Chosen(found.fitted, found.metrics, cost), cost, tried)
+
+    try_all(outlined)
+    assert best.entries  # there is a plan, or the recipe was refused
+    try_all(_finer(info, best.entries[0], outlined))
+    return best.entries, tried
 
 
 def _finer(info: ModelInfo, best: Chosen, outlined: Sequence[Outline]) -> list[Outline]:

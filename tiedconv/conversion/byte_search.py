@@ -45,8 +45,8 @@ RECORD, RECORD_EACH = 200, 30
 """Bytes of a file that the record of a calibration takes, and for each of its blocks."""
 
 
-FINALISTS = 3
-"""Plans that are rounded and compared by the model's outputs."""
+COMPARED = 3
+"""Plans, at most, that are rounded and compared by the model's outputs."""
 
 
 def convert_to_bytes(
@@ -79,7 +79,7 @@ def convert_to_bytes(
     """
     original, record = copy.deepcopy(model), source.to_json()
     cache = _cache(model, source, calib, data)
-    most = 1 if cache is None else FINALISTS
+    most = 1 if cache is None else COMPARED
     plans, tried = choose_plans(info, outlined, budget, store, cache, on_group, most)
     blocks = 0 if calib is None else len({name.rpartition(".")[0] for name in info.shapes})
     spare = 0 if calib is None else RECORD + RECORD_EACH * min(blocks, 24)
@@ -143,7 +143,7 @@ def _best(
         raise min(refused, key=lambda error: error.smallest)
     for chosen in plans:
         if chosen is not best[1]:
-            chosen.fitted.close()
+            chosen.close()
     return best[1], best[2]
 
 

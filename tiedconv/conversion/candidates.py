@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -57,16 +58,56 @@ def fit_candidates(
         on_group: called with (groups fitted, groups in all), for each candidate.
         count: fits to return at most.
     """
-    best: list[tuple[float, int, Fit]] = []
+    best = Shortlist[Fit](count, CLOSE)
     for number, i in enumerate(by_alignment(outlined), 1):
         enter_part(number, len(outlined))
         found = carry_out(info, outlined[i], store, cache, on_group)[0]
-        best = sorted([*best, (found.cost, i, found)], key=lambda entry: entry[:2])
-        for entry in best.copy():
-            if entry[0] > CLOSE * best[0][0] or entry in best[count:]:
-                best.remove(entry)
-                entry[2].close()
-    return [found for _, _, found in best]
+        best.add(found, found.cost, i)
+    return best.entries
+
+
+class Closable(Protocol):
+    """What holds tensors until it is closed."""
+
+    def close(self) -> None:
+        """Let them go."""
+
+
+E = TypeVar("E", bound=Closable)
+
+
+class Shortlist(Generic[E]):
+    """The best of what is added, the least cost first; all else is closed at once.
+
+    Args:
+        count: of entries that stay, at most.
+        close: an entry that costs more than so many times the best does not stay.
+    """
+
+    def __init__(self, count: int, close: float) -> None:
+        self._count, self._close = count, close
+        self._found: list[tuple[float, int, E]] = []
+
+    @property
+    def entries(self) -> list[E]:
+        """Those that stay."""
+        return [entry for _, _, entry in self._found]
+
+    @property
+    def limit(self) -> float:
+        """What costs more does not stay."""
+        return self._close * self._found[0][0] if self._found else math.inf
+
+    def add(self, entry: E, cost: float, order: int) -> None:
+        """Add an entry; of equal costs the one of lower order is better."""
+        self._found.append((cost, order, entry))
+        self._found.sort(key=lambda found: found[:2])
+        limit = self.limit
+        stays = [n < self._count and found[0] <= limit for n, found in enumerate(self._found)]
+        for found, stay in zip(self._found, stays, strict=True):
+            if not stay:
+                found[2].close()
+        self._found = [found for found, stay in zip(self._found, stays, strict=True) if stay]
 
 
 def by_alignment(outlined: Sequence[Outline]) -> list[int]:
