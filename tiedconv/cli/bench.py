@@ -31,8 +31,8 @@ def bench(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Some of eager, compiled, onnx, executorch. Each is compared with the dense "
-            "form in the same runtime.",
+            help="Some of eager, compiled, onnx, openvino, executorch. Each is compared with the "
+            "dense form in the same runtime.",
         ),
     ] = "eager,onnx",
     batch: Annotated[
