@@ -38,6 +38,7 @@ from tiedconv.exporters._onnx_factors import (
     initializer,
     int_constant,
 )
+from tiedconv.exporters._onnx_fold import fold_smaller
 from tiedconv.exporters._onnx_graph import (
     Site,
     attributes_of,
@@ -149,6 +150,7 @@ def dense_graph(model: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
     """The graph of a plain model with all its outputs, simplified in the same way."""
     graph = _traced(model, inputs, tuple(named_outputs(called(model, *inputs.values()))), None)
     _clean(graph, frozenset())
+    fold_smaller(graph)
     return graph
 
 
@@ -213,6 +215,7 @@ def put_factors(
         else:
             _materialize(expr, values[name], factors, graph)
     _clean(model, {str(value.name) for value in values.values()})
+    fold_smaller(model)
     both = any({"along", "across"} <= uses for uses in factors.uses.values())
     return Lowered(tuple(sorted(factored)), tuple(sorted(plan.weights.keys() - factored)), both)
 
