@@ -25,6 +25,7 @@ from tiedconv.runtime.stopwatch import in_turn, seconds
 from tiedconv.timing.inputs import batch_of, length_of, tensors_of
 from tiedconv.timing.runtimes import Runtime, choose_runtime
 from tiedconv.timing.sites import Site, Sites, sites_of
+from tiedconv.timing.together import saved_together
 from tiedconv.utils.figures import milliseconds
 
 ROUNDS = 11
@@ -46,6 +47,8 @@ class TimeTable:
         seconds: that measuring took, then or now.
         path: where the times are kept; None where nothing can be written.
         date: when they were measured; "" if it was now.
+        together: what factors save in the model over what they save in layers alone; None where
+            that could not be measured, so that the first is taken for the second.
     """
 
     workload: Workload
@@ -54,14 +57,39 @@ class TimeTable:
     seconds: float
     path: Path | None
     date: str = ""
+    together: float | None = None
 
     def __str__(self) -> str:
         when = f"of {self.date}" if self.date else f"measured in {self.seconds:.0f} s"
         kept = f"kept in {self.path}" if self.path else "not kept: the folder can't be written"
+        in_all = (
+            "layers were timed alone, not together"
+            if self.together is None
+            else f"in the model, factors save {self.together:.2f} times what they save alone"
+        )
         return (
             f"{self.layers} layer shapes in {self.runtime}, {when}, {kept}; the "
-            f"original takes {milliseconds(self.workload.total)}"
+            f"original takes {milliseconds(self.workload.total)}; {in_all}"
         )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a file of the cache holds.
+
+    Args:
+        total: nanoseconds of the model.
+        sites: of each site: as it is, and for each of its ranks.
+        together: see `TimeTable`.
+        seconds: that measuring took.
+        date: "" if it was now.
+    """
+
+    total: float
+    sites: list[list[float]]
+    together: float | None
+    seconds: float
+    date: str = ""
 
 
 def measure_times(
@@ -77,7 +105,8 @@ def measure_times(
     """Time a model and its layers, each as it is and with factors of a few ranks.
 
     Between ranks the time of factors is a straight line, which fits two products well: a fixed
-    part and one for each multiply-add. Times are kept in a file of the user's cache (`folder`),
+    part and one for each multiply-add. What they save is scaled to what a model of thin layers
+    saves (`timing.together`). Times are kept in a file of the user's cache (`folder`),
     under a hash of the shapes, the runtime, its version, the processor, batch size and threads; who
     wants new ones removes it.
 
@@ -110,16 +139,14 @@ def measure_times(
     kept = _read(place, sites)
     kept_at: Path | None = place
     if kept is None:
-        start = time.perf_counter()
         _require_batch(model, batch, batch_size)
-        total, table = _measure(model, batch, sites, chosen, threads, on_site)
-        took, date = time.perf_counter() - start, ""
-        kept_at = _write(place, total, table, took)
-    else:
-        total, table, took, date = kept
-    rows = dict(zip(sites, table, strict=True))
-    timed = _in_nanoseconds(workload, found, rows, total, chosen.limit)
-    return TimeTable(timed, f"{chosen.name} {chosen.version()}", len(sites), took, kept_at, date)
+        kept = _measure(model, batch, found, sites, chosen, threads, on_site)
+        kept_at = _write(place, kept)
+    timed = _in_nanoseconds(workload, found, sites, kept, chosen.limit)
+    about = f"{chosen.name} {chosen.version()}"
+    return TimeTable(
+        timed, about, len(sites), kept.seconds, kept_at, kept.date, kept.together
+    )  # fmt: skip
 
 
 def folder() -> Path:
@@ -145,12 +172,13 @@ def _require_batch(model: nn.Module, batch: Arguments, count: int) -> None:
 def _measure(
     model: nn.Module,
     batch: Arguments,
+    found: Sites,
     sites: list[Site],
     runtime: Runtime,
     threads: int,
     on_site: OnSite | None,
-) -> tuple[float, list[list[float]]]:
-    """Nanoseconds of the model, and of each site: as it is, and for each of its ranks."""
+) -> _Measured:
+    start = time.perf_counter()
     whole: list[float] = []
     table: list[list[float]] = []
     with tempfile.TemporaryDirectory() as files, evaluation(model):
@@ -167,17 +195,19 @@ def _measure(
             if on_site is not None:
                 on_site(done, len(sites))
         whole += [1e9 * seconds(run, 1) for _ in range(max(0, ROUNDS - len(whole)))]
-    return statistics.median(whole), table
+        rows = dict(zip(sites, table, strict=True))
+        with tempfile.TemporaryDirectory() as others:
+            together = saved_together(
+                model, batch, found, rows, run, runtime, Path(others), threads
+            )  # fmt: skip
+    return _Measured(statistics.median(whole), table, together, time.perf_counter() - start)
 
 
 def _in_nanoseconds(
-    workload: Workload,
-    found: Sites,
-    table: dict[Site, list[float]],
-    total: float,
-    limit: float | None,
-) -> Workload:
+    workload: Workload, found: Sites, sites: list[Site], measured: _Measured, limit: float | None
+) -> Workload:  # fmt: skip
     """The workload with times in place of counts."""
+    table = dict(zip(sites, measured.sites, strict=True))
     uses: dict[str, Use] = {}
     for name, use in workload.uses.items():
         pieces = []
@@ -187,16 +217,24 @@ def _in_nanoseconds(
                 pieces.append(dataclasses.replace(piece, times=_sum(each)))
         uses[name] = Use(sum(p.times.whole for p in pieces if p.times), tuple(pieces))
     taken = sum(use.work for use in uses.values())
-    share = min(1.0, MOST_OF_ALL * total / taken) if taken else 1.0
+    share = min(1.0, MOST_OF_ALL * measured.total / taken) if taken else 1.0
+    saving = share if measured.together is None else measured.together
     scaled = {
-        name: Use(use.work * share, tuple(_scaled(piece, share) for piece in use.pieces))
+        name: Use(use.work * share, tuple(_scaled(piece, share, saving) for piece in use.pieces))
         for name, use in uses.items()
     }
-    return Workload(round(total), scaled, workload.inputs, "ns")
+    return Workload(round(measured.total), scaled, workload.inputs, "ns")
 
 
-def _scaled(piece: Piece, share: float) -> Piece:
-    return dataclasses.replace(piece, times=piece.times and piece.times.times(share))
+def _scaled(piece: Piece, share: float, saving: float) -> Piece:
+    """A layer's times of which a share is counted, and what factors save of them scaled apart."""
+    if (times := piece.times) is None:
+        return piece
+    whole = times.whole * share
+    fixed = max(0.0, whole - saving * (times.whole - times.fixed))
+    return dataclasses.replace(
+        piece, times=Times(whole, fixed, times.each * saving, times.limit)
+    )  # fmt: skip
 
 
 def _sum(each: Iterable[Times]) -> Times:
@@ -245,24 +283,24 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _read(path: Path, sites: list[Site]) -> tuple[float, list[list[float]], float, str] | None:
+def _read(path: Path, sites: list[Site]) -> _Measured | None:
     """What a table says; None where there is none that fits."""
     try:
         data = json.loads(path.read_text())
-        total, took, rows = float(data["total"]), float(data["seconds"]), data["sites"]
-        table = [[float(value) for value in row] for row in rows]
-        date = str(data["date"])
+        table = [[float(value) for value in row] for row in data["sites"]]
+        together = None if data["together"] is None else float(data["together"])
+        total, took = float(data["total"]), float(data["seconds"])
+        found = _Measured(total, table, together, took, str(data["date"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if [len(row) for row in table] != [1 + len(site.ranks) for site in sites]:
-        return None
-    return total, table, took, date
+    fits = [len(row) for row in table] == [1 + len(site.ranks) for site in sites]
+    return found if fits else None
 
 
-def _write(path: Path, total: float, table: list[list[float]], took: float) -> Path | None:
+def _write(path: Path, measured: _Measured) -> Path | None:
     """Keep a table; returns where, None if it can't be."""
     today = time.strftime("%Y-%m-%d")
-    data = {"total": total, "seconds": took, "date": today, "sites": table}
+    data = {**dataclasses.asdict(measured), "date": today}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, force=True) as part:
