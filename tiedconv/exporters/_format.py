@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tiedconv.errors import CheckpointError, MissingExtra, first_line
+from tiedconv.errors import CheckpointError, MissingExtra, UserError, first_line
 from tiedconv.runtime.dequantize import Integers
+from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.runtime.outputs import ONLY, chosen, named_outputs
 from tiedconv.runtime.tie import state_of
 
@@ -207,6 +209,33 @@ def named_inputs(images: Tensor, text: Tensor | None) -> dict[str, Tensor]:
     if not images.is_floating_point():
         return {TEXT: images}
     return {IMAGES: images} if text is None else {IMAGES: images, TEXT: text}
+
+
+@contextlib.contextmanager
+def refusals(tool: str, instead: str) -> Iterator[None]:
+    """Turn what a converter raises into an error of the user's model; not out of memory, nor disk.
+
+    Args:
+        tool: the converter, such as "coremltools".
+        instead: formats to export to, such as "--to pt2".
+
+    Raises:
+        UserError: `model-not-exportable`.
+    """
+    try:
+        yield
+    except Exception as error:  # tracing runs the model's code: no common base
+        cause = error.__cause__
+        if cause is not None and is_out_of_memory(cause):
+            raise cause from None
+        if isinstance(error, OSError | UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{tool} can't take this model ({type(error).__name__}: {first_line(error)})",
+            "Nothing was written",
+            f"Export it with {instead}",
+            code="model-not-exportable",
+        ) from error
 
 
 def unreadable(path: Path, expected: str, error: Exception) -> CheckpointError:

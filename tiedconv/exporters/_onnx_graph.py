@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tiedconv.errors import UserError, first_line
-from tiedconv.exporters._format import Outputs
-from tiedconv.runtime.forward_check import is_out_of_memory
+from tiedconv.exporters._format import Outputs, refusals
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -63,17 +61,8 @@ def trace(
         UserError: torch can't export this model.
     """
     wrapped = Outputs(model, outputs, tuple).eval()
-    try:
+    with refusals("torch's exporter to ONNX", "--to pt2 or --to dense"):
         program = _exported(wrapped, inputs, outputs, opset)
-    except torch.onnx.OnnxExporterError as error:
-        if error.__cause__ is not None and is_out_of_memory(error.__cause__):
-            raise error.__cause__ from None
-        raise UserError(
-            f"torch can't export this model to ONNX ({first_line(error)})",
-            "Nothing was written",
-            "Export it with --to pt2 or --to dense",
-            code="model-not-exportable",
-        ) from error
     assert program is not None
     found = program.model
     for name in list(found.graph.initializers):

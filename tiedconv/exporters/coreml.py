@@ -12,11 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tiedconv.errors import UserError, first_line
-from tiedconv.exporters._format import Format, Job, Written, unreadable
+from tiedconv.exporters._format import Format, Job, Written, refusals, unreadable
 from tiedconv.exporters._one_image import one_image_program, prepare
 from tiedconv.exporters.pt2 import quiet
-from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.version import __version__
 
 _FOLDED = 256
@@ -43,20 +41,14 @@ class CoreMl(Format):
             UserError: the model takes images and text at once, or can't be converted.
         """
         prepare(job, "Core ML")
-        try:
-            with quiet(), tempfile.TemporaryDirectory(dir=job.folder) as folder:
-                package = Path(folder) / _PACKAGE
-                _converted(job).save(str(package))
-                _zip(package, job.path)
-        except Exception as error:  # tracing runs the model's code: no common base
-            if is_out_of_memory(error) or isinstance(error, OSError):
-                raise
-            raise UserError(
-                f"coremltools can't take this model ({type(error).__name__}: {first_line(error)})",
-                "Nothing was written",
-                "Export it with --to executorch or --to onnx",
-                code="model-not-exportable",
-            ) from error
+        with (
+            refusals("coremltools", "--to executorch or --to onnx"),
+            quiet(),
+            tempfile.TemporaryDirectory(dir=job.folder) as folder,
+        ):
+            package = Path(folder) / _PACKAGE
+            _converted(job).save(str(package))
+            _zip(package, job.path)
         held = self.tensors(job.path).values()
         count = sum(t.numel() for t in held)
         return Written(len(held), count, self.held_bytes(job.path), {"batch": 1})

@@ -12,12 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tiedconv.errors import UserError, first_line
 from tiedconv.exporters._executorch_partition import partitioner
-from tiedconv.exporters._format import Format, Job, Written, unreadable
+from tiedconv.exporters._format import Format, Job, Written, refusals, unreadable
 from tiedconv.exporters._one_image import one_image_program, prepare
 from tiedconv.exporters.pt2 import quiet
-from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.runtime.outputs import named_outputs
 from tiedconv.version import __version__
 
@@ -170,7 +168,7 @@ def _write(
     with quiet():
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-        try:
+        with refusals("ExecuTorch", "--to onnx or --to pt2"):
             edge = to_edge_transform_and_lower(
                 one_image_program(model, images, outputs),
                 partitioner=[partitioner()],
@@ -179,15 +177,6 @@ def _write(
             )
             calls = [n for n in edge.exported_program().graph.nodes if "delegate" in str(n.target)]
             data = edge.to_executorch().buffer
-        except Exception as error:  # tracing runs the model's code: no common base
-            if is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"ExecuTorch can't take this model ({type(error).__name__}: {first_line(error)})",
-                "Nothing was written",
-                "Export it with --to onnx or --to pt2",
-                code="model-not-exportable",
-            ) from error
     path.write_bytes(data)
     return sum(n.op == "call_function" for n in calls)
 

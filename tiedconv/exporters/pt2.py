@@ -13,8 +13,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tiedconv.errors import CheckpointError, UserError, first_line
-from tiedconv.exporters._format import Format, Job, Outputs, Written, named_inputs, unreadable
+from tiedconv.errors import CheckpointError
+from tiedconv.exporters._format import (
+    Format,
+    Job,
+    Outputs,
+    Written,
+    named_inputs,
+    refusals,
+    unreadable,
+)
 from tiedconv.exporters._pt2_safety import checked_archive
 from tiedconv.runtime.forward_check import is_out_of_memory
 from tiedconv.runtime.outputs import named_outputs
@@ -39,22 +47,13 @@ class Pt2(Format):
         batch = torch.export.Dim("batch")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter about itself
-            try:
+            with refusals("torch.export", "--to dense"):
                 program = torch.export.export(
                     Outputs(job.model, job.outputs, dict),
                     tuple(job.inputs.values()),
                     dynamic_shapes=tuple({0: batch} for _ in job.inputs),
                     strict=False,
                 )
-            except Exception as error:  # tracing runs the model's code: no common base
-                if is_out_of_memory(error):
-                    raise
-                raise UserError(
-                    f"torch can't export this model ({type(error).__name__}: {first_line(error)})",
-                    "Nothing was written",
-                    "Export it with --to dense",
-                    code="model-not-exportable",
-                ) from error
             strip(program)
             torch.export.save(program, job.path)
         held = {id(t.untyped_storage()): t for t in program.state_dict.values()}
