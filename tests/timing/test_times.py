@@ -94,11 +94,14 @@ def ideal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]
         measured.append(len(runs))
         return [seconds(run) for run in runs]
 
+    def ratio_in_turn(run: Any, base: Any, _: int) -> tuple[float, float]:
+        return seconds(run) / seconds(base), seconds(base)
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tables, "choose_runtime", lambda name: Ideal())
     monkeypatch.setattr(tables, "seconds", seconds)
     monkeypatch.setattr(tables, "in_turn", in_turn)
-    monkeypatch.setattr(together, "in_turn", in_turn)
+    monkeypatch.setattr(together, "ratio_in_turn", ratio_in_turn)
     return measured  # type: ignore[return-value]
 
 

@@ -27,15 +27,33 @@ def in_turn(
         least: seconds of what is timed at a time.
         device: that the runs work on, to wait for it.
     """
+    found = _rounds(runs, rounds, least, device)
+    return [statistics.median(times) for times in zip(*found, strict=True)]
+
+
+def ratio_in_turn(
+    run: Callable[[], object], base: Callable[[], object], rounds: int = ROUNDS
+) -> tuple[float, float]:  # fmt: skip
+    """The median over rounds of a run's time over another's, and the other's median seconds.
+
+    What slows a machine for longer than a round cancels out.
+    """
+    found = _rounds([base, run], rounds, LEAST_SECONDS, None)
+    return statistics.median(b / a for a, b in found), statistics.median(a for a, _ in found)
+
+
+def _rounds(
+    runs: Sequence[Callable[[], object]], rounds: int, least: float, device: torch.device | None
+) -> list[list[float]]:
+    """The seconds of each run in each round."""
     counts = []
     for run in runs:
         seconds(run, 1, device)
         counts.append(max(1, round(least / max(1e-9, seconds(run, 1, device)))))
-    found = [
+    return [
         [seconds(run, count, device) for run, count in zip(runs, counts, strict=True)]
         for _ in range(rounds)
     ]
-    return [statistics.median(times) for times in zip(*found, strict=True)]
 
 
 def seconds(run: Callable[[], object], count: int, device: torch.device | None = None) -> float:

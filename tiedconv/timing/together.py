@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tiedconv.runtime.example_inputs import Arguments
-from tiedconv.runtime.stopwatch import in_turn
+from tiedconv.runtime.stopwatch import ratio_in_turn
 from tiedconv.timing.runtimes import Run, Runtime
 from tiedconv.timing.sites import RANKS, Site, Sites
 
@@ -62,11 +62,11 @@ def saved_together(
         run()
     except Exception:  # a model may read the weight of a layer, and finds two layers
         return None
-    dense, thin = (1e9 * each for each in in_turn([whole, run], ROUNDS))
-    if alone < LEAST_SAVED * dense:
+    ratio, dense = ratio_in_turn(run, whole, ROUNDS)
+    if alone < LEAST_SAVED * 1e9 * dense:
         return None
     least, most = BOUNDS
-    return min(most, max(least, (dense - thin) / alone))
+    return min(most, max(least, (1 - ratio) * 1e9 * dense / alone))
 
 
 def _savings(
