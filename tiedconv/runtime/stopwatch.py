@@ -33,13 +33,13 @@ def in_turn(
 
 def ratio_in_turn(
     run: Callable[[], object], base: Callable[[], object], rounds: int = ROUNDS
-) -> tuple[float, float]:  # fmt: skip
-    """The median over rounds of a run's time over another's, and the other's median seconds.
+) -> float:  # fmt: skip
+    """The median over rounds of a run's time over another's.
 
     What slows a machine for longer than a round cancels out.
     """
     found = _rounds([base, run], rounds, LEAST_SECONDS, None)
-    return statistics.median(b / a for a, b in found), statistics.median(a for a, _ in found)
+    return statistics.median(own / other for other, own in found)
 
 
 def _rounds(

@@ -195,12 +195,12 @@ def _measure(
             if on_site is not None:
                 on_site(done, len(sites))
         whole += [1e9 * seconds(run, 1) for _ in range(max(0, ROUNDS - len(whole)))]
-        rows = dict(zip(sites, table, strict=True))
+        total, rows = statistics.median(whole), dict(zip(sites, table, strict=True))
         with tempfile.TemporaryDirectory() as others:
             together = saved_together(
-                model, batch, found, rows, run, runtime, Path(others), threads
+                model, batch, found, rows, run, total, runtime, Path(others), threads
             )  # fmt: skip
-    return _Measured(statistics.median(whole), table, together, time.perf_counter() - start)
+    return _Measured(total, table, together, time.perf_counter() - start)
 
 
 def _in_nanoseconds(

@@ -33,6 +33,7 @@ def saved_together(
     found: Sites,
     table: Mapping[Site, Sequence[float]],
     whole: Run,
+    total: float,
     runtime: Runtime,
     folder: Path,
     threads: int,
@@ -45,6 +46,7 @@ def saved_together(
         found: the products of its layers.
         table: nanoseconds of each: as it is, and with factors of each of its ranks.
         whole: the model, ready to run.
+        total: nanoseconds that it takes.
         runtime: that both run in.
         folder: for files.
         threads: of the runtime.
@@ -55,18 +57,15 @@ def saved_together(
     """
     saved = _savings(model, found, table)
     alone = sum(saved.values())
-    if not saved:
+    if alone < LEAST_SAVED * total:
         return None
     try:
         run = runtime.model(_thinned(model, found, saved), batch, folder, threads)
         run()
     except Exception:  # a model may read the weight of a layer, and finds two layers
         return None
-    ratio, dense = ratio_in_turn(run, whole, ROUNDS)
-    if alone < LEAST_SAVED * 1e9 * dense:
-        return None
     least, most = BOUNDS
-    return min(most, max(least, (1 - ratio) * 1e9 * dense / alone))
+    return min(most, max(least, (1 - ratio_in_turn(run, whole, ROUNDS)) * total / alone))
 
 
 def _savings(
