@@ -108,9 +108,9 @@ def turns(folder: Path, side: int, batches: list[int], rounds: int) -> dict[str,
     """Load time, memory and latency of each form, as shares of the dense one."""
     shape = (3, side, side)
     forms = {"dense": BenchTarget(str(folder / "dense.onnx"), "onnx", shape=shape)}
-    for way, (lower, one_copy) in WAYS.items():
+    for way, (lower, lean) in WAYS.items():
         file = str(folder / f"{lower}.onnx")
-        forms[way] = BenchTarget(file, "onnx", one_copy=one_copy, shape=shape)
+        forms[way] = BenchTarget(file, "onnx", lean=lean, shape=shape)
     processes = {way: Process(c) for way, c in forms.items()}
     try:
         loaded = {way: p.load() for way, p in processes.items()}

@@ -33,7 +33,6 @@ from tiedconv.conversion.workload import count_macs
 from tiedconv.core.workload import Workload
 from tiedconv.errors import BudgetError
 from tiedconv.exporters import all_formats
-from tiedconv.exporters.onnx import write_dense
 from tiedconv.planning.budget import RunsOn
 from tiedconv.runtime.example_inputs import usual_inputs
 from tiedconv.runtime.tie import state_of
@@ -82,10 +81,7 @@ def targets(
     form = all_formats()[runtime]
     plain_file = files[0].with_name(f"dense{form.endings[0]}")
     image = next(usual_inputs(dense)[0]).new_zeros(2, 3, SIZE, SIZE)
-    if runtime == "onnx":
-        write_dense(dense, {"images": image}, plain_file)
-    else:
-        form.write_plain(dense, image, plain_file)
+    form.write_plain(dense, image, plain_file)
     found = [BenchTarget(str(plain_file), runtime, **how)]
     for file in files:
         exported = file.with_suffix(form.endings[0])
@@ -150,7 +146,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()
     kept = json.loads(given.result.read_text()) if given.result.exists() else {"rows": []}
-    kept["processor"] = processor()
+    kept |= {"processor": processor(), "rounds": given.rounds}
     cells = itertools.product(given.models, given.runtimes, given.batches, given.threads)
     for name, runtime, batch, threads in cells:
         on = RunsOn("torch" if runtime == "compiled" else runtime, batch, threads)

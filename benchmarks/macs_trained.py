@@ -75,6 +75,9 @@ class Bench:
     def of(cls, args: argparse.Namespace) -> Bench:
         """Of a model's name, its weights and its data."""
         model, images = MODELS[args.model](args)
+        if args.model == "dinov2":  # features: there are no labels to rank by, nor to train to
+            none = TensorDataset(images[0], images[2])
+            return cls("dinov2", model.eval(), images, images[::2], none, none, images[0], 0)
         model.load_state_dict(load_file(args.weights))
         labelled = labelled_images(args.model, images, args.data)
         if args.model == "lite0":
@@ -128,10 +131,11 @@ def counted(model: nn.Module, images: Tensor) -> int:
     return multiply_adds(run, images)
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
+def parser_of(
+    description: str, models: tuple[str, ...] = ("vit-real", "resnet-narrow", "lite0")
+) -> argparse.ArgumentParser:  # fmt: skip
     """Arguments that say which model is trained, and on what."""
     parser = argparse.ArgumentParser(description=description)
-    models = ("vit-real", "resnet-narrow", "lite0")
     parser.add_argument("--model", choices=models, default=models[0])
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)

@@ -2,9 +2,10 @@
 
     python scripts/accuracy_time_picture.py [--model vit-real] [--batch 1] [--threads 1]
 
-One panel for each runtime of `benchmarks/results/accuracy_time.json`: top-1 of each method against
-its time as a ratio to the original's (the bar is the middle 80 % of the rounds), after calibration
-alone (lines) and after the training (dashed).
+One panel for each runtime of `benchmarks/results/accuracy_time.json`: top-1 of each method (of a
+model of features the cosine of the class token) against its time as a ratio to the original's (the
+bar is the middle 80 % of the rounds), after calibration alone (lines) and after the training
+(dashed).
 """
 
 from __future__ import annotations
@@ -39,17 +40,23 @@ TITLES = {
     "vit-real": "ViT, CIFAR-10",
     "resnet-narrow": "bottleneck ResNet, CIFAR-10",
     "lite0": "EfficientNet-Lite0, ImageNet",
+    "dinov2": "ViT-S/14, photos of ImageNet",
 }
 
 
 def curve(
     rows: list[dict[str, Any]], method: str, trained: bool, timed: dict[int, dict[str, Any]]
 ) -> list[tuple[float, float, float, float]]:
-    """Time, its bounds, and top-1 of a method's sizes, by time."""
-    mine = [r for r in rows if r["method"] == method and "top1" in r and "steps" in r]
+    """Time, its bounds, and what is kept of a method's sizes, by time."""
+    mine = [r for r in rows if r["method"] == method and "agreement" in r and "steps" in r]
     chosen = [r for r in mine if bool(r["steps"]) == trained and r["asked"] in timed]
-    found = [(timed[r["asked"]], 100 * r["top1"]) for r in chosen]
-    return sorted((t["ratio"], t["low"], t["high"], top1) for t, top1 in found)
+    found = [(timed[r["asked"]], kept(r)) for r in chosen]
+    return sorted((t["ratio"], t["low"], t["high"], share) for t, share in found)
+
+
+def kept(row: dict[str, Any]) -> float:
+    """Percent: top-1; of a model of features the cosine of the class token."""
+    return 100 * float(row.get("top1", row["agreement"]))
 
 
 def main() -> None:
@@ -64,7 +71,8 @@ def main() -> None:
     rows = [r for r in json.loads(args.rows.read_text("utf-8"))["rows"] if r["model"] == args.model]
     times = [r for r in rows if (r.get("batch"), r.get("threads")) == (args.batch, args.threads)]
     shown = [name for name in RUNTIMES if any(r["on"] == name for r in times)]
-    whole = 100 * next(r["top1"] for r in rows if r["method"] == "original")
+    whole = next(kept(r) for r in rows if r["method"] == "original")
+    is_features = not any("top1" in r for r in rows)
     figure, axes = plt.subplots(
         1, len(shown), figsize=(3.6 * len(shown), 3.8), dpi=110, sharey=True, squeeze=False
     )
@@ -91,7 +99,7 @@ def main() -> None:
         axis.set(title=RUNTIMES[runtime], xlabel="time (ratio to the original's)")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("top-1 (%)")
+    axes[0][0].set_ylabel("cosine of the class token (%)" if is_features else "top-1 (%)")
     axes[0][0].legend(loc="lower right", frameon=False, fontsize=8)
     threads = "one thread" if args.threads == 1 else f"{args.threads} threads"
     figure.suptitle(

@@ -15,6 +15,7 @@ import results_chain
 import results_detectors
 import results_fits
 import results_narrow
+import results_speed
 import results_training
 from markdown_table import table
 from results_folder import RESULTS, ROOT, comment_on
@@ -197,6 +198,10 @@ def main() -> None:
         ("frontier_ablation", results_bytes.ablation),
         ("packed", results_bytes.packed),
         ("narrow", results_narrow.section),
+        ("macs", results_speed.budgets),
+        ("macs_trained", results_speed.trained),
+        ("accuracy_time", results_speed.against_time),
+        ("latency", results_speed.latency),
         ("chain", results_chain.section),
         ("detection", results_detectors.detection),
         ("adamixer_overfit", results_detectors.overfit),

@@ -473,6 +473,17 @@ def test_an_interrupted_export_leaves_what_was_there(
 # verify --against
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_verify_compares_a_compact_file_with_another(compact: Path, here: Path, dtype: str) -> None:
+    tiedconv.export(compact, "h.safetensors", "compact", dtype=dtype)
+    checks = figures("verify", compact, "--against", "h.safetensors")["checks"]
+    assert {"size", "outputs"} <= {c["name"] for c in checks if c["passed"]}
+    other = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none", seed=1)
+    tiedconv.save(with_image_size(other), "other.safetensors")
+    command = ("verify", "other.safetensors", "--against", "h.safetensors")
+    refused(*command, error_code="outputs-differ", words=["h.safetensors"], code=1)
+
+
 @pytest.mark.slow
 def test_verify_tells_an_export_from_another(compact: Path, here: Path) -> None:
     other = tiedconv.convert(SPEC, "tied", model_args=MODEL_ARGS, weights="none", seed=1)

@@ -32,7 +32,8 @@ def verify(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="An exported file to compare with: .onnx, .pt2, .xml, or a dense state dict.",
+            help="An exported file to compare with: .onnx, .pt2, .xml, a compact file, or a dense "
+            "state dict.",
         ),
     ] = None,
     images: Annotated[

@@ -38,7 +38,7 @@ from tiedconv.utils.memory import peak_rss
 
 COMPILED = ("compiled", "compiled-optimized")
 OPTIMIZED = ("optimized", "compiled-optimized")
-RUNTIMES = ("eager", "cached", "factored", "optimized", *COMPILED, "onnx", "pt2")
+RUNTIMES = ("eager", "cached", "factored", "optimized", *COMPILED, "pt2")
 LOADS = 3
 """How many times a model is loaded; the median is reported."""
 TAIL = 4096
@@ -55,7 +55,7 @@ class BenchTarget:
         file: a compact file, or an exported one.
         runtime: one of `RUNTIMES`, or a format that is timed.
         dense: run the dense form of a compact file instead.
-        one_copy: set ONNX Runtime's `session.disable_prepacking`.
+        lean: tell the runtime to hold one copy of each matrix.
         threads: threads of the runtime.
         shape: shape of one image, `(C, H, W)`; `()` for a model of text alone.
         tokens: of the text beside each image, 0 for a model that takes images alone.
@@ -65,7 +65,7 @@ class BenchTarget:
     file: str
     runtime: str
     dense: bool = False
-    one_copy: bool = False
+    lean: bool = False
     threads: int = 1
     shape: tuple[int, ...] = (3, 224, 224)
     tokens: int = 0
@@ -226,8 +226,9 @@ class _Worker:
 def make_runner(target: BenchTarget) -> Runner:
     """Load the model of a target; the result runs it on a number of blank images."""
     torch.set_num_threads(target.threads)
-    make = {"onnx": _onnx, "pt2": _pt2}.get(target.runtime, _torch)
-    return _format(target) if target.runtime not in RUNTIMES else make(target)
+    if target.runtime not in RUNTIMES:
+        return _format(target)
+    return _pt2(target) if target.runtime == "pt2" else _torch(target)
 
 
 def _blank(target: BenchTarget, batch: int) -> list[torch.Tensor]:
@@ -283,28 +284,11 @@ def _pt2(target: BenchTarget) -> Runner:
 def _format(target: BenchTarget) -> Runner:
     from tiedconv.exporters import all_formats
 
-    opened = all_formats()[target.runtime].opened(Path(target.file), target.threads)
+    form = all_formats()[target.runtime]
+    opened = form.opened(Path(target.file), target.threads, lean=target.lean)
 
     def run(batch: int) -> None:
         opened(*_blank(target, batch))
-
-    return run
-
-
-def _onnx(target: BenchTarget) -> Runner:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = target.threads
-    if target.one_copy:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    session = ort.InferenceSession(target.file, options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-
-    def run(batch: int) -> None:
-        blank = (tensor.numpy() for tensor in _blank(target, batch))
-        session.run(None, dict(zip(names, blank, strict=True)))
 
     return run
 

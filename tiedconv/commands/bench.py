@@ -24,13 +24,11 @@ from tiedconv.commands._reference import images_for
 from tiedconv.commands.export import export
 from tiedconv.errors import RunError, UserError
 from tiedconv.exporters import all_formats
-from tiedconv.exporters._format import named_inputs
-from tiedconv.exporters.onnx import write_dense
 from tiedconv.planning.budget import RunsOn
 from tiedconv.runtime.forward_check import further_inputs, token_count
 from tiedconv.runtime.tie import untie
 from tiedconv.sources.models import load
-from tiedconv.timing import choose_runtime
+from tiedconv.timing import all_runtimes, choose_runtime
 from tiedconv.timing.table import processor
 from tiedconv.utils.plotting import new_figure, write_figure
 
@@ -216,22 +214,19 @@ def _forms(
             add(runtime, "compact", runtime, file, runtime)
         for name in _FURTHER.get(runtime, ()):
             add(name, "compact", runtime, file, name)
-        if runtime == "onnx":
-            auto, lean, dense = (folder / f"{n}.onnx" for n in ("auto", "lean", "dense"))
-            export(file, auto, trust_code=trust_code)
-            export(file, lean, lower="always", trust_code=trust_code)
-            text = further_inputs(model, images).get("input_ids")
-            write_dense(untie(copy.deepcopy(model)), named_inputs(images, text), dense)
-            add("onnx", DENSE, runtime, dense, "onnx")
-            add("onnx", "compact", runtime, auto, "onnx")
-            add("onnx-lean", "compact", runtime, lean, "onnx", one_copy=True)
         if runtime in timed_formats():
             form = all_formats()[runtime]
-            own, dense = (folder / f"{n}{form.endings[0]}" for n in ("compact", "plain"))
+            own, lean, dense = (
+                folder / f"{name}{form.endings[0]}" for name in ("compact", "lean", "plain")
+            )
             export(file, own, runtime, trust_code=trust_code)
-            form.write_plain(untie(copy.deepcopy(model)), images, dense)
+            text = further_inputs(model, images).get("input_ids")
+            form.write_plain(untie(copy.deepcopy(model)), images, dense, text)
             add(runtime, DENSE, runtime, dense, runtime)
             add(runtime, "compact", runtime, own, runtime)
+            if form.lean:
+                export(file, lean, runtime, lower="always", trust_code=trust_code)
+                add(f"{runtime}-lean", "compact", runtime, lean, runtime, lean=True)
     return found
 
 
@@ -300,7 +295,7 @@ def timed_formats() -> list[str]:
 
 
 def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None:
-    known = ("eager", "compiled", "onnx", *timed_formats())
+    known = ("eager", "compiled", *timed_formats())
     for runtime in runtimes:
         if runtime not in known:
             raise UserError(
@@ -314,10 +309,10 @@ def _check(runtimes: Sequence[str], batches: Sequence[int], rounds: int) -> None
             hint="Name a runtime, batch sizes of at least 1, and at least 3 rounds",
             code="nothing-to-measure",
         )
-    for runtime in {"onnx", *timed_formats()} & set(runtimes):
+    for runtime in {*timed_formats()} & {*runtimes}:
         all_formats()[runtime].check()
-    if "onnx" in runtimes:
-        choose_runtime("onnx")
+    for runtime in {*all_runtimes()} & {*runtimes}:
+        choose_runtime(runtime)
 
 
 def draw(found: Bench, path: Path, *, force: bool = False) -> None:

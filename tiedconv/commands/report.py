@@ -201,7 +201,7 @@ def sizes_of(checkpoint: Checkpoint) -> dict[str, int]:
 
 def plan_report(plan: Plan, name: str, macs: Mapping[str, Any] | None = None) -> Report:
     """Figures of a plan before the conversion, at 4 bytes per parameter."""
-    sizes = {n: 4 * math.prod(s) for n, s in {**plan.kept, **plan.factors}.items()}
+    sizes = {n: 4 * math.prod(s) for n, s in plan.tensors.items()}
     found = _report(name, plan, sizes, {"spec": name}, (), file_bytes=0)
     return dataclasses.replace(found, macs=macs)
 
@@ -215,7 +215,7 @@ def _report(
     file_bytes: int,
 ) -> Report:
     views = {weight: expr.is_view for weight, expr in plan.weights.items()}
-    stored = {**plan.kept, **plan.factors}
+    stored = plan.tensors
     dtype = str((source or {}).get("weights_dtype") or _own_dtype(stored, sizes, history))
     kept = sum(math.prod(s) for n, s in plan.kept.items() if n not in plan.buffers)
     alone = _alone(plan, sizes)

@@ -34,8 +34,8 @@ def verify(
 
     Args:
         file: a compact file.
-        against: an exported file of the same model: `.onnx`, `.pt2`, `.xml`, or a dense state dict;
-            its tensors, bytes and logits are compared.
+        against: an exported file of the same model: `.onnx`, `.pt2`, `.xml`, a compact file, or a
+            dense state dict; its tensors, bytes and logits are compared.
         images: a folder of images to compare on, besides random ones.
         original: the model that the file was made from, to compare each block with: a model, its
             weights, a module, or `auto` for the source that the file names.

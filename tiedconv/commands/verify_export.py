@@ -21,6 +21,7 @@ from tiedconv.exporters._format import constant_bytes, stored_bytes
 from tiedconv.runtime.dequantize import dequantize
 from tiedconv.runtime.forward_check import further_inputs, token_count
 from tiedconv.runtime.tie import dense_state_dict, state_of
+from tiedconv.sources.models import is_compact
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[C
         raise CheckpointError(
             f"There is no file {path}", hint="Check the path, or export it", code="file-not-found"
         )
-    form = choose_format(None, path, "float32")
+    form = choose_format("compact" if is_compact(path) else None, path, "float32")
     if form.name == "dense":
         return [_dense(path, form, model)]
     tensors = form.tensors(path)
@@ -72,7 +73,7 @@ def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[C
                     constant_bytes(model))]  # fmt: skip
     for name, x in shown.items():
         checks += _outputs(path, form, model, name, x, dtype)
-    if form.name in ("onnx", "pt2") and checks[-1].passed:
+    if (form.timed or form.name == "pt2") and checks[-1].passed:
         first = next(iter(shown.values()))
         checks.append(_memory(path, form, first, token_count(model, first)))
     return checks
@@ -80,7 +81,10 @@ def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[C
 
 def _dtype(tensors: Mapping[str, Tensor]) -> str:
     kinds = {t.dtype for t in tensors.values()}
-    return "int8" if torch.int8 in kinds else "float16" if torch.float16 in kinds else "float32"
+    if torch.int8 in kinds:
+        return "int8"
+    narrow = ("float16", "bfloat16")
+    return next((name for name in narrow if getattr(torch, name) in kinds), "float32")
 
 
 def _dense(path: Path, form: Format, model: nn.Module) -> Check:
@@ -177,13 +181,13 @@ def _memory(path: Path, form: Format, images: Tensor, tokens: int) -> Check:
     shape = tuple(images.shape[1:]) if images.is_floating_point() else ()
     target = BenchTarget(str(path), form.name, shape=shape, tokens=tokens)
     found = []
-    for one_copy in (False, True) if form.name == "onnx" else (False,):
-        process = Process(dataclasses.replace(target, one_copy=one_copy))
+    for lean in (False, True) if form.lean else (False,):
+        process = Process(dataclasses.replace(target, lean=lean))
         try:
             found.append(process.load()[1])
         finally:
             process.close()
-    text = f"{found[0]:,} bytes held by {'ONNX Runtime' if form.name == 'onnx' else 'torch'}"
+    text = f"{found[0]:,} bytes held by {form.runtime}"
     if len(found) > 1:
-        text += f"; {found[1]:,} with session.disable_prepacking"
+        text += f"; {found[1]:,} with {form.lean}"
     return Check("memory", text)

@@ -167,10 +167,10 @@ def _finer(info: ModelInfo, best: Chosen, outlined: Sequence[Outline]) -> list[O
 
 def overhead(plan: Plan) -> int:
     """Bytes that a file takes beside the numbers of its tensors, about."""
-    return OVERHEAD + EACH * len({**plan.kept, **plan.factors})
+    return OVERHEAD + EACH * len(plan.tensors)
 
 
 def bits_of(plan: Plan, bytes_: int) -> float:
     """Bits that each stored number of a plan has on average, in a file of so many bytes."""
-    numbers = sum(math.prod(shape) for shape in {**plan.kept, **plan.factors}.values())
+    numbers = sum(math.prod(shape) for shape in plan.tensors.values())
     return 8 * (bytes_ - overhead(plan)) / max(1, numbers)

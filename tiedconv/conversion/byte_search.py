@@ -198,7 +198,7 @@ def _cache(
 
 def _tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     own = state_tensors(model)
-    return {name: own[name].detach().clone() for name in (*plan.kept, *plan.factors)}
+    return {name: own[name].detach().clone() for name in plan.tensors}
 
 
 def _rounding_record(

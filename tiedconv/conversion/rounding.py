@@ -152,7 +152,7 @@ class Forecast:
                 scales += len(matrix)
         self.count = sum(sample.count for sample in self._samples)
         """Numbers that become integers at the step."""
-        numbers = sum(math.prod(s) for s in {**plan.kept, **plan.factors}.values())
+        numbers = sum(math.prod(s) for s in plan.tensors.values())
         self._floats = numbers - self.count - self._tables + scales
         self._known: dict[int, float] = {}
 

@@ -89,7 +89,7 @@ class _Fitted(Mapping[str, Tensor]):
     """Kept tensors and factors, each read when it is asked for."""
 
     def __init__(self, workspace: _OnDisk, plan: Plan) -> None:
-        self._workspace, self._names = workspace, (*plan.kept, *plan.factors)
+        self._workspace, self._names = workspace, tuple(plan.tensors)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._workspace.tensor(name)

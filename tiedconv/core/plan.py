@@ -278,13 +278,8 @@ class Plan(PlanTable):
         for name, expr in self.weights.items():
             for ref in (node for node in expr.walk() if isinstance(node, Ref)):
                 if found.setdefault(ref.name, ref.shape) != ref.shape:
-                    raise PlanError(
-                        f"{name} reads {ref.name} as {ref.shape}, which is elsewhere read as "
-                        f"{found[ref.name]}",
-                        "The plan contradicts itself",
-                        "The file is damaged or forged: convert the model again",
-                        code="contradictory-plan",
-                    )
+                    what = f"{name} reads {ref.name} as {ref.shape}, not {found[ref.name]}"
+                    raise _bad(f"{what} as a weight before it", "contradictory-plan")
         return found
 
     @functools.cached_property
@@ -295,13 +290,14 @@ class Plan(PlanTable):
             for node in (node for node in expr.walk() if isinstance(node, Dequantize)):
                 (codes, *_) = node.codes.refs
                 if found.setdefault(codes, node) != node:
-                    raise PlanError(
-                        f"{name} reads the codes {codes} in another way than a weight before it",
-                        "The plan contradicts itself",
-                        "The file is damaged or forged: convert the model again",
-                        code="contradictory-plan",
-                    )
+                    what = f"{name} reads the codes {codes} in another way than a weight before it"
+                    raise _bad(what, "contradictory-plan")
         return found
+
+    @property
+    def tensors(self) -> dict[str, Shape]:
+        """All stored tensors: name to shape."""
+        return {**self.kept, **self.factors}
 
     @property
     def stored(self) -> int:

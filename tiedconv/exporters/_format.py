@@ -99,7 +99,9 @@ class Format(ABC):
     `name` is the value of `--to`, `endings` the extensions of its file, `dtypes` those it stores,
     `packages` the packages it needs besides torch, `extra` the extra of tiedconv that installs
     them, `compact` whether each stored tensor is in the file once, `has_graph` whether the file
-    runs without the model's class, and `timed` whether `bench` measures it by `opened`.
+    runs without the model's class, `timed` whether `bench` measures it by `opened`,
+    `runtime` what runs it, and `lean` the option by which that holds one copy of each matrix, which
+    `bench` then measures too.
     """
 
     name: ClassVar[str]
@@ -110,6 +112,8 @@ class Format(ABC):
     compact: ClassVar[bool] = True
     has_graph: ClassVar[bool] = True
     timed: ClassVar[bool] = False
+    runtime: ClassVar[str] = "torch"
+    lean: ClassVar[str] = ""
 
     def check(self) -> None:
         """Raise MissingExtra if a package that the format needs is not installed."""
@@ -154,25 +158,31 @@ class Format(ABC):
             CheckpointError: the file can't be read.
         """
 
-    def opened(self, path: Path, threads: int = 0) -> Callable[[Tensor], dict[str, Tensor]]:
-        """A written file, loaded: a function from images to its outputs. Of formats that are timed.
+    def opened(
+        self, path: Path, threads: int = 0, *, lean: bool = False
+    ) -> Callable[..., dict[str, Tensor]]:
+        """A written file, loaded: what it is called with to its outputs. Of formats that are timed.
 
         Args:
             path: the file.
             threads: of the runtime, 0 for its own choice.
+            lean: hold one copy of each matrix, of formats that are `lean`.
 
         Raises:
             CheckpointError: the file can't be read.
         """
         raise NotImplementedError
 
-    def write_plain(self, model: nn.Module, images: Tensor, path: Path) -> None:
+    def write_plain(
+        self, model: nn.Module, images: Tensor, path: Path, text: Tensor | None = None
+    ) -> None:
         """Write a plain model in the same way: the baseline of `bench`. Of formats that are timed.
 
         Args:
             model: plain, in evaluation mode.
             images: `(2, C, H, W)`.
             path: the file to write.
+            text: token ids beside them, of a model that takes both.
         """
         raise NotImplementedError
 
@@ -269,7 +279,7 @@ def stored_bytes(model: nn.Module, dtype: str) -> int:
     plan = state_of(model).plan
     own = model.state_dict()
     total = 0
-    for name in [*plan.kept, *plan.factors]:
+    for name in plan.tensors:
         tensor = own[name]
         size = tensor.element_size()
         if is_weight(name, tensor.shape, tensor.is_floating_point()):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tiedconv.errors import UserError
-from tiedconv.exporters._format import Format, Job, Written, is_weight
+from tiedconv.exporters._format import Format, Job, Written, called, is_weight
 from tiedconv.io.checkpoint import save
 from tiedconv.io.checkpoint_reader import read
 from tiedconv.io.narrowing import stored_as
@@ -58,7 +58,7 @@ class Compact(Format):
     def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """By `tiedconv.load`."""
         with torch.no_grad():
-            return named_outputs(load(path)(images))
+            return named_outputs(called(load(path), images, text))
 
 
 FORMAT = Compact()

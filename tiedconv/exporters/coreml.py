@@ -33,6 +33,7 @@ class CoreMl(Format):
     endings: ClassVar = (".zip",)
     packages: ClassVar = ("coremltools",)
     extra: ClassVar = "coreml"
+    runtime: ClassVar = "Core ML"
 
     def write(self, job: Job) -> Written:
         """By coremltools, without the passes that store a weight and its transpose.

@@ -38,6 +38,7 @@ class ExecuTorch(Format):
     endings: ClassVar = (".pte",)
     packages: ClassVar = ("executorch",)
     extra: ClassVar = "executorch"
+    runtime: ClassVar = "ExecuTorch"
     timed: ClassVar = True
 
     def write(self, job: Job) -> Written:
@@ -52,7 +53,9 @@ class ExecuTorch(Format):
         count, size = sum(t.numel() for t in held), self.held_bytes(job.path)
         return Written(len(held), count, size, {"delegated": delegated, "batch": 1})
 
-    def write_plain(self, model: nn.Module, images: Tensor, path: Path) -> None:
+    def write_plain(
+        self, model: nn.Module, images: Tensor, path: Path, text: Tensor | None = None
+    ) -> None:
         """With all outputs, in the same way."""
         with torch.no_grad():
             names = tuple(named_outputs(model(images)))
@@ -101,7 +104,9 @@ class ExecuTorch(Format):
             except _DAMAGED as error:
                 raise unreadable(path, "a program of ExecuTorch", error) from error
 
-    def opened(self, path: Path, threads: int = 0) -> Callable[[Tensor], dict[str, Tensor]]:
+    def opened(
+        self, path: Path, threads: int = 0, *, lean: bool = False
+    ) -> Callable[..., dict[str, Tensor]]:
         """By ExecuTorch's own runtime, image by image."""
         with quiet():
             from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool

@@ -29,6 +29,9 @@ class Onnx(Format):
     dtypes: ClassVar = ("float32", "float16", "int8")
     packages: ClassVar = ("onnx", "onnxscript", "onnx_ir")
     extra: ClassVar = "onnx"
+    timed: ClassVar = True
+    runtime: ClassVar = "ONNX Runtime"
+    lean: ClassVar = "session.disable_prepacking"
 
     def write(self, job: Job) -> Written:
         """By torch's exporter, with the plan's factors in place of weights."""
@@ -85,25 +88,53 @@ class Onnx(Format):
         return "ONNX Runtime is not installed" if found is None else None
 
     def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
-        """By ONNX Runtime, in float32."""
-        import onnxruntime as ort
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
+        """By ONNX Runtime, in float32.
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        # Else matrices of integers are multiplied with activations rounded to 8 bits.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        try:
-            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except (
-            state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
-            state.NoSuchFile, state.NotImplemented, state.RuntimeException,
-        ) as error:  # fmt: skip
-            raise unreadable(path, "a model that ONNX Runtime can load", error) from error
-        names = [output.name for output in session.get_outputs()]
+        By default it multiplies matrices of integers with activations rounded to 8 bits.
+        """
+        exact = {"session.qdq_matmulnbits_accuracy_level": "1"}
+        return _started(path, 0, exact)(images, text)
+
+    def opened(
+        self, path: Path, threads: int = 0, *, lean: bool = False
+    ) -> Callable[..., dict[str, Tensor]]:
+        """In ONNX Runtime at its defaults; `lean` tells it to pack no matrices."""
+        return _started(path, threads, {self.lean: "1"} if lean else {})
+
+    def write_plain(
+        self, model: nn.Module, images: Tensor, path: Path, text: Tensor | None = None
+    ) -> None:
+        """See `write_dense`."""
+        write_dense(model, named_inputs(images, text), path)
+
+
+def _started(
+    path: Path, threads: int, entries: Mapping[str, str]
+) -> Callable[..., dict[str, Tensor]]:  # fmt: skip
+    """A session of ONNX Runtime on the CPU, as a function from inputs to outputs by name."""
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except (
+        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
+        state.NoSuchFile, state.NotImplemented, state.RuntimeException,
+    ) as error:  # fmt: skip
+        raise unreadable(path, "a model that ONNX Runtime can load", error) from error
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         given = {n: t.numpy() for n, t in named_inputs(images, text).items()}
         found = session.run(names, given)
         return {n: torch.from_numpy(value) for n, value in zip(names, found, strict=True)}
+
+    return run
 
 
 def _tensor(array: Any) -> Tensor:

@@ -24,6 +24,7 @@ class OpenVino(Format):
     dtypes: ClassVar = ("float32", "float16")
     packages: ClassVar = ("openvino", *ONNX.packages)
     extra: ClassVar = "openvino"
+    runtime: ClassVar = "OpenVINO"
     timed: ClassVar = True
 
     def write(self, job: Job) -> Written:
@@ -65,7 +66,9 @@ class OpenVino(Format):
         """
         return self.opened(path)(images, text)
 
-    def opened(self, path: Path, threads: int = 0) -> Callable[..., dict[str, Tensor]]:
+    def opened(
+        self, path: Path, threads: int = 0, *, lean: bool = False
+    ) -> Callable[..., dict[str, Tensor]]:
         """The model, compiled; a function from images, and text if it takes any, to outputs."""
         import openvino as ov
 
@@ -85,12 +88,14 @@ class OpenVino(Format):
 
         return run
 
-    def write_plain(self, model: nn.Module, images: Tensor, path: Path) -> None:
+    def write_plain(
+        self, model: nn.Module, images: Tensor, path: Path, text: Tensor | None = None
+    ) -> None:
         """The same way through ONNX."""
         import openvino as ov
 
         between = path.with_suffix(".onnx")
-        write_dense(model, named_inputs(images, None), between)
+        write_dense(model, named_inputs(images, text), between)
         ov.save_model(ov.Core().read_model(between), path, compress_to_fp16=False)
         between.unlink()
 

@@ -99,7 +99,7 @@ def _same_as_planned(own: Mapping[str, Tensor], plan: Plan) -> None:
     Raises:
         UserError: tensors are missing, are new, or have another shape (`model-changed`).
     """
-    expected = {**plan.kept, **plan.factors}
+    expected = plan.tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     found = [
         f"it lacks {name}" if name not in shapes else f"{name} is {shapes[name]}, not {shape}"
@@ -189,7 +189,7 @@ def _content(
 
     forms: dict[str, Form] = {}
     hashes: dict[str, str] = {}
-    for name in (*plan.kept, *plan.factors):
+    for name in plan.tensors:
         value = stored(name)
         forms[name], hashes[name] = (value.dtype, tuple(value.shape)), tensor_hash(value)
     record = {"format": 1, "plan": plan.to_json(), "sha256": hashes, "history": list(history)}

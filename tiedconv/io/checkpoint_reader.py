@@ -165,7 +165,7 @@ def _checked(
             raise ValueError("its metadata lacks a part")
     check_plan(plan)
     history = checked_history(entries)
-    expected = {**plan.kept, **plan.factors}
+    expected = plan.tensors
     if plan.codes and version < WITH_CODES:
         raise ValueError(f"a file of version {version} has no codes")
     if has_pads(plan.weights.values()) and version < FORMAT:
