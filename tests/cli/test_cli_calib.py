@@ -185,7 +185,7 @@ def test_a_budget_of_bytes_says_what_was_done(world: World, tmp_path: Path) -> N
     output = tmp_path / "c.safetensors"
     command = [
         "convert", SPEC, *MODEL_ARGS, "--weights", world.weights, "--calib", world.data,
-        "--bytes", "60%", "--effort", "fast", "-o", output, *HERE,
+        "--bytes", "60%", "--bits", 8, "--effort", "fast", "-o", output, *HERE,
     ]  # fmt: skip
     told = figures(*command)
     assert told["integers"] > 0

@@ -198,7 +198,7 @@ def test_bytes_and_multiply_adds_are_both_kept(tmp_path: Path) -> None:
 
 def test_a_single_scheme_is_rounded_within_both_budgets() -> None:
     micro = all_micros()["timm-vit"]
-    model = tiedconv.convert(micro.model(), "lowrank", bytes="60%", macs="50%")
+    model = tiedconv.convert(micro.model(), "lowrank", bytes="60%", bits=8, macs="50%")
     report = tiedconv.report(model)
     assert report.macs is not None
     assert counted("timm-vit", model) == report.macs["converted"] <= 0.5 * report.macs["original"]

@@ -12,7 +12,15 @@ from tiedconv.core.expr import MatMul, Ref
 from tiedconv.numerics.factor_metric import factor_metric
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.least_squares import refit, total_cost
-from tiedconv.numerics.rounding import Rounding, entropy, gptq, width_of
+from tiedconv.numerics.rounding import (
+    Rounded,
+    Rounding,
+    alike_inputs,
+    entropy,
+    gptq,
+    in_bits,
+    width_of,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -126,3 +134,18 @@ def test_refitting_never_costs_more(seed: int) -> None:
     found = refit(weights, rounded, [b @ a], whole, ["B"])
     assert torch.equal(found["A"], rounded["A"])
     assert total_cost(weights, found, [b @ a], whole) <= before
+
+
+@given(st.integers(0, 50), st.sampled_from([4, 6, 8]))
+def test_feedback_by_alike_inputs_rounds_kernels_better_than_nearest(seed: int, bits: int) -> None:
+    kernels, alike = normal(64, 9, seed=seed), alike_inputs(9)
+    near, fed = in_bits(kernels, bits), in_bits(kernels, bits, alike)
+    largest = 2 ** (bits - 1)
+    assert int(fed.values.abs().max()) <= largest
+    assert torch.equal(near.rows, fed.rows)
+
+    def cost(found: Rounded) -> float:
+        off = (found.matrix - kernels).double()
+        return float(torch.einsum("ri,ij,rj->", off, alike, off))
+
+    assert cost(fed) < 0.8 * cost(near)

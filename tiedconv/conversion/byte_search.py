@@ -23,7 +23,8 @@ from tiedconv.conversion.calibrate import Calibration, calibration_record
 from tiedconv.conversion.candidates import tie_fit
 from tiedconv.conversion.fit import Fit, OnGroup
 from tiedconv.conversion.random_images import random_images
-from tiedconv.conversion.rounding import RoundedModel, SizeOf, round_to_bytes
+from tiedconv.conversion.rounded_model import RoundedModel, SizeOf
+from tiedconv.conversion.rounding import round_to_bytes
 from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.conversion.tensor_store import TensorStore
 from tiedconv.core.plan import Plan
@@ -88,8 +89,11 @@ def convert_to_bytes(
         return spare + file_size(plan, record, [history], tensors.__getitem__)
 
     def round_(fitted: Fit, metrics: KfacMetrics) -> RoundedModel:
-        widths = outlined[0].recipe.widths
-        return round_to_bytes(fitted.plan, fitted.tensors, metrics, budget.bytes, size_of, widths)
+        recipe = outlined[0].recipe
+        return round_to_bytes(
+            fitted.plan, fitted.tensors, metrics, budget.bytes, size_of, recipe.widths,
+            floats=recipe.bits is None,
+        )  # fmt: skip
 
     chosen, rounded = _best(original, plans, round_, cache)
     fitted = chosen.fitted

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
+from tiedconv.conversion.rounded_model import RoundedModel, SizeOf, assembled
+from tiedconv.conversion.spare_bytes import spend
 from tiedconv.core.expr import Expr, Ref
-from tiedconv.core.packed_codes import WIDTHS, packed
+from tiedconv.core.packed_codes import WIDTHS
 from tiedconv.core.plan import Group, Plan
-from tiedconv.core.storage import CODES, COLUMNS, SCALES, IntFormat, prefix_of, quantized
 from tiedconv.core.units import is_depthwise
 from tiedconv.errors import BudgetError
-from tiedconv.io.narrowing import halved
 from tiedconv.numerics.factor_metric import factor_metric
 from tiedconv.numerics.kfac_metric import IDENTITY, KfacMetric
 from tiedconv.numerics.least_squares import refit
@@ -29,18 +27,19 @@ from tiedconv.numerics.rounding import (
     Rounded,
     Rounding,
     RoundingSample,
+    alike_inputs,
     cost_of_step,
     entropy,
-    half_exact,
-    width_of,
+    in_bits,
 )
 from tiedconv.planning.drafting import KEPT
 from tiedconv.planning.rank_allocation import KfacMetrics, metrics_of
 from tiedconv.schemes import make_scheme
 
 ANY_WIDTH = (WIDTHS[0], WIDTHS[-1])
-MOST_BITS = WIDTHS[-1]
-"""Depthwise kernels get them: they are few, and one channel may carry much of the answer."""
+DEPTHWISE_BITS = 3
+"""Bits that depthwise kernels get above the average, 8 at most: they are few, and one channel may
+carry much of the answer."""
 
 LEAST = 64
 """Values of a tensor that is worth integers and their scales."""
@@ -57,28 +56,6 @@ TRUSTED = 0.6
 UNMEASURED_BITS = 2
 """Bits that a table without a metric, such as an embedding, gets above the average."""
 
-SizeOf = Callable[[Plan, Mapping[str, Tensor]], int]
-"""The bytes of the file of a plan and its tensors."""
-
-
-@dataclass(frozen=True)
-class RoundedModel:
-    """What `round_to_bytes` found.
-
-    Args:
-        plan: with packed integers.
-        tensors: its stored tensors.
-        cost: that rounding adds to that of the fit.
-        step: that was chosen.
-        bytes: of the file.
-    """
-
-    plan: Plan
-    tensors: Mapping[str, Tensor]
-    cost: float
-    step: float
-    bytes: int
-
 
 def round_to_bytes(
     plan: Plan,
@@ -87,6 +64,8 @@ def round_to_bytes(
     budget: int,
     size_of: SizeOf,
     widths: tuple[int, int] = ANY_WIDTH,
+    *,
+    floats: bool = False,
 ) -> RoundedModel:
     """The stored tensors as integers, such that the file has at most so many bytes.
 
@@ -97,6 +76,7 @@ def round_to_bytes(
         budget: bytes of the file.
         size_of: measures a file.
         widths: of the integers, the fewest and the most bits.
+        floats: whether some may stay floats where the widest integers leave bytes.
 
     Raises:
         BudgetError: the least file is larger (`budget-too-small`).
@@ -128,6 +108,8 @@ def round_to_bytes(
             code="budget-too-small",
             smallest=int(smallest),
         )
+    if floats and best.bytes < CLOSE * budget:
+        return spend(best, plan, tensors, budget, size_of, widths)
     return best
 
 
@@ -196,25 +178,34 @@ def round_at(
     """
     found: dict[str, Rounded] = {}
     floats = {name: t.detach().clone() for name, t in tensors.items()}
-    cost = bits = count = 0.0
+    costs: dict[tuple[str, ...], float] = {}
+    bits = count = 0.0
     for group in plan.groups:
-        cost += _round_group(group, floats, found, metrics, step, widths)
+        before = {*found}
+        cost = _round_group(group, floats, found, metrics, step, widths)
+        if names := tuple(name for name in found if name not in before):
+            costs[names] = cost
     rest = [part for part in _kept_matrices(plan, floats, metrics) if part[0] not in found]
     for name, matrix, metric in rest:
         if metric is not None:
             rounding = Rounding(matrix, metric)
             found[name] = rounding.at(step, 2 ** (widths[1] - 1) - 1)
-            cost += rounding.cost(found[name])
+            costs[name,] = rounding.cost(found[name])
     for rounded in found.values():
         bits += rounded.values.numel() * entropy(rounded.values)
         count += rounded.values.numel()
-    average = bits / max(1.0, count)
+    average = math.ceil(bits / max(1.0, count))
     for name, matrix, metric in rest:
-        if metric is None:
-            depthwise = _is_depthwise(floats[name])
-            bits = MOST_BITS if depthwise else max(4, math.ceil(average) + UNMEASURED_BITS)
-            found[name] = _table(matrix, min(widths[1], bits))
-    return _assembled(plan, floats, found, cost, step, widths)
+        if metric is None and not _is_depthwise(floats[name]):
+            found[name] = in_bits(matrix, min(widths[1], max(4, average + UNMEASURED_BITS)))
+            costs[name,] = math.inf
+    for name in _depthwise_names(plan, floats):
+        fine = min(widths[1], average + DEPTHWISE_BITS)
+        found[name] = _depthwise(floats[name], metrics.get(name), fine)
+        costs[name,] = math.inf
+    made, stored = assembled(plan, floats, found, widths)
+    cost = sum(each for each in costs.values() if math.isfinite(each))
+    return RoundedModel(made, stored, cost, step, 0, found, floats, costs)
 
 
 def _round_group(
@@ -241,9 +232,6 @@ def _round_group(
         free = [f for f in factors if f not in left[: i + 1] and f not in apart]
         if free:
             factors = refit(weights, factors, targets, measures, free)
-    for factor in apart:
-        if _is_worth(factors[factor]):
-            found[names[factor]] = _table(factors[factor], min(widths[1], MOST_BITS))
     for factor in factors:
         floats[names[factor]] = factors[factor]
     return sum(
@@ -321,34 +309,22 @@ def _is_worth(tensor: Tensor) -> bool:
     return matrix and tensor.numel() >= LEAST
 
 
-def _table(matrix: Tensor, bits: int) -> Rounded:
-    """A matrix without a metric, with a scale a row: an embedding, or depthwise kernels."""
-    largest = 2 ** (bits - 1) - 1
-    rows = (matrix.double().abs().amax(1, keepdim=True) / largest).clamp(min=1e-30)
-    rows = half_exact(rows)
-    values = (matrix.double() / rows).round().clamp(-largest - 1, largest)
-    return Rounded(values.to(torch.int8), rows.float(), None)
+def _depthwise_names(plan: Plan, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The stored tensors that hold depthwise kernels."""
+    found = [g.stored_name(factor) for g in plan.groups for factor in _depthwise_factors(g)]
+    kept = [name for name in plan.kept if name not in plan.buffers and _is_depthwise(tensors[name])]
+    return [name for name in found + kept if _is_worth(tensors[name])]
 
 
-def _assembled(
-    plan: Plan,
-    floats: Mapping[str, Tensor],
-    found: Mapping[str, Rounded],
-    cost: float,
-    step: float,
-    widths: tuple[int, int],
-) -> RoundedModel:
-    formats: dict[str, IntFormat] = {}
-    tensors = {name: halved(t) for name, t in floats.items() if name not in found}
-    for name, rounded in found.items():
-        bits, prefix = width_of(rounded.values, *widths), prefix_of(name, plan)
-        rows = floats[name].shape[0]
-        groups = len(rounded.rows) // rows  # of a table, the rows of all its matrices
-        columns = rounded.values.numel() // rows
-        group = rounded.values.shape[1] if groups > 1 else 0
-        formats[name] = IntFormat(bits, group, rounded.columns is not None)
-        tensors[f"{prefix}/{CODES}"] = packed(rounded.values, bits)
-        tensors[f"{prefix}/{SCALES}"] = rounded.rows.reshape(rows, groups)
-        if rounded.columns is not None:
-            tensors[f"{prefix}/{COLUMNS}"] = rounded.columns.reshape(1, columns)
-    return RoundedModel(quantized(plan, formats), tensors, cost, step, 0)
+def _depthwise(matrix: Tensor, metric: KfacMetric | None, bits: int) -> Rounded:
+    """Depthwise kernels, a row each.
+
+    The moments of all inputs together do not tell which channel matters, but they tell how alike
+    the positions of one are, which is what errors of a kernel can make good.
+    """
+    flat = matrix.reshape(len(matrix), -1)
+    columns = flat.shape[1]
+    moment = None if metric is None else metric.right
+    if moment is None or len(moment) != columns or not moment.diagonal().sum() > 0:
+        moment = alike_inputs(columns)
+    return in_bits(flat, min(bits, WIDTHS[-1]), moment)
