@@ -61,7 +61,8 @@ def ready(model: nn.Module, x: Tensor, runtime: str, threads: int, folder: Path)
         if is_tied(made):
             made = tiedconv.optimize(made, example=x)
         if runtime == "compiled":
-            made.compile()
+            # Else torch takes the second model's sizes for changing ones of the first.
+            made.compile(dynamic=False)
         return choose_runtime("torch").model(made, ((x,), {}), folder, threads)
     chosen = choose_runtime(runtime)
     if not is_tied(model):
