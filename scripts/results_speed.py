@@ -23,6 +23,7 @@ the rounds of pruning that its authors' best results take.
     python benchmarks/macs_trained.py --model lite0 --weights LITE0.safetensors --data PHOTOS
 
 {table}
+
 {comment}
 """
 
@@ -34,6 +35,7 @@ is the fraction of images with the original's prediction.
     python benchmarks/macs.py --weights VIT.safetensors --data CIFAR10 --efforts fast normal
 
 {table}
+
 {comment}
 """
 
@@ -48,6 +50,7 @@ which eager PyTorch's time is the prediction. {close} of {count} predictions are
     python benchmarks/latency.py
 
 {table}
+
 {comment}
 """
 
@@ -62,6 +65,7 @@ original's, both in turn, on {processor}: its median over the rounds. *Kept* is 
     python scripts/accuracy_time_picture.py
 
 {picture}{tables}
+
 {comment}
 """
 
