@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markdown_table import table
+from results_folder import comment_on
 
 BYTES = """## A budget of bytes
 
@@ -71,6 +72,8 @@ those of the dense float32 model in the same runtime: *packed* computes weights 
 {files}
 
 {runs}
+
+{comment}
 """
 
 HOW = {
@@ -138,6 +141,7 @@ def packed(rows: Sequence[dict[str, Any]]) -> str:
     return PACKED.format(
         rounds=rows[0]["rounds"], processor=rows[0]["processor"], files=table(columns, files),
         runs=table(["model", *(f"{label}: memory, time" for label, _ in RUNS)], runs),
+        comment=comment_on("packed"),
     )  # fmt: skip
 
 
