@@ -50,7 +50,7 @@ def test_each_form_is_measured_against_the_dense_one(found: dict[str, Any]) -> N
     rows = dict(rows_of(found))
     assert list(rows) == [
         ("eager", "dense"), ("eager", "compact"), ("cached", "compact"), ("factored", "compact"),
-        ("onnx", "dense"), ("onnx", "compact"), ("onnx-lean", "compact"),
+        ("optimized", "compact"), ("onnx", "dense"), ("onnx", "compact"), ("onnx-lean", "compact"),
     ]  # fmt: skip
     for (_, model), row in rows.items():
         assert row["load_seconds"] > 0
@@ -287,7 +287,7 @@ def test_a_form_that_fails_leaves_the_others(
 ) -> None:
     failing(monkeypatch, "cached")
     made = bench(compact, runtimes=["eager"], batches=[1], rounds=3)
-    assert [row.runtime for row in made.rows] == ["eager", "eager", "factored"]
+    assert [row.runtime for row in made.rows] == ["eager", "eager", "factored", "optimized"]
     assert made.left_out == (("cached, compact", "cached can't run"),)
 
 
