@@ -269,6 +269,17 @@ def test_a_file_that_a_runtime_can_not_load(tmp_path: Path) -> None:
         assert caught.value.code == "bench-process-ended"
 
 
+def test_the_files_of_two_runtimes_do_not_meet(compact: Path) -> None:
+    pytest.importorskip("openvino")
+    made = bench(compact, runtimes=["onnx", "openvino"], batches=[1], rounds=3)
+    assert made.left_out == ()
+    found = [(row.runtime, row.model) for row in made.rows]
+    assert found == [
+        ("onnx", "dense"), ("onnx", "compact"), ("onnx-lean", "compact"),
+        ("openvino", "dense"), ("openvino", "compact"),
+    ]  # fmt: skip
+
+
 def failing(monkeypatch: pytest.MonkeyPatch, *runtimes: str) -> None:
     """Let these runtimes fail."""
     load = Process.load

@@ -216,8 +216,10 @@ def _forms(
             add(name, "compact", runtime, file, name)
         if runtime in timed_formats():
             form = all_formats()[runtime]
+            # OpenVINO writes an ONNX file of the same stem on its way, and removes it.
             own, lean, dense = (
-                folder / f"{name}{form.endings[0]}" for name in ("compact", "lean", "plain")
+                folder / f"{runtime}-{kind}{form.endings[0]}"
+                for kind in ("compact", "lean", "plain")
             )
             export(file, own, runtime, trust_code=trust_code)
             text = further_inputs(model, images).get("input_ids")
