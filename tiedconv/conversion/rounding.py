@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from tiedconv.conversion.rounded_model import RoundedModel, SizeOf, assembled
-from tiedconv.conversion.spare_bytes import spend
+from tiedconv.conversion.spare_bytes import with_floats
 from tiedconv.core.expr import Expr, Ref
 from tiedconv.core.packed_codes import WIDTHS
 from tiedconv.core.plan import Group, Plan
@@ -109,7 +109,7 @@ def round_to_bytes(
             smallest=int(smallest),
         )
     if floats and best.bytes < CLOSE * budget:
-        return spend(best, plan, tensors, budget, size_of, widths)
+        return with_floats(best, plan, tensors, budget, size_of, widths)
     return best
 
 
@@ -327,4 +327,4 @@ def _depthwise(matrix: Tensor, metric: KfacMetric | None, bits: int) -> Rounded:
     moment = None if metric is None else metric.right
     if moment is None or len(moment) != columns or not moment.diagonal().sum() > 0:
         moment = alike_inputs(columns)
-    return in_bits(flat, min(bits, WIDTHS[-1]), moment)
+    return in_bits(flat, bits, moment)

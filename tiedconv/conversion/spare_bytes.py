@@ -21,7 +21,7 @@ LESS = 0.93
 """Of the bytes, where so many were too many."""
 
 
-def spend(
+def with_floats(
     rounded: RoundedModel,
     plan: Plan,
     tensors: Mapping[str, Tensor],
@@ -57,7 +57,7 @@ def spend(
                 chosen.append(names)
         if not chosen:
             break
-        found = _with_floats(rounded, plan, tensors, chosen, widths)
+        found = _unrounded(rounded, plan, tensors, chosen, widths)
         size = size_of(found.plan, found.tensors)
         if size <= budget:
             return dataclasses.replace(found, bytes=size)
@@ -65,7 +65,7 @@ def spend(
     return rounded
 
 
-def _with_floats(
+def _unrounded(
     rounded: RoundedModel,
     plan: Plan,
     tensors: Mapping[str, Tensor],

@@ -111,13 +111,10 @@ def _computed(region: _Region, results: list[ir.Value], model: ir.Model) -> list
     import onnx_ir as ir
     import onnxruntime as ort
 
-    constants = {
-        node: None
-        for each in region.nodes
-        for value in each.inputs
-        if value is not None and (node := value.producer()) and _is_constant(value)
-    }
-    wanted = {*constants, *region.nodes}
+    wanted = {*region.nodes}
+    for each in region.nodes:
+        read = (value for value in each.inputs if value is not None and _is_constant(value))
+        wanted |= {node for value in read if (node := value.producer())}
     nodes = [node for node in model.graph if node in wanted]
     copies: dict[Any, ir.Value] = {}
     made: list[ir.Node] = []

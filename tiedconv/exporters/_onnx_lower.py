@@ -150,7 +150,6 @@ def dense_graph(model: nn.Module, inputs: Mapping[str, Tensor]) -> ir.Model:
     """The graph of a plain model with all its outputs, simplified in the same way."""
     graph = _traced(model, inputs, tuple(named_outputs(called(model, *inputs.values()))), None)
     _clean(graph, frozenset())
-    fold_smaller(graph)
     return graph
 
 
@@ -215,7 +214,6 @@ def put_factors(
         else:
             _materialize(expr, values[name], factors, graph)
     _clean(model, {str(value.name) for value in values.values()})
-    fold_smaller(model)
     both = any({"along", "across"} <= uses for uses in factors.uses.values())
     return Lowered(tuple(sorted(factored)), tuple(sorted(plan.weights.keys() - factored)), both)
 
@@ -230,6 +228,7 @@ def _clean(model: ir.Model, replaced: Collection[str]) -> None:
         common.ClearMetadataAndDocStringPass(),
     )  # fmt: skip
     cleaning(model)
+    fold_smaller(model)
 
 
 def _aliases(plan: Plan, name: str) -> list[str]:
