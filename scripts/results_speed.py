@@ -139,7 +139,7 @@ def latency(data: dict[str, Any]) -> str:
         if "measured" not in row:
             place = f"{RUNTIMES[row['on']]} {row['on_batch_size']}, {row['on_threads']}"
             refused[row["model"], place].append(row["asked"])
-    told = "; ".join(
+    listed = "; ".join(
         f"{model} in {place}: {', '.join(asked)}" for (model, place), asked in refused.items()
     )
     eager = [r for r in rows if r["on"] != "compiled"]
@@ -153,7 +153,7 @@ def latency(data: dict[str, Any]) -> str:
     return LATENCY.format(
         processor=data["processor"], rounds=data["rounds"], close=len(eager) - len(far),
         count=len(eager), worst=worst,
-        refused=f"Refused, as no ranks are that fast (batch, threads): {told}." if told else "",
+        refused=f"Refused, as no ranks are that fast (batch, threads): {listed}." if listed else "",
         table=table(
             ["model", "runtime", "batch, threads", "asked", "predicted", "measured",
              "multiply-adds"],

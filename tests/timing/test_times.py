@@ -166,7 +166,7 @@ def _two_layers(model: nn.Module) -> nn.Module:
     return plain
 
 
-def test_a_model_that_takes_no_two_layers_is_told(
+def test_a_model_that_takes_no_two_layers_is_reported(
     ideal: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Ideal.model

@@ -43,7 +43,7 @@ def divergences(
         workers: processes that decode images, None to choose.
 
     Returns:
-        nats for each image, `(batches,)`; of two models, the same batches.
+        KL divergence for each image, `(batches,)`; of two models, the same batches.
     """
     chosen = pick_device(device)
     placement = Placement.choose(original, chosen, "off")

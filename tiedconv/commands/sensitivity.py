@@ -225,7 +225,7 @@ class Replacement:
 
     Args:
         of: makes it from the matrix and its metric: `(out, in)`.
-        cost: predicts its cost without making it, in nats for each image; None where only what
+        cost: predicts its KL divergence without making it, for each image; None where only what
             was made has a cost.
         rank: for the shape of a matrix; None where it is rounded.
         bits: of each number.

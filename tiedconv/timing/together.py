@@ -52,7 +52,7 @@ def saved_together(
         threads: of the runtime.
 
     Returns:
-        the ratio, within `BOUNDS`; None where it can't be told: no layers save anything alone, or
+        the ratio, within `BOUNDS`; None where it is unknown: no layers save anything alone, or
         the model doesn't run with two layers in place of one.
     """
     saved = _savings(model, found, table)
