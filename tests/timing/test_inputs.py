@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from towers import bert, clip, pairs
 
 import tiedconv
+from tiedconv.commands import latency
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.workload import Counted, counted
 from tiedconv.core.workload import Workload
@@ -135,6 +136,7 @@ def test_a_budget_of_time_of_a_language_model(
     monkeypatch.setattr(tables, "in_turn", fixed)
     monkeypatch.setattr(tables, "seconds", lambda *_: 0.1)
     monkeypatch.setattr(tables, "saved_together", lambda *_: None)
+    monkeypatch.setattr(latency, "time_of_plan", lambda *_: None)
     model = tiedconv.convert(llama(), "lowrank", latency="0.9x", on="torch")
     record = state_of(model).history[0]["latency"]
     assert record["predicted_ns"] <= 0.9 * record["original_ns"]

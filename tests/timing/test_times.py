@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ from micro import all_micros
 from torch import Tensor, nn
 
 import tiedconv
-from tiedconv.conversion.workload import count_macs
+from tiedconv.commands import latency
+from tiedconv.conversion.pipeline import Planned, plan_on
+from tiedconv.conversion.workload import count_macs, counted
 from tiedconv.core.expr import MatMul, Ref
 from tiedconv.core.workload import Piece, Times, Use, Workload
 from tiedconv.errors import BudgetError, MissingExtra, RecipeError, UserError
@@ -25,10 +29,11 @@ from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.example_inputs import Arguments
 from tiedconv.runtime.macs import saved_work, work_of
 from tiedconv.runtime.tie import state_of
-from tiedconv.timing import all_runtimes, choose_runtime, measure_times, together
+from tiedconv.timing import all_runtimes, choose_runtime, measure_times, together, whole_plan
 from tiedconv.timing import table as tables
 from tiedconv.timing.runtimes import Run, Runtime
 from tiedconv.timing.sites import Site
+from tiedconv.timing.table import Rehearsed, TimeTable
 
 MICRO = all_micros()["timm-vit"]
 FIXED, EACH = 2_000.0, 0.5  # nanoseconds of a layer, and of each multiply-add of all rows
@@ -43,6 +48,7 @@ class Ideal(Runtime):
     module: ClassVar = "torch"
     extra: ClassVar = ""
     slower: float = 1.0  # than factors: a weight itself, for each multiply-add
+    in_plans: float = 1.0  # times as much as it seems is saved in a model of a plan
     apart: float = 0.0  # a part of a layer's time that it takes only if it runs alone
 
     def layers(self, layers: nn.Sequential, x: Tensor, threads: int) -> Run:
@@ -74,6 +80,14 @@ class Ideal(Runtime):
             hook.remove()
         return Fixed(sum(taken))
 
+    def tied(self, model: nn.Module, batch: Arguments, folder: Path, threads: int) -> Run:
+        """Its thin layers, which save another part of the time than those that were timed."""
+        run = self.model(_two_layers(copy.deepcopy(model)), batch, folder, threads)
+        own = self.model(tiedconv.untie(model), batch, folder, threads)
+        assert isinstance(run, Fixed)
+        assert isinstance(own, Fixed)
+        return Fixed(own.nanoseconds - self.in_plans * (own.nanoseconds - run.nanoseconds))
+
 
 class Fixed:
     def __init__(self, nanoseconds: float) -> None:
@@ -99,6 +113,8 @@ def ideal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tables, "choose_runtime", lambda name: Ideal())
+    monkeypatch.setattr(whole_plan, "choose_runtime", lambda name: Ideal())
+    monkeypatch.setattr(whole_plan, "ratio_in_turn", ratio_in_turn)
     monkeypatch.setattr(tables, "seconds", seconds)
     monkeypatch.setattr(tables, "in_turn", in_turn)
     monkeypatch.setattr(together, "ratio_in_turn", ratio_in_turn)
@@ -145,6 +161,72 @@ def test_savings_are_those_of_the_whole_model(
     assert predicted / table.workload.total == pytest.approx(
         thin.nanoseconds / dense.nanoseconds, abs=0.03
     )
+
+
+@pytest.mark.parametrize("saving", [0.7, 1.0, 1.3])
+def test_a_plan_is_corrected_by_a_whole_model_of_such_a_plan(
+    ideal: list[int], monkeypatch: pytest.MonkeyPatch, saving: float
+) -> None:
+    seen: list[Rehearsed] = []
+
+    def noted(*given: Any) -> Rehearsed:
+        seen.append(rehearsal(*given))
+        return seen[-1]
+
+    rehearsal = latency._rehearsal
+    monkeypatch.setattr(latency, "_rehearsal", noted)
+    monkeypatch.setattr(Ideal, "in_plans", saving)
+    model, x = MICRO.model(), MICRO.input()[:1]
+    made = tiedconv.convert(MICRO.model(), "lowrank", latency="0.85x", example=x)
+    record = state_of(made).history[0]["latency"]
+    own = Ideal().model(model, ((x,), {}), Path(), 1)
+    run = Ideal().tied(copy.deepcopy(made), ((x,), {}), Path(), 1)
+    assert isinstance(own, Fixed)
+    assert isinstance(run, Fixed)
+    predicted = record["predicted_ns"] / record["original_ns"]
+    assert predicted <= 0.85
+    assert run.nanoseconds / own.nanoseconds == pytest.approx(predicted, rel=0.04)
+    assert seen[0].measured is not None
+    assert 1 - seen[0].measured == pytest.approx(saving * (1 - seen[0].predicted), rel=0.1)
+    if saving == 1.0:
+        assert len(seen) == 1
+
+
+def test_a_plan_that_can_not_be_timed_is_reported(
+    ideal: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*given: Any) -> Run:
+        raise RuntimeError
+
+    monkeypatch.setattr(Ideal, "tied", refuses)
+    recipe, model = Recipe.of("lowrank", latency="0.85x"), MICRO.model()
+    found = counted(model, None, MICRO.input()[:1])
+
+    def planning(times: TimeTable | None) -> Planned:
+        assert times is not None
+        return plan_on(model, recipe, times=times.workload)
+
+    _, times = latency.in_time(model, found, recipe, planning)
+    assert times is not None
+    (seen,) = times.rehearsed
+    assert seen.measured is None
+    assert "could not be timed" in str(times)
+    assert "takes 0.66x" in str(dataclasses.replace(times, rehearsed=(Rehearsed(0.6, 0.66),)))
+
+
+@pytest.mark.parametrize("name", list(all_runtimes()))
+def test_a_runtime_runs_a_tied_model(name: str, tmp_path: Path) -> None:
+    try:
+        runtime = choose_runtime(name)
+    except MissingExtra:
+        pytest.skip(f"{name} is not installed")
+    model, x = MICRO.model(), MICRO.input()[:1]
+    with torch.no_grad():
+        tied = tiedconv.convert(model, "lowrank", params=0.6, example=x)
+        expected = tied(x)
+        found = runtime.tied(copy.deepcopy(tied), ((x,), {}), tmp_path, 1)()
+    value = found if isinstance(found, Tensor) else torch.as_tensor(found[0])
+    torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-3)
 
 
 def _two_layers(model: nn.Module) -> nn.Module:

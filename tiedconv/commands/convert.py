@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from tiedconv.calibration import CalibConfig
-from tiedconv.commands.latency import times_of
+from tiedconv.commands.latency import in_time
 from tiedconv.conversion.calibrate import Calibration, Images
 from tiedconv.conversion.fit import OnGroup
 from tiedconv.conversion.pipeline import (
+    Planned,
     convert_in_memory,
     plan_on,
 )
@@ -29,6 +30,7 @@ from tiedconv.sources.published_weights import (
     Weights,
     preprocess_change,
 )
+from tiedconv.timing import TimeTable
 from tiedconv.utils.typing import keeps_type
 
 
@@ -153,12 +155,15 @@ def convert(
     found = None
     if wanted.work is not None:
         found = counted(network, opened.source, example, given)
-    times = times_of(network, found, wanted)
-    planned = plan_on(
-        network, wanted, opened.source, example, measured=calib is not None,
-        workload=None if found is None else found.workload,
-        times=None if times is None else times.workload,
-    )  # fmt: skip
+
+    def planning(times: TimeTable | None) -> Planned:
+        return plan_on(
+            network, wanted, opened.source, example, measured=calib is not None,
+            workload=None if found is None else found.workload,
+            times=None if times is None else times.workload,
+        )  # fmt: skip
+
+    planned = in_time(network, found, wanted, planning)[0]
     convert_in_memory(network, opened.source, planned, given, on_group=on_group)
     let_others_save(network)
     return network

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedconv.commands.bench import Timing, timed
-from tiedconv.commands.latency import times_of
+from tiedconv.commands.latency import in_time
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.fit import OnGroup
 from tiedconv.conversion.pipeline import (
@@ -170,11 +170,16 @@ def convert_file(
         )  # fmt: skip
         found = counted(opened.model, opened.source, calib=calib)
         workload = None if found is None else found.workload
-        times = times_of(opened.model, found, recipe, on_site)
-        planned = plan_on(
-            opened.model, recipe, opened.source, measured=calib is not None, workload=workload,
-            times=None if times is None else times.workload,
-        )  # fmt: skip
+
+        def planning(times: TimeTable | None) -> Planned:
+            return plan_on(
+                opened.model, recipe, opened.source, measured=calib is not None,
+                workload=workload, times=None if times is None else times.workload,
+            )  # fmt: skip
+
+        planned, times = in_time(
+            opened.model, found, recipe, planning, on_site, rehearse=output is not None
+        )
         done = Conversion(
             spec, planned.sketch, opened.source, native_size=native_size(opened.model),
             workload=workload, times=times,

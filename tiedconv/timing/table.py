@@ -37,6 +37,27 @@ OnSite = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Rehearsed:
+    """A model of a plan that was timed as a whole, before the real one is fitted.
+
+    Args:
+        predicted: its time by the table, over the original's.
+        measured: the same, measured; None where it could not be run.
+    """
+
+    predicted: float
+    measured: float | None
+
+    def __str__(self) -> str:
+        if self.measured is None:
+            return "; a model of such a plan could not be timed"
+        return (
+            f"; a model of such a plan takes {self.measured:.2f}x where the layers said "
+            f"{self.predicted:.2f}x"
+        )
+
+
+@dataclass(frozen=True)
 class TimeTable:
     """The times of a model's layers in one runtime.
 
@@ -49,6 +70,7 @@ class TimeTable:
         date: when they were measured; "" if it was now.
         together: what factors save in the model over what they save in layers alone; None where
             that could not be measured, so that the first is taken for the second.
+        rehearsed: whole models of such a plan that were timed, by which the times are corrected.
     """
 
     workload: Workload
@@ -58,6 +80,7 @@ class TimeTable:
     path: Path | None
     date: str = ""
     together: float | None = None
+    rehearsed: tuple[Rehearsed, ...] = ()
 
     def __str__(self) -> str:
         when = f"of {self.date}" if self.date else f"measured in {self.seconds:.0f} s"
@@ -70,6 +93,7 @@ class TimeTable:
         return (
             f"{self.layers} layer shapes in {self.runtime}, {when}, {kept}; the "
             f"original takes {milliseconds(self.workload.total)}; {in_all}"
+            f"{''.join(map(str, self.rehearsed))}"
         )
 
 
@@ -235,6 +259,17 @@ def _scaled(piece: Piece, share: float, saving: float) -> Piece:
     return dataclasses.replace(
         piece, times=Times(whole, fixed, times.each * saving, times.limit)
     )  # fmt: skip
+
+
+def corrected(times: Workload, factor: float) -> Workload:
+    """Times with what factors save multiplied by a number."""
+    uses = {
+        name: dataclasses.replace(
+            use, pieces=tuple(_scaled(piece, 1.0, factor) for piece in use.pieces)
+        )
+        for name, use in times.uses.items()
+    }
+    return dataclasses.replace(times, uses=uses)
 
 
 def _sum(each: Iterable[Times]) -> Times:

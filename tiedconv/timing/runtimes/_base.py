@@ -64,3 +64,12 @@ class Runtime(ABC):
             folder: for files, until the run is dropped.
             threads: of the runtime.
         """
+
+    @abstractmethod
+    def tied(self, model: nn.Module, batch: Arguments, folder: Path, threads: int) -> Run:
+        """A whole tied model, its factors applied where the runtime would apply them.
+
+        Args:
+            model: in evaluation mode; it is changed, so give a copy.
+            batch, folder, threads: see `model`.
+        """

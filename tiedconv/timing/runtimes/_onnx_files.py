@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from tiedconv.errors import BudgetError
 from tiedconv.exporters._format import TEXT, named_inputs
-from tiedconv.exporters.onnx import CHEAPER, write_dense
+from tiedconv.exporters.onnx import CHEAPER, write_dense, write_tied
 from tiedconv.runtime.example_inputs import Arguments
+from tiedconv.runtime.narrow_layers import narrow_layers
+from tiedconv.runtime.outputs import named_outputs
 from tiedconv.timing.inputs import tensors_of
 from tiedconv.timing.runtimes._base import Run, Runtime
 from tiedconv.timing.runtimes._onnx_layers import layer_graph
@@ -31,8 +33,16 @@ class OnnxFiles(Runtime):
     def model(self, model: nn.Module, batch: Arguments, folder: Path, threads: int) -> Run:
         """The model as it is exported."""
         path, inputs = folder / "dense.onnx", as_exported(batch)
-        two = {name: torch.cat([x, x])[:2] for name, x in inputs.items()}
-        write_dense(model, two, path)
+        write_dense(model, _two(inputs), path)
+        return self.started(path, [*inputs.values()], threads)
+
+    def tied(self, model: nn.Module, batch: Arguments, folder: Path, threads: int) -> Run:
+        """The model as it is exported, its layers as narrow as what is stored."""
+        path, inputs = folder / "tied.onnx", as_exported(batch)
+        narrow_layers(model, batch[0] or batch[1])
+        with torch.no_grad():
+            names = tuple(named_outputs(model(*batch[0], **batch[1])))
+        write_tied(model, _two(inputs), names, path)
         return self.started(path, [*inputs.values()], threads)
 
     @abstractmethod
@@ -44,6 +54,11 @@ class OnnxFiles(Runtime):
             inputs: in the order of the graph's.
             threads: of the runtime.
         """
+
+
+def _two(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first two of a batch, as an export is traced with."""
+    return {name: torch.cat([x, x])[:2] for name, x in inputs.items()}
 
 
 def as_exported(batch: Arguments) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiedconv.runtime.example_inputs import Arguments
+from tiedconv.runtime.optimize import optimize
 from tiedconv.timing.runtimes._base import Run, Runtime
 
 
@@ -28,6 +29,18 @@ class Torch(Runtime):
     def model(self, model: nn.Module, batch: Arguments, folder: Path, threads: int) -> Run:
         """As it is."""
         del folder
+        return self._run(model, batch, threads)
+
+    def tied(self, model: nn.Module, batch: Arguments, folder: Path, threads: int) -> Run:
+        """The model as `optimize` leaves it."""
+        del folder
+        args, kwargs = batch
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            optimize(model, example=args or kwargs)
+        finally:
+            torch.set_num_threads(before)
         return self._run(model, batch, threads)
 
     def _run(self, module: nn.Module, given: Arguments, threads: int) -> Run:
