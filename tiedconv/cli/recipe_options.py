@@ -38,8 +38,8 @@ class SpeedOptions:
         str | None,
         option_in(
             SPEED,
-            "The same for its time on this machine: 0.6x of the original's, or 8ms. Layers are "
-            "timed first; the file is timed at the end.",
+            "The same for its time on this machine: 0.6x of the original's, or 8ms. Layers and "
+            "a model of the plan are timed first; the file is timed at the end.",
             metavar="BUDGET",
         ),
     ] = None
