@@ -28,7 +28,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import onnx_ir
 import torch
 from frontier import judged, outputs
 from macs_trained import RATES, Bench, counted, parser_of
@@ -36,14 +35,10 @@ from torch import Tensor, nn
 
 import tiedconv
 from tiedconv.errors import BudgetError
-from tiedconv.exporters._onnx_lower import onnx_graph
-from tiedconv.runtime.dequantize import dequantize
-from tiedconv.runtime.outputs import named_outputs
 from tiedconv.runtime.stopwatch import seconds
 from tiedconv.runtime.tie import is_tied
 from tiedconv.timing import choose_runtime
 from tiedconv.timing.runtimes import Run
-from tiedconv.timing.runtimes._onnx_files import OnnxFiles
 from tiedconv.timing.table import processor
 
 RESULT = Path(__file__).parent / "results" / "accuracy_time.json"
@@ -56,22 +51,16 @@ ROUNDS = 40
 def ready(model: nn.Module, x: Tensor, runtime: str, threads: int, folder: Path) -> Run:
     """A run of a model, tied or plain, in a runtime."""
     torch.set_num_threads(threads)
-    if runtime in ("torch", "compiled"):
-        made = copy.deepcopy(model)
+    given, made = ((x,), {}), copy.deepcopy(model)
+    chosen = choose_runtime("torch" if runtime == "compiled" else runtime)
+    if runtime == "compiled":
         if is_tied(made):
             made = tiedconv.optimize(made, example=x)
-        if runtime == "compiled":
-            # Else torch takes the second model's sizes for changing ones of the first.
-            made.compile(dynamic=False)
-        return choose_runtime("torch").model(made, ((x,), {}), folder, threads)
-    chosen = choose_runtime(runtime)
-    if not is_tied(model):
-        return chosen.model(model, ((x,), {}), folder, threads)
-    path, two = folder / "tied.onnx", x.new_zeros(2, *x.shape[1:])
-    names = tuple(named_outputs(model(x)))
-    onnx_ir.save(onnx_graph(dequantize(copy.deepcopy(model)), {"images": two}, names)[0], path)
-    assert isinstance(chosen, OnnxFiles)
-    return chosen.started(path, [x], threads)
+        # Else torch takes the second model's sizes for changing ones of the first.
+        made.compile(dynamic=False)
+        return chosen.model(made, given, folder, threads)
+    run = chosen.tied if is_tied(made) else chosen.model
+    return run(made, given, folder, threads)
 
 
 def time_ratio(
