@@ -214,6 +214,14 @@ def test_exports_with_a_graph_are_narrow_and_say_so(to: str, tmp_path: Path) -> 
         assert done.weight_bytes < 4 * plan.stored
 
 
+def test_a_report_of_narrow_layers_is_of_what_was_converted() -> None:
+    tied = tied_of("timm-vit")
+    before = tiedconv.report(tied)
+    narrow_layers(tied)
+    assert state_of(tied).plan != state_of(tied).wide
+    assert tiedconv.report(tied) == before
+
+
 def test_a_model_with_narrow_layers_is_not_saved(tmp_path: Path) -> None:
     tied = tied_of("timm-vit")
     tiedconv.save(tied, tmp_path / "wide.safetensors")

@@ -165,16 +165,20 @@ def _line(name: str, scheme: str, before: int, after: int, size: int | None) -> 
 def report(what: str | Path | nn.Module) -> Report:
     """Figures of a compact file (its header alone is read) or of a tied model.
 
+    Of a model whose layers were made narrow (`optimize`), they are those of what was converted.
+
     Raises:
         CheckpointError: the file is missing, damaged or not tiedconv's.
         UserError: the model is not tied.
     """
     if isinstance(what, nn.Module):
         state = state_of(what)
-        sizes = {n: t.nbytes for n, t in state_tensors(what).items()}
-        return _report(
-            type(what).__name__, state.plan, sizes, state.source, state.history, file_bytes=0
-        )
+        plan, held = state.wide or state.plan, state_tensors(what)
+        sizes = {n: t.nbytes for n, t in held.items()}
+        if state.wide is not None:  # what was converted, not what its layers were cut to
+            whole = {n: math.prod(shape) for n, shape in plan.tensors.items()}
+            sizes |= {n: held[n].element_size() * count for n, count in whole.items()}
+        return _report(type(what).__name__, plan, sizes, state.source, state.history, file_bytes=0)
     checkpoint = read(what)
     return report_of(checkpoint)
 

@@ -68,7 +68,7 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> int:
 def write_model(model: nn.Module, path: Path, *, force: bool = False) -> Checkpoint:
     """As `save`; returns the file as it was read back."""
     state = state_of(model)
-    if state.narrowed:
+    if state.wide is not None:
         raise UserError(
             "The layers of this model were made narrow",
             "A compact file is of the original's layers, and would not fit",

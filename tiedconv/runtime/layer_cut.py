@@ -178,7 +178,8 @@ class Cut:
         own = state_tensors(self._model)
         kept = {name: tuple(own[name].shape) for name in self._plan.kept}
         plan = dataclasses.replace(self._plan, weights=self._weights, kept=kept)
-        tie.set_state(self._model, plan=plan, narrowed=True)
+        wide = tie.state_of(self._model).wide or self._plan
+        tie.set_state(self._model, plan=plan, wide=wide)
 
 
 def _matrix(expr: Expr, slot: Slot) -> Expr:

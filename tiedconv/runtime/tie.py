@@ -44,13 +44,14 @@ _ORDER = "_tiedconv_order"  # of a module's parameters before some of them were 
 class State:
     """What a tied model records: its plan, its source, and the history of what was done with it.
 
-    `narrowed` if its layers are narrower than the original's (see `runtime.narrow_layers`).
+    `wide` is its plan from before its layers were made narrow (see `runtime.narrow_layers`): that
+    of the original's shapes.
     """
 
     plan: Plan
     source: Mapping[str, Any] | None = None
     history: tuple[Mapping[str, Any], ...] = field(default=())
-    narrowed: bool = False
+    wide: Plan | None = None
 
     def __deepcopy__(self, memo: object) -> State:
         return self  # immutable
