@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import tiedconv
 from tiedconv.cli.common import command_line
+from tiedconv.commands._bench_worker import BenchTarget, make_runner
 from tiedconv.commands.evaluate import open_teacher
 from tiedconv.data import open_images
 from tiedconv.errors import CheckpointError, OutputError, UserError, printable
@@ -427,3 +428,11 @@ def test_sizes_too_many_to_look_at_are_not_loaded(
     monkeypatch.setattr("tiedconv.exporters._pt2_safety._MOST_JSON", 10)
     with raises(CheckpointError, "file-damaged", "larger than 10 bytes"):
         all_formats()["pt2"].tensors(program)
+
+
+def test_memory_is_measured_of_a_program_that_was_looked_at(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiedconv.exporters._pt2_safety._MOST_JSON", 10)
+    with raises(CheckpointError, "file-damaged", "larger than 10 bytes"):
+        make_runner(BenchTarget(str(program), "pt2"))

@@ -38,7 +38,7 @@ from tiedconv.utils.memory import peak_rss
 
 COMPILED = ("compiled", "compiled-optimized")
 OPTIMIZED = ("optimized", "compiled-optimized")
-RUNTIMES = ("eager", "cached", "factored", "optimized", *COMPILED, "pt2")
+RUNTIMES = ("eager", "cached", "factored", "optimized", *COMPILED)
 LOADS = 3
 """How many times a model is loaded; the median is reported."""
 TAIL = 4096
@@ -226,9 +226,7 @@ class _Worker:
 def make_runner(target: BenchTarget) -> Runner:
     """Load the model of a target; the result runs it on a number of blank images."""
     torch.set_num_threads(target.threads)
-    if target.runtime not in RUNTIMES:
-        return _format(target)
-    return _pt2(target) if target.runtime == "pt2" else _torch(target)
+    return _torch(target) if target.runtime in RUNTIMES else _format(target)
 
 
 def _blank(target: BenchTarget, batch: int) -> list[torch.Tensor]:
@@ -267,16 +265,6 @@ def _torch(target: BenchTarget) -> Runner:
             by_batch[batch] = ready(optimize(copy.deepcopy(model), example=given))
         with torch.inference_mode():
             called(by_batch.get(batch, call), *_blank(target, batch))
-
-    return run
-
-
-def _pt2(target: BenchTarget) -> Runner:
-    module = torch.export.load(target.file).module()
-
-    def run(batch: int) -> None:
-        with torch.inference_mode():
-            module(*_blank(target, batch))
 
     return run
 

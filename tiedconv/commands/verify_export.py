@@ -73,7 +73,7 @@ def compare(path: Path, model: nn.Module, shown: Mapping[str, Tensor]) -> list[C
                     constant_bytes(model))]  # fmt: skip
     for name, x in shown.items():
         checks += _outputs(path, form, model, name, x, dtype)
-    if (form.timed or form.name == "pt2") and checks[-1].passed:
+    if form.opens and checks[-1].passed:
         first = next(iter(shown.values()))
         checks.append(_memory(path, form, first, token_count(model, first)))
     return checks

@@ -99,9 +99,9 @@ class Format(ABC):
     `name` is the value of `--to`, `endings` the extensions of its file, `dtypes` those it stores,
     `packages` the packages it needs besides torch, `extra` the extra of tiedconv that installs
     them, `compact` whether each stored tensor is in the file once, `has_graph` whether the file
-    runs without the model's class, `timed` whether `bench` measures it by `opened`,
-    `runtime` what runs it, and `lean` the option by which that holds one copy of each matrix, which
-    `bench` then measures too.
+    runs without the model's class, `opens` whether `opened` loads a file (`verify` measures its
+    memory then), `timed` whether `bench` measures it too, `runtime` what runs it, and `lean` the
+    option by which that holds one copy of each matrix, which `bench` then measures too.
     """
 
     name: ClassVar[str]
@@ -111,6 +111,7 @@ class Format(ABC):
     extra: ClassVar[str] = ""
     compact: ClassVar[bool] = True
     has_graph: ClassVar[bool] = True
+    opens: ClassVar[bool] = False
     timed: ClassVar[bool] = False
     runtime: ClassVar[str] = "torch"
     lean: ClassVar[str] = ""
@@ -161,7 +162,7 @@ class Format(ABC):
     def opened(
         self, path: Path, threads: int = 0, *, lean: bool = False
     ) -> Callable[..., dict[str, Tensor]]:
-        """A written file, loaded: what it is called with to its outputs. Of formats that are timed.
+        """A written file, loaded: what it is called with to its outputs. Of formats that open.
 
         Args:
             path: the file.

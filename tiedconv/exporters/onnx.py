@@ -29,6 +29,7 @@ class Onnx(Format):
     dtypes: ClassVar = ("float32", "float16", "int8")
     packages: ClassVar = ("onnx", "onnxscript", "onnx_ir")
     extra: ClassVar = "onnx"
+    opens: ClassVar = True
     timed: ClassVar = True
     runtime: ClassVar = "ONNX Runtime"
     lean: ClassVar = "session.disable_prepacking"

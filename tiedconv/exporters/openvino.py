@@ -25,6 +25,7 @@ class OpenVino(Format):
     packages: ClassVar = ("openvino", *ONNX.packages)
     extra: ClassVar = "openvino"
     runtime: ClassVar = "OpenVINO"
+    opens: ClassVar = True
     timed: ClassVar = True
 
     def write(self, job: Job) -> Written:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,6 +37,7 @@ class Pt2(Format):
 
     name: ClassVar = "pt2"
     endings: ClassVar = (".pt2",)
+    opens: ClassVar = True
 
     def write(self, job: Job) -> Written:
         """By `torch.export`.
@@ -68,8 +69,20 @@ class Pt2(Format):
 
     def run(self, path: Path, images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
         """By `torch.export.load`."""
-        with torch.no_grad():
-            return named_outputs(_opened(path).module()(*named_inputs(images, text).values()))
+        return self.opened(path)(images, text)
+
+    def opened(
+        self, path: Path, threads: int = 0, *, lean: bool = False
+    ) -> Callable[..., dict[str, Tensor]]:
+        """By `torch.export.load`; threads are those of torch."""
+        del threads, lean
+        module = _opened(path).module()
+
+        def run(images: Tensor, text: Tensor | None = None) -> dict[str, Tensor]:
+            with torch.no_grad():
+                return named_outputs(module(*named_inputs(images, text).values()))
+
+        return run
 
 
 def _opened(path: Path) -> torch.export.ExportedProgram:
