@@ -14,7 +14,8 @@ OpenVINO, eager PyTorch (after `tiedconv.optimize`) and with `torch.compile`: th
 form run in turn, the ratio is taken in each round, its median and middle 80 % are kept.
 Multiply-adds are those that `torch.utils.flop_counter` counts while a model runs. Results go to
 `benchmarks/results/accuracy_time.json`, row by row; rows that are there are not made again.
-`scripts/accuracy_time_picture.py` draws them.
+`scripts/accuracy_time_picture.py` draws them. With `--forms FOLDER --runtimes` forms are made and
+judged, and nothing is timed: times are to be measured on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -88,18 +89,34 @@ def time_ratio(
 
 
 class Forms:
-    """The forms of a model, made when they are asked for."""
+    """The forms of a model, made when they are asked for.
 
-    def __init__(self, bench: Bench) -> None:
+    Args:
+        bench: the model and its images.
+        folder: that keeps forms from run to run; None to keep none.
+    """
+
+    def __init__(self, bench: Bench, folder: Path | None) -> None:
         self._bench, self._made = bench, dict[tuple[str, int], nn.Module | None]()
+        self._folder = folder
 
     def of(self, method: str, asked: int) -> nn.Module | None:
         """One form; None where the scheme can't reach the multiply-adds."""
         key = method, asked
         if key not in self._made:
             self._made = {k: m for k, m in self._made.items() if k[1] == asked}
-            self._made[key] = self._make(method, asked)
+            self._made[key] = self._kept(method, asked)
         return self._made[key]
+
+    def _kept(self, method: str, asked: int) -> nn.Module | None:
+        if self._folder is None:
+            return self._make(method, asked)
+        path = self._folder / f"{self._bench.name}-{method}-{asked}.pt"
+        if not path.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self._make(method, asked), path)
+        found: nn.Module | None = torch.load(path, weights_only=False)  # made here
+        return found
 
     def _make(self, method: str, asked: int) -> nn.Module | None:
         if method == "torch-pruning":
@@ -118,11 +135,12 @@ def main() -> None:
     parser = parser_of(__doc__.splitlines()[0], models)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--asked", nargs="+", type=int, default=list(ASKED))
-    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
+    parser.add_argument("--runtimes", nargs="*", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=60, help="of training; 0 for none")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--forms", type=Path, help="keep forms here, for another run to time")
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     if args.model == "dinov2":
@@ -147,7 +165,7 @@ def main() -> None:
 
     if missing({"model": args.model, "method": "original"}):
         add({"model": args.model, "method": "original", **judged(bench.model, images, expected)})
-    forms = Forms(bench)
+    forms = Forms(bench, args.forms)
     for asked, method in itertools.product(args.asked, args.methods):
         about = {"model": args.model, "method": method, "asked": asked}
         for steps in dict.fromkeys((0, args.steps)):
