@@ -22,6 +22,7 @@ from tiedconv.commands import latency
 from tiedconv.conversion.pipeline import Planned, plan_on
 from tiedconv.conversion.workload import count_macs, counted
 from tiedconv.core.expr import MatMul, Ref
+from tiedconv.core.pad import Pad
 from tiedconv.core.workload import Piece, Times, Use, Workload
 from tiedconv.errors import BudgetError, MissingExtra, RecipeError, UserError
 from tiedconv.planning.budget import Budget, RunsOn
@@ -29,7 +30,14 @@ from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.example_inputs import Arguments
 from tiedconv.runtime.macs import saved_work, work_of
 from tiedconv.runtime.tie import state_of
-from tiedconv.timing import all_runtimes, choose_runtime, measure_times, together, whole_plan
+from tiedconv.timing import (
+    all_runtimes,
+    choose_runtime,
+    corrected,
+    measure_times,
+    together,
+    whole_plan,
+)
 from tiedconv.timing import table as tables
 from tiedconv.timing.runtimes import Run, Runtime
 from tiedconv.timing.sites import Site
@@ -344,6 +352,14 @@ def test_the_form_that_the_runtime_takes_is_counted() -> None:
     assert saved_work(high, times(0.95)) == 100 - (30 + 2 * 48)  # applied all the same
     assert saved_work(high, times(0.5)) == 0
     assert saved_work(Ref("w", (8, 8)), times(None)) == 0
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_a_narrow_layer_takes_its_part_of_the_time(limit: float | None) -> None:
+    narrow = Pad(Ref("w", (6, 8)), 0, 8)  # 2 of 8 rows are zeros
+    assert saved_work(narrow, times(limit)) == pytest.approx(25)
+    less = Workload(200, {"w": times(limit)}, (), "ns")
+    assert saved_work(narrow, corrected(less, 0.6).uses["w"]) == pytest.approx(15)
 
 
 def test_a_part_of_rows_takes_a_part_of_the_time() -> None:

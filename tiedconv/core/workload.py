@@ -22,16 +22,20 @@ class Times:
         fixed, each: with factors: `fixed`, and `each` for every multiply-add of a row of features.
         limit: factors are applied up to this share of the weight's multiply-adds; None where
             whatever takes less time is run.
+        cut: what a layer with a part of the rows or columns saves, over that part of `whole`.
     """
 
     whole: float
     fixed: float
     each: float
     limit: float | None = None
+    cut: float = 1.0
 
     def times(self, count: float) -> Times:
         """Those of a part of the layer, or of several runs."""
-        return Times(self.whole * count, self.fixed * count, self.each * count, self.limit)
+        return dataclasses.replace(
+            self, whole=self.whole * count, fixed=self.fixed * count, each=self.each * count
+        )
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,9 @@ def saved_work(expr: Expr, use: Use | None) -> float:
 def _saved_time(expr: Expr, applied: int, times: Times) -> float:
     """Nanoseconds that some rows of a weight take less with factors, of so many multiply-adds."""
     share = applied / math.prod(expr.shape)
-    is_one_product = sum(isinstance(node, MatMul) for node in expr.walk()) == 0
-    factored = times.whole * share if is_one_product else times.fixed + times.each * applied
+    if not any(isinstance(node, MatMul) for node in expr.walk()):
+        return times.cut * times.whole * (1 - share)  # one product, of a layer that is as narrow
+    factored = times.fixed + times.each * applied
     if times.limit is None:
         return max(0.0, times.whole - factored)
     return times.whole - factored if share <= times.limit or never_materialized(expr) else 0.0

@@ -257,19 +257,26 @@ def _scaled(piece: Piece, share: float, saving: float) -> Piece:
     whole = times.whole * share
     fixed = max(0.0, whole - saving * (times.whole - times.fixed))
     return dataclasses.replace(
-        piece, times=Times(whole, fixed, times.each * saving, times.limit)
+        piece, times=Times(whole, fixed, times.each * saving, times.limit, times.cut)
     )  # fmt: skip
 
 
 def corrected(times: Workload, factor: float) -> Workload:
     """Times with what factors save multiplied by a number."""
     uses = {
-        name: dataclasses.replace(
-            use, pieces=tuple(_scaled(piece, 1.0, factor) for piece in use.pieces)
-        )
+        name: dataclasses.replace(use, pieces=tuple(_saving(p, factor) for p in use.pieces))
         for name, use in times.uses.items()
     }
     return dataclasses.replace(times, uses=uses)
+
+
+def _saving(piece: Piece, factor: float) -> Piece:
+    """A layer whose factors, and whose parts, save so many times as much."""
+    scaled = _scaled(piece, 1.0, factor)
+    if scaled.times is None:
+        return piece
+    times = dataclasses.replace(scaled.times, cut=factor * scaled.times.cut)
+    return dataclasses.replace(scaled, times=times)
 
 
 def _sum(each: Iterable[Times]) -> Times:
