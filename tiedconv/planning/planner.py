@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tiedconv.core.plan import Plan
 from tiedconv.core.units import matrices_of
+from tiedconv.core.workload import Workload
 from tiedconv.errors import BudgetError, NothingToConvert
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.numerics.symmetries import WeightEditor
@@ -36,6 +37,7 @@ from tiedconv.runtime.macs import work_of
 from tiedconv.schemes import make_scheme
 
 OPEN_BUDGET = "50%"  # of a scheme that chooses by size, where no size is given
+TRIES = 8  # to meet a limit of time
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,28 @@ def choose_ranks(
         return compile_plan(info, drafts), shared
 
     plan, shared = chosen(spare)
+    if work is not None and outlined.work is not None:
+        plan = _in_time(plan, spare, outlined.work, work, lambda spare: chosen(spare)[0])
     if shared and outlined.budget is not None and work is None:
         plan = using_all(plan, spare, outlined.budget, lambda spare: chosen(spare)[0])
     require_within(plan, outlined.recipe, outlined.budget, outlined.work, info)
+    return plan
+
+
+def _in_time(
+    plan: Plan, spare: Resources, most: int, work: Workload, chosen: Callable[[Resources], Plan]
+) -> Plan:
+    """The plan, chosen again for as much less work as it takes too much.
+
+    Ranks pay along a line, and what a runtime takes lies beside it: a weight itself may run where
+    its factors gain nothing.
+    """
+    for _ in range(TRIES):
+        over = work_of(plan.weights, work) - most
+        if over <= 0:
+            break
+        spare -= Resources(0, over)
+        plan = chosen(spare)
     return plan
 
 
