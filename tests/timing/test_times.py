@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import tiedconv
 from tiedconv.commands import latency
+from tiedconv.conversion.candidates import memory_store
 from tiedconv.conversion.pipeline import Planned, plan_on
 from tiedconv.conversion.workload import count_macs, counted
 from tiedconv.core.expr import MatMul, Ref
@@ -26,6 +28,7 @@ from tiedconv.core.pad import Pad
 from tiedconv.core.workload import Piece, Times, Use, Workload
 from tiedconv.errors import BudgetError, MissingExtra, RecipeError, UserError
 from tiedconv.planning.budget import Budget, RunsOn
+from tiedconv.planning.planner import choose_ranks
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.example_inputs import Arguments
 from tiedconv.runtime.macs import saved_work, work_of
@@ -329,6 +332,43 @@ def test_it_is_kept_where_a_weight_is_much_slower_than_its_factors(
     model = tiedconv.convert(MICRO.model(), scheme, latency="0.9x", example=x)
     record = state_of(model).history[0]["latency"]
     assert record["predicted_ns"] <= 0.9 * record["original_ns"]
+
+
+def drawn(work: Workload, model: nn.Module, rng: random.Random) -> Workload:
+    """Times of any runtime: layers, fixed parts and slopes that no straight line foresees."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    limit, mess = rng.choice([None, 0.95]), rng.choice([0.1, 0.5])
+    uses = {}
+    for name, use in work.uses.items():
+        pieces = []
+        for piece in use.pieces:
+            macs = piece.rows * (piece.stop - piece.start) * math.prod(shapes[name][1:])
+            whole = 1000 * rng.uniform(1 - mess, 1 + 3 * mess)
+            whole += macs * rng.uniform(1 - mess, 1 + mess)
+            fixed, each = rng.uniform(0, 1.5 * mess) * whole, piece.rows * rng.uniform(0.2, 2)
+            pieces.append(dataclasses.replace(piece, times=Times(whole, fixed, each, limit)))
+        uses[name] = Use(sum(p.times.whole for p in pieces if p.times), tuple(pieces))
+    total = round(1.1 * sum(use.work for use in uses.values()))
+    return Workload(total, uses, work.inputs, "ns")
+
+
+# The first four took more than was asked for until a plan was chosen again.
+@pytest.mark.parametrize("seed", [31, 36, 102, 149, *range(8)])
+def test_a_plan_takes_no_longer_than_asked_whatever_the_times(seed: int) -> None:
+    rng = random.Random(seed)
+    micro = all_micros()[rng.choice(["torchvision-resnet", "hf-vit"])]
+    model = micro.model()
+    work = count_macs(model, example=micro.input()[:1])
+    assert work is not None
+    times = drawn(work, model, rng)
+    scheme, share = rng.choice(["lowrank", "basis", "auto"]), rng.choice([0.5, 0.7, 0.9])
+    try:
+        planned = plan_on(model, Recipe.of(scheme, latency=f"{100 * share}%"), times=times)
+    except BudgetError:
+        return  # no plan is that fast, which is said before any is made
+    editor = memory_store(model, planned.info).open().editor
+    plan = choose_ranks(planned.info, planned.outlines[0], editor, {})
+    assert work_of(plan.weights, times) <= share * times.total
 
 
 def test_what_can_not_be_reached_is_refused(ideal: list[int]) -> None:
