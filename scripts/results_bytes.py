@@ -37,16 +37,17 @@ with 256 ImageNet photos at 112 px, judged on 250 others:""",
 }
 TRAINED = """### Where training takes part
 
-The same ViT and 512 calibration images; every method then gets the same training: the loop of `finetune`, {steps} steps of 64
+The two models of CIFAR-10 and 512 calibration images; every method then gets the same training: the loop of `finetune`, {steps} steps of 64
 training images without labels, the original as teacher, the state of the least loss on 512 held-out training images. `auto`
 begins at `--bytes` (`fast`) and trains its integers, at the learning rate that the default finds; the others have the better
 of that rate and 5e-5 on the held-out images of seed 0. *QAT*: the dense model in integers with trained scales, begun at its
 GPTQ form. *SVD*: whitened, then 8 bits a row. Top-1 on the test images, mean of {seeds} seeds (least to most).
 
-    python benchmarks/frontier_trained.py --model vit-real --weights VIT.safetensors --data CIFAR10
-
-{table}
+{models}
 """
+
+TRAINED_MODELS = {"vit-real": "The ViT:", "resnet-narrow": "The bottleneck ResNet:"}
+TRAINED_COMMAND = "    python benchmarks/frontier_trained.py --model {model} --weights W.safetensors --data CIFAR10"
 
 ABLATION = """### What each part is worth
 
@@ -91,7 +92,16 @@ def frontier(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def trained(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each method and size, seeds together."""
+    """For each model a line for each method and size, seeds together."""
+    seeds = 1 + max(row["seed"] for row in rows)
+    parts = []
+    for model, head in TRAINED_MODELS.items():
+        if mine := [row for row in rows if row["model"] == model]:
+            parts += [head, TRAINED_COMMAND.format(model=model), _trained(mine)]
+    return TRAINED.format(models="\n\n".join(parts), steps=rows[0]["steps"], seeds=seeds)
+
+
+def _trained(rows: Sequence[dict[str, Any]]) -> str:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], str(row["asked"])), []).append(row)
@@ -102,9 +112,7 @@ def trained(rows: Sequence[dict[str, Any]]) -> str:
         width = f", {mine[0]['asked'][0]} bits" if method == "qat" else ""
         spread = f"{sum(tops) / len(tops):.2f} % ({min(tops):.2f} to {max(tops):.2f})"
         cells.append([f"{mine[0]['percent']:.2f} %", HOW[method] + width, spread, f"{apart:.4f}"])
-    seeds = max(len(mine) for mine in groups.values())
-    lines = table(["file", "method", "top-1", "KL"], cells)
-    return TRAINED.format(table=lines, steps=rows[0]["steps"], seeds=seeds)
+    return table(["file", "method", "top-1", "KL"], cells)
 
 
 def ablation(rows: Sequence[dict[str, Any]]) -> str:
