@@ -62,6 +62,7 @@ def converted(spec: str, on: RunsOn, ratio: str, work: Workload, path: Path) -> 
     tiedconv.save(model, path)
     return {
         "predicted": record["predicted_ns"] / record["original_ns"],
+        "rehearsed": True,  # a model of the plan was timed before the fit
         "dense_ms": record["original_ns"] / 1e6,
         "macs": macs["converted"] / macs["original"],
         "params": state.plan.stored / state.plan.original,

@@ -45,6 +45,7 @@ How well `--latency` keeps its word: models with random weights, which take as l
 {processor}. *Predicted* is what the conversion said, *measured* the file against the dense model, in turn in every round, each
 in a process of its own (median, and the middle 80 % of {rounds} rounds); *compiled* is `torch.compile` after `optimize`, of
 which eager PyTorch's time is the prediction. {close} of {count} predictions are within 15 % of what was measured{worst}.
+{rehearsed}
 {refused}
 
     python benchmarks/latency.py
@@ -53,6 +54,9 @@ which eager PyTorch's time is the prediction. {close} of {count} predictions are
 
 {comment}
 """
+
+REHEARSED = """Of predictions with * a whole model of the plan was timed before the fit, as `convert` does now; the others are older, by
+the times of layers and of one model of thin layers. Refusals are of either."""
 
 AGAINST_TIME = """## Accuracy against time
 
@@ -129,7 +133,8 @@ def latency(data: dict[str, Any]) -> str:
     lines = [
         [
             r["model"], RUNTIMES[r["on"]], f"{r['on_batch_size']}, {r['on_threads']}", r["asked"],
-            f"{r['predicted']:.2f}", f"{r['measured']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
+            f"{r['predicted']:.2f}{' *' if r.get('rehearsed') else ''}",
+            f"{r['measured']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
             f"{100 * r['macs']:.0f} %",
         ]
         for r in rows
@@ -153,6 +158,7 @@ def latency(data: dict[str, Any]) -> str:
     return LATENCY.format(
         processor=data["processor"], rounds=data["rounds"], close=len(eager) - len(far),
         count=len(eager), worst=worst,
+        rehearsed="" if all("rehearsed" in r for r in rows) else REHEARSED,
         refused=f"Refused, as no ranks are that fast (batch, threads): {listed}." if listed else "",
         table=table(
             ["model", "runtime", "batch, threads", "asked", "predicted", "measured",
