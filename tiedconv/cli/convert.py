@@ -211,6 +211,7 @@ def convert(
             calib=given,
             on_group=bar.groups,
             on_site=bar.sites,
+            on_rehearsal=bar.rehearsal,
         )
     if json_:
         common.print_json(_figures(done))

@@ -138,6 +138,10 @@ class ConvertBar(Bar):
         """Shapes of layers timed."""
         self.update(done / max(total, 1), 1.0, f"{done} of {counted(total, 'layer shape')}", "time")
 
+    def rehearsal(self, number: int) -> None:
+        """A model of the plan is timed."""
+        self.update(1.0, 1.0, f"model {number} of such a plan", "time")
+
     def __call__(self, event: CalibrationEvent) -> None:
         match event:
             case Measuring(images, total):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedconv.commands.bench import Timing, timed
-from tiedconv.commands.latency import in_time
+from tiedconv.commands.latency import OnRehearsal, in_time
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.fit import OnGroup
 from tiedconv.conversion.pipeline import (
@@ -124,6 +124,7 @@ def convert_file(
     calib: Calibration | None = None,
     on_group: OnGroup | None = None,
     on_site: OnSite | None = None,
+    on_rehearsal: OnRehearsal | None = None,
     own_process: bool = False,
 ) -> Conversion:
     """Convert a model and write the compact file; with no output, a dry run without weights.
@@ -147,6 +148,7 @@ def convert_file(
             the folder is removed when the file is written.
         on_group: called with (groups fitted, groups in all).
         on_site: called with (layer shapes timed, shapes in all), for a budget of time.
+        on_rehearsal: called with the number of the model of a plan that is timed next.
         own_process: whether the memory allocator of the process may be changed for good, as the
             command line does, so that weights above 1 GiB take less memory.
     """
@@ -178,7 +180,13 @@ def convert_file(
             )  # fmt: skip
 
         planned, times = in_time(
-            opened.model, found, recipe, planning, on_site, rehearse=output is not None
+            opened.model,
+            found,
+            recipe,
+            planning,
+            on_site,
+            on_rehearsal,
+            rehearse=output is not None,
         )
         done = Conversion(
             spec, planned.sketch, opened.source, native_size=native_size(opened.model),

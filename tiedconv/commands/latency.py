@@ -29,6 +29,9 @@ LEAST, MOST = 0.5, 2.0
 """By which what layers save is multiplied at a time."""
 
 
+OnRehearsal = Callable[[int], None]
+"""Called with the number of the model of a plan that is timed next, from 1."""
+
 Planning = Callable[[TimeTable | None], Planned]
 """Plans a recipe by times; None without a budget of time."""
 
@@ -39,6 +42,7 @@ def in_time(
     recipe: Recipe,
     planning: Planning,
     on_site: OnSite | None = None,
+    on_rehearsal: OnRehearsal | None = None,
     *,
     rehearse: bool = True,
 ) -> tuple[Planned, TimeTable | None]:
@@ -54,6 +58,7 @@ def in_time(
         recipe: says what time, and where.
         planning: plans it.
         on_site: see `measure_times`.
+        on_rehearsal: see `OnRehearsal`.
         rehearse: whether to time such a plan; the model has its weights then.
 
     Raises:
@@ -75,16 +80,24 @@ def in_time(
         model, found.workload, on.runtime, on.batch_size, on.threads,
         arguments=found.arguments, on_site=on_site,
     )  # fmt: skip
-    return _rehearsed(model, found, times, planning) if rehearse else (planning(times), times)
+    if not rehearse:
+        return planning(times), times
+    return _rehearsed(model, found, times, planning, on_rehearsal)
 
 
 def _rehearsed(
-    model: nn.Module, found: Counted, times: TimeTable, planning: Planning
+    model: nn.Module,
+    found: Counted,
+    times: TimeTable,
+    planning: Planning,
+    on_rehearsal: OnRehearsal | None,
 ) -> tuple[Planned, TimeTable]:
     """Plan by times that a whole model of such a plan has corrected; these times."""
     planned = planning(times)
     store = memory_store(model, planned.info)
-    for _ in range(REHEARSALS):
+    for number in range(REHEARSALS):
+        if on_rehearsal is not None:
+            on_rehearsal(number + 1)
         limited = [one for one in planned.outlines if one.work is not None]
         seen = _rehearsal(model, found, times.workload, planned.info, limited[0], store)
         times = dataclasses.replace(times, rehearsed=(*times.rehearsed, seen))
