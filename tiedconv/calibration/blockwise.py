@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.calibration.activation_cache import Cache, Stream, read_images, release, take
 from tiedconv.calibration.agreement import AT_ONCE as AGREEMENT_AT_ONCE
-from tiedconv.calibration.config import CalibConfig
+from tiedconv.calibration.config import FALL, CalibConfig
 from tiedconv.calibration.events import (
     BlockwiseResult,
     Fitted,
@@ -130,6 +130,7 @@ class _Progress:
 
     fits: int = 0
     joint: bool = False
+    rounds: int = 0
     seconds: float = 0.0
     kl_before: float = math.nan
     kl_after: float = math.nan
@@ -190,7 +191,7 @@ class _Run:
         while self.at.fits < self.config.total_passes * len(spans):
             self.fit_span(*divmod(self.at.fits, len(spans)))
         if not self.at.joint:
-            if self.at.midway is None:
+            if self.at.midway is None and not self.at.rounds:
                 self.keep_better(start, joint)
             self.fit_jointly(joint)
         results = zip(spans, self.at.before, self.at.after, strict=False)
@@ -334,16 +335,23 @@ class _Run:
         if steps:
             objective.measure_energies(self.config.batch_size)
 
-        def report(step: int, loss: float) -> None:
-            self.emit(Joint(step, steps, loss))
+        rounds = self.config.rounds
+        while self.at.rounds < rounds:
+            done = self.at.rounds
 
-        schedule = self.schedule(steps, self.config.joint_lr, self.config.total_passes, 0)
-        _, self.at.kl_after = minimise(
-            objective, self.train, self.held, schedule, _throttled(report, steps),
-            self.at.midway, self.save_midway if self.path is not None else None,
-        )  # fmt: skip
-        self.at.joint, self.at.midway = True, None
-        self.save()
+            def report(step: int, loss: float, before: int = done * steps) -> None:
+                self.emit(Joint(before + step, rounds * steps, loss))
+
+            lr = self.config.joint_lr * FALL**done
+            _, self.at.kl_after = minimise(
+                objective, self.train, self.held,
+                self.schedule(steps, lr, self.config.total_passes, done),
+                _throttled(report, steps), self.at.midway,
+                self.save_midway if self.path is not None else None,
+            )  # fmt: skip
+            self.at.rounds, self.at.midway = done + 1, None
+            self.at.joint = self.at.rounds == rounds
+            self.save()
 
     def save_midway(self, midway: FitState) -> None:
         """Keeps where the fit of the whole is: for a large model it takes the longest."""

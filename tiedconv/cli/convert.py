@@ -161,7 +161,7 @@ def convert(
         option_in(
             CALIBRATION,
             "[b]fast[/b]: fit the weights in the error that the images define. [b]normal[/b]: "
-            "then train block by block, and end to end. [b]thorough[/b]: train longer.",
+            "then train block by block, and end to end. [b]thorough[/b]: end to end four times.",
             choices=("fast", "normal", "thorough"),
         ),
     ] = "normal",
