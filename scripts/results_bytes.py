@@ -186,7 +186,7 @@ def _model(rows: Sequence[dict[str, Any]], model: str) -> str:
             if fits:
                 best = min(fits, key=lambda r: float(r["calibration"]))
                 lines.append((size, _setting(best), best))
-        for effort in ("none", "fast", "normal"):
+        for effort in ("none", "fast", "normal", "thorough"):
             for row in mine:
                 if row.get("asked") == size and row.get("effort") == effort:
                     how = "without images" if effort == "none" else f"`--calib`, {effort}"
