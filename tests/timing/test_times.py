@@ -225,12 +225,17 @@ def test_a_plan_that_can_not_be_timed_is_reported(
     assert "takes 0.66x" in str(dataclasses.replace(times, rehearsed=(Rehearsed(0.6, 0.66),)))
 
 
-@pytest.mark.parametrize("name", list(all_runtimes()))
-def test_a_runtime_runs_a_tied_model(name: str, tmp_path: Path) -> None:
+def installed(name: str) -> Runtime:
+    """The runtime, or the test is skipped."""
     try:
-        runtime = choose_runtime(name)
+        return choose_runtime(name)
     except MissingExtra:
         pytest.skip(f"{name} is not installed")
+
+
+@pytest.mark.parametrize("name", list(all_runtimes()))
+def test_a_runtime_runs_a_tied_model(name: str, tmp_path: Path) -> None:
+    runtime = installed(name)
     model, x = MICRO.model(), MICRO.input()[:1]
     with torch.no_grad():
         tied = tiedconv.convert(model, "lowrank", params=0.6, example=x)
@@ -412,10 +417,7 @@ def test_a_part_of_rows_takes_a_part_of_the_time() -> None:
 
 @pytest.mark.parametrize("name", list(all_runtimes()))
 def test_a_runtime_computes_what_the_layers_do(name: str, tmp_path: Path) -> None:
-    try:
-        runtime = choose_runtime(name)
-    except MissingExtra:
-        pytest.skip(f"{name} is not installed")
+    runtime = installed(name)
     torch.manual_seed(0)
     convolution = Site(8, 4 * 9, (2, 4, 7, 7), (3, 3), (2, 2), (1, 1), (1, 1))
     depthwise = Site(4, 9, (2, 4, 7, 7), (3, 3), (1, 1), (1, 1), (1, 1), 4)

@@ -104,8 +104,8 @@ def _rehearsed(
         if seen.measured is None or abs(seen.measured / seen.predicted - 1) <= CLOSE:
             break
         factor = (1 - seen.measured) / (1 - seen.predicted)
-        mended = corrected(times.workload, min(MOST, max(LEAST, factor)))
-        times = dataclasses.replace(times, workload=mended)
+        workload = corrected(times.workload, min(MOST, max(LEAST, factor)))
+        times = dataclasses.replace(times, workload=workload)
         planned = planning(times)
     return planned, times
 

@@ -36,8 +36,6 @@ class Onnx(Format):
 
     def write(self, job: Job) -> Written:
         """By torch's exporter, with the plan's factors in place of weights."""
-        import onnx_ir as ir
-
         plan = state_of(job.model).plan
         fits = any(each.bits == 4 for each in job.integers.values())
         opset = INT4_OPSET if fits and job.opset is None else job.opset
@@ -60,8 +58,7 @@ class Onnx(Format):
         for name, value in job.about.items():
             graph.metadata_props[name] = json.dumps(value, ensure_ascii=False)
         size = sum(t.nbytes for t in held)
-        data = f"{job.name}.data" if size > EXTERNAL_ABOVE else None
-        ir.save(graph, job.path, external_data=data)
+        _save(graph, job.path)
         return Written(len(held), sum(t.size for t in held), size, facts)
 
     def tensors(self, path: Path) -> dict[str, Tensor]:

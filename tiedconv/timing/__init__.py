@@ -2,7 +2,7 @@
 
 `measure_times` turns the multiply-adds of a model (`core.workload`) into nanoseconds, which a
 budget can limit in the same way; `time_of_plan` tells how long a whole model of a plan takes, by
-which `corrected` mends them. Runtimes are the files of `timing.runtimes`.
+which `corrected` scales them. Runtimes are the files of `timing.runtimes`.
 """
 
 from tiedconv.timing.runtimes import all_runtimes, choose_runtime
