@@ -112,7 +112,11 @@ class Stream:
 
 def take(tensor: Tensor, index: Tensor, placement: Placement) -> Tensor:
     """A copy of some entries on the device; images and feature maps in the model's layout."""
-    batch = tensor[index]
+    return placed(tensor[index], placement)
+
+
+def placed(batch: Tensor, placement: Placement) -> Tensor:
+    """A batch on the device; images and feature maps in the model's layout."""
     if batch.ndim == 4:
         return placement.images(batch)
     return batch.to(placement.device, non_blocking=True)

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.calibration.activation_cache import Cache, Stream, read_images, release, take
 from tiedconv.calibration.agreement import AT_ONCE as AGREEMENT_AT_ONCE
-from tiedconv.calibration.config import FALL, CalibConfig
+from tiedconv.calibration.config import CalibConfig
 from tiedconv.calibration.events import (
     BlockwiseResult,
     Fitted,
@@ -64,7 +64,8 @@ def fit_blocks(
 ) -> BlockwiseResult:
     """Fits a tied model to its original, block by block, in place; both move to the device.
 
-    A tenth of the images is held out, and no fit is kept that makes the error on these worse.
+    A tenth of the images is held out, and no fit is kept that makes the error on these worse; of
+    the whole model, the error on these and on shifted copies of them.
     On the CPU a calibration that was interrupted and resumed ends with the same bits as one that
     was not. The teacher's tensors, both models' modes, hooks and `requires_grad` stay as they
     were.
@@ -130,8 +131,8 @@ class _Progress:
 
     fits: int = 0
     joint: bool = False
-    rounds: int = 0
     seconds: float = 0.0
+    start_error: float = math.nan
     kl_before: float = math.nan
     kl_after: float = math.nan
     before: list[float] = field(default_factory=list)
@@ -185,13 +186,14 @@ class _Run:
             saved, tensors = load_state(self.path, self.pair.student.model, self.identity)
             self.at = _Progress.of(saved, tensors, self.path)
         else:
-            self.at.kl_before = mean_error(joint, self.held, self.config.batch_size)
+            self.at.kl_before = self.divergence(joint)
+            self.at.start_error = self.error(joint)
         self.start -= self.at.seconds
         spans = self.pair.spans
         while self.at.fits < self.config.total_passes * len(spans):
             self.fit_span(*divmod(self.at.fits, len(spans)))
         if not self.at.joint:
-            if self.at.midway is None and not self.at.rounds:
+            if self.at.midway is None:
                 self.keep_better(start, joint)
             self.fit_jointly(joint)
         results = zip(spans, self.at.before, self.at.after, strict=False)
@@ -209,6 +211,14 @@ class _Run:
             ),
         )
 
+    def error(self, joint: JointObjective) -> float:
+        """What decides, on the held-out images."""
+        return mean_error(joint, self.held, self.config.batch_size)
+
+    def divergence(self, joint: JointObjective) -> float:
+        """What is reported: of the held-out images as they are."""
+        return self.error(dataclasses.replace(joint, augment=False))
+
     def state(self) -> list[Tensor]:
         """All tensors of the student."""
         model = self.pair.student.model
@@ -219,7 +229,7 @@ class _Run:
         """Restores the start if the model's outputs are worse although its blocks are better."""
         if not self.at.fits:
             return
-        if mean_error(joint, self.held, self.config.batch_size) > self.at.kl_before:
+        if self.error(joint) > self.at.start_error:
             for tensor, before in zip(self.state(), start, strict=True):
                 tensor.copy_(before)
 
@@ -324,6 +334,7 @@ class _Run:
             images=self.images,
             placement=student.placement,
             forms=self.forms,
+            augment=self.config.augment and self.config.total_joint_steps(1) > 0,
         )
 
     def fit_jointly(self, objective: JointObjective) -> None:
@@ -335,23 +346,17 @@ class _Run:
         if steps:
             objective.measure_energies(self.config.batch_size)
 
-        rounds = self.config.rounds
-        while self.at.rounds < rounds:
-            done = self.at.rounds
+        def report(step: int, loss: float) -> None:
+            self.emit(Joint(step, steps, loss))
 
-            def report(step: int, loss: float, before: int = done * steps) -> None:
-                self.emit(Joint(before + step, rounds * steps, loss))
-
-            lr = self.config.joint_lr * FALL**done
-            _, self.at.kl_after = minimise(
-                objective, self.train, self.held,
-                self.schedule(steps, lr, self.config.total_passes, done),
-                _throttled(report, steps), self.at.midway,
-                self.save_midway if self.path is not None else None,
-            )  # fmt: skip
-            self.at.rounds, self.at.midway = done + 1, None
-            self.at.joint = self.at.rounds == rounds
-            self.save()
+        schedule = self.schedule(steps, self.config.joint_lr, self.config.total_passes, 0)
+        minimise(
+            objective, self.train, self.held, schedule, _throttled(report, steps),
+            self.at.midway, self.save_midway if self.path is not None else None,
+        )  # fmt: skip
+        self.at.kl_after = self.divergence(objective)
+        self.at.joint, self.at.midway = True, None
+        self.save()
 
     def save_midway(self, midway: FitState) -> None:
         """Keeps where the fit of the whole is: for a large model it takes the longest."""

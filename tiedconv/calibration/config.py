@@ -19,9 +19,6 @@ class Effort:
         most: maximum of steps for each span.
         joint_epochs: over the images, for the whole model at the end; 0 for none.
         joint_most: maximum of steps for the whole model.
-        rounds: fits of the whole model. Each begins at the best state so far, and the learning
-            rate of each is `FALL` times that of the one before: on few images one long fit ends
-            at a worse state than a short one.
     """
 
     passes: int
@@ -30,17 +27,12 @@ class Effort:
     most: int
     joint_epochs: int
     joint_most: int
-    rounds: int = 1
-
-
-FALL = 0.7
-"""Of the learning rate, from one fit of the whole model to the next."""
 
 
 EFFORTS = {
     "fast": Effort(0, 0, 0, 0, 0, 0),
-    "normal": Effort(1, 7, 100, 300, 10, 600),
-    "thorough": Effort(1, 7, 100, 1000, 10, 1000, 4),
+    "normal": Effort(1, 7, 100, 300, 30, 900),
+    "thorough": Effort(1, 7, 100, 300, 80, 3000),
 }
 
 
@@ -50,7 +42,7 @@ class CalibConfig:
 
     Attributes:
         effort: "fast" only re-estimates the statistics of batch norms; "normal" fits block by
-            block, in minutes; "thorough" fits the whole model four times, from the best state.
+            block, in minutes; "thorough" fits the whole model for longer.
         batch_size: images in a step.
         lr: the highest learning rate of a fit, relative to a tensor's root mean square, so
             that a step changes each entry by about that fraction.
@@ -58,6 +50,8 @@ class CalibConfig:
         passes: over all spans; None leaves it to the effort, likewise below.
         steps: for each span.
         joint_steps: for the whole model at the end; 0 for none.
+        augment: whether the whole model is fitted to mirrored and shifted images, not only to
+            images as they are. What the original answers for them is known.
         clip: largest norm of the gradient; 0 for no clipping.
         seed: decides the order of images, and which are held out.
         cache_bytes: activations and images kept in memory at most; the rest goes to
@@ -75,6 +69,7 @@ class CalibConfig:
     passes: int | None = None
     steps: int | None = None
     joint_steps: int | None = None
+    augment: bool = True
     clip: float = 1.0
     seed: int = 0
     cache_bytes: int = 2 * 2**30
@@ -119,11 +114,6 @@ class CalibConfig:
             return self.joint_steps
         effort = EFFORTS[self.effort]
         return min(effort.joint_epochs * self._batches(images), effort.joint_most)
-
-    @property
-    def rounds(self) -> int:
-        """Fits of the whole model, one after the other."""
-        return 1 if self.joint_steps == 0 else EFFORTS[self.effort].rounds
 
     def _batches(self, images: int) -> int:
         return -(-images // self.batch_size)

@@ -46,8 +46,8 @@ class Objective(Protocol):
     def forms(self) -> Forms:
         """Of the images."""
 
-    def loss(self, index: Tensor) -> Tensor:
-        """A scalar with a gradient, the mean over these images."""
+    def loss(self, index: Tensor, draws: np.random.Generator) -> Tensor:
+        """A scalar with a gradient, the mean over these images; what is random in it is drawn."""
 
     def error(self, index: Tensor) -> float:
         """The mean over these images of what decides which state is kept."""
@@ -209,7 +209,9 @@ class _OptimLoop:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = self._schedule.lr * rate * factor
         with batch_statistics(self._norms if len(index) > 1 else ()):
-            loss = self._objective.loss(index)
+            # Of its own step, so that a resumed fit draws the same.
+            draws = np.random.default_rng((*self._schedule.seed, step))
+            loss = self._objective.loss(index, draws)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
         if self._schedule.clip:

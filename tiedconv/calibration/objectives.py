@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tiedconv.calibration.activation_cache import Stream, run_tapped, take
+from tiedconv.calibration.activation_cache import Stream, placed, run_tapped
+from tiedconv.calibration.augmentation import augmented, corner_copies, is_images
 from tiedconv.calibration.output_metric import OutputMetric
 from tiedconv.calibration.probing import Call
 from tiedconv.calibration.sample_forms import Forms
@@ -84,8 +86,12 @@ class SpanObjective:
     energies: Sequence[float] = ()
     forms: Forms = field(default_factory=Forms)
 
-    def loss(self, index: Tensor) -> Tensor:
-        """The sum over units of the mean error over these images."""
+    def loss(self, index: Tensor, draws: np.random.Generator) -> Tensor:
+        """The sum over units of the mean error over these images, which are as they were cached."""
+        del draws
+        return self._error(index)
+
+    def _error(self, index: Tensor) -> Tensor:
         with torch.no_grad(), self.placement.autocast():
             targets = self.teacher(self.teacher_stream.take(index, self.placement))
         with self.placement.autocast():
@@ -95,7 +101,7 @@ class SpanObjective:
 
     def error(self, index: Tensor) -> float:
         """The same, as a number."""
-        return float(self.loss(index))
+        return float(self._error(index))
 
     def run(self, index: Tensor) -> None:
         """Runs the student's units."""
@@ -120,6 +126,9 @@ class SpanObjective:
 class JointObjective:
     """The distance of the outputs, plus the mean error of all units in the loss.
 
+    The loss is of augmented images, the error of images as they are and of shifted copies: that
+    of a few images alone would be too noisy to choose a state by.
+
     Args:
         model: the student.
         parameters: what is fitted.
@@ -130,6 +139,8 @@ class JointObjective:
         placement: of both.
         energies: of the teacher's outputs; empty leaves the units out of the loss.
         forms: of the images.
+        augment: whether the loss is of augmented images; samples that are no images stay as they
+            are.
     """
 
     model: nn.Module
@@ -141,34 +152,48 @@ class JointObjective:
     placement: Placement
     energies: Sequence[float] = ()
     forms: Forms = field(default_factory=Forms)
+    augment: bool = True
 
     @property
     def modules(self) -> Sequence[nn.Module]:
         """The whole model."""
         return [self.model]
 
-    def loss(self, index: Tensor) -> Tensor:
-        """The loss of these images."""
+    @property
+    def augments(self) -> bool:
+        """Whether to augment: the samples are images."""
+        return self.augment and self.forms.table is None and is_images(self.images)
+
+    def loss(self, index: Tensor, draws: np.random.Generator) -> Tensor:
+        """The loss of these images, augmented."""
         taps = bool(self.energies)
+        images = self.images[index]
+        if self.augments:
+            images = augmented(images, draws)
         with torch.no_grad():
             targets, expected = self._tapped(
-                self.teacher, self.teacher_units if taps else (), index
+                self.teacher, self.teacher_units if taps else (), images, index
             )
-        outputs, found = self._tapped(self.model, self.units if taps else (), index)
+        outputs, found = self._tapped(self.model, self.units if taps else (), images, index)
         loss = kind_of(expected, self.model).distance(found, expected, self.model)
         if taps:
             loss = loss + torch.stack(relative_errors(outputs, targets, self.energies)).mean()
         return loss
 
     def error(self, index: Tensor) -> float:
-        """The distance of the model's outputs on these images alone."""
-        _, expected = self._tapped(self.teacher, (), index)
-        _, found = self._tapped(self.model, (), index)
+        """The distance of the model's outputs on these images and on shifted copies of them."""
+        images = self.images[index]
+        copies = list(corner_copies(images)) if self.augments else [images]
+        return sum(self._distance(copy, index) for copy in copies) / len(copies)
+
+    def _distance(self, images: Tensor, index: Tensor) -> float:
+        _, expected = self._tapped(self.teacher, (), images, index)
+        _, found = self._tapped(self.model, (), images, index)
         return float(kind_of(expected, self.model).distance(found, expected, self.model))
 
     def run(self, index: Tensor) -> None:
-        """Runs the student."""
-        self._tapped(self.model, (), index)
+        """Runs the student on these images as they are."""
+        self._tapped(self.model, (), self.images[index], index)
 
     @torch.no_grad()
     def measure_energies(self, batch_size: int) -> None:
@@ -176,16 +201,17 @@ class JointObjective:
 
         parts = self.forms.batches(torch.arange(len(self.images)), batch_size)
         self.energies = energies_of(
-            self._tapped(self.teacher, self.teacher_units, index)[0] for index in parts
+            self._tapped(self.teacher, self.teacher_units, self.images[index], index)[0]
+            for index in parts
         )
 
     def _tapped(
-        self, model: nn.Module, units: Sequence[nn.Module], index: Tensor
+        self, model: nn.Module, units: Sequence[nn.Module], images: Tensor, index: Tensor
     ) -> tuple[list[Tensor], Any]:
-        # Taken again for each model, which may write into its input.
-        images = take(self.images, index, self.placement)
+        # A copy for each model, which may write into its input.
+        batch = placed(images.clone(), self.placement)
         with self.placement.autocast():
-            found, output = run_tapped(lambda: model(images), units, stop=False)
+            found, output = run_tapped(lambda: model(batch), units, stop=False)
         return self.forms.without_padding(found, index), output
 
 

@@ -161,7 +161,7 @@ def convert(
         option_in(
             CALIBRATION,
             "[b]fast[/b]: fit the weights in the error that the images define. [b]normal[/b]: "
-            "then train block by block, and end to end. [b]thorough[/b]: end to end four times.",
+            "then train block by block, and end to end. [b]thorough[/b]: end to end for longer.",
             choices=("fast", "normal", "thorough"),
         ),
     ] = "normal",
