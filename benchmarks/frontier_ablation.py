@@ -28,6 +28,7 @@ from torch.utils.data import TensorDataset
 
 import tiedconv
 from tiedconv.calibration.config import CalibConfig
+from tiedconv.calibration.objectives import JointObjective
 from tiedconv.conversion import byte_plans, byte_search
 from tiedconv.conversion import rounding as of_models
 from tiedconv.conversion.calibrate import Calibration
@@ -76,6 +77,8 @@ INTEGERS_STAY: tuple[Patch, Patch] = (
     (byte_search, "harden", nothing),
 )
 
+NOT_AUGMENTED: Patch = (JointObjective, "augments", False)
+
 SETTINGS: dict[str, tuple[str, str | None, tuple[Patch, ...]]] = {
     "all parts, without block fits": ("fast", None, ()),
     "no error feedback: to nearest, no refit": ("fast", None, (NEAREST, COLUMNS_ALONE, NO_REFIT)),
@@ -89,6 +92,7 @@ SETTINGS: dict[str, tuple[str, str | None, tuple[Patch, ...]]] = {
     "ranks first (50 % of the parameters), bits after": ("fast", "50%", ()),
     "ranks first (30 %), bits after": ("fast", "30%", ()),
     "all parts, with block fits": ("normal", None, ()),
+    "block fits, images not augmented": ("normal", None, (NOT_AUGMENTED,)),
     "block fits, integers not trained": ("normal", None, INTEGERS_STAY),
 }
 """What it is called: effort, budget of parameters, and what is replaced."""

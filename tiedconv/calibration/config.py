@@ -31,8 +31,8 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(0, 0, 0, 0, 0, 0),
-    "normal": Effort(1, 7, 100, 300, 30, 900),
-    "thorough": Effort(1, 7, 100, 300, 80, 3000),
+    "normal": Effort(1, 6, 50, 300, 30, 900),
+    "thorough": Effort(1, 6, 50, 300, 80, 3000),
 }
 
 
