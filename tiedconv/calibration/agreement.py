@@ -23,12 +23,14 @@ class Agreement:
         compares: what was compared, such as `same prediction`.
         mean: over the images, 1 where they always do.
         images: how many.
+        divergence: KL(original || compact) of the outputs, mean over the images, in nats.
         counts: whether the mean is a share of cases, rather than a similarity.
     """
 
     compares: str
     mean: float
     images: int
+    divergence: float
     counts: bool = True
 
 
@@ -44,12 +46,15 @@ def measure_agreement(
         batches: images that nothing was fitted to, `(n, C, H, W)` each.
     """
     found: list[Tensor] = []
-    compares, counts = "", True
+    compares, counts, apart, images = "", True, 0.0, 0
     with modes_kept(model), modes_kept(original):
         model.eval(), original.eval()
         for part in batches:
             answer = original(part)
             kind = kind_of(answer, original)
             compares, counts = kind.compares, kind.counts
-            found.append(kind.agreement(model(part), answer, model))
-    return Agreement(compares, float(torch.cat(found).mean()), sum(map(len, batches)), counts)
+            output = model(part)
+            found.append(kind.agreement(output, answer, model))
+            apart += float(kind.distance(output, answer, model)) * len(part)
+            images += len(part)
+    return Agreement(compares, float(torch.cat(found).mean()), images, apart / images, counts)

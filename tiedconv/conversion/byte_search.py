@@ -161,24 +161,27 @@ def _calibrated(
 ) -> BlockwiseResult:
     """Fit a rounded model to the original: its integers too, if the file stays within the budget.
 
-    Trained integers have another distribution, and take more or fewer bits in the file.
+    Trained integers have another distribution, and may take more bits in the file: then their
+    steps are lengthened.
     """
     plan = state_of(model).plan
     before = _tensors(model, plan)
+
+    def fits() -> bool:
+        own = state_tensors(model)
+        return size_of(plan, {n: halved(own[n].detach()) for n in before}) <= budget.bytes
+
     for train_integers in (True, False) if calib.config.fits else (False,):
         if train_integers:
             soften(model)
         result = calib.part(1 if train_integers else 2, 3).fit(model, original, data)
         model.cpu()
-        if train_integers:
-            harden(model)
+        kept = harden(model, fits) if train_integers else fits()
         own = state_tensors(model)
-        for tensor in own.values():
-            tensor.data.copy_(halved(tensor.detach()))
-        if size_of(plan, {name: own[name].detach() for name in before}) <= budget.bytes:
+        for name, tensor in own.items():
+            tensor.data.copy_(halved(tensor.detach()) if kept else before.get(name, tensor))
+        if kept:
             return result
-        for name, tensor in before.items():
-            own[name].data.copy_(tensor)
     # No fit is kept, so none is reported.
     return dataclasses.replace(result, spans=(), kl_after=result.kl_before)
 

@@ -227,7 +227,7 @@ def calibration_record(
         model: as it is written.
         original: a copy from before.
     """
-    agreement = measure_agreement(model, original, result.held_batches)
+    agreement = dataclasses.asdict(measure_agreement(model, original, result.held_batches))
     return {
         "images": result.images,
         "skipped": result.skipped,
@@ -235,7 +235,8 @@ def calibration_record(
         "seed": what.config.seed,
         "ridge_median": ridge,
         "kl_before": result.kl_before,
-        "kl_after": result.kl_after,
-        "agreement": dataclasses.asdict(agreement),
+        # Of the model as it is written: its floats may have been rounded since the fit.
+        "kl_after": agreement.pop("divergence"),
+        "agreement": agreement,
         "blocks": [[list(s.units), s.before, s.after] for s in result.spans],
     }
