@@ -44,6 +44,7 @@ from tiedconv.core.packed_codes import packed
 from tiedconv.numerics.linalg import cholesky
 from tiedconv.numerics.rounding import gptq
 from tiedconv.runtime.tie import state_of
+from tiedconv.sources import Preprocess
 from tiedconv.sources.torchvision_compat import import_torchvision
 
 import_torchvision()
@@ -82,7 +83,6 @@ def vit_real(args: argparse.Namespace) -> tuple[nn.Module, Images]:
 def lite0(args: argparse.Namespace) -> tuple[nn.Module, Images]:
     """EfficientNet-Lite0 on ImageNet photos in class folders: every second one to calibrate by."""
     from tiedconv.data import ImageList, eval_transform, open_images
-    from tiedconv.sources import Preprocess
 
     half = (0.5, 0.5, 0.5)
     wanted = Preprocess(224, 256, half, half, "bicubic")
@@ -118,7 +118,6 @@ def dinov2(args: argparse.Namespace) -> tuple[nn.Module, Images]:
 def photos(folder: Path, size: int) -> Tensor:
     """All photos in class folders, prepared as DINOv2 wants them."""
     from tiedconv.data import ImageList, eval_transform, open_images
-    from tiedconv.sources import Preprocess
 
     wanted = Preprocess(
         size, round(size / 0.875), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic"
@@ -268,7 +267,10 @@ def ours(
     calib = None
     if effort != "none":
         calib = Calibration(data, config=CalibConfig(effort=effort), workers=0)
-    tied = tiedconv.convert(model, "auto", bytes=f"{size}%", calib=calib)
+    # Without images the search draws random ones, of the size that the model is said to take.
+    side = images[0].shape[-1]
+    prepared = Preprocess(side, side, (0.5,) * 3, (0.5,) * 3, "bilinear") if calib is None else None
+    tied = tiedconv.convert(model, "auto", bytes=f"{size}%", calib=calib, preprocess=prepared)
     with tempfile.TemporaryDirectory() as folder:
         written = tiedconv.save(tied, Path(folder) / "m.safetensors")
     plan = state_of(tied).plan

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ from tiedconv.planning.drafting import compile_plan
 from tiedconv.planning.planner import Outline
 from tiedconv.planning.recipe import Recipe
 from tiedconv.runtime.dequantize import dequantize
+from tiedconv.runtime.soft_codes import LR_SCALES
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import dense_state_dict, is_tied, state_of, tie, untie
+from tiedconv.sources import Preprocess
 
 FAST = ("timm-vit",)
 each_micro = pytest.mark.parametrize("name", slow_unless(all_micros(), FAST))
@@ -340,14 +343,16 @@ def test_depthwise_kernels_get_more_bits_than_the_average(step: float, bits: int
     assert min(node.bits for node in codes.values()) <= bits
 
 
-def _calibrated(path: Path | None, *, resume: bool = False, on_event: Any = None) -> nn.Module:
+def _calibrated(
+    path: Path | None, *, resume: bool = False, on_event: Any = None, size: str = "40%"
+) -> nn.Module:
     calib = Calibration(
         images("timm-vit", 24), config=CalibConfig(effort="normal", steps=4, joint_steps=4),
         run_dir=path, resume=resume, workers=0, device="cpu",
         **({} if on_event is None else {"on_event": on_event}),
     )  # fmt: skip
     return tiedconv.convert(
-        all_micros()["timm-vit"].model(), "lors", params="60%", bytes="40%", calib=calib
+        all_micros()["timm-vit"].model(), "lors", params="60%", bytes=size, calib=calib
     )
 
 
@@ -390,10 +395,53 @@ def test_where_no_fit_keeps_to_the_budget_none_is_reported(
     real_soften = byte_search.soften
     monkeypatch.setattr(byte_search, "file_size", size)
     monkeypatch.setattr(byte_search, "soften", soften)
-    model = _calibrated(None)
+    model = _calibrated(None, size="24%")
     found = state_of(model).history[-1]["calibration"]
     assert found["kl_after"] == pytest.approx(found["kl_before"], rel=1e-4)
     assert found["blocks"] == []
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "torchvision-resnet", "perceptron"])
+def test_a_file_without_images_is_as_large_as_the_search_took_it_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that its history says: of symmetries, of the rounding, of its images."""
+    sizes: list[int] = []
+    real = byte_search.file_size
+
+    def size(*args: Any) -> int:
+        sizes.append(real(*args) + byte_search.SLACK)
+        return sizes[-1] - byte_search.SLACK
+
+    monkeypatch.setattr(byte_search, "file_size", size)
+    half = (0.5, 0.5, 0.5)
+    model = tiedconv.convert(
+        all_micros()[name].model(), "auto", bytes="60%",
+        preprocess=Preprocess(32, 32, half, half, "bilinear"),
+    )  # fmt: skip
+    assert tiedconv.save(model, tmp_path / "m.safetensors") in range(sizes[-1] - 96, sizes[-1] + 1)
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_floats_alone_are_fitted_where_integers_gain_nothing(
+    monkeypatch: pytest.MonkeyPatch, gains: bool
+) -> None:
+    fits: list[bool] = []
+    monkeypatch.setattr(Calibration, "fit", _claiming(0.5 if gains else 1.0, fits))
+    _calibrated(None, size="20%")
+    assert fits == ([False, True] if gains else [False, True, False])
+
+
+def _claiming(ratio: float, fits: list[bool]) -> Any:
+    """`Calibration.fit` that says what it did to the divergence; notes if integers are trained."""
+    real = Calibration.fit
+
+    def fit(self: Calibration, student: nn.Module, teacher: nn.Module, data: Any) -> Any:
+        fits.append(hasattr(student, LR_SCALES))
+        result = real(self, student, teacher, data)
+        return replace(result, kl_after=result.kl_before * ratio)
+
+    return fit
 
 
 def test_trained_integers_get_longer_steps_until_the_file_is_small_enough(
@@ -416,7 +464,8 @@ def test_trained_integers_get_longer_steps_until_the_file_is_small_enough(
     real_soften = byte_search.soften
     monkeypatch.setattr(byte_search, "file_size", size)
     monkeypatch.setattr(byte_search, "soften", soften)
-    model = _calibrated(None)
+    monkeypatch.setattr(Calibration, "fit", _claiming(0.5, []))
+    model = _calibrated(None, size="24%")
     assert sizes is not None
     assert len(sizes) == 4  # of the steps as trained, and three times longer
     found = state_of(model).history[-1]["calibration"]

@@ -45,6 +45,12 @@ from tiedconv.utils.stage import enter
 RECORD, RECORD_EACH = 200, 30
 """Bytes of a file that the record of a calibration takes, and for each of its blocks."""
 
+SLACK = 32
+"""Bytes for numbers of the history that get another digit, such as multiply-adds."""
+
+LONGEST = -1.2345678901234567e-100
+"""A number with as many digits as any in a file's history."""
+
 
 COMPARED = 3
 """Plans, at most, that are rounded and compared by the model's outputs."""
@@ -83,15 +89,25 @@ def convert_to_bytes(
     most = 1 if cache is None else COMPARED
     plans, tried = choose_plans(info, outlined, budget, store, cache, on_group, most)
     blocks = 0 if calib is None else len({name.rpartition(".")[0] for name in info.shapes})
-    spare = 0 if calib is None else RECORD + RECORD_EACH * min(blocks, 24)
+    spare = SLACK if calib is None else RECORD + RECORD_EACH * min(blocks, 24)
 
-    def size_of(plan: Plan, tensors: Mapping[str, Tensor]) -> int:
-        return spare + file_size(plan, record, [history], tensors.__getitem__)
+    def size_of(fitted: Fit) -> SizeOf:
+        longest = {
+            "bytes": budget.bytes, "original_bytes": budget.original, "cost": LONGEST,
+            "fit_cost": LONGEST, "plans": tried,
+        }  # fmt: skip
+        said = {**history, "symmetries": fitted.symmetries, "rounding": longest}
+
+        def size(plan: Plan, tensors: Mapping[str, Tensor]) -> int:
+            entry = {**said, "stored": plan.stored}
+            return spare + file_size(plan, record, [entry], tensors.__getitem__)
+
+        return size
 
     def round_(fitted: Fit, metrics: KfacMetrics) -> RoundedModel:
         recipe = outlined[0].recipe
         return round_to_bytes(
-            fitted.plan, fitted.tensors, metrics, budget.bytes, size_of, recipe.widths,
+            fitted.plan, fitted.tensors, metrics, budget.bytes, size_of(fitted), recipe.widths,
             floats=recipe.bits is None,
         )  # fmt: skip
 
@@ -112,7 +128,7 @@ def convert_to_bytes(
     found: dict[str, Any] = {"rounding": _rounding_record(rounded, chosen, budget, tried)}
     if calib is not None and data is not None:
         enter("calibrate the rounded model")
-        result = _calibrated(model, original, calib, data, size_of, budget)
+        result = _calibrated(model, original, calib, data, size_of(fitted), budget)
         found["calibration"] = calibration_record(fitted.ridge, result, calib, model, original)
     return fitted, found
 
@@ -162,7 +178,8 @@ def _calibrated(
     """Fit a rounded model to the original: its integers too, if the file stays within the budget.
 
     Trained integers have another distribution, and may take more bits in the file: then their
-    steps are lengthened.
+    steps are lengthened. Where little is lost, steps of integers are too coarse to gain anything;
+    then the floats alone are fitted.
     """
     plan = state_of(model).plan
     before = _tensors(model, plan)
@@ -171,12 +188,14 @@ def _calibrated(
         own = state_tensors(model)
         return size_of(plan, {n: halved(own[n].detach()) for n in before}) <= budget.bytes
 
-    for train_integers in (True, False) if calib.config.fits else (False,):
+    trainable = calib.config.fits and plan.codes
+    for train_integers in (True, False) if trainable else (False,):
         if train_integers:
             soften(model)
         result = calib.part(1 if train_integers else 2, 3).fit(model, original, data)
         model.cpu()
         kept = harden(model, fits) if train_integers else fits()
+        kept = kept and (result.kl_after < result.kl_before or not train_integers)
         own = state_tensors(model)
         for name, tensor in own.items():
             tensor.data.copy_(halved(tensor.detach()) if kept else before.get(name, tensor))
