@@ -22,6 +22,8 @@ seed.
 
 ![What is kept against the bytes of the file](frontier.png)
 
+(The picture shows `--effort normal`, of Lite0 and the ViT-S/14 `fast`.)
+
 {models}
 """
 
