@@ -23,7 +23,7 @@ class Agreement:
         compares: what was compared, such as `same prediction`.
         mean: over the images, 1 where they always do.
         images: how many.
-        divergence: KL(original || compact) of the outputs, mean over the images, in nats.
+        divergence: KL(original || compact) of the outputs, mean over the images.
         counts: whether the mean is a share of cases, rather than a similarity.
     """
 

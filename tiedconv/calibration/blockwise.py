@@ -187,7 +187,7 @@ class _Run:
             self.at = _Progress.of(saved, tensors, self.path)
         else:
             self.at.kl_before = self.divergence(joint)
-            self.at.start_error = self.error(joint)
+            self.at.start_error = self.error(joint) if joint.augments else self.at.kl_before
         self.start -= self.at.seconds
         spans = self.pair.spans
         while self.at.fits < self.config.total_passes * len(spans):
@@ -350,11 +350,11 @@ class _Run:
             self.emit(Joint(step, steps, loss))
 
         schedule = self.schedule(steps, self.config.joint_lr, self.config.total_passes, 0)
-        minimise(
+        _, error = minimise(
             objective, self.train, self.held, schedule, _throttled(report, steps),
             self.at.midway, self.save_midway if self.path is not None else None,
         )  # fmt: skip
-        self.at.kl_after = self.divergence(objective)
+        self.at.kl_after = self.divergence(objective) if objective.augments else error
         self.at.joint, self.at.midway = True, None
         self.save()
 

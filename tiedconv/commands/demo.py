@@ -158,7 +158,7 @@ def run_demo(
     calib = Calibration(
         data,
         max(32, round(CALIB_IMAGES * factor)),
-        # In 20 steps each digit is seen twice, which leaves nothing to augment.
+        # A mirrored digit is no digit, and 20 steps are five epochs: too few to overfit.
         CalibConfig(effort="fast", joint_steps=20, augment=False, seed=seed),
         device="cpu",
         workers=0,
