@@ -16,6 +16,7 @@ from torch import nn
 import tiedconv
 from tiedconv.commands.verify_original import compare_with_original
 from tiedconv.errors import UserError, VerifyError
+from tiedconv.runtime.tie import set_state, state_of, untie
 
 MODEL = ("timm:vit_tiny_patch16_224", *MODEL_ARGS)
 
@@ -86,6 +87,26 @@ def test_integers_of_other_weights_are_found() -> None:
         compare_with_original(rounded(broken, 8), micro.model(), "random", micro.input())
 
 
+def halved(model: nn.Module) -> nn.Module:
+    """A model stored in float16: a budget of bytes that asks for nothing more."""
+    made = tiedconv.convert(model, "auto", bytes="70%")
+    assert not state_of(made).plan.weights
+    return made
+
+
+def test_matrices_stored_as_they_were_are_compared_too() -> None:
+    micro = all_micros()["timm-vit"]
+    checks = compare_with_original(halved(micro.model()), micro.model(), "random", micro.input())
+    assert [(check.name, check.passed) for check in checks] == [
+        ("blocks", True),
+        ("original", True),
+    ]
+    broken = micro.model()
+    swap_heads(broken)
+    with raises(VerifyError, "block-differs", "blocks.1"):
+        compare_with_original(halved(broken), micro.model(), "random", micro.input())
+
+
 def test_another_model_is_no_original() -> None:
     model = tiedconv.convert(all_micros()["timm-vit"].model(), "lors", rank=2)
     other = all_micros()["torchvision-resnet"]
@@ -108,8 +129,6 @@ def test_the_command_takes_weights_and_says_what_it_compared(world: World, tmp_p
 
 def test_after_training_the_distance_is_told_and_not_judged(world: World) -> None:
     model = tiedconv.load(world.tied)
-    from tiedconv.runtime.tie import set_state, state_of, untie
-
     original = untie(tiedconv.load(world.tied))
     with torch.no_grad():
         for parameter in model.parameters():

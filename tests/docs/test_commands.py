@@ -36,6 +36,8 @@ NOT_RUN = {
     r"--resume": "continues an interrupted run; tests/training interrupts some",
     r"^tiedconv demo$": "trains for minutes; tests/docs/test_tutorial.py runs it",
 }
+# Optional runtimes, without which a page's commands don't run.
+RUNTIMES = {"edge.md": ("executorch", "coremltools")}
 OF_BENCHMARKS = {
     option
     for path in (ROOT / "benchmarks").glob("*.py")
@@ -140,6 +142,8 @@ def test_the_commands_of_a_page_run_in_their_order(
     """With small models, images and budgets in place of those that the page names; each section
     begins in a folder of its own.
     """
+    for package in RUNTIMES.get(page.name, ()):
+        pytest.importorskip(package)
     headings = [found.start() for found in re.finditer("^## ", page.read_text("utf-8"), re.M)]
     lines = [page.read_text("utf-8").count("\n", 0, start) + 1 for start in headings]
     for block in BY_PAGE[page]:

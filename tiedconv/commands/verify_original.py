@@ -27,6 +27,8 @@ from tiedconv.runtime.tie import dense_state_dict, state_of
 FACTOR = 10.0
 """How many times the error of its weights the outputs of a block may be off. An error of random
 direction gives outputs that are off by about as much; attention and norms make more of it."""
+FLOAT_BITS = 10
+"""What a matrix of floats is taken for: bfloat16 rounds within 2^-9 of a number."""
 ROUNDING = 1e-3
 """What an exact conversion may be off by: float32 in another order, normalised."""
 
@@ -100,10 +102,11 @@ def _allowed(error: float | None) -> float:
 
 
 def _promised(model: nn.Module, original: nn.Module) -> dict[str, float | None]:
-    """Each block with converted weights, and the largest error of the fits in it.
+    """Each block with a stored matrix, and the largest error of the weights in it.
 
-    Of weights that were rounded and no more, the file records no error: it is measured, and
-    counts as far as rounding to so many bits can explain it.
+    The file records the error of a fit. Of matrices that were rounded and no more, or stored as
+    they were, it records none: it is measured, and counts as far as rounding to so many bits, or
+    to the stored type, can explain it.
     """
     plan = state_of(model).plan
     names = [*plan.weights, *plan.kept]
@@ -116,7 +119,7 @@ def _promised(model: nn.Module, original: nn.Module) -> dict[str, float | None]:
             block = home(tensor) or tensor.rpartition(".")[0]
             errors[block] = max(errors[block] or 0.0, group.error or 0.0)
     fitted = {member.slot.tensor for group in plan.groups for member in group.members}
-    rounded = [n for n in plan.weights if n not in fitted]
+    rounded = [n for n in names if n not in fitted and len(shapes[n]) > 1]
     found, known = dense_state_dict(model) if rounded else {}, original.state_dict()
     for name in (n for n in rounded if n in known and known[n].shape == found[n].shape):
         block = home(name) or name.rpartition(".")[0]
@@ -124,8 +127,8 @@ def _promised(model: nn.Module, original: nn.Module) -> dict[str, float | None]:
             continue  # a table of the whole model, such as positions
         size = float(known[name].double().norm()) or 1.0
         off = float((found[name].double() - known[name].double()).norm()) / size
-        widths = [plan.codes[ref].bits for ref in plan.weights[name].refs if ref in plan.codes]
-        bits = min(widths, default=8)
+        refs = plan.weights[name].refs if name in plan.weights else (name,)
+        bits = min((plan.codes[ref].bits for ref in refs if ref in plan.codes), default=FLOAT_BITS)
         errors[block] = max(errors[block] or 0.0, min(off, 4.0 * 2.0**-bits))
     return dict(errors)
 
