@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import SIZES, normalised, read_pixels
+from models import MEAN, SIZES, STD, normalised, read_pixels
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,6 +57,12 @@ ASKED = {
     "vit-real": (14, 10, 8, 6, 4, 3), "lite0": (25, 14, 10, 8, 6),
     "resnet-narrow": (25, 14, 10, 8, 6, 4), "dinov2": (25, 15, 12, 9, 6, 4),
 }  # fmt: skip
+HALF = (0.5, 0.5, 0.5)
+PREPARED = {
+    "vit-real": Preprocess(32, 32, MEAN, STD), "resnet-narrow": Preprocess(32, 32, MEAN, STD),
+    "lite0": Preprocess(224, 256, HALF, HALF, "bicubic"),
+    "dinov2": Preprocess(112, 128, interpolation="bicubic"),
+}  # fmt: skip
 Images = tuple[Tensor, Tensor, Tensor, Tensor]
 """Calibration images, judged images, and the labels of both."""
 
@@ -68,15 +74,9 @@ def vit_real(args: argparse.Namespace) -> tuple[nn.Module, Images]:
         mlp_ratio=2, num_classes=10,
     )  # fmt: skip
     pixels = read_pixels(args.data)
-    mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
-    std = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
-
-    def prepared(images: Tensor) -> Tensor:
-        return (images.float() / 255 - mean) / std
-
     train, test = pixels["train"], pixels["test"]
     chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[:512]
-    calib, judged = prepared(train.images[chosen]), prepared(test.images)
+    calib, judged = normalised(train.images[chosen]), normalised(test.images)
     return model, (calib, judged, train.labels[chosen], test.labels)
 
 
@@ -84,9 +84,7 @@ def lite0(args: argparse.Namespace) -> tuple[nn.Module, Images]:
     """EfficientNet-Lite0 on ImageNet photos in class folders: every second one to calibrate by."""
     from tiedconv.data import ImageList, eval_transform, open_images
 
-    half = (0.5, 0.5, 0.5)
-    wanted = Preprocess(224, 256, half, half, "bicubic")
-    photos = ImageList(open_images(args.data), eval_transform(wanted))
+    photos = ImageList(open_images(args.data), eval_transform(PREPARED["lite0"]))
     samples = [photos[i] for i in range(len(photos))]
     images = torch.stack([s[0] for s in samples])
     labels = torch.tensor([s[1] for s in samples])
@@ -119,9 +117,7 @@ def photos(folder: Path, size: int) -> Tensor:
     """All photos in class folders, prepared as DINOv2 wants them."""
     from tiedconv.data import ImageList, eval_transform, open_images
 
-    wanted = Preprocess(
-        size, round(size / 0.875), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic"
-    )
+    wanted = Preprocess(size, round(size / 0.875), interpolation="bicubic")
     found = ImageList(open_images(folder), eval_transform(wanted))
     return torch.stack([found[i][0] for i in range(len(found))])
 
@@ -260,16 +256,23 @@ def saved(model: nn.Module, stored: dict[str, Tensor], coded: Collection[str]) -
 
 
 def ours(
-    model: nn.Module, images: Images, size: int, effort: str
+    model: nn.Module,
+    images: Images,
+    size: int,
+    effort: str,
+    prepared: Preprocess | None = None,
 ) -> tuple[nn.Module, int, dict[str, Any]]:
-    """`auto --bytes`, the bytes of its file, and what the file says of the conversion."""
-    data = TensorDataset(images[0], torch.zeros(len(images[0]), dtype=torch.int64))
+    """`auto --bytes`, the bytes of its file, and what the file says of the conversion.
+
+    The effort "none" is without images, "random" is "normal" with as many images of `--calib
+    random`: for both the model's preprocessing must be known.
+    """
+    data: Any = TensorDataset(images[0], torch.zeros(len(images[0]), dtype=torch.int64))
     calib = None
     if effort != "none":
-        calib = Calibration(data, config=CalibConfig(effort=effort), workers=0)
-    # Without images the search draws random ones, of the size that the model is said to take.
-    side = images[0].shape[-1]
-    prepared = Preprocess(side, side, (0.5,) * 3, (0.5,) * 3, "bilinear") if calib is None else None
+        drawn = effort == "random"
+        config = CalibConfig(effort="normal" if drawn else effort)
+        calib = Calibration("random" if drawn else data, len(data), config, workers=0)
     tied = tiedconv.convert(model, "auto", bytes=f"{size}%", calib=calib, preprocess=prepared)
     with tempfile.TemporaryDirectory() as folder:
         written = tiedconv.save(tied, Path(folder) / "m.safetensors")
@@ -343,7 +346,7 @@ def main() -> None:
                 continue
             start = time.process_time()
             try:
-                tied, written, facts = ours(model, images, size, effort)
+                tied, written, facts = ours(model, images, size, effort, PREPARED[args.model])
             except tiedconv.TiedconvError as error:
                 print(size, effort, error, flush=True)
                 continue

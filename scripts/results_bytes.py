@@ -88,6 +88,9 @@ COMMAND = (
 METHODS = ("nearest", "gptq", "nncf", "torchao")
 
 
+WITHOUT = {"none": "without images", "random": "`--calib random`, normal"}
+
+
 def frontier(rows: Sequence[dict[str, Any]]) -> str:
     """A table for each model."""
     return BYTES.format(models="\n\n".join(filter(None, (_model(rows, m) for m in NAMES))))
@@ -188,10 +191,10 @@ def _model(rows: Sequence[dict[str, Any]], model: str) -> str:
             if fits:
                 best = min(fits, key=lambda r: float(r["calibration"]))
                 lines.append((size, _setting(best), best))
-        for effort in ("none", "fast", "normal", "thorough"):
+        for effort in ("none", "random", "fast", "normal", "thorough"):
             for row in mine:
                 if row.get("asked") == size and row.get("effort") == effort:
-                    how = "without images" if effort == "none" else f"`--calib`, {effort}"
+                    how = WITHOUT.get(row["effort"], f"`--calib`, {row['effort']}")
                     shared = " + ".join(row["schemes"]) or "nothing shared"
                     lines.append((size, f"`auto`, {how} ({shared})", row))
     features = "patches" in original

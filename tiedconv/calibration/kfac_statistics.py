@@ -85,6 +85,7 @@ def gather_statistics(
     device: str = "auto",
     workers: int | None = None,
     memory: int = MEMORY,
+    least_ridge: float = 1e-4,
     on_images: Callable[[int, int], None] | None = None,
 ) -> KfacStatistics:
     """The metric of each weight of a model, from images without labels.
@@ -102,6 +103,7 @@ def gather_statistics(
         workers: processes that decode images, None to choose.
         memory: bytes for the sums. Weights whose sums don't fit in together are measured in
             several passes over the same images; the result is the same.
+        least_ridge: of each moment; more where the images are unlike those of the model's use.
         on_images: called with (images done, images in all), over all passes.
 
     Raises:
@@ -127,7 +129,7 @@ def gather_statistics(
                 report = functools.partial(_report_progress, on_images, i * loader.images, whole)
                 watch = _Watch(model, part)
                 counts, skipped = _one_pass(model, loader, watch, placement, seed, report)
-                _finish(watch.sums, counts, metrics, ridges)
+                _finish(watch.sums, counts, metrics, ridges, least_ridge)
     finally:
         loader.close()
         placement.release(model)
@@ -319,6 +321,7 @@ def _finish(
     counts: Sequence[int],
     metrics: dict[str, KfacMetric],
     ridges: dict[str, tuple[float, float]],
+    least: float,
 ) -> None:
     """Turns sums into metrics, and lets each go when it is done."""
     for name in list(sums):
@@ -327,8 +330,8 @@ def _finish(
         halves = [h for h in (0, 1) if s.right.rows[h] and s.left.rows[h]]
         if not halves:
             continue  # what it writes reaches no output, or it was never used
-        right, first, inputs = _side(s.right, halves, s.right.rows)
-        left, second, outputs = _side(s.left, halves, counts)
+        right, first, inputs = _side(s.right, halves, s.right.rows, least)
+        left, second, outputs = _side(s.left, halves, counts, least)
         # What a side that stands for the identity is multiplied by goes into the other one.
         for side, factor in ((left, inputs), (right, outputs)):
             if side is not None and factor != 1.0:
@@ -343,21 +346,21 @@ def _finish(
 
 
 def _side(
-    moment: SecondMoment, halves: Sequence[int], counts: Sequence[int]
+    moment: SecondMoment, halves: Sequence[int], counts: Sequence[int], least: float
 ) -> tuple[Tensor | None, float, float]:
     """A moment, its ridge, and 1; of one that is too wide None, and the mean of its diagonal."""
     entry = moment.mean_entry(sum(counts[half] for half in halves))
     if entry is not None:
         return None, 1.0, entry
-    return *_shrunk(moment, halves, counts), 1.0
+    return *_shrunk(moment, halves, counts, least), 1.0
 
 
 def _shrunk(
-    moment: SecondMoment, halves: Sequence[int], counts: Sequence[int]
+    moment: SecondMoment, halves: Sequence[int], counts: Sequence[int], least: float
 ) -> tuple[Tensor, float]:
     """The well-conditioned moment on the CPU, float32, and its ridge."""
     means = [moment.mean(half, counts[half]) for half in halves]
-    whole, ridge = shrinkage_estimate(means[0], means[-1])
+    whole, ridge = shrinkage_estimate(means[0], means[-1], least)
     return whole.cpu(), ridge
 
 

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -22,12 +23,12 @@ from tiedconv.conversion.byte_plans import Chosen, choose_plans
 from tiedconv.conversion.calibrate import Calibration, calibration_record
 from tiedconv.conversion.candidates import tie_fit
 from tiedconv.conversion.fit import Fit, OnGroup
-from tiedconv.conversion.random_images import random_images
 from tiedconv.conversion.rounded_model import RoundedModel, SizeOf
 from tiedconv.conversion.rounding import round_to_bytes
 from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.conversion.tensor_store import TensorStore
 from tiedconv.core.plan import Plan
+from tiedconv.data import TensorList, random_shapes
 from tiedconv.errors import BudgetError, TiedconvError
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.io.checkpoint import file_size
@@ -39,7 +40,7 @@ from tiedconv.runtime.native_size import native_size
 from tiedconv.runtime.soft_codes import harden, soften
 from tiedconv.runtime.tensors import state_tensors
 from tiedconv.runtime.tie import state_of, untie
-from tiedconv.sources import Source
+from tiedconv.sources import Preprocess, Source
 from tiedconv.utils.stage import enter
 
 RECORD, RECORD_EACH = 200, 30
@@ -51,6 +52,9 @@ SLACK = 32
 LONGEST = -1.2345678901234567e-100
 """A number with as many digits as any in a file's history."""
 
+
+RANDOM = 128
+"""Images at random, where no others are given."""
 
 COMPARED = 3
 """Plans, at most, that are rounded and compared by the model's outputs."""
@@ -211,10 +215,12 @@ def _cache(
     """What measures statistics: on the images, or on random ones; None where these fail."""
     if calib is not None and data is not None:
         return StatisticsCache(model, calib, data)
-    wanted = source.preprocess
-    size = native_size(model) or ((224, 224) if wanted is None else (wanted.size, wanted.size))
-    random = random_images(size, 3 if wanted is None else wanted.channel_count())
-    measuring = Calibration(random, workers=0)
+    wanted = source.preprocess or Preprocess(224)
+    size = native_size(model) or (wanted.size, wanted.size)
+    pixels = random_shapes(RANDOM, size, wanted.channel_count())
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (wanted.mean, wanted.std))
+    random = TensorList((pixels - mean) / std, torch.zeros(RANDOM, dtype=torch.int64))
+    measuring = Calibration("random", workers=0)
     try:
         measuring.measure(model, {}, random)
     except TiedconvError:  # it takes no images, or gives no class logits

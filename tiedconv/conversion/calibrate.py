@@ -22,6 +22,7 @@ from tiedconv.calibration import (
     measure_agreement,
 )
 from tiedconv.data import ImageList, eval_transform, open_unlabelled
+from tiedconv.data.layouts import Layout, layout_of
 from tiedconv.io.run_dir import RunDir
 from tiedconv.runtime.call_hooks import Pick
 from tiedconv.sources import Preprocess, Source
@@ -109,9 +110,9 @@ class Calibration:
     """Images to convert by; labels are never looked at.
 
     Args:
-        data: a folder of images; a tensor or a data set, prepared as the model wants: of images,
-            of (image, label), or of dicts whose keys are arguments of the model (`pixel_values`,
-            `input_ids`).
+        data: a folder of images, or "random" for shapes at random; a tensor or a data set,
+            prepared as the model wants: of images, of (image, label), or of dicts whose keys are
+            arguments of the model (`pixel_values`, `input_ids`).
         images: at most so many are used.
         config: effort, seed and the rest.
         device: `auto`, `cpu`, `cuda`, ...
@@ -135,6 +136,11 @@ class Calibration:
     resume: bool = False
     on_event: OnCalibration = _ignore
     output: Pick | None = None
+
+    @property
+    def _layout(self) -> Layout:
+        named = isinstance(self.data, str | Path)
+        return layout_of(str(self.data) if named else "")
 
     def part(self, index: int, count: int) -> Calibration:
         """The same for one of several models, with a folder of its own for what is kept."""
@@ -193,6 +199,7 @@ class Calibration:
             seed=self.config.seed,
             device=self.device,
             workers=self.workers,
+            least_ridge=self._layout.least_ridge,
             on_images=lambda done, total: self.on_event(Measuring(done, total)),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tiedconv.data.annotations import Objects
 from tiedconv.data.datasets import Broken, ImageList, Sample, TensorList, first_readable
+from tiedconv.data.drawn_images import random_shapes
 from tiedconv.data.images import Images, Store
 from tiedconv.data.loading import Batch, Loader, SampleKey, default_workers
 from tiedconv.data.normalize import Normalization, as_uint8
@@ -44,5 +45,6 @@ __all__ = [
     "open_images",
     "open_split",
     "open_unlabelled",
+    "random_shapes",
     "train_transform",
 ]

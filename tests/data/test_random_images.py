@@ -1,0 +1,70 @@
+"""Images that are drawn at random: the same ones each time, which stand in for photos."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from error_codes import raises
+from hypothesis import given
+from hypothesis import strategies as st
+from micro import all_micros
+from PIL import Image
+
+import tiedconv
+from tiedconv.calibration import CalibConfig
+from tiedconv.conversion.calibrate import Calibration
+from tiedconv.data import open_images, open_split, open_unlabelled, random_shapes
+from tiedconv.errors import DataError
+from tiedconv.runtime.tie import state_of
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.integers(0, 9)
+)
+def test_they_are_pixels_and_decided_by_the_seed(
+    count: int, channels: int, height: int, width: int, seed: int
+) -> None:
+    found = random_shapes(count, (height, width), channels, seed=seed)
+    assert found.shape == (count, channels, height, width)
+    assert bool(((found >= 0) & (found <= 1)).all())
+    assert torch.equal(found, random_shapes(count, (height, width), channels, seed=seed))
+    assert not torch.equal(found, random_shapes(count, (height, width), channels, seed=seed + 1))
+
+
+def test_they_have_the_brightness_of_photos_and_edges() -> None:
+    found = random_shapes(128, (32, 32))
+    assert abs(float(found.mean()) - 0.46) < 0.03
+    assert 0.2 < float(found.std()) < 0.3
+    steps = (found[..., 1:] - found[..., :-1]).abs()
+    assert float(steps.median()) < 0.02 < 0.2 < float(steps.quantile(0.97))
+
+
+def test_the_layout_gives_each_image_by_its_number() -> None:
+    some = open_unlabelled("random", count=6)
+    assert len(some) == 6
+    assert some.labels is None
+    files = [some.open(i) for i in range(6)]
+    assert all(isinstance(file, io.BytesIO) for file in files)
+    sizes = {Image.open(file).size for file in files}  # type: ignore[arg-type]
+    assert sizes == {(256, 256)}
+    assert some.digest() == open_unlabelled("random", count=6).digest()
+    assert some.digest() != open_unlabelled("random", count=6, seed=1).digest()
+    split = open_split("random", labels="ignore")
+    assert not set(split.train.places) & set(split.val.places)
+
+
+def test_they_have_no_labels_to_evaluate_by() -> None:
+    with raises(DataError, "no-labels"):
+        open_images("random")
+
+
+@pytest.mark.parametrize("effort", ["fast", "normal"])
+def test_a_model_is_calibrated_on_them(effort: str) -> None:
+    micro = all_micros()["timm-vit"]
+    calib = Calibration("random", 16, CalibConfig(effort=effort, steps=2), workers=0)
+    tied = tiedconv.convert(micro.model(), "auto", bytes="20%", calib=calib)
+    record = state_of(tied).history[-1]["calibration"]
+    assert record["images"] == 16
+    assert record["ridge_median"] >= 0.3
