@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,8 +54,8 @@ LONGEST = -1.2345678901234567e-100
 """A number with as many digits as any in a file's history."""
 
 
-RANDOM = 128
-"""Images at random, where no others are given."""
+FEWEST, MOST, PIXELS = 32, 128, 2**19
+"""Images at random, where no others are given: as many as have so many pixels, between these."""
 
 COMPARED = 3
 """Plans, at most, that are rounded and compared by the model's outputs."""
@@ -217,9 +218,10 @@ def _cache(
         return StatisticsCache(model, calib, data)
     wanted = source.preprocess or Preprocess(224)
     size = native_size(model) or (wanted.size, wanted.size)
-    pixels = random_shapes(RANDOM, size, wanted.channel_count())
+    count = min(MOST, max(FEWEST, PIXELS // math.prod(size)))
+    pixels = random_shapes(count, size, wanted.channel_count())
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (wanted.mean, wanted.std))
-    random = TensorList((pixels - mean) / std, torch.zeros(RANDOM, dtype=torch.int64))
+    random = TensorList((pixels - mean) / std, torch.zeros(count, dtype=torch.int64))
     measuring = Calibration("random", workers=0)
     try:
         measuring.measure(model, {}, random)
