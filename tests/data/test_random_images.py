@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
+from cli_helpers import MODEL_ARGS, World, run
 from error_codes import raises
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from PIL import Image
 
 import tiedconv
 from tiedconv.calibration import CalibConfig
+from tiedconv.commands.measured import Measured, measured
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import open_images, open_split, open_unlabelled, random_shapes
 from tiedconv.errors import DataError
@@ -68,3 +71,18 @@ def test_a_model_is_calibrated_on_them(effort: str) -> None:
     record = state_of(tied).history[-1]["calibration"]
     assert record["images"] == 16
     assert record["ridge_median"] >= 0.3
+    assert record["random"] is True
+
+
+def test_the_command_says_that_no_photo_was_seen(world: World, tmp_path: Path) -> None:
+    file = tmp_path / "c.safetensors"
+    options = ("--calib-images", 16, "--effort", "fast", "--workers", 0)
+    model = ("timm:vit_tiny_patch16_224", *MODEL_ARGS, "--weights", world.weights)
+    done = run("convert", *model, "--bytes", "30%", "--calib", "random", *options, "-o", file)
+    assert "No photo was seen" in " ".join(done.stderr.split())
+    found = measured(tiedconv.report(file).history)
+    assert [each.random for each in found] == [True]
+    assert "held-out random image" in found[0].sentence
+    # It is not compared with what was measured on photos.
+    photos = Measured(1, found[0].title, found[0].title, 1.0, True, 2)
+    assert found[0].kind != photos.kind

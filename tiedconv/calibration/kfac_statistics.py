@@ -85,7 +85,7 @@ def gather_statistics(
     device: str = "auto",
     workers: int | None = None,
     memory: int = MEMORY,
-    least_ridge: float = 1e-4,
+    least_ridge: float = 0.0,
     on_images: Callable[[int, int], None] | None = None,
 ) -> KfacStatistics:
     """The metric of each weight of a model, from images without labels.

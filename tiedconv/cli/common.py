@@ -148,7 +148,10 @@ Data = Annotated[
         "a folder in COCO format.",
     ),
 ]
-CALIB_SOURCES = "A folder of images, with or without class folders, tar shards, or hf:NAME."
+CALIB_SOURCES = (
+    "A folder of images, with or without class folders, tar shards, hf:NAME, or [b]random[/b] "
+    "(shapes at random, where there are no photos)."
+)
 Task = Annotated[
     str,
     option_in(

@@ -292,7 +292,7 @@ def next_command(done: Conversion, weights: str, calib: Path | None) -> list[str
     assert done.path is not None
     spec, file = done.spec, str(done.path)
     trust = ["--trust-code"] if ":" in spec and not spec.startswith(("timm:", "hf:")) else []
-    if calib is None or weights == "none":
+    if calib is None or weights == "none" or (done.calibration or {}).get("random"):
         return ["tiedconv", "verify", file, *trust]
     # A file's own word for a folder, a repository or a function is not followed unasked.
     named = spec if spec.startswith("hf:") or trust else None
@@ -361,9 +361,14 @@ def _show(
         say(f"Wrote {done.path} ({render.against_original(figures)}; {took}).")
         if not done.calibration:
             hint(
-                "Nothing was calibrated: no image was seen, so answers may differ from the "
+                "Nothing was calibrated: no photo was seen, so answers may differ from the "
                 "original's, the more the smaller the file. Photos without labels help most: "
-                "--calib PHOTOS, about 256 of them."
+                "--calib PHOTOS, about 256 of them; without any, --calib random helps too."
+            )
+        elif done.calibration.get("random"):
+            hint(
+                "No photo was seen: answers for photos may differ more than those for random "
+                "images do. Some photos without labels help most: --calib PHOTOS."
             )
         hint(f"Next: {shlex.join(next_command(done, weights, calib))}")
     else:

@@ -278,15 +278,16 @@ def calibrated(figures: Mapping[str, Any]) -> str:
     from tiedconv.commands.measured import measured
 
     before, after = (max(0.0, figures[key]) for key in ("kl_before", "kl_after"))
+    random = "random " if figures.get("random") else ""
     text = (
-        f"Calibrated on {counted(figures['images'], 'image')} without labels, effort "
+        f"Calibrated on {counted(figures['images'], f'{random}image')} without labels, effort "
         f"{figures['effort']}: "
         f"KL divergence of the outputs {before:.3g}"
     )
     if after != before:
         text += f" -> {after:.3g}"
     # A single image is fitted to and measured on.
-    text += " nats" + (", on held-out images." if figures["images"] > 1 else ".")
+    text += " nats" + (f", on held-out {random}images." if figures["images"] > 1 else ".")
     text += "".join(f" {each.sentence}" for each in measured([{"calibration": figures}]))
     return text + (f" {skipped(figures['skipped'])}" if figures["skipped"] else "")
 

@@ -27,6 +27,7 @@ class Measured:
         counts: whether it is a share of cases, 0 to 1, rather than a similarity.
         images: how many it was measured on.
         data: their name; "" for held-out calibration images.
+        random: whether they were drawn at random, without a photo.
         before: at the beginning of the step; None if not measured.
         teacher: of the teacher of a fine-tuning; None if not measured.
     """
@@ -38,6 +39,7 @@ class Measured:
     counts: bool
     images: int
     data: str = ""
+    random: bool = False
     before: float | None = None
     teacher: float | None = None
 
@@ -56,7 +58,7 @@ class Measured:
     def sentence(self) -> str:
         """In words, with what it was measured on."""
         if not self.data:
-            images = counted(self.images, "held-out image")
+            images = counted(self.images, f"held-out {'random ' if self.random else ''}image")
             if self.counts:
                 return f"The {self.title} as the original on {self.text} of {images}."
             return f"Mean {self.title} to the original's: {self.text}, on {images}."
@@ -87,7 +89,7 @@ def _of_step(number: int, entry: Mapping[str, Any]) -> Iterator[Measured]:
         if value is not None:
             yield Measured(
                 number, name, title, value, name != "similarity", int(entry["val_images"]),
-                str(entry.get("data") or "unnamed data"),
+                str(entry.get("data") or "unnamed data"), False,
                 fraction(entry.get(f"{name}_before")), fraction(entry.get(f"{name}_teacher")),
             )  # fmt: skip
 
@@ -95,9 +97,12 @@ def _of_step(number: int, entry: Mapping[str, Any]) -> Iterator[Measured]:
 def _agreement(number: int, entry: Mapping[str, Any]) -> Measured | None:
     match entry.get("calibration"):
         case {
-            "agreement": {"compares": str(what), "mean": mean, "images": int(images), **more}
+            "agreement": {"compares": str(what), "mean": mean, "images": int(images), **more},
+            **record,
         } if (value := fraction(mean)) is not None:
-            return Measured(number, what, what, value, more.get("counts", True) is True, images)
+            counts, random = more.get("counts", True) is True, record.get("random") is True
+            kind = f"{what} (random)" if random else what  # is not compared with that on photos
+            return Measured(number, kind, what, value, counts, images, random=random)
     return None
 
 

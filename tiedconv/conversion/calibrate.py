@@ -22,13 +22,17 @@ from tiedconv.calibration import (
     measure_agreement,
 )
 from tiedconv.data import ImageList, eval_transform, open_unlabelled
-from tiedconv.data.layouts import Layout, layout_of
+from tiedconv.data.layouts import layout_of
 from tiedconv.io.run_dir import RunDir
 from tiedconv.runtime.call_hooks import Pick
 from tiedconv.sources import Preprocess, Source
 
 Images = str | Path | Tensor | Dataset[Any] | DataLoader[Any]
 """A folder of images; or a tensor, a data set or a loader of one, prepared as the model wants."""
+
+STAND_IN_RIDGE = 0.3
+"""The least ridge of second moments that are measured on random images: photos use more directions
+than these do."""
 
 MEASURED_AT_ONCE = 32
 """Images, at most: more take memory, and the time of each stays."""
@@ -138,9 +142,9 @@ class Calibration:
     output: Pick | None = None
 
     @property
-    def _layout(self) -> Layout:
-        named = isinstance(self.data, str | Path)
-        return layout_of(str(self.data) if named else "")
+    def stands_in(self) -> bool:
+        """Whether the images stand in for those that the model will see."""
+        return isinstance(self.data, str | Path) and layout_of(str(self.data)).stands_in
 
     def part(self, index: int, count: int) -> Calibration:
         """The same for one of several models, with a folder of its own for what is kept."""
@@ -199,7 +203,7 @@ class Calibration:
             seed=self.config.seed,
             device=self.device,
             workers=self.workers,
-            least_ridge=self._layout.least_ridge,
+            least_ridge=STAND_IN_RIDGE if self.stands_in else 0.0,
             on_images=lambda done, total: self.on_event(Measuring(done, total)),
         )
 
@@ -240,6 +244,7 @@ def calibration_record(
         "skipped": result.skipped,
         "effort": what.config.effort,
         "seed": what.config.seed,
+        **({"random": True} if what.stands_in else {}),
         "ridge_median": ridge,
         "kl_before": result.kl_before,
         # Of the model as it is written: its floats may have been rounded since the fit.

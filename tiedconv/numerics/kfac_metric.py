@@ -211,7 +211,7 @@ def mean_metric(metrics: Sequence[KfacMetric]) -> KfacMetric:
     return KfacMetric(left_mean, mean(rights, total if left_mean is None else 1.0))
 
 
-def shrinkage_estimate(first: Tensor, second: Tensor, least: float = 1e-4) -> tuple[Tensor, float]:
+def shrinkage_estimate(first: Tensor, second: Tensor, least: float = 0.0) -> tuple[Tensor, float]:
     """A well-conditioned second moment from those of two halves of the images.
 
     `(1 - rho) C + rho mu I`, mu the mean eigenvalue. The ridge rho is chosen by the data: it is
@@ -220,7 +220,7 @@ def shrinkage_estimate(first: Tensor, second: Tensor, least: float = 1e-4) -> tu
 
     Args:
         first, second: moments over the halves, `(n, n)` float64.
-        least: of the ridge.
+        least: of the ridge, which is 1e-4 or more in any case.
 
     Returns:
         the moment, float32, and rho.
@@ -231,7 +231,7 @@ def shrinkage_estimate(first: Tensor, second: Tensor, least: float = 1e-4) -> tu
         spread = mine.clone()
         spread.diagonal().sub_(float(mine.diagonal().mean()))
         ridge += float(((mine - other) * spread).sum() / spread.square().sum().clamp(min=1e-300))
-    rho = min(1.0, max(least, ridge / 4))
+    rho = min(1.0, max(1e-4, least, ridge / 4))
     mean = float(whole.diagonal().mean())
     whole = whole * (1 - rho)
     whole.diagonal().add_(rho * mean if mean > 0 else 1.0)

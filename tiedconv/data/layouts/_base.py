@@ -42,15 +42,14 @@ class Layout(ABC):
         last: whether it takes whatever no other layout takes.
         labels_from: what gives an image its label, in the plural, for messages.
         expected: what the data should look like, a sentence for messages.
-        least_ridge: of second moments that are measured on its images; more where these use fewer
-            directions than the images that a model will see.
+        stands_in: whether its images stand in for those that a model will see.
     """
 
     name: str
     last = False
     labels_from: str
     expected: str
-    least_ridge = 1e-4
+    stands_in = False
 
     @abstractmethod
     def takes(self, spec: str) -> bool:
