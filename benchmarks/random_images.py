@@ -1,6 +1,6 @@
 """A budget of parameters without photos: by the weights alone, or calibrated on random images.
 
-    python benchmarks/random_images.py --model resnet-narrow --weights WEIGHTS.safetensors --data IMAGES
+    python benchmarks/random_images.py --model resnet-narrow --weights W.safetensors --data IMAGES
 
 `auto` in floats at some numbers of parameters, judged on the test images. As many images are drawn
 as there are photos to calibrate by, whose rows are there to compare with. What the same does for a

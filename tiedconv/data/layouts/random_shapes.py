@@ -36,8 +36,8 @@ class RandomShapes(Layout):
     """Shapes at random, without labels; a folder of that name is `./random`."""
 
     name = "random"
-    labels_from = "labels, which random images do not have"
-    expected = "Expected a folder of images, as random ones have no labels"
+    labels_from = "classes, as they are shapes"
+    expected = "Expected a folder of images in class folders"
 
     stands_in = True
 
