@@ -53,7 +53,7 @@ def certain(shares: Tensor, count: int, *, generator: torch.Generator) -> Tensor
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics as they are summed: no ridge, no class drawn by chance, no place left out."""
     monkeypatch.setattr(
-        kfac_statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0)
+        kfac_statistics, "shrinkage_estimate", lambda a, b, least: (((a + b) / 2).float(), 0.0)
     )
     monkeypatch.setattr(torch, "multinomial", certain)
     monkeypatch.setattr(kfac_statistics, "POSITIONS", 10**6)
@@ -293,7 +293,7 @@ def test_some_places_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     x = nn.functional.interpolate(x, scale_factor=2)  # 16 x 16 places in the first stage
     weights = {"layer1.1.conv1.weight": False, "layer1.1.conv2.weight": False}
     monkeypatch.setattr(
-        kfac_statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0)
+        kfac_statistics, "shrinkage_estimate", lambda a, b, least: (((a + b) / 2).float(), 0.0)
     )
     some = gather(model, weights, x)
     monkeypatch.setattr(kfac_statistics, "POSITIONS", 10**6)
@@ -308,7 +308,7 @@ def test_some_places_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_classes_are_drawn_as_often_as_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over draws is the Fisher matrix of the exact probabilities."""
     monkeypatch.setattr(
-        kfac_statistics, "shrinkage_estimate", lambda a, b: (((a + b) / 2).float(), 0.0)
+        kfac_statistics, "shrinkage_estimate", lambda a, b, least: (((a + b) / 2).float(), 0.0)
     )
     torch.manual_seed(3)
     model, x = nn.Linear(3, 4), torch.randn(1, 3)
