@@ -27,7 +27,7 @@ from tiedconv.calibration.config import CalibConfig
 from tiedconv.conversion.calibrate import Calibration
 
 RESULT = Path(__file__).parent / "results" / "random_images.json"
-WAYS = (("none", ""), ("random", "fast"), ("random", "normal"), ("photos", "fast"))
+WAYS = (("none", ""), ("random", "fast"), ("photos", "fast"))
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from tiedconv.conversion.calibrate import Calibration
 from tiedconv.data import open_images, open_split, open_unlabelled, random_shapes
 from tiedconv.errors import DataError
 from tiedconv.runtime.tie import state_of
+from tiedconv.sources import Preprocess, Source
 
 
 @given(
@@ -51,11 +52,20 @@ def test_the_layout_gives_each_image_by_its_number() -> None:
     files = [some.open(i) for i in range(6)]
     assert all(isinstance(file, io.BytesIO) for file in files)
     sizes = {Image.open(file).size for file in files}  # type: ignore[arg-type]
-    assert sizes == {(256, 256)}
+    assert sizes == {(224, 224)}
+    small = open_unlabelled("random:9", count=2).open(0)
+    assert Image.open(small).size == (9, 9)  # type: ignore[arg-type]
     assert some.digest() == open_unlabelled("random", count=6).digest()
     assert some.digest() != open_unlabelled("random", count=6, seed=1).digest()
     split = open_split("random", labels="ignore")
     assert not set(split.train.places) & set(split.val.places)
+
+
+def test_they_are_drawn_at_the_size_that_a_model_takes() -> None:
+    wanted = Source("", preprocess=Preprocess(12, 16, (0.0,) * 3, (1.0,) * 3))
+    data = Calibration("random", 3).open(wanted)
+    drawn = random_shapes(1, (16, 16), seed=int(open_unlabelled("random", count=3).places[0]))
+    assert torch.allclose(data[0][0], drawn[0, :, 2:14, 2:14], atol=1 / 255)
 
 
 def test_they_have_no_labels_to_evaluate_by() -> None:

@@ -167,8 +167,10 @@ class Calibration:
             return _InMemory(self.data)
         if not isinstance(self.data, str | Path):
             return self.data
-        found = open_unlabelled(self.data, count=self.images, seed=self.config.seed)
         wanted = source.preprocess or Preprocess(224 if native is None else min(native))
+        spec = str(self.data)
+        spec = layout_of(spec).at_size(spec, wanted.resize or wanted.size)
+        found = open_unlabelled(spec, count=self.images, seed=self.config.seed)
         return ImageList(
             found,
             eval_transform(wanted),

@@ -69,6 +69,13 @@ class Layout(ABC):
             MissingExtra: an optional package is needed.
         """
 
+    def at_size(self, spec: str, side: int) -> str:
+        """The same images for a model that takes them at so many pixels a side.
+
+        What has pixels of its own, as photos have, is resized when it is read, and stays as it is.
+        """
+        return spec
+
     def title(self, spec: str) -> str:
         """A short name of the data for a file's history: no path of the user's machine."""
         return Path(spec).name or Path(spec).resolve().name  # of "." the latter
