@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("vit-real", "resnet-narrow"), required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--params", nargs="*", type=int, default=(50, 30))
+    parser.add_argument("--params", nargs="*", type=int, default=(50,))
     args = parser.parse_args()
     model, images = MODELS[args.model](args)
     model.load_state_dict(load_file(args.weights))
