@@ -11,7 +11,6 @@ budget of bytes is in `frontier.py` (efforts "none" and "random"). Results go to
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from pathlib import Path
@@ -53,7 +52,7 @@ def main() -> None:
                 given: Any = photos if data == "photos" else "random"
                 calib = Calibration(given, len(photos), CalibConfig(effort=effort), workers=0)
             tied = tiedconv.convert(
-                copy.deepcopy(model), "auto", params=f"{params}%", calib=calib,
+                model, "auto", params=f"{params}%", calib=calib,
                 preprocess=PREPARED[args.model],
             )  # fmt: skip
             seconds = round(time.process_time() - start)

@@ -363,7 +363,7 @@ def _show(
             hint(
                 "Nothing was calibrated: no photo was seen, so answers may differ from the "
                 "original's, the more the smaller the file. Photos without labels help most: "
-                "--calib PHOTOS, about 256 of them; without any, --calib random helps too."
+                "--calib PHOTOS, about 256 of them; for want of any: --calib random --effort fast."
             )
         elif done.calibration.get("random"):
             hint(

@@ -29,7 +29,7 @@ from tiedconv.conversion.rounding import round_to_bytes
 from tiedconv.conversion.statistics_cache import StatisticsCache
 from tiedconv.conversion.tensor_store import TensorStore
 from tiedconv.core.plan import Plan
-from tiedconv.data import TensorList, random_shapes
+from tiedconv.data import Normalization, TensorList, random_shapes
 from tiedconv.errors import BudgetError, TiedconvError
 from tiedconv.families.inspect import ModelInfo
 from tiedconv.io.checkpoint import file_size
@@ -220,8 +220,8 @@ def _cache(
     size = native_size(model) or (wanted.size, wanted.size)
     count = min(MOST, max(FEWEST, PIXELS // math.prod(size)))
     pixels = random_shapes(count, size, wanted.channel_count())
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (wanted.mean, wanted.std))
-    random = TensorList((pixels - mean) / std, torch.zeros(count, dtype=torch.int64))
+    pixels = Normalization(wanted.mean, wanted.std).to_unit(pixels)
+    random = TensorList(pixels, torch.zeros(count, dtype=torch.int64))
     measuring = Calibration("random", workers=0)
     try:
         measuring.measure(model, {}, random)

@@ -46,7 +46,6 @@ class RandomShapes(Layout):
     name = "random"
     labels_from = "classes, as they are shapes"
     expected = "Expected a folder of images in class folders"
-
     stands_in = True
 
     def takes(self, spec: str) -> bool:
