@@ -31,7 +31,7 @@ from tiedconv.calibration import (
 )
 from tiedconv.calibration.activation_cache import Cache
 from tiedconv.calibration.augmentation import corner_copies
-from tiedconv.calibration.fitting import split
+from tiedconv.calibration.held_out import split
 from tiedconv.calibration.objectives import JointObjective
 from tiedconv.calibration.output_metric import _rows
 from tiedconv.calibration.state import identity_of
@@ -594,13 +594,24 @@ def test_very_few_images_are_enough(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 20, 32, 100, 1000])
-def test_a_tenth_is_held_out_but_at_least_sixteen(count: int) -> None:
+def test_a_tenth_is_held_out_but_sixteen_where_there_are_enough(count: int) -> None:
     train, held = split(count, 0)
-    expected = {1: 1, 2: 1, 20: 10, 32: 16, 100: 16, 1000: 100}[count]
+    expected = {1: 1, 2: 1, 20: 5, 32: 8, 100: 16, 1000: 100}[count]
     assert len(held) == expected
     if count > 1:
         assert sorted([*train.tolist(), *held.tolist()]) == list(range(count))
         assert count < 3 or not torch.equal(split(count, 1)[1], held)
+
+
+def test_which_images_are_held_out_does_not_depend_on_what_can_be_read() -> None:
+    train, held = split(100, 0)
+    lost = [0, 7, int(held[3])]
+    places = [i for i in range(100) if i not in lost]
+    found = [[places[i] for i in part.tolist()] for part in split(97, 0, lost)]
+    assert found == [[i for i in part.tolist() if i not in lost] for part in (train, held)]
+    # Nothing that is held out can be read: others are.
+    left = split(len(train), 0, held.tolist())
+    assert [len(part) for part in left] == [len(part) for part in split(len(train), 0)]
 
 
 def test_the_caches_of_a_student_are_dropped() -> None:

@@ -122,8 +122,23 @@ def placed(batch: Tensor, placement: Placement) -> Tensor:
     return batch.to(placement.device, non_blocking=True)
 
 
-def read_images(loader: Loader, cache: Cache) -> tuple[Tensor, list[str]]:
-    """All images that can be read, in order, and the paths of the others.
+@dataclass(frozen=True)
+class ReadImages:
+    """All images of a data set that can be read, in order.
+
+    Args:
+        images: `(N, ...)`.
+        lost: indices into the data set of the others.
+        broken: paths of the others.
+    """
+
+    images: Tensor
+    lost: list[int]
+    broken: list[str]
+
+
+def read_images(loader: Loader, cache: Cache) -> ReadImages:
+    """All images that can be read.
 
     Raises:
         DataError: no image can be read.
@@ -131,8 +146,10 @@ def read_images(loader: Loader, cache: Cache) -> tuple[Tensor, list[str]]:
     slab: Tensor | None = None
     count = 0
     broken: list[str] = []
+    lost: list[int] = []
     for batch in loader.epoch():
         broken += batch.broken
+        lost += batch.lost
         if not len(batch.images):
             continue
         if slab is None:
@@ -141,7 +158,7 @@ def read_images(loader: Loader, cache: Cache) -> tuple[Tensor, list[str]]:
         count += len(batch.images)
     require_some(count, broken)
     assert slab is not None
-    return slab[:count], broken
+    return ReadImages(slab[:count], lost, broken)
 
 
 @torch.no_grad()

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tiedconv.calibration.activation_cache import Cache, Stream, read_images, release, take
+from tiedconv.calibration.activation_cache import (
+    Cache,
+    ReadImages,
+    Stream,
+    read_images,
+    release,
+    take,
+)
 from tiedconv.calibration.agreement import AT_ONCE as AGREEMENT_AT_ONCE
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.calibration.events import (
@@ -33,8 +40,9 @@ from tiedconv.calibration.events import (
     SpanResult,
     ignore,
 )
-from tiedconv.calibration.fitting import FitState, Schedule, mean_error, minimise, split
+from tiedconv.calibration.fitting import FitState, Schedule, mean_error, minimise
 from tiedconv.calibration.frozen import frozen
+from tiedconv.calibration.held_out import split
 from tiedconv.calibration.objectives import JointObjective, SpanObjective, weighted
 from tiedconv.calibration.output_metric import OutputMetric, measure_output_metrics
 from tiedconv.calibration.sample_forms import Forms
@@ -114,13 +122,13 @@ def fit_blocks(
     loader = Loader(data, config.batch_size, workers=workers)
     try:
         with frozen(student, teacher), Cache(config.cache_bytes) as cache, closing(loader):
-            images, broken = read_images(loader, cache)
+            found = read_images(loader, cache)
             loader.close()
-            forms = Forms.of(student, images, loader.groups)
-            pair = Pair.probed(student, teacher, images, placement, forms)
-            run = _Run(config, pair, images, forms, cache, on_event or ignore)
+            forms = Forms.of(student, found.images, loader.groups)
+            pair = Pair.probed(student, teacher, found.images, placement, forms)
+            run = _Run(config, pair, found, forms, cache, on_event or ignore)
             run.path = path
-            return run.go(resume, broken)
+            return run.go(resume, found.broken)
     finally:
         placement.release(student, teacher)
 
@@ -160,12 +168,12 @@ class _Run:
     """One call of `fit_blocks`."""
 
     def __init__(
-        self, config: CalibConfig, pair: Pair, images: Tensor, forms: Forms, cache: Cache,
+        self, config: CalibConfig, pair: Pair, found: ReadImages, forms: Forms, cache: Cache,
         emit: OnCalibEvent,
     ) -> None:  # fmt: skip
-        self.config, self.pair, self.images, self.cache = config, pair, images, cache
+        self.config, self.pair, self.images, self.cache = config, pair, found.images, cache
         self.forms, self.emit = forms, emit
-        self.train, self.held = split(len(images), config.seed)
+        self.train, self.held = split(len(found.images), config.seed, found.lost)
         self.at = _Progress()
         self.path: Path | None = None
         self.streams: tuple[int, Stream, Stream] | None = None

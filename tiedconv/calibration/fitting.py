@@ -268,21 +268,6 @@ def _batches(train: Tensor, schedule: Schedule, forms: Forms) -> Iterator[Tensor
             yield train[torch.from_numpy(part)]
 
 
-def split(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images to fit and of those held out, both sorted.
-
-    A tenth is held out, but at least 16 where that leaves half of them. A single image is both.
-    """
-    order = np.random.default_rng((seed, 1)).permutation(count)
-    held = max(count // 10, min(16, count // 2))
-    if not held:
-        return torch.arange(count), torch.arange(count)
-    return (
-        torch.from_numpy(np.sort(order[held:])),
-        torch.from_numpy(np.sort(order[:held])),
-    )
-
-
 class _Best:
     """The state with the smallest held-out error so far."""
 

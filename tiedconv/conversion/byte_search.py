@@ -219,15 +219,15 @@ def _cache(
     wanted = source.preprocess or Preprocess(224)
     size = native_size(model) or (wanted.size, wanted.size)
     count = min(MOST, max(FEWEST, PIXELS // math.prod(size)))
-    pixels = random_shapes(count, size, wanted.channel_count())
-    pixels = Normalization(wanted.mean, wanted.std).to_unit(pixels)
-    random = TensorList(pixels, torch.zeros(count, dtype=torch.int64))
+    normalization, labels = Normalization(wanted.mean, wanted.std), torch.zeros(count).long()
+    drawn = (random_shapes(count, size, wanted.channel_count(), seed=seed) for seed in (0, 1))
+    random, others = (TensorList(normalization.to_unit(pixels), labels) for pixels in drawn)
     measuring = Calibration("random", workers=0)
     try:
         measuring.measure(model, {}, random)
     except TiedconvError:  # it takes no images, or gives no class logits
         return None
-    return StatisticsCache(model, measuring, random)
+    return StatisticsCache(model, measuring, random, others)
 
 
 def _tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

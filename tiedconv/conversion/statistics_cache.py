@@ -1,6 +1,7 @@
 """What is measured of a model on images: statistics of activations and gradients, and outputs.
 
-The statistics are kept for the last alignment of the weights.
+The statistics are kept for the last alignment of the weights. Outputs are compared on other images
+than those that the statistics are of: see `calibration.held_out`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tiedconv.calibration import KfacStatistics
+from tiedconv.calibration.held_out import split
 from tiedconv.calibration.output_divergence import divergences
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.tensor_store import Workspace
+from tiedconv.data import Subset
+
+BATCHES = 8
+"""That the images on which outputs are compared are divided into, at least."""
 
 
 class StatisticsCache:
@@ -27,10 +33,22 @@ class StatisticsCache:
         model: plain; it is left as it is.
         calib: how images are read.
         data: the images.
+        others: to compare outputs on; None to hold out some of the images.
     """
 
-    def __init__(self, model: nn.Module, calib: Calibration, data: Dataset[object]) -> None:
-        self._model, self._calib, self._data = model, calib, data
+    def __init__(
+        self,
+        model: nn.Module,
+        calib: Calibration,
+        data: Dataset[object],
+        others: Dataset[object] | None = None,
+    ) -> None:
+        self._model, self._calib = model, calib
+        if others is not None:
+            self._data, self._others = data, others
+        else:
+            parts = split(len(data), calib.config.seed)  # type: ignore[arg-type]
+            self._data, self._others = (Subset(data, part) for part in parts)
         self._last: tuple[object, KfacStatistics] | None = None
         self.images = 0
         """Images that the last set was measured on."""
@@ -57,9 +75,13 @@ class StatisticsCache:
         return self._last[1]
 
     def divergences(self, model: nn.Module) -> Tensor:
-        """Divergences of a model's outputs from those of the plain one, for each batch."""
-        calib = self._calib
+        """Divergences of a model's outputs from those of the plain one, for each batch of others.
+
+        Batches are small, so that there are enough to tell a difference from chance.
+        """
+        calib, count = self._calib, len(self._others)  # type: ignore[arg-type]
+        batch_size = min(calib.config.batch_size, max(1, count // BATCHES))
         return divergences(
-            model, self._model, self._data, batch_size=calib.config.batch_size,
+            model, self._model, self._others, batch_size=batch_size,
             device=calib.device, workers=calib.workers,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from tiedconv.data.images import Images, Store
 from tiedconv.data.loading import Batch, Loader, SampleKey, default_workers
 from tiedconv.data.normalize import Normalization, as_uint8
 from tiedconv.data.open import Labels, Split, open_images, open_split, open_unlabelled
+from tiedconv.data.subset import Subset
 from tiedconv.data.transforms import (
     AUGMENTS,
     ImageTransform,
@@ -37,6 +38,7 @@ __all__ = [
     "SampleKey",
     "Split",
     "Store",
+    "Subset",
     "TensorList",
     "as_uint8",
     "default_workers",

@@ -44,12 +44,14 @@ class Batch(NamedTuple):
         labels: shape (B,), int64.
         broken: paths of the images that were left out.
         error: an error to raise in the main process.
+        lost: indices of the images that were left out.
     """
 
     images: Tensor
     labels: Tensor
     broken: Sequence[str] = ()
     error: TiedconvError | None = None
+    lost: Sequence[int] = ()
 
 
 class Loader:
@@ -236,6 +238,7 @@ class _BatchReader(Dataset[Batch]):
         images: list[Tensor] = []
         labels: list[int] = []
         broken: list[str] = []
+        lost: list[int] = []
         # In this process the generator belongs to the training loop, so it is put back. Only the
         # CPU's is touched: torch.manual_seed would also queue seeds for devices, slowly.
         before = torch.get_rng_state()
@@ -245,13 +248,14 @@ class _BatchReader(Dataset[Batch]):
                 sample = self.data[index]
                 if isinstance(sample, Broken):
                     broken.append(sample.path)
+                    lost.append(index)
                 else:
                     image, label = _image_and_label(sample)
                     images.append(image)
                     labels.append(label)
         finally:
             torch.set_rng_state(before)
-        return Batch(_stacked(images), torch.tensor(labels, dtype=torch.int64), broken)
+        return Batch(_stacked(images), torch.tensor(labels, dtype=torch.int64), broken, lost=lost)
 
 
 def _image_and_label(sample: Any) -> tuple[Tensor, int]:
