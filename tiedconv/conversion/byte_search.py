@@ -3,7 +3,8 @@
 Each plan (the whole model; schemes at several numbers of parameters) is fitted, and the cost of
 rounding it to the budget is forecast. Both costs are in one unit (see `numerics.kfac_metric`), so
 the plan with the least sum is taken, rounded and calibrated. Where several come close, each is
-rounded, and another one is taken where the outputs on the images speak for it.
+rounded, and another one is taken where the outputs on held-out images speak for it. These also
+decide how far rounding trusts the measured inputs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tiedconv.conversion.byte_plans import Chosen, choose_plans
 from tiedconv.conversion.calibrate import Calibration, calibration_record
 from tiedconv.conversion.candidates import tie_fit
 from tiedconv.conversion.fit import Fit, OnGroup
+from tiedconv.conversion.ridged_metrics import RIDGES, RidgedMetrics
 from tiedconv.conversion.rounded_model import RoundedModel, SizeOf
 from tiedconv.conversion.rounding import round_to_bytes
 from tiedconv.conversion.statistics_cache import StatisticsCache
@@ -127,6 +129,10 @@ def convert_to_bytes(
         rounded = None  # of the fit before
     enter("round")
     rounded = rounded or round_(fitted, chosen.metrics)
+    if cache is not None:
+        rounded = _with_ridge(
+            original, dataclasses.replace(chosen, fitted=fitted), rounded, round_, cache
+        )
     untie(model)
     fitted = dataclasses.replace(fitted, plan=rounded.plan, tensors=rounded.tensors)
     tie_fit(model, fitted, record)
@@ -158,10 +164,7 @@ def _best(
         except BudgetError as error:
             refused.append(error)
             continue
-        model = copy.deepcopy(original)
-        fit = dataclasses.replace(chosen.fitted, plan=rounded.plan, tensors=rounded.tensors)
-        tie_fit(model, fit, {})
-        found = cache.divergences(model)
+        found = _divergences(original, chosen.fitted, rounded, cache)
         if best is None or is_clearly_less(found, best[0]):
             best = found, chosen, rounded
     if best is None:
@@ -170,6 +173,35 @@ def _best(
         if chosen is not best[1]:
             chosen.close()
     return best[1], best[2]
+
+
+def _with_ridge(
+    original: nn.Module,
+    chosen: Chosen,
+    rounded: RoundedModel,
+    round_: Callable[[Fit, KfacMetrics], RoundedModel],
+    cache: StatisticsCache,
+) -> RoundedModel:
+    """The rounding whose outputs are nearest: as given, or with measured inputs trusted less."""
+    best = _divergences(original, chosen.fitted, rounded, cache).mean()
+    for ridge in RIDGES:
+        try:
+            other = round_(chosen.fitted, RidgedMetrics(chosen.metrics, ridge))
+        except BudgetError:
+            break
+        found = _divergences(original, chosen.fitted, other, cache).mean()
+        if not found < best:
+            break
+        best, rounded = found, other
+    return rounded
+
+
+def _divergences(
+    original: nn.Module, fitted: Fit, rounded: RoundedModel, cache: StatisticsCache
+) -> Tensor:
+    model = copy.deepcopy(original)
+    tie_fit(model, dataclasses.replace(fitted, plan=rounded.plan, tensors=rounded.tensors), {})
+    return cache.divergences(model)
 
 
 def _calibrated(
