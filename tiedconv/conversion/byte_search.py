@@ -3,8 +3,8 @@
 Each plan (the whole model; schemes at several numbers of parameters) is fitted, and the cost of
 rounding it to the budget is forecast. Both costs are in one unit (see `numerics.kfac_metric`), so
 the plan with the least sum is taken, rounded and calibrated. Where several come close, each is
-rounded, and another one is taken where the outputs on held-out images speak for it. These also
-decide how far rounding trusts the measured inputs.
+rounded, and another one is taken where the outputs on the images speak for it. Outputs also decide
+how far rounding trusts the measured inputs.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """What is measured of a model on images: statistics of activations and gradients, and outputs.
 
 The statistics are kept for the last alignment of the weights. Outputs are compared on other images
-than those that the statistics are of: see `calibration.held_out`.
+too, as what was fitted to few images is near on these alone (see `calibration.held_out`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -33,7 +34,8 @@ class StatisticsCache:
         model: plain; it is left as it is.
         calib: how images are read.
         data: the images.
-        others: to compare outputs on; None to hold out some of the images.
+        others: to compare outputs on; None to hold some of the images out of the statistics, and to
+            compare outputs on all: on those held out alone, chance would decide.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class StatisticsCache:
         if others is not None:
             self._data, self._others = data, others
         else:
-            parts = split(len(data), calib.config.seed)  # type: ignore[arg-type]
-            self._data, self._others = (Subset(data, part) for part in parts)
+            train, held = split(len(data), calib.config.seed)  # type: ignore[arg-type]
+            # Those held out first: of many images, not all are compared.
+            first = torch.cat([held, train]) if len(data) > 1 else held  # type: ignore[arg-type]
+            self._data, self._others = Subset(data, train), Subset(data, first)
         self._last: tuple[object, KfacStatistics] | None = None
         self.images = 0
         """Images that the last set was measured on."""
@@ -75,7 +79,7 @@ class StatisticsCache:
         return self._last[1]
 
     def divergences(self, model: nn.Module) -> Tensor:
-        """Divergences of a model's outputs from those of the plain one, for each batch of others.
+        """Divergences of a model's outputs from those of the plain one, for each batch.
 
         Batches are small, so that there are enough to tell a difference from chance.
         """
