@@ -533,7 +533,7 @@ def test_the_outputs_decide_between_plans_that_come_close(monkeypatch: pytest.Mo
         found = tiedconv.convert(
             all_micros()["timm-vit"].model(), recipe=recipe, calib=calib
         )  # fmt: skip
-        assert next(count) == len(plans)
+        assert next(count) >= len(plans)
         record = state_of(found).history[-1]["rounding"]
         assert record["fit_cost"] == pytest.approx(plan.fitted.cost, rel=1e-6)
 

@@ -1,9 +1,9 @@
-"""Which images of a calibration are held out: nothing is measured on them or fitted to them.
+"""Which images of a calibration are held out: no statistics are of them, and no fit sees them.
 
-What decides between plans and between states of a fit, and what a report says of the outputs, is
-measured on the held-out images alone. On images that were fitted, a compact model looks much
-better than it is: by 128 photos, EfficientNet-Lite0 of low rank at 10 % of its bytes has a KL
-divergence of 0.006 on these photos and of 3.2 on others.
+They decide between the states of a fit, and a report says of the outputs what was measured on them
+alone. On the other images a compact model may look much better than it is: by 128 photos,
+EfficientNet-Lite0 of low rank at 10 % of its bytes has a KL divergence of 0.006 on these photos and
+of 3.2 on others.
 """
 
 from __future__ import annotations
