@@ -120,7 +120,7 @@ def test_images_of_several_sizes_calibrate_a_model_that_takes_any(
     first, second = converted(), converted()
     record: Mapping[str, Any] = state_of(first).history[-1]["calibration"]
     assert record["images"] == 32
-    assert record["agreement"]["images"] == 16
+    assert record["agreement"]["images"] == 8
     assert record["kl_after"] <= record["kl_before"]
     assert all(after <= before for _, before, after in record["blocks"])
     assert not any(m._forward_pre_hooks for m in first.modules())
@@ -264,7 +264,8 @@ def test_texts_of_several_lengths_are_calibrated(padded: int) -> None:
     by_plain = tiedconv.convert(model, "lowrank", params="60%")
     by_text = tiedconv.convert(model, "lowrank", params="60%", calib=calibration(samples))
     record = state_of(by_text).history[-1]["calibration"]
-    assert record["kl_after"] <= record["kl_before"]
+    # Where no state is better, both are of one model, in other batches.
+    assert record["kl_after"] <= (1 + 1e-6) * record["kl_before"]
     off = [0.0, 0.0]
     with torch.no_grad():
         for sample in texts(LENGTHS):

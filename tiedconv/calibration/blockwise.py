@@ -56,6 +56,10 @@ from tiedconv.runtime.tie import state_of, unfreeze
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.evaluation import EVENT_SECONDS
 
+MUCH, LEAST_LOSS = 0.05, 1e-5
+"""Nats for each image from which the learning rate of the whole model is the highest, and below
+which it is not lowered further."""
+
 
 @torch.enable_grad()  # a caller may have switched gradients off
 def fit_blocks(
@@ -357,7 +361,8 @@ class _Run:
         def report(step: int, loss: float) -> None:
             self.emit(Joint(step, steps, loss))
 
-        schedule = self.schedule(steps, self.config.joint_lr, self.config.total_passes, 0)
+        lr = self.config.joint_lr * _needed(self.at.start_error)
+        schedule = self.schedule(steps, lr, self.config.total_passes, 0)
         _, error = minimise(
             objective, self.train, self.held, schedule, _throttled(report, steps),
             self.at.midway, self.save_midway if self.path is not None else None,
@@ -382,6 +387,14 @@ class _Run:
         if self.path is not None:
             plain, tensors = self.at.split()
             save_state(self.path, self.pair.student.model, self.identity, plain, tensors)
+
+
+def _needed(divergence: float) -> float:
+    """The learning rate of the whole model relative to the highest, by what is lost at the start.
+
+    The divergence is quadratic in the error of the weights, and these need not move further.
+    """
+    return min(1.0, math.sqrt(max(LEAST_LOSS, divergence) / MUCH))
 
 
 def _relative(error: float, span: Span) -> float:

@@ -46,7 +46,8 @@ class CalibConfig:
         batch_size: images in a step.
         lr: the highest learning rate of a fit, relative to a tensor's root mean square, so
             that a step changes each entry by about that fraction.
-        joint_lr: likewise, for the whole model at the end.
+        joint_lr: likewise, for the whole model at the end; less where its outputs are near
+            already.
         passes: over all spans; None leaves it to the effort, likewise below.
         steps: for each span.
         joint_steps: for the whole model at the end; 0 for none.
