@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import tiedconv
+from tiedconv.calibration import blockwise
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.calibration.objectives import JointObjective
 from tiedconv.conversion import byte_plans, byte_search
@@ -77,6 +78,8 @@ INTEGERS_STAY: tuple[Patch, Patch] = (
     (byte_search, "harden", nothing),
 )
 
+TRUSTED: Patch = (byte_search, "RIDGES", ())
+HIGHEST: Patch = (blockwise, "MUCH", 1e-9)
 NOT_AUGMENTED: Patch = (JointObjective, "augments", False)
 
 SETTINGS: dict[str, tuple[str, str | None, tuple[Patch, ...]]] = {
@@ -88,11 +91,13 @@ SETTINGS: dict[str, tuple[str, str | None, tuple[Patch, ...]]] = {
     "the whole model rounded, nothing shared": ("fast", None, (BITS_ALONE,)),
     "the forecast decides, outputs are not compared": ("fast", None, (FORECAST_ALONE,)),
     "the same, no plans between": ("fast", None, (FORECAST_ALONE, NO_FINER)),
+    "measured inputs trusted as they are": ("fast", None, (TRUSTED,)),
     "patches, positions and classifier in float16": ("fast", None, (KEPT_STAY,)),
     "ranks first (50 % of the parameters), bits after": ("fast", "50%", ()),
     "ranks first (30 %), bits after": ("fast", "30%", ()),
     "all parts, with block fits": ("normal", None, ()),
     "block fits, images not augmented": ("normal", None, (NOT_AUGMENTED,)),
+    "block fits, the highest learning rate": ("normal", None, (HIGHEST,)),
     "block fits, integers not trained": ("normal", None, INTEGERS_STAY),
 }
 """What it is called: effort, budget of parameters, and what is replaced."""
