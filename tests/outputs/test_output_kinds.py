@@ -184,5 +184,5 @@ def test_other_outputs_than_classes_are_calibrated(how: str, effort: str) -> Non
     assert fitted < unfitted
     found = state_of(made).history[0]["calibration"]["agreement"]
     assert found["compares"] == kind.compares
-    assert found["images"] == 12
+    assert found["images"] == 6
     assert 0 < found["mean"] <= 1
