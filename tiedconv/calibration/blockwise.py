@@ -57,8 +57,8 @@ from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.evaluation import EVENT_SECONDS
 
 MUCH, LEAST_LOSS = 0.05, 1e-5
-"""Nats for each image from which the learning rate of the whole model is the highest, and below
-which it is not lowered further."""
+"""Divergence for each image from which the learning rate of the whole model is the highest, and
+below which it is not lowered further."""
 
 
 @torch.enable_grad()  # a caller may have switched gradients off

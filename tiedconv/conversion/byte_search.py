@@ -59,6 +59,9 @@ LONGEST = -1.2345678901234567e-100
 FEWEST, MOST, PIXELS = 32, 128, 2**19
 """Images at random, where no others are given: as many as have so many pixels, between these."""
 
+Judged = tuple[RoundedModel, Tensor]
+"""A rounding, and how far the outputs are from the original's, for each batch of images."""
+
 COMPARED = 3
 """Plans, at most, that are rounded and compared by the model's outputs."""
 
@@ -118,7 +121,7 @@ def convert_to_bytes(
             floats=recipe.bits is None,
         )  # fmt: skip
 
-    chosen, rounded = _best(original, plans, round_, cache)
+    chosen, judged = _best(original, plans, round_, cache)
     fitted = chosen.fitted
     tie_fit(model, fitted, record)
     if calib is not None and data is not None and fitted.plan.groups and calib.config.fits:
@@ -126,13 +129,10 @@ def convert_to_bytes(
         calib.part(0, 3).fit(model, original, data)
         model.cpu()
         fitted = dataclasses.replace(fitted, tensors=_tensors(model, fitted.plan))
-        rounded = None  # of the fit before
+        judged = None  # of the fit before
     enter("round")
-    rounded = rounded or round_(fitted, chosen.metrics)
-    if cache is not None:
-        rounded = _with_ridge(
-            original, dataclasses.replace(chosen, fitted=fitted), rounded, round_, cache
-        )
+    chosen = dataclasses.replace(chosen, fitted=fitted)
+    rounded = _with_ridge(original, chosen, judged, round_, cache)
     untie(model)
     fitted = dataclasses.replace(fitted, plan=rounded.plan, tensors=rounded.tensors)
     tie_fit(model, fitted, record)
@@ -149,8 +149,8 @@ def _best(
     plans: Sequence[Chosen],
     round_: Callable[[Fit, KfacMetrics], RoundedModel],
     cache: StatisticsCache | None,
-) -> tuple[Chosen, RoundedModel | None]:
-    """The plan of the least forecast, unless another's outputs are clearly nearer; its rounding.
+) -> tuple[Chosen, Judged | None]:
+    """The plan of the least forecast, unless another's outputs are clearly nearer; how it rounds.
 
     Where there is one plan, it is not rounded. Others are closed.
     """
@@ -172,27 +172,32 @@ def _best(
     for chosen in plans:
         if chosen is not best[1]:
             chosen.close()
-    return best[1], best[2]
+    return best[1], (best[2], best[0])
 
 
 def _with_ridge(
     original: nn.Module,
     chosen: Chosen,
-    rounded: RoundedModel,
+    judged: Judged | None,
     round_: Callable[[Fit, KfacMetrics], RoundedModel],
-    cache: StatisticsCache,
+    cache: StatisticsCache | None,
 ) -> RoundedModel:
-    """The rounding whose outputs are nearest: as given, or with measured inputs trusted less."""
-    best = _divergences(original, chosen.fitted, rounded, cache).mean()
+    """The rounding whose outputs are nearest: the usual, or with measured inputs trusted less."""
+    rounded, found = judged or (round_(chosen.fitted, chosen.metrics), None)
+    if cache is None or not RIDGES:
+        return rounded
+    if found is None:
+        found = _divergences(original, chosen.fitted, rounded, cache)
+    best = found.mean()
     for ridge in RIDGES:
         try:
             other = round_(chosen.fitted, RidgedMetrics(chosen.metrics, ridge))
         except BudgetError:
             break
-        found = _divergences(original, chosen.fitted, other, cache).mean()
-        if not found < best:
+        error = _divergences(original, chosen.fitted, other, cache).mean()
+        if not error < best:
             break
-        best, rounded = found, other
+        best, rounded = error, other
     return rounded
 
 
