@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,19 +11,21 @@ from calibration_helpers import images_of
 from hypothesis import given
 from hypothesis import strategies as st
 from micro import all_micros
-from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
 
 import tiedconv
-from tiedconv.calibration import CalibConfig
+from tiedconv.calibration import CalibConfig, output_divergence
 from tiedconv.calibration.held_out import split
+from tiedconv.calibration.output_divergence import OutputDivergence
 from tiedconv.conversion import byte_search
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.ridged_metrics import RIDGES, RidgedMetrics
 from tiedconv.conversion.statistics_cache import StatisticsCache
-from tiedconv.data import Loader, Subset, TensorList
+from tiedconv.data import Broken, Loader, Subset, TensorList
 from tiedconv.numerics.kfac_metric import KfacMetric
 from tiedconv.runtime.tensors import state_tensors
+from tiedconv.runtime.tie import state_of
 
 
 def calib_on(name: str, count: int = 24) -> Calibration:
@@ -118,6 +121,70 @@ def test_the_ridge_is_taken_whose_outputs_are_nearest(
     codes = [name for name in wanted if name.endswith("/codes")]
     assert codes
     assert all(torch.equal(found[name], wanted[name]) for name in codes)
+
+
+@pytest.mark.parametrize("effort", ["fast", "normal"])
+def test_outputs_are_compared_with_the_originals(
+    monkeypatch: pytest.MonkeyPatch, effort: str
+) -> None:
+    """Also once the model has been made a shared one, and fitted."""
+    original = all_micros()["timm-vit"].model()
+    calib = dataclasses.replace(calib_on("timm-vit", 8), config=CalibConfig(effort=effort))
+    compare, compared = StatisticsCache.divergences, []
+
+    def checked(self: StatisticsCache, model: Any) -> Tensor:
+        found = compare(self, model)
+        anew = OutputDivergence(original, self._others, batch_size=1, device="cpu", workers=0)
+        assert torch.equal(found, anew.of(model))
+        compared.append(found)
+        return found
+
+    monkeypatch.setattr(StatisticsCache, "divergences", checked)
+    model = all_micros()["timm-vit"].model()
+    tied = tiedconv.convert(model, "lowrank", params="60%", bytes="30%", calib=calib)
+    assert state_of(tied).plan.groups
+    assert len(compared) > 1
+
+
+@pytest.mark.parametrize(("kept", "runs"), [(0, 9), (2000, 7), (1 << 20, 3)])
+def test_outputs_of_the_original_are_kept_while_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, kept: int, runs: int
+) -> None:
+    """A batch of two images of 3 x 8 x 8 takes 1,536 bytes, and its outputs 80."""
+    monkeypatch.setattr(output_divergence, "KEPT", kept)
+    data = TensorDataset(torch.rand(6, 3, 8, 8), torch.zeros(6))
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(192, 10))
+    outputs, count = OutputDivergence(model, data, batch_size=2, device="cpu", workers=0), 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    model.register_forward_hook(counted)
+    others = [nn.Sequential(nn.Flatten(), nn.Linear(192, 10)) for _ in range(3)]
+    for other in others:
+        known = model(data.tensors[0].clone()).log_softmax(1)
+        found = other(data.tensors[0]).log_softmax(1)
+        each = (known.exp() * (known - found)).sum(1).double()
+        assert torch.allclose(outputs.of(other), each.reshape(3, 2).mean(1), rtol=1e-4)
+    assert count == runs + len(others)
+    assert model.training
+
+
+def test_images_that_can_not_be_read_are_left_out_of_every_comparison() -> None:
+    class Some(Dataset[Any]):
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, index: int) -> Any:
+            return Broken(f"{index}.png") if index == 2 else (torch.full((1, 2, 2), index / 5.0), 0)
+
+    model, other = (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)) for _ in range(2))
+    outputs = OutputDivergence(model, Some(), batch_size=1, device="cpu", workers=0)
+    first = outputs.of(other)
+    assert len(first) == 4
+    assert torch.equal(outputs.of(other), first)
+    assert torch.equal(outputs.of(model), torch.zeros(4, dtype=torch.float64))
 
 
 def test_a_subset_is_read_as_the_whole_is() -> None:

@@ -264,8 +264,7 @@ def test_texts_of_several_lengths_are_calibrated(padded: int) -> None:
     by_plain = tiedconv.convert(model, "lowrank", params="60%")
     by_text = tiedconv.convert(model, "lowrank", params="60%", calib=calibration(samples))
     record = state_of(by_text).history[-1]["calibration"]
-    # Where no state is better, both are of one model, in other batches.
-    assert record["kl_after"] <= (1 + 1e-6) * record["kl_before"]
+    assert record["kl_after"] <= record["kl_before"]
     off = [0.0, 0.0]
     with torch.no_grad():
         for sample in texts(LENGTHS):

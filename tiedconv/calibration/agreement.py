@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from tiedconv.outputs import kind_of
 from tiedconv.training.batchnorm import modes_kept
 
-AT_ONCE = 16
-"""Images in a batch."""
-
 
 @dataclass(frozen=True)
 class Agreement:

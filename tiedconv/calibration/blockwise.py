@@ -29,7 +29,6 @@ from tiedconv.calibration.activation_cache import (
     release,
     take,
 )
-from tiedconv.calibration.agreement import AT_ONCE as AGREEMENT_AT_ONCE
 from tiedconv.calibration.config import CalibConfig
 from tiedconv.calibration.events import (
     BlockwiseResult,
@@ -199,7 +198,7 @@ class _Run:
             self.at = _Progress.of(saved, tensors, self.path)
         else:
             self.at.kl_before = self.divergence(joint)
-            self.at.start_error = self.error(joint) if joint.augments else self.at.kl_before
+            self.at.start_error = self.error(joint)
         self.start -= self.at.seconds
         spans = self.pair.spans
         while self.at.fits < self.config.total_passes * len(spans):
@@ -219,7 +218,7 @@ class _Run:
             example_of_skipped=broken[0] if broken else None,
             seconds=self.at.seconds,
             held_batches=tuple(
-                self.images[part] for part in self.forms.batches(self.held, AGREEMENT_AT_ONCE)
+                self.images[part] for part in self.forms.batches(self.held, self.config.batch_size)
             ),
         )
 
@@ -228,8 +227,9 @@ class _Run:
         return mean_error(joint, self.held, self.config.batch_size)
 
     def divergence(self, joint: JointObjective) -> float:
-        """What is reported: of the held-out images as they are."""
-        return self.error(dataclasses.replace(joint, augment=False))
+        """What is reported: of the held-out images as they are, as `measure_agreement` does it."""
+        exact = dataclasses.replace(joint.placement, autocast_in=None)
+        return self.error(dataclasses.replace(joint, augment=False, placement=exact))
 
     def state(self) -> list[Tensor]:
         """All tensors of the student."""
@@ -363,11 +363,11 @@ class _Run:
 
         lr = self.config.joint_lr * _needed(self.at.start_error)
         schedule = self.schedule(steps, lr, self.config.total_passes, 0)
-        _, error = minimise(
+        minimise(
             objective, self.train, self.held, schedule, _throttled(report, steps),
             self.at.midway, self.save_midway if self.path is not None else None,
         )  # fmt: skip
-        self.at.kl_after = self.divergence(objective) if objective.augments else error
+        self.at.kl_after = self.divergence(objective)
         self.at.joint, self.at.midway = True, None
         self.save()
 

@@ -95,7 +95,7 @@ def convert_to_bytes(
         DataError: no image could be read.
     """
     original, record = copy.deepcopy(model), source.to_json()
-    cache = _cache(model, source, calib, data)
+    cache = _cache(original, source, calib, data)  # the model itself is changed below
     most = 1 if cache is None else COMPARED
     plans, tried = choose_plans(info, outlined, budget, store, cache, on_group, most)
     blocks = 0 if calib is None else len({name.rpartition(".")[0] for name in info.shapes})

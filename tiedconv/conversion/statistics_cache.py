@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from tiedconv.calibration import KfacStatistics
 from tiedconv.calibration.held_out import split
-from tiedconv.calibration.output_divergence import divergences
+from tiedconv.calibration.output_divergence import OutputDivergence
 from tiedconv.conversion.calibrate import Calibration
 from tiedconv.conversion.tensor_store import Workspace
 from tiedconv.data import Subset
@@ -31,7 +31,7 @@ class StatisticsCache:
     two align alike is decided by the aligned weights themselves.
 
     Args:
-        model: plain; it is left as it is.
+        model: plain; it must stay as it is.
         calib: how images are read.
         data: the images.
         others: to compare outputs on; None to hold some of the images out of the statistics, and to
@@ -53,6 +53,12 @@ class StatisticsCache:
             # Those held out first: of many images, not all are compared.
             first = torch.cat([held, train]) if len(data) > 1 else held  # type: ignore[arg-type]
             self._data, self._others = Subset(data, train), Subset(data, first)
+        # Small batches, so that there are enough to tell a difference from chance.
+        count = len(self._others)  # type: ignore[arg-type]
+        self._outputs = OutputDivergence(
+            model, self._others, batch_size=min(calib.config.batch_size, max(1, count // BATCHES)),
+            device=calib.device, workers=calib.workers,
+        )  # fmt: skip
         self._last: tuple[object, KfacStatistics] | None = None
         self.images = 0
         """Images that the last set was measured on."""
@@ -79,13 +85,5 @@ class StatisticsCache:
         return self._last[1]
 
     def divergences(self, model: nn.Module) -> Tensor:
-        """Divergences of a model's outputs from those of the plain one, for each batch.
-
-        Batches are small, so that there are enough to tell a difference from chance.
-        """
-        calib, count = self._calib, len(self._others)  # type: ignore[arg-type]
-        batch_size = min(calib.config.batch_size, max(1, count // BATCHES))
-        return divergences(
-            model, self._model, self._others, batch_size=batch_size,
-            device=calib.device, workers=calib.workers,
-        )  # fmt: skip
+        """Divergences of a model's outputs from those of the plain one, for each batch."""
+        return self._outputs.of(model)
