@@ -177,7 +177,9 @@ def test_images_that_can_not_be_read_are_left_out_of_every_comparison() -> None:
             return 5
 
         def __getitem__(self, index: int) -> Any:
-            return Broken(f"{index}.png") if index == 2 else (torch.full((1, 2, 2), index / 5.0), 0)
+            if index == 2:
+                return Broken("2.png", "cut off")
+            return torch.full((1, 2, 2), index / 5.0), 0
 
     model, other = (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)) for _ in range(2))
     outputs = OutputDivergence(model, Some(), batch_size=1, device="cpu", workers=0)
