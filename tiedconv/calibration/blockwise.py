@@ -55,9 +55,9 @@ from tiedconv.runtime.tie import state_of, unfreeze
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.evaluation import EVENT_SECONDS
 
-MUCH, LEAST_LOSS = 0.05, 1e-5
-"""Divergence for each image from which the learning rate of the whole model is the highest, and
-below which it is not lowered further."""
+MUCH = 0.05
+"""Divergence for each image, or error relative to a unit's outputs, from which the learning rate is
+the highest."""
 
 
 @torch.enable_grad()  # a caller may have switched gradients off
@@ -144,6 +144,7 @@ class _Progress:
     joint: bool = False
     seconds: float = 0.0
     start_error: float = math.nan
+    end_error: float = math.nan
     kl_before: float = math.nan
     kl_after: float = math.nan
     before: list[float] = field(default_factory=list)
@@ -212,6 +213,7 @@ class _Run:
             spans=tuple(SpanResult(s.units, before, after) for s, before, after in results),
             kl_before=self.at.kl_before,
             kl_after=self.at.kl_after,
+            gained=self.at.end_error < self.at.start_error,
             images=len(self.images),
             held_out=len(self.held),
             skipped=len(broken),
@@ -255,7 +257,8 @@ class _Run:
             error = _relative(loss, span)
             self.emit(Fitting(span.units, index, count, number, step, steps, error))
 
-        schedule = self.schedule(steps, self.config.lr, number, index)
+        much = MUCH * len(span.units)
+        schedule = self.schedule(steps, self.config.lr, much, number, index)
         before, after = (
             _relative(error, span)
             for error in minimise(
@@ -361,9 +364,8 @@ class _Run:
         def report(step: int, loss: float) -> None:
             self.emit(Joint(step, steps, loss))
 
-        lr = self.config.joint_lr * _needed(self.at.start_error)
-        schedule = self.schedule(steps, lr, self.config.total_passes, 0)
-        minimise(
+        schedule = self.schedule(steps, self.config.joint_lr, MUCH, self.config.total_passes, 0)
+        _, self.at.end_error = minimise(
             objective, self.train, self.held, schedule, _throttled(report, steps),
             self.at.midway, self.save_midway if self.path is not None else None,
         )  # fmt: skip
@@ -376,10 +378,10 @@ class _Run:
         self.at.midway = midway
         self.save()
 
-    def schedule(self, steps: int, lr: float, number: int, index: int) -> Schedule:
+    def schedule(self, steps: int, lr: float, much: float, number: int, index: int) -> Schedule:
         """How a fit goes; its order of images depends on which fit it is."""
-        seed = (self.config.seed, 2, number, index)
-        return Schedule(steps, lr, self.config.clip, self.config.batch_size, seed)
+        config, seed = self.config, (self.config.seed, 2, number, index)
+        return Schedule(steps, lr, much, config.clip, config.batch_size, seed)
 
     def save(self) -> None:
         """Writes the checkpoint, if there is a folder for it."""
@@ -387,14 +389,6 @@ class _Run:
         if self.path is not None:
             plain, tensors = self.at.split()
             save_state(self.path, self.pair.student.model, self.identity, plain, tensors)
-
-
-def _needed(divergence: float) -> float:
-    """The learning rate of the whole model relative to the highest, by what is lost at the start.
-
-    The divergence is quadratic in the error of the weights, and these need not move further.
-    """
-    return min(1.0, math.sqrt(max(LEAST_LOSS, divergence) / MUCH))
 
 
 def _relative(error: float, span: Span) -> float:

@@ -87,6 +87,8 @@ class BlockwiseResult:
         spans: in order of execution; empty if the effort is "fast".
         kl_before: KL(teacher || student) of the outputs on held-out images, in nats.
         kl_after: likewise, at the end.
+        gained: whether the distance that decides between states is smaller than at the start; it is
+            of the same images and of shifted copies, of which chance says less.
         images: number of images used, the held-out ones among them.
         held_out: number of held-out images.
         skipped: number of images that could not be read.
@@ -98,6 +100,7 @@ class BlockwiseResult:
     spans: tuple[SpanResult, ...]
     kl_before: float
     kl_after: float
+    gained: bool
     images: int
     held_out: int
     skipped: int

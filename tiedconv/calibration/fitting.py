@@ -27,6 +27,9 @@ MIN_LR_RATIO = 0.01
 CHECKS = 6
 """Measurements on held-out images along a fit."""
 
+LEAST_ERROR = 2e-4
+"""Of the error from which the learning rate is the highest, below which it is not lowered."""
+
 MIN_RMS = 0.01
 """A tensor is taken to have at least this root mean square: a zero bias must move too."""
 
@@ -58,13 +61,28 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to fit."""
+    """How long and how fast to fit.
+
+    Attributes:
+        steps: how many.
+        lr: the highest learning rate, of a fit whose error at the start is `much`.
+        much: the error from which the learning rate is the highest; below, it goes with the root,
+            as errors are quadratic in how far the weights are from where they should be.
+        clip: the largest norm of the gradient; 0 for no clipping.
+        batch_size: images in a step.
+        seed: of the order of images.
+    """
 
     steps: int
     lr: float
+    much: float
     clip: float
     batch_size: int
     seed: tuple[int, ...]
+
+    def lr_for(self, error: float) -> float:
+        """The highest learning rate of a fit with this error at the start."""
+        return self.lr * math.sqrt(min(1.0, max(LEAST_ERROR, error / self.much)))
 
 
 @dataclass(frozen=True)
@@ -162,6 +180,7 @@ class _OptimLoop:
         midway: FitState | None,
     ) -> None:
         self._objective, self._schedule, self._before = objective, schedule, before
+        self._lr = schedule.lr_for(before)
         self._norms, self._best = norms, best
         for parameter in objective.parameters:
             parameter.requires_grad_(True)
@@ -207,7 +226,7 @@ class _OptimLoop:
     def _step(self, step: int, index: Tensor) -> Tensor:
         factor = _factor(step, self._schedule)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = self._schedule.lr * rate * factor
+            group["lr"] = self._lr * rate * factor
         with batch_statistics(self._norms if len(index) > 1 else ()):
             # Of its own step, so that a resumed fit draws the same.
             draws = np.random.default_rng((*self._schedule.seed, step))

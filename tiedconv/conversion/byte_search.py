@@ -62,6 +62,10 @@ FEWEST, MOST, PIXELS = 32, 128, 2**19
 Judged = tuple[RoundedModel, Tensor]
 """A rounding, and how far the outputs are from the original's, for each batch of images."""
 
+ROUNDED_LR = 0.3
+"""Of the learning rate of a fit of blocks, the part for a rounded model: near as it is, it is lost
+by steps that a model of low rank needs."""
+
 COMPARED = 3
 """Plans, at most, that are rounded and compared by the model's outputs."""
 
@@ -225,6 +229,8 @@ def _calibrated(
     """
     plan = state_of(model).plan
     before = _tensors(model, plan)
+    config = dataclasses.replace(calib.config, lr=ROUNDED_LR * calib.config.lr)
+    calib = dataclasses.replace(calib, config=config)
 
     def fits() -> bool:
         own = state_tensors(model)
@@ -237,14 +243,14 @@ def _calibrated(
         result = calib.part(1 if train_integers else 2, 3).fit(model, original, data)
         model.cpu()
         kept = harden(model, fits) if train_integers else fits()
-        kept = kept and (result.kl_after < result.kl_before or not train_integers)
+        kept = kept and (result.gained or not train_integers)
         own = state_tensors(model)
         for name, tensor in own.items():
             tensor.data.copy_(halved(tensor.detach()) if kept else before.get(name, tensor))
         if kept:
             return result
     # No fit is kept, so none is reported.
-    return dataclasses.replace(result, spans=(), kl_after=result.kl_before)
+    return dataclasses.replace(result, spans=(), kl_after=result.kl_before, gained=False)
 
 
 def _cache(
