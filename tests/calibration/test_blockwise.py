@@ -33,6 +33,7 @@ from tiedconv.calibration import (
 )
 from tiedconv.calibration.activation_cache import Cache
 from tiedconv.calibration.augmentation import corner_copies
+from tiedconv.calibration.fitting import Schedule
 from tiedconv.calibration.held_out import split
 from tiedconv.calibration.objectives import JointObjective
 from tiedconv.calibration.output_metric import _rows
@@ -710,26 +711,52 @@ def test_tokens_of_a_block_with_a_convolution_have_channels_last() -> None:
     assert torch.equal(_rows(image, first=True), image.flatten(2).mT)
 
 
-def test_the_less_is_lost_the_lower_the_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = [blockwise._needed(lost) for lost in (0.0, 1e-3, 0.0125, 0.05, 3.0, math.inf)]
+def test_the_learning_rate_goes_with_the_root_of_what_is_lost() -> None:
+    schedule = Schedule(steps=1, lr=0.5, much=0.1, clip=1.0, batch_size=1, seed=(0,))
+    rates = [schedule.lr_for(lost) for lost in (0.0, 1e-3, 0.025, 0.1, 3.0, math.inf)]
     assert rates == sorted(rates)
-    assert rates[2:] == pytest.approx([0.5, 1.0, 1.0, 1.0])  # as the root of what is lost
+    assert rates[1:] == pytest.approx([0.05, 0.25, 0.5, 0.5, 0.5])
     assert rates[0] > 0
-    used: list[float] = []
-    minimise = blockwise.minimise
 
-    def spied(objective: Any, train: Any, held: Any, schedule: Any, *rest: Any) -> Any:
-        used.append(schedule.lr)
-        return minimise(objective, train, held, schedule, *rest)
 
-    monkeypatch.setattr(blockwise, "minimise", spied)
+@pytest.mark.parametrize("options", [{"joint_steps": 0}, {"steps": 0, "joint_steps": 2}])
+def test_the_less_is_lost_the_lower_the_learning_rate(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    """Of the fits of units, each by the error of its own, and of the whole model."""
     monkeypatch.setattr(blockwise, "MUCH", 10.0)  # micro-models lose much
-    lost = []
+    used: list[float] = []
+    step = fitting._OptimLoop._step
+
+    def spied(self: Any, *given: Any) -> Tensor:
+        loss = step(self, *given)
+        used.append(max(group["lr"] for group in self._optimizer.param_groups))
+        return loss
+
+    monkeypatch.setattr(fitting._OptimLoop, "_step", spied)
+    found = []
     for params in ("95%", "30%"):
+        used.clear()
         student, teacher = pair_of("timm-vit", params=params)
-        # Without augmentation, what is lost is what is reported.
-        result = fit("timm-vit", student, teacher, steps=0, joint_steps=2, augment=False)
-        lost.append(result.kl_before)
-    assert lost[0] < lost[1]
-    assert used == [0.006 * blockwise._needed(each) for each in lost]
-    assert used[0] < used[1]
+        fit("timm-vit", student, teacher, augment=False, **{"steps": 2, **options})
+        found.append(sum(used))
+    assert found[0] < 0.7 * found[1]
+
+
+@pytest.mark.parametrize("joint_steps", [0, 20])
+def test_something_was_gained_if_the_distance_that_decides_is_smaller(joint_steps: int) -> None:
+    student, teacher = pair_of("timm-vit", params="60%")
+    config = CalibConfig(**{**QUICK, "steps": 0, "joint_steps": joint_steps})
+    images = torch.stack([images_of(MICROS["timm-vit"], 16)[i] for i in range(16)])
+    held = images[split(16, config.seed)[1]]
+    copies = torch.cat(list(corner_copies(held))) if joint_steps else held
+    start = apart(student, teacher, copies)
+    result = fit("timm-vit", student, teacher, steps=0, joint_steps=joint_steps)
+    assert result.gained is (apart(student, teacher, copies) < start) is (joint_steps > 0)
+
+
+@torch.no_grad()
+def apart(student: nn.Module, teacher: nn.Module, images: Tensor) -> float:
+    """KL(teacher || student) of the class logits."""
+    known, found = (model.eval()(images).log_softmax(1) for model in (teacher, student))
+    return float((known.exp() * (known - found)).sum(1).mean())
