@@ -209,6 +209,7 @@ def main() -> None:
         ("ablation", results_fits.ablation),
         ("calibration_cost", results_fits.cost),
         ("calib_images", results_fits.images),
+        ("few_photos", results_fits.few),
         ("datafree", results_fits.datafree),
         ("speed", speed),
         ("finetune_start", results_training.start),

@@ -116,6 +116,35 @@ def images(data: dict[str, Any]) -> str:
     return IMAGES.format(table=table(columns, rows, words=2), comment=comment_on("calib_images"))
 
 
+FEW = """## Few photos
+
+EfficientNet-Lite0 at {size} % of its bytes by so many photos, `fast`: with statistics of the photos that plans are compared
+on, and as released, where some are held out of the statistics. The divergence on the photos themselves, and on 500 others
+that nothing was chosen by.
+
+    python benchmarks/few_photos.py --weights LITE0.safetensors --data PHOTOS
+
+{table}
+"""
+
+
+def few(data: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            f"{r['images']:,}",
+            "of a part" if r["held_out"] else "of all",
+            " + ".join(r["schemes"]) or "nothing shared",
+            f"{r['on_these']:.3f}",
+            f"{r['divergence']:.3f}",
+            f"{100 * r['agreement']:.1f} %",
+            f"{100 * r['top1']:.1f} %",
+        )
+        for r in data
+    ]
+    columns = ("photos", "statistics", "form", "KL on these", "KL on others", "same", "top-1")
+    return FEW.format(size=data[0]["asked"], table=table(columns, rows, words=3))
+
+
 def datafree(data: dict[str, Any]) -> str:
     rows = [
         (

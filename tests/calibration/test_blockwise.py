@@ -724,7 +724,8 @@ def test_the_less_is_lost_the_lower_the_learning_rate(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
 ) -> None:
     """Of the fits of units, each by the error of its own, and of the whole model."""
-    monkeypatch.setattr(blockwise, "MUCH", 10.0)  # micro-models lose much
+    for name in ("MUCH", "MUCH_OF_UNIT"):
+        monkeypatch.setattr(blockwise, name, 10.0)  # micro-models lose much
     used: list[float] = []
     step = fitting._OptimLoop._step
 
@@ -741,6 +742,19 @@ def test_the_less_is_lost_the_lower_the_learning_rate(
         fit("timm-vit", student, teacher, augment=False, **{"steps": 2, **options})
         found.append(sum(used))
     assert found[0] < 0.7 * found[1]
+
+
+def test_a_table_of_positions_makes_no_unit_of_the_whole_model() -> None:
+    """Where it is stored with fewer bits, it is part of the plan, and lies beside all blocks."""
+    model = MICROS["timm-vit"].model()
+    tied = tiedconv.convert(copy.deepcopy(model), "auto", bytes="20%")
+    plan = state_of(tied).plan
+    assert "pos_embed" in plan.weights
+    images = torch.stack([images_of(MICROS["timm-vit"], 2)[i] for i in range(2)])
+    units = [unit for span in spans_of(tied, model, images) for unit in span]
+    assert units[0] == "patch_embed"
+    assert [unit for unit in units if unit.startswith("blocks.")]
+    assert "" not in units
 
 
 @pytest.mark.parametrize("joint_steps", [0, 20])

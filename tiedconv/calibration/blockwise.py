@@ -55,9 +55,9 @@ from tiedconv.runtime.tie import state_of, unfreeze
 from tiedconv.training.device import Placement, pick_device
 from tiedconv.training.evaluation import EVENT_SECONDS
 
-MUCH = 0.05
-"""Divergence for each image, or error relative to a unit's outputs, from which the learning rate is
-the highest."""
+MUCH, MUCH_OF_UNIT = 0.05, 0.01
+"""What must be lost for the highest learning rate: a divergence for each image, and a squared error
+relative to a unit's outputs."""
 
 
 @torch.enable_grad()  # a caller may have switched gradients off
@@ -257,7 +257,7 @@ class _Run:
             error = _relative(loss, span)
             self.emit(Fitting(span.units, index, count, number, step, steps, error))
 
-        much = MUCH * len(span.units)
+        much = MUCH_OF_UNIT * len(span.units)
         schedule = self.schedule(steps, self.config.lr, much, number, index)
         before, after = (
             _relative(error, span)

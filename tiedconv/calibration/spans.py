@@ -10,12 +10,14 @@ The unit of a converted weight is its residual block, found by names and confirm
    that is called twice, or whose call can't be made again, to the nearest module around it that
    can, at last to the whole model.
 4. A unit inside another is part of it.
+5. A weight of a module that holds blocks, such as a table of positions, has no unit, unless there
+   is no other: it is fitted with the whole model alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -101,18 +103,27 @@ def find_units(model: nn.Module, plan: Plan, probe: Probe) -> list[str]:
     for name in plan.weights:
         _require(model, name.rpartition(".")[0])
     owners = {name: name.rpartition(".")[0] for name in plan.weights}
-    homes = _homes(model, owners)
+    blocks, block_of = _blocks(model)
+    within = {n: o for n, o in owners.items() if not any(inside(b, o) and b != o for b in blocks)}
+    owners = within or owners
+    homes = _homes(owners, blocks, block_of)
     chosen = {_callable(home, owners[weight], probe) for weight, home in homes.items()}
     outer = [u for u in chosen if not any(v != u and inside(u, v) for v in chosen)]
     order = {name: n for n, name in enumerate(probe.calls)}
     return sorted(outer, key=lambda name: order.get(name, 0))
 
 
-def _homes(model: nn.Module, owners: Mapping[str, str]) -> dict[str, str]:
-    """Rules 1 and 2: for each weight the module that is fitted with it."""
+def _blocks(model: nn.Module) -> tuple[set[str], Callable[[str], str | None]]:
+    """The numbered blocks of a model, and which of them a tensor is of."""
     matrices = [n for n, p in model.named_parameters() if p.ndim > 1 and p.numel() > max(p.shape)]
     block_of = block_names(matrices, least=2)
-    blocks = {block for name in matrices if (block := block_of(name)) is not None}
+    return {block for name in matrices if (block := block_of(name)) is not None}, block_of
+
+
+def _homes(
+    owners: Mapping[str, str], blocks: Collection[str], block_of: Callable[[str], str | None]
+) -> dict[str, str]:
+    """Rules 1 and 2: for each weight the module that is fitted with it."""
 
     def outside(owner: str) -> str:
         around = ["", *list(_upwards(owner))[::-1]]

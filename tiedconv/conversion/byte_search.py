@@ -62,10 +62,6 @@ FEWEST, MOST, PIXELS = 32, 128, 2**19
 Judged = tuple[RoundedModel, Tensor]
 """A rounding, and how far the outputs are from the original's, for each batch of images."""
 
-ROUNDED_LR = 0.3
-"""Of the learning rate of a fit of blocks, the part for a rounded model: near as it is, it is lost
-by steps that a model of low rank needs."""
-
 COMPARED = 3
 """Plans, at most, that are rounded and compared by the model's outputs."""
 
@@ -229,8 +225,6 @@ def _calibrated(
     """
     plan = state_of(model).plan
     before = _tensors(model, plan)
-    config = dataclasses.replace(calib.config, lr=ROUNDED_LR * calib.config.lr)
-    calib = dataclasses.replace(calib, config=config)
 
     def fits() -> bool:
         own = state_tensors(model)
