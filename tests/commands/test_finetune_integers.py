@@ -12,9 +12,10 @@ from cli_helpers import SPEC, World, figures, run
 import tiedconv
 from tiedconv.commands import finetune as commands
 from tiedconv.commands.finetune import finetune, pack
+from tiedconv.core.packed_codes import integers_of, unpacked
 from tiedconv.io.checkpoint import size_of_model
 from tiedconv.runtime import soft_codes
-from tiedconv.runtime.soft_codes import LR_SCALES, harden, soften
+from tiedconv.runtime.soft_codes import LR_SCALES, TOWARDS_ZERO, harden, soften
 from tiedconv.runtime.tie import state_of
 from tiedconv.training import Event, TrainConfig
 from tiedconv.training.events import Checkpointed
@@ -67,9 +68,10 @@ def test_a_budget_that_is_missed_is_said(
     budget = state_of(model).history[0]["rounding"]["bytes"]
     soften(model)
     assert pack(model) is None
-    # As if the trained integers were larger, and steps could not be lengthened.
+    # As if the trained integers were larger, and nothing could be done about it.
     monkeypatch.setattr(commands, "size_of_model", lambda _: budget + 1)
-    monkeypatch.setattr(soft_codes, "COARSER", (1.0,))
+    monkeypatch.setattr(soft_codes, "TOWARDS_ZERO", (0.0,))
+    monkeypatch.setattr(soft_codes, "LONGER", ())
     said = run(
         "finetune", rounded, "--data", world.data, "--teacher", world.weights, "--distill", 1,
         "--steps", 1, "--batch-size", 8, "--workers", 0, "--no-picture",
@@ -110,7 +112,7 @@ def test_softened_integers_compute_the_same_and_pack_to_the_same_bits(rounded: P
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_steps_are_lengthened_until_the_file_fits(rounded: Path) -> None:
+def test_integers_are_made_smaller_until_the_file_fits(rounded: Path) -> None:
     model = tiedconv.load(rounded)
     size = size_of_model(model)
     soften(model)
@@ -118,3 +120,38 @@ def test_steps_are_lengthened_until_the_file_fits(rounded: Path) -> None:
     assert size_of_model(model) <= 0.995 * size
     soften(model)
     assert not harden(model, lambda: False)
+
+
+def test_no_value_is_rounded_further_than_the_margin(rounded: Path) -> None:
+    """Small integers take fewer bits; what is clearly nearer to another stays there."""
+    values = torch.tensor([-2.58, -2.52, -2.4, -0.55, -0.5, 0.0, 0.49, 0.55, 0.65, 1.5, 3.54])
+    expected = {
+        0.0: [-3, -3, -2, -1, 0, 0, 0, 1, 1, 2, 4],
+        0.05001: [-3, -2, -2, 0, 0, 0, 0, 0, 1, 1, 3],
+        0.1: [-2, -2, -2, 0, 0, 0, 0, 0, 1, 1, 3],
+    }
+    for margin, wanted in expected.items():
+        assert soft_codes._rounded(values, margin).int().tolist() == wanted
+
+
+def test_integers_that_must_be_smaller_stay_near_what_was_trained(rounded: Path) -> None:
+    """Longer steps would move all of them, the largest by whole steps."""
+    model = tiedconv.load(rounded)
+    state = state_of(model)
+    soften(model)
+    generator = torch.Generator().manual_seed(0)
+    masters = {name: model.get_parameter(name).data for name in state.plan.codes}
+    for value in masters.values():
+        value += torch.rand(value.shape, generator=generator) - 0.5
+    kept = {name: value.clone() for name, value in masters.items()}
+    harden(model)
+    most = size_of_model(model) - 8
+    soften(model)
+    for name, value in kept.items():
+        model.get_parameter(name).data.copy_(value)
+    assert harden(model, lambda: size_of_model(model) <= most)
+    for name, value in kept.items():
+        node = state.plan.codes[name]
+        found = unpacked(model.get_parameter(name), node.shape, node.bits)
+        low, high = integers_of(node.bits)
+        assert float((found - value.clamp(low, high)).abs().max()) <= 0.5 + max(TOWARDS_ZERO)

@@ -137,9 +137,9 @@ def convert_to_bytes(
     fitted = dataclasses.replace(fitted, plan=rounded.plan, tensors=rounded.tensors)
     tie_fit(model, fitted, record)
     found: dict[str, Any] = {"rounding": _rounding_record(rounded, chosen, budget, tried)}
-    if calib is not None and data is not None:
+    if calib is not None and data is not None and cache is not None:
         enter("calibrate the rounded model")
-        result = _calibrated(model, original, calib, data, size_of(fitted), budget)
+        result = _calibrated(model, original, calib, data, size_of(fitted), budget, cache)
         found["calibration"] = calibration_record(fitted.ridge, result, calib, model, original)
     return fitted, found
 
@@ -216,15 +216,16 @@ def _calibrated(
     data: Dataset[Any],
     size_of: SizeOf,
     budget: ByteBudget,
+    cache: StatisticsCache,
 ) -> BlockwiseResult:
     """Fit a rounded model to the original: its integers too, if the file stays within the budget.
 
-    Trained integers have another distribution, and may take more bits in the file: then their
-    steps are lengthened. Where little is lost, steps of integers are too coarse to gain anything;
-    then the floats alone are fitted.
+    Trained integers have another distribution, and may take more bits in the file: then some of
+    them are rounded towards zero, and outputs must still be nearer than before. Where little is
+    lost, steps of integers are too coarse to gain anything; then the floats alone are fitted.
     """
     plan = state_of(model).plan
-    before = _tensors(model, plan)
+    before, lost = _tensors(model, plan), cache.divergences(model).mean()
 
     def fits() -> bool:
         own = state_tensors(model)
@@ -237,12 +238,15 @@ def _calibrated(
         result = calib.part(1 if train_integers else 2, 3).fit(model, original, data)
         model.cpu()
         kept = harden(model, fits) if train_integers else fits()
-        kept = kept and (result.gained or not train_integers)
         own = state_tensors(model)
-        for name, tensor in own.items():
-            tensor.data.copy_(halved(tensor.detach()) if kept else before.get(name, tensor))
+        for tensor in own.values():
+            tensor.data.copy_(halved(tensor.detach()))
+        if kept and train_integers:
+            kept = result.gained and bool(cache.divergences(model).mean() < lost)
         if kept:
             return result
+        for name, tensor in before.items():
+            own[name].data.copy_(tensor)
     # No fit is kept, so none is reported.
     return dataclasses.replace(result, spans=(), kl_after=result.kl_before, gained=False)
 
