@@ -422,14 +422,28 @@ def test_a_file_without_images_is_as_large_as_the_search_took_it_for(
     assert tiedconv.save(model, tmp_path / "m.safetensors") in range(sizes[-1] - 96, sizes[-1] + 1)
 
 
+@pytest.mark.parametrize("nearer", [True, False])
 @pytest.mark.parametrize("gains", [True, False])
 def test_floats_alone_are_fitted_where_integers_gain_nothing(
-    monkeypatch: pytest.MonkeyPatch, gains: bool
+    monkeypatch: pytest.MonkeyPatch, gains: bool, nearer: bool
 ) -> None:
+    """By the fit's own figure, and by the outputs of the integers that are stored in the end."""
     fits: list[bool] = []
     monkeypatch.setattr(Calibration, "fit", _claiming(gains, fits))
+    _outputs_get(monkeypatch, nearer=nearer)
     _calibrated(None, size="20%")
-    assert fits == ([False, True] if gains else [False, True, False])
+    assert fits == ([False, True] if gains and nearer else [False, True, False])
+
+
+def _outputs_get(monkeypatch: pytest.MonkeyPatch, *, nearer: bool) -> None:
+    """Outputs are nearer to the original's, or further from them, each time they are compared."""
+    count = itertools.count()
+
+    def compared(self: StatisticsCache, model: nn.Module) -> Tensor:
+        return torch.tensor([0.9 if nearer else 1.1]) ** next(count)
+
+    monkeypatch.setattr(StatisticsCache, "divergences", compared)
+    monkeypatch.setattr(byte_search, "RIDGES", ())
 
 
 def _claiming(gains: bool, fits: list[bool]) -> Any:
@@ -444,7 +458,7 @@ def _claiming(gains: bool, fits: list[bool]) -> Any:
     return fit
 
 
-def test_trained_integers_get_longer_steps_until_the_file_is_small_enough(
+def test_trained_integers_are_made_smaller_until_the_file_is_small_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes: list[int] | None = None
@@ -465,9 +479,10 @@ def test_trained_integers_get_longer_steps_until_the_file_is_small_enough(
     monkeypatch.setattr(byte_search, "file_size", size)
     monkeypatch.setattr(byte_search, "soften", soften)
     monkeypatch.setattr(Calibration, "fit", _claiming(True, []))
+    _outputs_get(monkeypatch, nearer=True)
     model = _calibrated(None, size="24%")
     assert sizes is not None
-    assert len(sizes) == 4  # of the steps as trained, and three times longer
+    assert len(sizes) == 4  # as trained, and three times with more rounded towards zero
     found = state_of(model).history[-1]["calibration"]
     assert found["blocks"] != []
     assert found["kl_after"] != found["kl_before"]
