@@ -9,6 +9,7 @@ how far rounding trusts the measured inputs.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -62,6 +63,10 @@ FEWEST, MOST, PIXELS = 32, 128, 2**19
 Judged = tuple[RoundedModel, Tensor]
 """A rounding, and how far the outputs are from the original's, for each batch of images."""
 
+GROWTH = 0.004
+"""Of the budget, what is left free for integers that are trained: they take more bits then, and to
+make them smaller again loses a third of what training gained."""
+
 COMPARED = 3
 """Plans, at most, that are rounded and compared by the model's outputs."""
 
@@ -114,12 +119,21 @@ def convert_to_bytes(
 
         return size
 
+    trains = calib is not None and data is not None and calib.config.fits
+
     def round_(fitted: Fit, metrics: KfacMetrics) -> RoundedModel:
         recipe = outlined[0].recipe
-        return round_to_bytes(
-            fitted.plan, fitted.tensors, metrics, budget.bytes, size_of(fitted), recipe.widths,
-            floats=recipe.bits is None,
-        )  # fmt: skip
+
+        def within(most: int) -> RoundedModel:
+            return round_to_bytes(
+                fitted.plan, fitted.tensors, metrics, most, size_of(fitted), recipe.widths,
+                floats=recipe.bits is None,
+            )  # fmt: skip
+
+        if trains:
+            with contextlib.suppress(BudgetError):
+                return within(math.floor((1 - GROWTH) * budget.bytes))
+        return within(budget.bytes)
 
     chosen, judged = _best(original, plans, round_, cache)
     fitted = chosen.fitted
