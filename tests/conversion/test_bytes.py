@@ -435,6 +435,32 @@ def test_floats_alone_are_fitted_where_integers_gain_nothing(
     assert fits == ([False, True] if gains and nearer else [False, True, False])
 
 
+@pytest.mark.parametrize("tight", [True, False])
+def test_bytes_are_left_free_for_integers_that_are_trained(
+    monkeypatch: pytest.MonkeyPatch, tight: bool
+) -> None:
+    """Unless the budget can only just be met."""
+    asked: list[int] = []
+    round_to_bytes = byte_search.round_to_bytes
+
+    def spied(plan: Plan, tensors: Any, metrics: Any, most: int, *rest: Any, **more: Any) -> Any:
+        asked.append(most)
+        if tight and most < budget:
+            raise BudgetError("too small", smallest=budget)
+        return round_to_bytes(plan, tensors, metrics, most, *rest, **more)
+
+    monkeypatch.setattr(byte_search, "round_to_bytes", spied)
+    _outputs_get(monkeypatch, nearer=True)
+    model = all_micros()["timm-vit"].model()
+    budget = math.floor(0.4 * 4 * sum(t.numel() for t in model.state_dict().values()))
+    _calibrated(None)
+    reserved = math.floor(0.996 * budget)
+    assert set(asked) == ({reserved, budget} if tight else {reserved})
+    asked.clear()
+    tiedconv.convert(model, "lors", params="60%", bytes="40%", calib=fast_on("timm-vit"))
+    assert set(asked) == {budget}  # no integer is trained
+
+
 def _outputs_get(monkeypatch: pytest.MonkeyPatch, *, nearer: bool) -> None:
     """Outputs are nearer to the original's, or further from them, each time they are compared."""
     count = itertools.count()
