@@ -239,13 +239,14 @@ def _calibrated(
     lost, steps of integers are too coarse to gain anything; then the floats alone are fitted.
     """
     plan = state_of(model).plan
-    before, lost = _tensors(model, plan), cache.divergences(model).mean()
+    before = _tensors(model, plan)
+    trainable = calib.config.fits and bool(plan.codes)
+    lost = cache.divergences(model).mean() if trainable else None
 
     def fits() -> bool:
         own = state_tensors(model)
         return size_of(plan, {n: halved(own[n].detach()) for n in before}) <= budget.bytes
 
-    trainable = calib.config.fits and plan.codes
     for train_integers in (True, False) if trainable else (False,):
         if train_integers:
             soften(model)
@@ -255,7 +256,7 @@ def _calibrated(
         own = state_tensors(model)
         for tensor in own.values():
             tensor.data.copy_(halved(tensor.detach()))
-        if kept and train_integers:
+        if kept and train_integers and lost is not None:
             kept = result.gained and bool(cache.divergences(model).mean() < lost)
         if kept:
             return result
