@@ -59,6 +59,8 @@ The same ViT, calibrated with the same images, nothing trained; each row leaves 
     python benchmarks/frontier_ablation.py --weights VIT.safetensors --data CIFAR10
 
 {table}
+
+{comment}
 """
 
 PACKED = """### Files, memory and time
@@ -135,7 +137,7 @@ def ablation(rows: Sequence[dict[str, Any]]) -> str:
     columns = ["setting"]
     for size in sizes:
         columns += [f"{size} %", "KL"]
-    return ABLATION.format(table=table(columns, cells))
+    return ABLATION.format(table=table(columns, cells), comment=comment_on("frontier_ablation"))
 
 
 def packed(rows: Sequence[dict[str, Any]]) -> str:
