@@ -1,8 +1,8 @@
 """Which images of a calibration are held out: no statistics are of them, and no fit sees them.
 
 They decide between the states of a fit, and a report says of the outputs what was measured on them
-alone. On the other images a compact model may look much better than it is: made by 32 photos without
-any held out, EfficientNet-Lite0 at 10 % of its bytes has a KL divergence of 0.003 on these photos
+alone. On the other images a compact model may look much better than it is: made by 32 photos with
+none held out, EfficientNet-Lite0 at 10 % of its bytes has a KL divergence of 0.003 on these photos
 and of 1.5 on others (`benchmarks/few_photos.py`).
 """
 
