@@ -79,7 +79,10 @@ INTEGERS_STAY: tuple[Patch, Patch] = (
 )
 
 TRUSTED: Patch = (byte_search, "RIDGES", ())
-HIGHEST: Patch = (blockwise, "MUCH", 1e-9)
+HIGHEST: tuple[Patch, Patch] = (
+    (blockwise, "MUCH", 1e-9),
+    (blockwise, "MUCH_OF_UNIT", 1e-9),
+)
 NOT_AUGMENTED: Patch = (JointObjective, "augments", False)
 
 SETTINGS: dict[str, tuple[str, str | None, tuple[Patch, ...]]] = {
@@ -97,7 +100,7 @@ SETTINGS: dict[str, tuple[str, str | None, tuple[Patch, ...]]] = {
     "ranks first (30 %), bits after": ("fast", "30%", ()),
     "all parts, with block fits": ("normal", None, ()),
     "block fits, images not augmented": ("normal", None, (NOT_AUGMENTED,)),
-    "block fits, the highest learning rate": ("normal", None, (HIGHEST,)),
+    "block fits, the highest learning rate": ("normal", None, HIGHEST),
     "block fits, integers not trained": ("normal", None, INTEGERS_STAY),
 }
 """What it is called: effort, budget of parameters, and what is replaced."""

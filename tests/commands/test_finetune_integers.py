@@ -122,7 +122,7 @@ def test_integers_are_made_smaller_until_the_file_fits(rounded: Path) -> None:
     assert not harden(model, lambda: False)
 
 
-def test_no_value_is_rounded_further_than_the_margin(rounded: Path) -> None:
+def test_no_value_is_rounded_further_than_the_margin() -> None:
     """Small integers take fewer bits; what is clearly nearer to another stays there."""
     values = torch.tensor([-2.58, -2.52, -2.4, -0.55, -0.5, 0.0, 0.49, 0.55, 0.65, 1.5, 3.54])
     expected = {

@@ -134,8 +134,8 @@ def test_outputs_are_compared_with_the_originals(
 
     def checked(self: StatisticsCache, model: Any) -> Tensor:
         found = compare(self, model)
-        anew = OutputDivergence(original, self._others, batch_size=1, device="cpu", workers=0)
-        assert torch.equal(found, anew.of(model))
+        expected = OutputDivergence(original, self._others, batch_size=1, device="cpu", workers=0)
+        assert torch.equal(found, expected.of(model))
         compared.append(found)
         return found
 
